@@ -1,0 +1,26 @@
+"""Mistakes a user can make, told in one line."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(ValueError):
+    """A mistake in flags or input files; its text names the flag, the value and the remedy in one line."""
+
+
+def fail(program: str, message: str) -> None:
+    """Prints ``program: error: message`` on the first rank and leaves with exit code 2."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turns a :class:`UserError` raised inside into one line on stderr and exit code 2, no traceback."""
+    try:
+        yield
+    except UserError as error:
+        fail(program, str(error))
