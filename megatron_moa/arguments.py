@@ -1,0 +1,220 @@
+"""Command-line flags of the mixture -> MixingConfig, and parsing with one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from megatron_moa.activations import ACTIVATIONS
+from megatron_moa.config import (
+    AMPLITUDES,
+    BACKENDS,
+    DEFAULT_INITIAL_COEFFICIENT,
+    FORMS,
+    GATED_DICTIONARY,
+    GATES,
+    INIT_SCALES,
+    MIXINGS,
+    TYPE1_DICTIONARY,
+    MixingConfig,
+    resolve_form,
+)
+from megatron_moa.data import check_data_arguments
+from megatron_moa.errors import UserError, fail
+
+# Their values decide the model's function, so they travel in a checkpoint's args and come back from there.
+MODEL_FLAGS = (
+    "moa_mixing",
+    "moa_form",
+    "moa_activations",
+    "moa_gate",
+    "moa_gate_bias",
+    "moa_amplitude",
+    "moa_init_scale",
+    "moa_la_init",
+    "moa_freeze_gates",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the group "mixture of activations" to Megatron's parser, and makes its errors one line."""
+    group = parser.add_argument_group("mixture of activations")
+    # No argparse choices: MixingConfig checks, so that one text serves the command line and the library.
+    group.add_argument(
+        "--moa-mixing",
+        default="moa",
+        metavar=_one_of("none", *MIXINGS),
+        help="moa: coefficients from token-dependent gates; la: coefficients are parameters; none: stock Megatron",
+    )
+    group.add_argument(
+        "--moa-form",
+        default="auto",
+        metavar=_one_of("auto", *FORMS),
+        help="which branches are mixed; auto is bi-sided with --swiglu, else type1",
+    )
+    group.add_argument(
+        "--moa-activations",
+        nargs="+",
+        metavar="NAME",
+        help=f"the dictionary, from: {', '.join(ACTIVATIONS)}; default {' '.join(GATED_DICTIONARY)} "
+        f"(type1: {' '.join(TYPE1_DICTIONARY)})",
+    )
+    group.add_argument("--moa-gate", default="sigmoid", metavar=_one_of(*GATES), help="the gates' nonlinearity")
+    group.add_argument("--moa-gate-bias", action="store_true", help="gates have a bias, started at 0")
+    group.add_argument(
+        "--moa-amplitude",
+        default="fixed",
+        metavar=_one_of(*AMPLITUDES),
+        help="learned: a factor per coefficient, so that MoA contains LA",
+    )
+    group.add_argument(
+        "--moa-init-scale",
+        default="mixture",
+        metavar=_one_of(*INIT_SCALES),
+        help="swiglu: coefficients scaled so that the layer starts with SwiGLU's (type1: GELU's) output variance",
+    )
+    group.add_argument(
+        "--moa-la-init",
+        nargs="+",
+        type=float,
+        metavar="V",
+        help="start of the LA coefficients and of learned amplitudes: one value, or all n; "
+        f"default {DEFAULT_INITIAL_COEFFICIENT}",
+    )
+    group.add_argument(
+        "--moa-freeze-gates", action="store_true", help="gates, amplitudes and LA coefficients stay as they start"
+    )
+    group.add_argument(
+        "--moa-backend",
+        default="auto",
+        metavar=_one_of(*BACKENDS),
+        help="what computes the mixture; auto takes the fastest that is there",
+    )
+    group.add_argument(
+        "--moa-log-interval",
+        type=int,
+        default=0,
+        metavar="N",
+        help="every N iterations log mean and standard deviation over tokens of the coefficients; 0 is never",
+    )
+    parser.error = lambda message: fail(parser.prog, message)
+    return parser
+
+
+def _one_of(*names: str) -> str:
+    return "{" + ",".join(names) + "}"
+
+
+def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
+    """The mixture that the parsed flags ask for; None for ``--moa-mixing none``.
+
+    Writes the resolved form and dictionary back to ``args``, so that checkpoints carry them.
+
+    Raises:
+        UserError: flags that cannot be, or contradict each other.
+    """
+    if args.moa_log_interval < 0:
+        raise UserError(f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never")
+    if args.moa_mixing == "none":
+        _refuse_mixture_flags(args)
+        return None
+    for flag, given in (("--squared-relu", args.squared_relu), ("--quick-geglu", args.quick_geglu)):
+        if given:
+            raise UserError(f"{flag}: the mixture replaces the activation; name it in --moa-activations instead")
+    mixing = MixingConfig(
+        mixing=args.moa_mixing,
+        form=resolve_form(args.moa_form, args.swiglu),
+        activations=tuple(args.moa_activations or ()),
+        gate=args.moa_gate,
+        gate_bias=args.moa_gate_bias,
+        amplitude=args.moa_amplitude,
+        initial_coefficients=tuple(args.moa_la_init or (DEFAULT_INITIAL_COEFFICIENT,)),
+        init_scale=args.moa_init_scale,
+        freeze=args.moa_freeze_gates,
+        backend=args.moa_backend,
+    )
+    args.moa_form = mixing.form
+    args.moa_activations = list(mixing.activations)
+    args.moa_la_init = list(mixing.initial_coefficients)
+    return mixing
+
+
+def _refuse_mixture_flags(args: argparse.Namespace) -> None:
+    defaults = add_arguments(argparse.ArgumentParser()).parse_args([])
+    for name, default in vars(defaults).items():
+        value = getattr(args, name)
+        if name != "moa_mixing" and value != default:
+            flag = "--" + name.replace("_", "-")
+            shown = flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            raise UserError(f"{shown}: has no effect with --moa-mixing none; drop one of the two")
+
+
+def restore_mixture_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Takes the mixture's settings from a checkpoint's args; a checkpoint without them is stock Megatron's."""
+    if not hasattr(saved, "moa_mixing"):
+        args.moa_mixing = "none"
+        return
+    for name in MODEL_FLAGS:
+        setattr(args, name, getattr(saved, name))
+    if args.moa_mixing == "none":
+        args.moa_form, args.moa_activations, args.moa_la_init = "auto", None, None
+
+
+def parse_arguments(
+    extra_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None,
+    check_data: bool = True,
+) -> tuple[argparse.Namespace, MixingConfig | None]:
+    """Megatron's ``parse_and_validate_args`` with our flags, early checks and one-line errors.
+
+    Args:
+        extra_arguments: adds further flags (tools that load a model).
+        check_data: whether data and tokenizer must be there.
+
+    Returns:
+        Megatron's args, which are then also its global args, and the mixture (None: stock).
+
+    Raises:
+        UserError: whatever a user can get wrong, Megatron's own assertions included.
+    """
+    # Imported late: `--help` and mistakes in our own flags should not wait for Megatron's training package.
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.global_vars import set_global_variables
+
+    def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_arguments(parser)
+        return extra_arguments(parser) if extra_arguments else parser
+
+    args = parse_args(add_all)
+    if args.use_checkpoint_args:
+        if args.load is None:
+            raise UserError("--use-checkpoint-args: needs a checkpoint; add --load FOLDER")
+        loaded = load_args_from_checkpoint(args)
+        if not isinstance(loaded, tuple):
+            raise UserError(f"--load {args.load}: no checkpoint with settings there; give a folder --save wrote to")
+        restore_mixture_flags(args, loaded[1])
+    mixing = mixing_from_args(args)
+    if mixing is not None:
+        # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
+        args.bias_gelu_fusion = args.bias_swiglu_fusion = False
+    if not args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
+    if check_data:
+        check_data_arguments(args)
+    with megatron_checks():
+        validate_args(args)
+    set_global_variables(args)
+    return args, mixing
+
+
+@contextmanager
+def megatron_checks() -> Iterator[None]:
+    """Turns Megatron's assertions on arguments, raised inside, into a :class:`UserError` of one line."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        text = " ".join(str(error).split())
+        # Where an assertion has no text, the condition that failed says most.
+        raise UserError(text or f"Megatron requires {traceback.extract_tb(error.__traceback__)[-1].line}") from error

@@ -1,0 +1,252 @@
+"""Child modules of a feed-forward layer that own the mixing coefficients' parameters, and their parallelism.
+
+They are modules of their own because Megatron saves the parameters of an MLP's children only: one put on the MLP
+itself would be missing from every checkpoint. They stay in float32 in a half-precision model: n·h numbers a layer.
+
+A tensor-parallel rank holds some of the FFN's columns, so the gradient that reaches it for a coefficient is a
+partial sum. Where that sum is completed depends on what the layer's input is on each rank (:class:`InputLayout`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_moa import reference
+from megatron_moa.config import MixingConfig
+from megatron_moa.init_scale import coefficient_scale
+
+
+class InputLayout(enum.Enum):
+    """What a tensor-parallel rank sees of the layer's input, and who completes the input's gradient."""
+
+    # Every rank has all tokens, fc1 sums the input's gradient itself: a dense layer.
+    REPLICATED = "replicated"
+    # Every rank has its part of the sequence, fc1 gathers: a dense layer under sequence parallelism.
+    SEQUENCE_SHARD = "sequence shard"
+    # Every rank has all tokens, and the dispatcher sums the input's gradient over ranks: an expert.
+    DISPATCHED = "dispatched"
+
+
+class Coefficients(torch.nn.Module):
+    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: one layer's (one expert's) coefficients.
+
+    Args:
+        mixing: the mixture's settings.
+        config: Megatron's; gives h, the initialisation and sequence parallelism.
+        tp_group: the ranks that share the layer's columns (for an expert, its expert-tensor-parallel group).
+        layout: how the layer's input lies over those ranks.
+        expert_parameters: whether gradients are reduced over the expert-data-parallel group, as the experts' are.
+    """
+
+    def __init__(
+        self,
+        mixing: MixingConfig,
+        config: TransformerConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        layout: InputLayout,
+        expert_parameters: bool = False,
+    ) -> None:
+        super().__init__()
+        self.mixing = mixing
+        self.config = config
+        self.tp_group = tp_group
+        self.layout = layout
+        self.expert_parameters = expert_parameters
+        # Set by megatron_moa.monitor while it records; called with the coefficients, [..., n] or [n].
+        self.observer: Callable[[Tensor], None] | None = None
+
+    def _new_parameter(self, *shape: int) -> Parameter:
+        device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
+        parameter = Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        parameter.requires_grad = not self.mixing.freeze
+        parameter.allreduce = not self.expert_parameters
+        return parameter
+
+    @torch.no_grad()
+    def _fill(self, parameter: Parameter, scale: float) -> None:
+        values = torch.tensor(list(self.mixing.start_values()), dtype=torch.float32)
+        parameter.copy_(values * scale)
+
+    def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Identity forward; backward sums the gradient over the tensor-parallel ranks."""
+        return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
+
+    def _observe(self, coefficients: Tensor) -> None:
+        if self.observer is not None:
+            self.observer(coefficients.detach())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coefficients:
+        """Moves with the model, but stays in float32 when the model is cast to half precision."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """All tensors, as replicas over this layer's own tensor-parallel group (an expert's is not the model's)."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class FreeCoefficients(Coefficients):
+    """LA: the n coefficients are parameters, the same for every token. State: ``value`` [n]."""
+
+    def __init__(self, mixing: MixingConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(mixing, config, *args, **kwargs)
+        self.value = self._new_parameter(mixing.num_coefficients)
+        self._fill(self.value, coefficient_scale(mixing, config))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[n], whatever the input; its gradient is summed over the tensor-parallel ranks."""
+        del hidden_states
+        self._observe(self.value)
+        return self._summed_over_ranks(self.value)
+
+
+class GateCoefficients(Coefficients):
+    """MoA: c(x) = psi(u x + b), or a psi_hat(u x + b) with learned amplitude (reference.gate).
+
+    State: ``weight`` u [n, h]; ``bias`` b [n] with ``--moa-gate-bias``; ``amplitude`` a [n] with
+    ``--moa-amplitude learned``; ``scale`` [1], a constant, with ``--moa-init-scale swiglu`` and fixed amplitude.
+    """
+
+    def __init__(
+        self,
+        mixing: MixingConfig,
+        config: TransformerConfig,
+        *args: object,
+        input_size: int | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(mixing, config, *args, **kwargs)
+        n = mixing.num_coefficients
+        self.weight = self._new_parameter(n, input_size or config.hidden_size)
+        self.bias = self._new_parameter(n) if mixing.gate_bias else None
+        self.amplitude = self._new_parameter(n) if mixing.amplitude == "learned" else None
+        if config.perform_initialization:
+            config.init_method(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+        scale = coefficient_scale(mixing, config)
+        if self.amplitude is not None:
+            self._fill(self.amplitude, scale)
+        elif mixing.init_scale == "swiglu":
+            self.register_buffer("scale", torch.tensor([scale], device=self.weight.device))
+        if self.layout is InputLayout.SEQUENCE_SHARD:
+            # Each rank sees its tokens only; Megatron sums the gradients of parameters marked so.
+            for parameter in self.parameters():
+                parameter.sequence_parallel = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Coefficients of every token fc1 sees.
+
+        Args:
+            hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
+
+        Returns:
+            [s, b, n] or [tokens, n], float32 (float64 for float64 parameters).
+        """
+        weight, bias, amplitude = self.weight, self.bias, self.amplitude
+        if self.layout is InputLayout.DISPATCHED:
+            # The dispatcher sums the input's gradient over ranks, so it must stay partial: sum the parameters' own.
+            weight, bias, amplitude = (
+                None if parameter is None else self._summed_over_ranks(parameter)
+                for parameter in (weight, bias, amplitude)
+            )
+        logits = _Float32Linear.apply(hidden_states, weight)
+        if bias is not None:
+            logits = logits + bias
+        coefficients = reference.gate(logits, self.mixing, amplitude)
+        if "scale" in self._buffers:
+            coefficients = coefficients * self.scale
+        self._observe(coefficients)
+        if self.layout is InputLayout.REPLICATED:
+            return self._summed_over_ranks(coefficients)
+        if self.layout is InputLayout.SEQUENCE_SHARD:
+            # [s/p, b, n] -> [s, b, n]; backward reduce-scatters, which completes the partial sums.
+            return gather_from_sequence_parallel_region(
+                coefficients, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        return coefficients
+
+
+class _Float32Linear(torch.autograd.Function):
+    """x @ weight.T in the weight's dtype (float32), saving x as it came: no float32 copy of x is kept."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.nn.functional.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad_x = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+def build_coefficients(
+    mixing: MixingConfig,
+    config: TransformerConfig,
+    tp_group: torch.distributed.ProcessGroup,
+    *,
+    is_expert: bool,
+    dispatched: bool,
+    input_size: int | None = None,
+) -> Coefficients:
+    """The coefficients of one feed-forward layer or one expert, parallel as its fc1 is.
+
+    Args:
+        is_expert: a routed expert.
+        dispatched: the input was gathered, and its gradient is summed, outside the layer (routed experts, and
+            shared experts overlapped with the dispatcher).
+        input_size: h, where it is not the model's.
+    """
+    if dispatched:
+        layout = InputLayout.DISPATCHED
+    elif config.sequence_parallel and tp_group.size() > 1:
+        layout = InputLayout.SEQUENCE_SHARD
+    else:
+        layout = InputLayout.REPLICATED
+    # The rule by which Megatron's own expert weights choose their data-parallel group (tensor_parallel/layers.py).
+    expert_parameters = is_expert and (
+        config.expert_model_parallel_size > 1
+        or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+    )
+    if mixing.mixing == "la":
+        return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters)
+    return GateCoefficients(mixing, config, tp_group, layout, expert_parameters, input_size=input_size)
+
+
+def extra_parameters(mixing: MixingConfig, hidden_size: int) -> int:
+    """How many parameters the mixture adds to one layer (or one expert) of width h."""
+    n = mixing.num_coefficients
+    if mixing.mixing == "la":
+        return n
+    return n * hidden_size + n * mixing.gate_bias + n * (mixing.amplitude == "learned")

@@ -1,0 +1,186 @@
+"""The ``compile`` backend: forward and backward of the mixture, each fused into one function by torch.compile.
+
+Autograd would save every activation of the dictionary, K tensors of fc1's size. Here only what came in is saved
+(fc1's output, the coefficients, bias and scale); backward computes the activations again, inside the fused function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+
+import torch
+from torch import Tensor
+
+from megatron_moa import reference
+from megatron_moa.activations import ACTIVATIONS
+from megatron_moa.config import MixingConfig
+
+
+def mixed_activation(
+    preactivation: Tensor,
+    coefficients: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None = None,
+    per_token_scale: Tensor | None = None,
+) -> Tensor:
+    """See :func:`megatron_moa.functional.mixed_activation`."""
+    tokens = preactivation.shape[:-1]
+    if tokens.numel() <= 1:
+        # A compiled function specialises to sizes 0 and 1: not worth compiling for what costs nothing.
+        return reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
+    mixed = _Mixture.apply(
+        preactivation.flatten(0, -2),
+        coefficients.flatten(0, -2) if coefficients.dim() > 1 else coefficients,
+        None if per_token_scale is None else per_token_scale.flatten(),
+        bias,
+        mixing.form,
+        mixing.activations,
+    )
+    return mixed.unflatten(0, tokens)
+
+
+class _Mixture(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        z: Tensor,  # [t, f] or [t, 2f]
+        coefficients: Tensor,  # [t, n] or [n]
+        scale: Tensor | None,  # [t]
+        bias: Tensor | None,  # [f] or [2f]
+        form: str,
+        activations: tuple[str, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(z, coefficients, scale, bias)
+        ctx.mixture = (form, activations)
+        _let_token_count_vary(z, coefficients, scale)
+        return _compiled_forward(form, activations)(z, coefficients, scale, bias)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, coefficients, scale, bias = ctx.saved_tensors
+        _let_token_count_vary(z, coefficients, scale, grad)
+        needed = tuple(ctx.needs_input_grad[:4])
+        grads = _compiled_backward(*ctx.mixture, needed)(grad, z, coefficients, scale, bias)
+        return (*grads, None, None)
+
+
+def _let_token_count_vary(*tensors: Tensor | None) -> None:
+    """Tells the compiler that the first size changes from call to call (a MoE's tokens), so it compiles once."""
+    for tensor in tensors:
+        if tensor is not None and (tensor.dim() > 1 or tensor is tensors[-1]):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+@functools.cache
+def _compiled_forward(form: str, activations: tuple[str, ...]) -> Callable[..., Tensor]:
+    def forward(z: Tensor, coefficients: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        mixture = _evaluate(form, activations, z, coefficients, bias)
+        out = mixture.out if scale is None else mixture.out * scale.to(mixture.out.dtype)[:, None]
+        return out.to(z.dtype)
+
+    return _compile(forward, "mixture_forward", form)
+
+
+@functools.cache
+def _compiled_backward(
+    form: str, activations: tuple[str, ...], needed: tuple[bool, bool, bool, bool]
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """``needed`` says for which of (z, coefficients, scale, bias) a gradient is asked."""
+    need_z, need_coefficients, need_scale, need_bias = needed
+
+    def backward(
+        grad: Tensor, z: Tensor, coefficients: Tensor, scale: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        mixture = _evaluate(form, activations, z, coefficients, bias)
+        grad = grad.to(mixture.out.dtype)
+        grad_scale = (grad * mixture.out).sum(-1).to(scale.dtype) if need_scale else None
+        if scale is not None:
+            grad = grad * scale.to(grad.dtype)[:, None]
+        grad_z = grad_bias = grad_coefficients = None
+        if need_z or need_bias:
+            exact = torch.cat([grad * partial for partial in mixture.partials()], dim=-1)
+            grad_z = exact.to(z.dtype)
+            grad_bias = exact.sum(0).to(bias.dtype) if need_bias else None
+        if need_coefficients:
+            # One row per token, no atomics; LA's then summed over tokens in a second step.
+            rows = torch.stack([(grad * term).sum(-1) for term in mixture.terms()], dim=-1)  # [t, n]
+            grad_coefficients = (rows if coefficients.dim() > 1 else rows.sum(0)).to(coefficients.dtype)
+        return grad_z, grad_coefficients, grad_scale, grad_bias
+
+    return _compile(backward, "mixture_backward", form)
+
+
+@dataclass
+class _Evaluated:
+    """The mixture at one point: its value, and on demand its partial derivatives.
+
+    Attributes:
+        out: [t, f]
+        partials: d out / d z, one [t, f] for each of fc1's halves.
+        terms: d out / d c_i, n tensors [t, f].
+    """
+
+    out: Tensor
+    partials: Callable[[], list[Tensor]]
+    terms: Callable[[], list[Tensor]]
+
+
+def _evaluate(
+    form: str, activations: tuple[str, ...], z: Tensor, coefficients: Tensor, bias: Tensor | None
+) -> _Evaluated:
+    compute_dtype = torch.promote_types(z.dtype, torch.float32)
+    z = z.to(compute_dtype)
+    if bias is not None:
+        z = z + bias.to(compute_dtype)
+    c = [column.unsqueeze(-1) for column in coefficients.to(compute_dtype).unbind(-1)]
+    k = len(activations)
+
+    def values(x: Tensor) -> list[Tensor]:
+        return [ACTIVATIONS[name].value(x) for name in activations]
+
+    def derivatives(x: Tensor) -> list[Tensor]:
+        return [ACTIVATIONS[name].derivative(x) for name in activations]
+
+    if form == "type1":
+        return _Evaluated(_dot(c, values(z)), lambda: [_dot(c, derivatives(z))], lambda: values(z))
+
+    z1, z2 = z.chunk(2, dim=-1)
+    if form == "one-sided":
+        first = _dot(c, values(z1))
+        return _Evaluated(
+            first * z2,
+            lambda: [_dot(c, derivatives(z1)) * z2, first],
+            lambda: [value * z2 for value in values(z1)],
+        )
+    if form == "bi-sided":
+        first, second = _dot(c[:k], values(z1)), _dot(c[k:], values(z2))
+        return _Evaluated(
+            first * second,
+            lambda: [_dot(c[:k], derivatives(z1)) * second, first * _dot(c[k:], derivatives(z2))],
+            lambda: [value * second for value in values(z1)] + [first * value for value in values(z2)],
+        )
+    rows = [c[i * k : (i + 1) * k] for i in range(k)]  # quadratic: c_kl, row-major
+    by_first = [_dot(row, values(z2)) for row in rows]  # sum_l c_kl sigma_l(z2), one for each k
+    by_second = [_dot(column, values(z1)) for column in zip(*rows, strict=True)]
+    return _Evaluated(
+        _dot(by_first, values(z1)),
+        lambda: [_dot(by_first, derivatives(z1)), _dot(by_second, derivatives(z2))],
+        lambda: [first * second for first in values(z1) for second in values(z2)],
+    )
+
+
+def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+    total = weights[0] * tensors[0]
+    for weight, tensor in zip(weights[1:], tensors[1:], strict=True):
+        total = total + weight * tensor
+    return total
+
+
+def _compile(function: Callable[..., object], name: str, form: str) -> Callable[..., object]:
+    """torch.compile with a code object of its own, so that forms do not share (and exhaust) one recompile limit."""
+    code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
+    own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+    return torch.compile(own, fullgraph=True)

@@ -1,0 +1,103 @@
+"""``mixed_activation``: one call for all forms and backends; checks shapes, then picks the backend."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+import sysconfig
+
+import torch
+from torch import Tensor
+
+from megatron_moa import compiled, reference
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def mixed_activation(
+    preactivation: Tensor,
+    coefficients: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None = None,
+    per_token_scale: Tensor | None = None,
+) -> Tensor:
+    """Mixes the dictionary's activations of fc1's output (equations in :func:`megatron_moa.reference.mix`).
+
+    Args:
+        preactivation: fc1's output, [..., f] for type1, else [..., 2f] (activated branch first); bf16, fp16, fp32
+            or fp64.
+        coefficients: [..., n] per token (MoA) or [n] for all tokens (LA).
+        mixing: form, dictionary and backend.
+        bias: fc1's bias, [f] or [2f], added before the activations.
+        per_token_scale: [...], multiplies each token's result (a router's probability).
+
+    Returns:
+        [..., f] in preactivation's dtype; half precision is computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        UserError: a backend that is not there.
+    """
+    _check_shapes(preactivation, coefficients, mixing, bias, per_token_scale)
+    backend = resolve_backend(mixing.backend, preactivation.device.type)
+    implementation = compiled if backend == "compile" else reference
+    return implementation.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
+
+
+def _check_shapes(
+    preactivation: Tensor,
+    coefficients: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None,
+    per_token_scale: Tensor | None,
+) -> None:
+    tokens, width = preactivation.shape[:-1], preactivation.shape[-1]
+    if mixing.gated and width % 2:
+        raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixing.form} needs two halves, [..., 2f]")
+    n = mixing.num_coefficients
+    if coefficients.shape not in ((n,), (*tokens, n)):
+        raise ValueError(
+            f"coefficients {tuple(coefficients.shape)}: {mixing.form} over {mixing.num_activations} activations "
+            f"needs [{n}] or {[*tokens, n]} for preactivation {tuple(preactivation.shape)}"
+        )
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"bias {tuple(bias.shape)}: needs [{width}], preactivation's last size")
+    if per_token_scale is not None and per_token_scale.shape != tokens:
+        raise ValueError(f"per_token_scale {tuple(per_token_scale.shape)}: needs {list(tokens)}, one per token")
+
+
+@functools.cache
+def resolve_backend(backend: str, device_type: str) -> str:
+    """The backend that runs: ``auto`` takes ``compile``, or ``eager`` where no compiler is found, and logs which.
+
+    Raises:
+        UserError: for a backend asked for by name that is not there.
+    """
+    if backend == "triton":
+        raise UserError("--moa-backend triton: this version has no Triton kernels; take --moa-backend compile")
+    if backend == "eager":
+        return backend
+    missing = _missing_compiler(device_type)
+    if missing is None:
+        return "compile"
+    if backend == "compile":
+        raise UserError(f"--moa-backend compile: {missing}; install it, or take --moa-backend eager")
+    logger.warning("mixture of activations: %s, so it runs in eager PyTorch (slower, more memory)", missing)
+    return "eager"
+
+
+def _missing_compiler(device_type: str) -> str | None:
+    """What torch.compile lacks on this kind of device, or None."""
+    if device_type == "cuda":
+        return None if importlib.util.find_spec("triton") else "torch.compile needs the package triton on GPUs"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name):
+        return "torch.compile needs a C++ compiler (g++ or clang++) on PATH"
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    if not os.path.exists(header):
+        return "torch.compile needs Python's headers (python3-dev)"
+    return None

@@ -1,0 +1,235 @@
+"""Megatron layer specs whose feed-forward layers mix activations: the stock spec with its mlp slot swapped.
+
+Usable from Megatron's own script, ``--spec megatron_moa.layer_specs moa_layer_spec``, and from ``MixedGPTModelConfig``
+(megatron_moa.model), which also reaches the layers of multi-token prediction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moa.config import MixingConfig, resolve_form
+from megatron_moa.errors import UserError
+from megatron_moa.experts import MixedSequentialMLP, MixedSharedExpertMLP
+from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
+from megatron_moa.torch_modules import TorchAttention, TorchNorm
+
+if HAVE_TE:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+    )
+
+Builder = Callable[..., Any]
+
+# What acts on the activation step, which the mixture owns: (attribute, neutral value, flag).
+_REFUSED_WITH_MIXTURE = (
+    ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
+    ("activation_func_fp8_input_store", False, "--activation-func-fp8-input-store"),
+    ("glu_linear_offset", 0.0, "--glu-linear-offset"),
+    ("moe_grouped_gemm", False, "--moe-grouped-gemm"),
+    ("moe_mlp_glu_interleave_size", None, "--moe-mlp-glu-interleave-size"),
+    ("use_fused_weighted_squared_relu", False, "--use-fused-weighted-squared-relu"),
+    ("use_grouped_gemm_for_dense_mlp", False, "--use-grouped-gemm-for-dense-mlp"),
+    ("use_grouped_gemm_for_shared_expert", False, "--use-grouped-gemm-for-shared-expert"),
+    ("use_te_activation_func", False, "--use-te-activation-func"),
+    ("use_transformer_engine_op_fuser", False, "--use-transformer-engine-op-fuser"),
+)
+
+
+def moa_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The paper's MoA with default settings: bi-sided with a gated linear unit, else type1."""
+    return _named_layer_spec("moa", config, vp_stage)
+
+
+def la_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """LA with default settings: bi-sided with a gated linear unit, else type1."""
+    return _named_layer_spec("la", config, vp_stage)
+
+
+def _named_layer_spec(mixing: str, config: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+    transformer = transformer_config(config)
+    if transformer.mtp_num_layers:
+        # Megatron's builder makes the layers of multi-token prediction from the stock spec, whatever --spec says.
+        raise UserError(
+            f"--mtp-num-layers {transformer.mtp_num_layers}: --spec does not reach these layers; "
+            "train with pretrain_gpt_moa.py, which does"
+        )
+    form = resolve_form("auto", transformer.gated_linear_unit)
+    return layer_spec(config, MixingConfig(mixing=mixing, form=form), vp_stage)
+
+
+def transformer_config(config: Any) -> TransformerConfig:
+    """The TransformerConfig itself, or the one inside a GPTModelConfig: Megatron's scripts pass either."""
+    return config if isinstance(config, TransformerConfig) else config.transformer
+
+
+def layer_spec(config: Any, mixing: MixingConfig | None, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The decoder's spec on this pipeline stage, for the config at hand: dense, MoE, GQA, q/k norm, MLA.
+
+    Args:
+        config: TransformerConfig or GPTModelConfig.
+        mixing: the mixture; None leaves the feed-forward layers stock (norm and attention still work without
+            Transformer Engine and Apex).
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        UserError: for a Megatron setting the mixture cannot serve.
+    """
+    config = transformer_config(config)
+    check_supported(config, mixing)
+    block = get_gpt_decoder_block_spec(config, **_stock_arguments(config), vp_stage=vp_stage)
+    return dataclasses.replace(
+        block,
+        layer_specs=[_mixed_layer(layer, mixing) for layer in block.layer_specs],
+        layer_norm=_without_apex(block.layer_norm),
+    )
+
+
+def mtp_spec(
+    config: Any, mixing: MixingConfig | None, vp_stage: int | None = None
+) -> MultiTokenPredictionBlockSubmodules | None:
+    """The spec of multi-token prediction's layers on this pipeline stage; None where there are none."""
+    config = transformer_config(config)
+    if not config.mtp_num_layers:
+        return None
+    stock = _stock_arguments(config)
+    last_layer = get_gpt_decoder_layer_specs(config, **stock, vp_stage=vp_stage)[-1]
+    block = get_gpt_mtp_block_spec(
+        config,
+        _mixed_layer(last_layer, mixing),
+        use_transformer_engine=stock["use_transformer_engine"],
+        vp_stage=vp_stage,
+    )
+    if block is None:
+        return None
+    layers = [dataclasses.replace(layer, submodules=_swap_slots(layer.submodules)) for layer in block.layer_specs]
+    return dataclasses.replace(block, layer_specs=layers)
+
+
+def check_supported(config: TransformerConfig, mixing: MixingConfig | None) -> None:
+    """Refuses Megatron settings that would silently change, or bypass, what was asked for."""
+    if config.transformer_impl == "inference_optimized":
+        raise UserError("--transformer-impl inference_optimized: is not for training; take transformer_engine or local")
+    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise UserError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "install it, or take --transformer-impl local"
+        )
+    for attribute in ("experimental_attention_variant", "heterogeneous_block_specs"):
+        if getattr(config, attribute, None):
+            flag = "--" + attribute.replace("_", "-")
+            raise UserError(f"{flag} {getattr(config, attribute)}: not supported; drop the flag")
+    if mixing is None:
+        return
+    if mixing.gated != config.gated_linear_unit:
+        resolve_form(mixing.form, config.gated_linear_unit)
+    for attribute, neutral, flag in _REFUSED_WITH_MIXTURE:
+        value = getattr(config, attribute, neutral)
+        if value != neutral:
+            shown = flag if value is True else f"{flag} {value}"
+            raise UserError(f"{shown}: acts on the activation step, which the mixture replaces; drop the flag")
+
+
+def _stock_arguments(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "use_transformer_engine": config.transformer_impl == "transformer_engine",
+        "normalization": config.normalization,
+        "qk_l2_norm": config.qk_l2_norm,
+    }
+
+
+def _mixed_layer(layer: ModuleSpec, mixing: MixingConfig | None) -> ModuleSpec:
+    submodules = _swap_slots(layer.submodules)
+    if mixing is not None:
+        submodules = dataclasses.replace(submodules, mlp=_mixed_mlp(submodules.mlp, mixing))
+        if mixing.mixing == "moa" and _norm_is_inside_fc1(submodules.mlp):
+            submodules = _with_norm_before_mlp(submodules)
+    return dataclasses.replace(layer, submodules=submodules)
+
+
+def _mixed_mlp(mlp: functools.partial, mixing: MixingConfig) -> functools.partial:
+    """The builder in a layer's mlp slot (dense or MoE) with our classes in place of Megatron's."""
+    builder = getattr(mlp, "func", mlp)
+    if builder == MLP.as_mlp_submodule:
+        return functools.partial(MixedMLP.as_mlp_submodule, submodules=_mixed_submodules(mlp, mixing))
+    if builder is MoELayer:
+        moe: MoESubmodules = mlp.keywords["submodules"]
+        experts = getattr(moe.experts, "func", moe.experts)
+        if experts is SequentialMLP:
+            mixed = dataclasses.replace(
+                moe,
+                experts=functools.partial(MixedSequentialMLP, submodules=_mixed_submodules(moe.experts, mixing)),
+                shared_experts=functools.partial(
+                    MixedSharedExpertMLP, submodules=_mixed_submodules(moe.shared_experts, mixing)
+                ),
+            )
+            return functools.partial(MoELayer, submodules=mixed)
+        builder = experts
+    raise UserError(f"--moa-mixing {mixing.mixing}: no mixture for {builder}; take --moa-mixing none")
+
+
+def _mixed_submodules(builder: functools.partial, mixing: MixingConfig) -> MixedMLPSubmodules:
+    stock = builder.keywords["submodules"]
+    return MixedMLPSubmodules(linear_fc1=stock.linear_fc1, linear_fc2=stock.linear_fc2, mixing=mixing)
+
+
+def _norm_is_inside_fc1(mlp: functools.partial) -> bool:
+    submodules = mlp.keywords["submodules"]
+    return HAVE_TE and getattr(submodules, "linear_fc1", None) is TELayerNormColumnParallelLinear
+
+
+def _with_norm_before_mlp(submodules: Any) -> Any:
+    """Takes the norm out of Transformer Engine's fused norm + fc1: the gates need the normalised input too.
+
+    Checkpoint keys stay those of the fused module.
+    """
+    mlp_submodules = dataclasses.replace(submodules.mlp.keywords["submodules"], linear_fc1=TEColumnParallelLinear)
+    keys = {**submodules.sharded_state_dict_keys_map, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+    return dataclasses.replace(
+        submodules,
+        pre_mlp_layernorm=TENorm,
+        mlp=functools.partial(submodules.mlp.func, submodules=mlp_submodules),
+        sharded_state_dict_keys_map=keys,
+    )
+
+
+def _without_apex(module: Any) -> Any:
+    """Megatron's plain-torch norm refuses sequence parallelism, its attention keeps s x s scores: ours do neither."""
+    return {WrappedTorchNorm: TorchNorm, DotProductAttention: TorchAttention}.get(module, module)
+
+
+def _swap_slots(submodules: Any) -> Any:
+    """A copy of a submodules dataclass with norms and core attention swapped, at every depth."""
+    if not dataclasses.is_dataclass(submodules):
+        return submodules
+    changes = {}
+    for field in dataclasses.fields(submodules):
+        value = getattr(submodules, field.name)
+        if isinstance(value, ModuleSpec):
+            changes[field.name] = dataclasses.replace(
+                value, module=_without_apex(value.module), submodules=_swap_slots(value.submodules)
+            )
+        elif isinstance(value, type):
+            changes[field.name] = _without_apex(value)
+    return dataclasses.replace(submodules, **changes)

@@ -1,0 +1,91 @@
+"""The dense feed-forward layer: Megatron's MLP with its activation step replaced by the mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
+from megatron.core.utils import nvtx_range_pop, nvtx_range_push
+from torch import Tensor
+
+from megatron_moa.coefficients import build_coefficients
+from megatron_moa.config import MixingConfig
+from megatron_moa.functional import mixed_activation
+
+
+@dataclass(kw_only=True)
+class MixedMLPSubmodules(MLPSubmodules):
+    """Megatron's submodules plus the mixture's settings: the spec carries them, so constructors stay Megatron's."""
+
+    mixing: MixingConfig
+
+
+class MixedMLP(MLP):
+    """MLP whose activation mixes a dictionary of activations (docs/mixture.md).
+
+    State: Megatron's ``linear_fc1`` and ``linear_fc2`` unchanged, and ``coefficients`` (megatron_moa.coefficients).
+    Arguments are those of Megatron's MLP.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MixedMLPSubmodules,
+        is_expert: bool = False,
+        input_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, is_expert=is_expert, input_size=input_size, **kwargs)
+        self.mixing = submodules.mixing
+        self.coefficients = build_coefficients(
+            self.mixing,
+            self.config,
+            self.tp_group,
+            is_expert=is_expert,
+            dispatched=is_expert,
+            input_size=self.config.moe_latent_size if is_expert and self.config.moe_latent_size else self.input_size,
+        )
+
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """fc1, mixture, fc2.
+
+        Args:
+            hidden_states: [s, b, h], or an expert's tokens [t, h]; the normalised input.
+            per_token_scale: [t], a router's probabilities; multiplied inside the mixture.
+            kwargs: what Megatron passes to every MLP and a dense one ignores (``padding_mask``).
+
+        Returns:
+            The output, shaped as hidden_states, and fc2's bias, still to be added (None where there is none).
+        """
+        del kwargs
+        activated = self.fc1_and_mixture(hidden_states, per_token_scale)  # [s, b, f/p]
+        nvtx_range_push(suffix="linear_fc2")
+        output, output_bias = apply_module(self.linear_fc2)(activated)  # [s, b, h]
+        nvtx_range_pop(suffix="linear_fc2")
+        if per_token_scale is not None and output_bias is not None:
+            # An expert's bias is weighted by the router too, so it is added here rather than with the residual.
+            output = output + output_bias * per_token_scale.unsqueeze(-1).to(output.dtype)
+            output_bias = None
+        return output, output_bias
+
+    def fc1_and_mixture(self, hidden_states: Tensor, per_token_scale: Tensor | None = None) -> Tensor:
+        """The input of fc2: [s, b, f/p] for hidden_states [s, b, h] ([s/p, b, h] under sequence parallelism)."""
+        nvtx_range_push(suffix="linear_fc1")
+        preactivation, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, f/p], gated [s, b, 2f/p]
+        nvtx_range_pop(suffix="linear_fc1")
+        nvtx_range_push(suffix="mixture")
+        coefficients = self.coefficients(hidden_states)  # [s, b, n] or [n]
+        activated = mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
+        nvtx_range_pop(suffix="mixture")
+        return activated
+
+
+def mixture_modules(model: torch.nn.Module) -> list[MixedMLP]:
+    """All mixed feed-forward layers of a model (each expert is one), in the model's order."""
+    return [module for module in model.modules() if isinstance(module, MixedMLP)]

@@ -1,0 +1,183 @@
+"""Building the GPT model with mixed feed-forward layers, and reading off it what was built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_moa.coefficients import Coefficients
+from megatron_moa.config import MixingConfig
+from megatron_moa.experts import MixedSequentialMLP
+from megatron_moa.functional import resolve_backend
+from megatron_moa.init_scale import output_scale, preactivation_std
+from megatron_moa.layer_specs import layer_spec, mtp_spec
+from megatron_moa.mlp import MixedMLP
+
+# GPTModelConfig's attributes that GPTModel takes under the same name.
+_SAME_NAME = (
+    "fp16_lm_cross_entropy",
+    "parallel_output",
+    "share_embeddings_and_output_weights",
+    "position_embedding_type",
+    "rotary_percent",
+    "rotary_base",
+    "rope_scaling",
+    "rope_scaling_factor",
+    "scatter_embedding_sequence_parallel",
+    "seq_len_interpolation_factor",
+)
+
+
+@dataclass(kw_only=True)
+class MixedGPTModelConfig(GPTModelConfig):
+    """Megatron's GPTModelConfig plus the mixture's settings (None: stock feed-forward layers)."""
+
+    builder: ClassVar[str] = "megatron_moa.model.MixedGPTModelBuilder"
+    mixing: MixingConfig | None = None
+
+
+class MixedGPTModelBuilder(GPTModelBuilder):
+    """Builds GPTModel from our specs; Megatron's builder would give multi-token prediction the stock layer."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """One pipeline stage (one virtual stage) of the model; arguments as in Megatron's GPTModelBuilder."""
+        config: MixedGPTModelConfig = self._model_config
+        stage = {"vp_stage": vp_stage, "vp_size": config.transformer.virtual_pipeline_model_parallel_size}
+        if pre_process is None:
+            pre_process = is_vp_first_stage(**stage) and is_pp_first_stage(pg_collection.pp)
+        if post_process is None:
+            post_process = is_vp_last_stage(**stage) and is_pp_last_stage(pg_collection.pp)
+        vocab_size = config.vocab_size
+        if config.should_pad_vocab:
+            vocab_size = calculate_padded_vocab_size(
+                vocab_size, config.make_vocab_size_divisible_by, config.transformer.tensor_model_parallel_size
+            )
+        return GPTModel(
+            config=config.transformer,
+            transformer_layer_spec=layer_spec(config, config.mixing, vp_stage),
+            mtp_block_spec=mtp_spec(config, config.mixing, vp_stage),
+            vocab_size=vocab_size,
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            **{name: getattr(config, name) for name in _SAME_NAME},
+        )
+
+
+@dataclass(frozen=True)
+class MixtureReport:
+    """What a built model holds, over all ranks.
+
+    Attributes:
+        layers: mixed feed-forward layers, each expert counted as one.
+        parameters: all of the model's.
+        extra_parameters: those of gates, amplitudes and LA coefficients.
+    """
+
+    layers: int
+    parameters: int
+    extra_parameters: int
+
+    @property
+    def extra_percent(self) -> float:
+        """The mixture's share, in per cent of what the model has without it."""
+        return 100 * self.extra_parameters / (self.parameters - self.extra_parameters)
+
+
+def report_mixture(models: list[MegatronModule], mixing: MixingConfig | None) -> list[MegatronModule]:
+    """Checks that what was asked for was built, prints it in one line, and returns the models as they came."""
+    check_mixture(models, mixing)
+    report = measure_mixture(models)
+    if torch.distributed.get_rank() != 0:
+        return models
+    if mixing is None:
+        print(f"> mixture of activations: none, stock feed-forward layers, {report.parameters:,} parameters", flush=True)
+        return models
+    config = next(model.config for model in models)
+    backend = resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
+    line = (
+        f"> mixture of activations: {mixing.describe()}, {backend} backend, "
+        f"{report.layers} layers, {report.extra_parameters:,} extra parameters "
+        f"({report.extra_percent:.4f} % of {report.parameters - report.extra_parameters:,})"
+    )
+    if mixing.init_scale == "mixture" and config.init_method is not torch.nn.init.xavier_uniform_:
+        fixed = "SwiGLU" if mixing.gated else "GELU"
+        line += f", output at step 0 about {output_scale(mixing, preactivation_std(config)):.1f} x {fixed}'s"
+    print(line, flush=True)
+    return models
+
+
+def check_mixture(models: list[MegatronModule], mixing: MixingConfig | None) -> None:
+    """Every feed-forward layer on this rank is of the class asked for, with the settings asked for.
+
+    Raises:
+        RuntimeError: the model has a stock feed-forward layer where a mixture was asked for, or the other way round.
+    """
+    for model in models:
+        for name, module in model.named_modules():
+            if isinstance(module, MLP) and isinstance(module, MixedMLP) != (mixing is not None):
+                raise RuntimeError(f"{name} was built as {type(module).__name__}, asked for was mixing {mixing}")
+            if isinstance(module, MixedMLP) and module.mixing != mixing:
+                raise RuntimeError(f"{name} was built with {module.mixing}, asked for was {mixing}")
+            is_stock = isinstance(module, SequentialMLP | TEGroupedMLP) and not isinstance(module, MixedSequentialMLP)
+            if mixing is not None and is_stock:
+                raise RuntimeError(f"{name} was built as {type(module).__name__}, asked for was mixing {mixing}")
+
+
+def measure_mixture(models: list[MegatronModule]) -> MixtureReport:
+    """Counts over all ranks (one collective): a tensor held by r ranks counts 1/r on each of them."""
+    counts = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    for model in models:
+        mixture_parameters = {
+            id(parameter)
+            for module in model.modules()
+            if isinstance(module, Coefficients)
+            for parameter in module.parameters()
+        }
+        for module in model.modules():
+            if isinstance(module, MixedMLP):
+                counts[0] += 1 / _replicas(next(module.coefficients.parameters()))
+        for parameter in model.parameters():
+            if getattr(parameter, "shared", False):
+                continue  # the last pipeline stage's copy of a tied embedding
+            counts[1] += parameter.numel() / _replicas(parameter)
+            if id(parameter) in mixture_parameters:
+                counts[2] += parameter.numel() / _replicas(parameter)
+    torch.distributed.all_reduce(counts)
+    return MixtureReport(*(round(count) for count in counts.tolist()))
+
+
+def _replicas(parameter: torch.nn.Parameter) -> int:
+    """How many ranks hold this tensor (or, of a tensor-parallel weight, this shard of it)."""
+    is_expert = not getattr(parameter, "allreduce", True)
+    if is_expert:
+        copies = parallel_state.get_expert_data_parallel_group().size()
+        tensor_parallel = parallel_state.get_expert_tensor_parallel_group().size()
+    else:
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True).size()
+        tensor_parallel = parallel_state.get_tensor_model_parallel_group().size()
+    return copies if getattr(parameter, "tensor_model_parallel", False) else copies * tensor_parallel

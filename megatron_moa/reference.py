@@ -1,0 +1,126 @@
+"""The mixture in plain PyTorch: the paper's equations (arXiv 2605.26647), and the specification of every backend.
+
+Notation of docs/mixture.md: K activations sigma_k, n coefficients, h the model's width, f the FFN's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_moa.activations import ACTIVATIONS
+from megatron_moa.config import MixingConfig
+
+
+def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) -> Tensor:
+    """Coefficients from gate logits.
+
+    c_k = psi(l_k), or with amplitudes c_k = a_k psi_hat(l_k), psi_hat scaled so that psi_hat(0) = 1
+    (sigmoid: 2 sigmoid; softmax: its size times softmax; tanh: 1 + tanh).
+
+    Args:
+        logits: [..., n], l_k = u_k x + b_k.
+        mixing: which psi; softmax normalises over a branch's K entries, over all K² of the quadratic form.
+        amplitude: [n], or None for fixed amplitude.
+
+    Returns:
+        [..., n], the dtype of the logits.
+    """
+    if mixing.gate == "sigmoid":
+        psi, at_zero = torch.sigmoid(logits), 0.5
+    elif mixing.gate == "softmax":
+        groups = logits.unflatten(-1, (-1, mixing.softmax_size))
+        psi, at_zero = torch.softmax(groups, dim=-1).flatten(-2), 1 / mixing.softmax_size
+    else:
+        psi, at_zero = torch.tanh(logits), 0.0
+    if amplitude is None:
+        return psi
+    psi_hat = psi / at_zero if at_zero else 1 + psi
+    return amplitude * psi_hat
+
+
+def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
+    """The mixed activation, before the down projection.
+
+    | form | value |
+    | --- | --- |
+    | type1 | sum_k c_k sigma_k(z) |
+    | one-sided | [sum_k c_k sigma_k(z1)] * z2 |
+    | bi-sided | [sum_k c_k sigma_k(z1)] * [sum_l d_l sigma_l(z2)] |
+    | quadratic | sum_kl c_kl sigma_k(z1) sigma_l(z2) |
+
+    Args:
+        preactivation: z [..., f] for type1, else [z1, z2] as [..., 2f], z1 the activated, z2 the linear branch.
+        coefficients: [..., n] per token or [n] for all; bi-sided (c, d), quadratic row-major [K, K].
+
+    Returns:
+        [..., f]
+    """
+    if mixing.form == "type1":
+        return _weighted_sum(preactivation, coefficients, mixing)
+    activated, linear = preactivation.chunk(2, dim=-1)
+    if mixing.form == "one-sided":
+        return _weighted_sum(activated, coefficients, mixing) * linear
+    if mixing.form == "bi-sided":
+        first, second = coefficients.chunk(2, dim=-1)
+        return _weighted_sum(activated, first, mixing) * _weighted_sum(linear, second, mixing)
+    rows = coefficients.unflatten(-1, (mixing.num_activations, mixing.num_activations)).unbind(-2)
+    return sum(
+        ACTIVATIONS[name].value(activated) * _weighted_sum(linear, row, mixing)
+        for name, row in zip(mixing.activations, rows, strict=True)
+    )
+
+
+def _weighted_sum(x: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
+    terms = zip(mixing.activations, coefficients.unbind(-1), strict=True)
+    return sum(coefficient.unsqueeze(-1) * ACTIVATIONS[name].value(x) for name, coefficient in terms)
+
+
+def mixed_activation(
+    preactivation: Tensor,
+    coefficients: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None = None,
+    per_token_scale: Tensor | None = None,
+) -> Tensor:
+    """:func:`mix` of ``preactivation + bias``, times a scale per token: the ``eager`` backend.
+
+    Half precision is computed in float32 and rounded once, at the end, as every backend must.
+    """
+    compute_dtype = torch.promote_types(preactivation.dtype, torch.float32)
+    z = preactivation.to(compute_dtype)
+    if bias is not None:
+        z = z + bias.to(compute_dtype)
+    mixed = mix(z, coefficients.to(compute_dtype), mixing)
+    if per_token_scale is not None:
+        mixed = mixed * per_token_scale.to(compute_dtype).unsqueeze(-1)
+    return mixed.to(preactivation.dtype)
+
+
+def feed_forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    mixing: MixingConfig,
+    *,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    amplitude: Tensor | None = None,
+    coefficients: Tensor | None = None,
+) -> Tensor:
+    """A whole feed-forward layer: f(x) = W2 sigma(W1 x) (Type I) or g(x) = W3 (sigma(W1 x) * W2 x) (Type II).
+
+    Args:
+        x: [..., h], normalised.
+        fc1_weight: [f, h], or [W1; W2] as [2f, h] for the gated forms.
+        fc2_weight: [h, f].
+        gate_weight: u [n, h] (MoA), with gate_bias [n] and amplitude [n] where used.
+        coefficients: [n] (LA), instead of a gate.
+
+    Returns:
+        [..., h]
+    """
+    if coefficients is None:
+        coefficients = gate(F.linear(x, gate_weight, gate_bias), mixing, amplitude)
+    return F.linear(mix(F.linear(x, fc1_weight), coefficients, mixing), fc2_weight)
