@@ -1,0 +1,248 @@
+"""mixed_activation: the equations in float64, gradients by finite differences, backends against the reference."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_moa import functional, reference
+from megatron_moa.activations import ACTIVATIONS
+from megatron_moa.config import FORMS, GATES, MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.functional import mixed_activation
+
+ALL = tuple(ACTIVATIONS)
+# relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
+SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
+
+# Largest error allowed against float64, relative to the largest entry: a few roundings of the output dtype, and for
+# float32 a few times sqrt(width) roundings of the sums.
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def make_inputs(mixing: MixingConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
+    """Random inputs with gradients asked for; coefficients in float32 for half precision, as layers give them."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    width = 2 * f if mixing.gated else f
+    coefficient_dtype = torch.promote_types(dtype, torch.float32)
+    leading = tokens if mixing.mixing == "moa" else ()
+    return {
+        "preactivation": normal(*tokens, width),
+        "coefficients": normal(*leading, mixing.num_coefficients, dtype=coefficient_dtype),
+        "bias": normal(width),
+        "per_token_scale": normal(*tokens, dtype=coefficient_dtype),
+    }
+
+
+def equations(inputs: dict, mixing: MixingConfig) -> Tensor:
+    """The equations of docs/mixture.md, written as loops over tokens' scalars' names and nothing shared."""
+    z = inputs["preactivation"] + inputs["bias"]
+    c = inputs["coefficients"].expand(*z.shape[:-1], -1)
+    names, k = mixing.activations, mixing.num_activations
+    sigma = {name: ACTIVATIONS[name].value for name in names}
+    f = z.shape[-1] // 2
+    if mixing.form == "type1":
+        out = sum(c[..., i, None] * sigma[names[i]](z) for i in range(k))
+    elif mixing.form == "one-sided":
+        out = sum(c[..., i, None] * sigma[names[i]](z[..., :f]) for i in range(k)) * z[..., f:]
+    elif mixing.form == "bi-sided":
+        first = sum(c[..., i, None] * sigma[names[i]](z[..., :f]) for i in range(k))
+        out = first * sum(c[..., k + j, None] * sigma[names[j]](z[..., f:]) for j in range(k))
+    else:
+        pairs = itertools.product(range(k), range(k))
+        out = sum(c[..., k * i + j, None] * sigma[names[i]](z[..., :f]) * sigma[names[j]](z[..., f:]) for i, j in pairs)
+    return out * inputs["per_token_scale"][..., None]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest entry; NaN and unwritten outputs fail."""
+    assert actual.shape == expected.shape
+    if expected.numel() == 0:
+        return 0.0
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_equations_with_every_activation(form: str, mixing_name: str) -> None:
+    mixing = MixingConfig(mixing=mixing_name, form=form, activations=ALL, backend="eager")
+    inputs = make_inputs(mixing, (3, 2), 5)
+    assert relative_error(mixed_activation(mixing=mixing, **inputs), equations(inputs, mixing)) < 1e-12
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_equations_for_each_activation_alone(form: str, name: str) -> None:
+    mixing = MixingConfig(form=form, activations=(name,), backend="eager")
+    inputs = make_inputs(mixing, (7,), 3)
+    assert relative_error(mixed_activation(mixing=mixing, **inputs), equations(inputs, mixing)) < 1e-12
+
+
+@pytest.mark.parametrize("amplitude", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_are_the_equations(gate: str, form: str, amplitude: bool) -> None:
+    learned = {"amplitude": "learned"} if amplitude else {}
+    mixing = MixingConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), **learned)
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(4, mixing.num_coefficients, generator=generator, dtype=torch.float64)
+    a = torch.randn(mixing.num_coefficients, generator=generator, dtype=torch.float64) if amplitude else None
+    actual = reference.gate(logits, mixing, a)
+    size = {"quadratic": 9}.get(form, 3)
+    for token in range(4):
+        for index in range(mixing.num_coefficients):
+            group = logits[token, index // size * size : index // size * size + size]
+            value = logits[token, index]
+            psi, psi_hat = {
+                "sigmoid": (1 / (1 + torch.exp(-value)), 2 / (1 + torch.exp(-value))),
+                "softmax": (torch.exp(value) / torch.exp(group).sum(), size * torch.exp(value) / torch.exp(group).sum()),
+                "tanh": (torch.tanh(value), 1 + torch.tanh(value)),
+            }[gate]
+            expected = a[index] * psi_hat if amplitude else psi
+            torch.testing.assert_close(actual[token, index], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gate_of_zero_logits_is_the_amplitude(gate: str) -> None:
+    mixing = MixingConfig(gate=gate, amplitude="learned")
+    amplitude = torch.linspace(-1, 2, mixing.num_coefficients, dtype=torch.float64)
+    coefficients = reference.gate(torch.zeros(3, mixing.num_coefficients, dtype=torch.float64), mixing, amplitude)
+    torch.testing.assert_close(coefficients, amplitude.expand(3, -1), rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradcheck(form: str, mixing_name: str, backend: str) -> None:
+    activations = SMOOTH[2:5] if form == "quadratic" or backend == "compile" else SMOOTH
+    mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend=backend)
+    inputs = make_inputs(mixing, (4,), 3)
+    assert torch.autograd.gradcheck(lambda z, c, b, s: mixed_activation(z, c, mixing, b, s), tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gradcheck_of_gates(gate: str) -> None:
+    mixing = MixingConfig(gate=gate, amplitude="learned", activations=SMOOTH[:3])
+    logits = torch.randn(3, mixing.num_coefficients, dtype=torch.float64, requires_grad=True)
+    amplitude = torch.randn(mixing.num_coefficients, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a: reference.gate(x, mixing, a), (logits, amplitude))
+    fixed = MixingConfig(gate=gate, activations=SMOOTH[:3])
+    assert torch.autograd.gradcheck(lambda x: reference.gate(x, fixed), (logits,))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("form", "mixing_name"), [("type1", "la"), ("one-sided", "moa"), ("bi-sided", "moa")])
+def test_compiled_backend_equals_the_float64_reference(form: str, mixing_name: str, dtype: torch.dtype) -> None:
+    mixing = MixingConfig(mixing=mixing_name, form=form, backend="compile")
+    inputs = make_inputs(mixing, (5, 3), 37, dtype)
+    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    grad = torch.randn(5, 3, 37, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    out = mixed_activation(mixing=mixing, **inputs)
+    assert out.dtype == dtype
+    out.backward(grad)
+    expected = reference.mixed_activation(mixing=mixing, **exact)
+    expected.backward(grad.double())
+    assert relative_error(out, expected) < TOLERANCES[dtype]
+    for name, tensor in inputs.items():
+        assert tensor.grad.dtype == tensor.dtype
+        assert relative_error(tensor.grad, exact[name].grad) < TOLERANCES[tensor.dtype], name
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_odd_empty_and_strided_inputs(backend: str) -> None:
+    mixing = MixingConfig(activations=("silu", "tanh"), backend=backend)
+    eager = MixingConfig(activations=("silu", "tanh"), backend="eager")
+    for tokens, f in [((0,), 4), ((1,), 4), ((2, 0), 3), ((1, 1), 1), ((3,), 7)]:
+        inputs = make_inputs(mixing, tokens, f, torch.float32)
+        out = mixed_activation(mixing=mixing, **inputs)
+        out.sum().backward()
+        assert out.shape == (*tokens, f)
+        assert relative_error(out, mixed_activation(mixing=eager, **inputs)) < 1e-6
+        assert all(tensor.grad.isfinite().all() for tensor in inputs.values())
+    inputs = make_inputs(mixing, (6,), 4, torch.float32)
+    strided = {
+        "preactivation": torch.randn(8, 12).t()[::2],  # [6, 8], neither contiguous nor dense
+        "coefficients": torch.randn(4, 6).t(),
+        "per_token_scale": torch.randn(12)[::2],
+    }
+    out = mixed_activation(mixing=mixing, **strided)
+    contiguous = {name: tensor.contiguous() for name, tensor in strided.items()}
+    assert relative_error(out, mixed_activation(mixing=eager, **contiguous)) < 1e-6
+
+
+def test_compiled_backend_saves_only_its_inputs() -> None:
+    mixing = MixingConfig(backend="compile")
+    inputs = make_inputs(mixing, (64,), 32, torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda t: t):
+        mixed_activation(mixing=mixing, **inputs)
+    numbers = sum(tensor.numel() for tensor in saved)
+    assert numbers <= sum(tensor.numel() for tensor in inputs.values())
+
+
+def test_changing_token_counts_compile_once() -> None:
+    mixing = MixingConfig(activations=("silu", "relu2"), backend="compile")
+    from torch._dynamo.utils import counters
+
+    def run(tokens: int) -> None:
+        inputs = make_inputs(mixing, (tokens,), 24, torch.float32)
+        mixed_activation(mixing=mixing, **inputs).sum().backward()
+
+    run(48)
+    before = counters["stats"]["unique_graphs"]
+    for tokens in (47, 96, 5, 128, 2):
+        run(tokens)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+@pytest.mark.parametrize("backend", ["eager", "compile"])
+def test_frozen_inputs_get_no_gradient(backend: str) -> None:
+    mixing = MixingConfig(mixing="la", activations=("silu", "relu"), backend=backend)
+    inputs = make_inputs(mixing, (4,), 3, torch.float32)
+    inputs["coefficients"].requires_grad = False
+    inputs["bias"] = inputs["per_token_scale"] = None
+    mixed_activation(mixing=mixing, **inputs).sum().backward()
+    assert inputs["preactivation"].grad is not None and inputs["coefficients"].grad is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preactivation": torch.zeros(3, 5)}, r"preactivation \(3, 5\): bi-sided needs two halves"),
+        ({"coefficients": torch.zeros(3, 6)}, r"coefficients \(3, 6\).*\[4\] or \[3, 4\]"),
+        ({"bias": torch.zeros(7)}, r"bias \(7,\): needs \[8\]"),
+        ({"per_token_scale": torch.zeros(4)}, r"per_token_scale \(4,\): needs \[3\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(change: dict, message: str) -> None:
+    mixing = MixingConfig(activations=("silu", "relu"), backend="eager")
+    inputs = {"preactivation": torch.zeros(3, 8), "coefficients": torch.zeros(3, 4), **change}
+    with pytest.raises(ValueError, match=message):
+        mixed_activation(mixing=mixing, **inputs)
+
+
+def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional.resolve_backend.cache_clear()
+    with pytest.raises(UserError, match="--moa-backend triton: .*--moa-backend compile"):
+        functional.resolve_backend("triton", "cpu")
+    monkeypatch.setattr(functional.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"--moa-backend compile: .*compiler.*--moa-backend eager"):
+        functional.resolve_backend("compile", "cpu")
+    assert functional.resolve_backend("auto", "cpu") == "eager"
+    functional.resolve_backend.cache_clear()
+
+
+def test_one_hot_coefficients_are_swiglu() -> None:
+    mixing = MixingConfig(mixing="la", activations=("gelu", "silu", "identity"), backend="eager")
+    inputs = make_inputs(mixing, (5,), 4, torch.float32)
+    one_hot = torch.tensor([0.0, 1, 0, 0, 0, 1])
+    z = inputs["preactivation"]
+    assert torch.equal(mixed_activation(z, one_hot, mixing), F.silu(z[:, :4]) * z[:, 4:])
