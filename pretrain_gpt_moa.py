@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_moa import cpu
 from megatron_moa.arguments import megatron_checks, parse_arguments
+from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.model import MixedGPTModelConfig, report_mixture
 from megatron_moa.monitor import CoefficientMonitor
@@ -174,13 +175,14 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 datasets_provider.is_distributed = True  # Megatron then calls it on every rank
 
 
-def refuse_unsupported(args: argparse.Namespace) -> None:
-    """Refuses flags of Megatron's own script that this one does not serve."""
+def check(args: argparse.Namespace) -> None:
+    """What this script does not serve, data and tokenizer: checked before anything is set up or written."""
     for name in _REFUSED:
         if getattr(args, name, False):
             raise UserError(f"--{name.replace('_', '-')}: not supported by pretrain_gpt_moa.py; drop the flag")
     if args.spec is not None:
         raise UserError(f"--spec {' '.join(args.spec)}: the layers come from --moa-mixing here; drop one of the two")
+    check_data_arguments(args)
 
 
 def main() -> None:
@@ -191,8 +193,7 @@ def main() -> None:
     cpu.enable()
     monitor = None
     with one_line_errors("pretrain_gpt_moa.py"):
-        args, mixing = parse_arguments()
-        refuse_unsupported(args)
+        args, mixing = parse_arguments(check)
         with megatron_checks():
             model_config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
         model_config.mixing = mixing

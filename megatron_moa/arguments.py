@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import (
     AMPLITUDES,
@@ -21,8 +23,8 @@ from megatron_moa.config import (
     MixingConfig,
     resolve_form,
 )
-from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, fail
+from megatron_moa.functional import resolve_backend
 
 # Their values decide the model's function, so they travel in a checkpoint's args and come back from there.
 MODEL_FLAGS = (
@@ -151,8 +153,46 @@ def _refuse_mixture_flags(args: argparse.Namespace) -> None:
             raise UserError(f"{shown}: has no effect with --moa-mixing none; drop one of the two")
 
 
-def restore_mixture_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Takes the mixture's settings from a checkpoint's args; a checkpoint without them is stock Megatron's."""
+# What else decides the model's function, and Megatron's --use-checkpoint-args leaves to the command line.
+_MEGATRON_MODEL_ARGS = (
+    "add_qkv_bias",
+    "attention_output_gate",
+    "fp32_residual_connection",
+    "init_method_std",
+    "kv_lora_rank",
+    "layernorm_epsilon",
+    "moe_apply_probs_on_input",
+    "moe_input_jitter_eps",
+    "moe_router_group_topk",
+    "moe_router_load_balancing_type",
+    "moe_router_num_groups",
+    "moe_shared_expert_gate",
+    "mscale",
+    "mscale_all_dim",
+    "multi_latent_attention",
+    "q_lora_rank",
+    "qk_head_dim",
+    "qk_l2_norm",
+    "qk_layernorm",
+    "qk_pos_emb_head_dim",
+    "rope_scaling_factor",
+    "rope_type",
+    "rotary_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
+    "softmax_scale",
+    "use_rope_scaling",
+    "v_head_dim",
+    "vocab_size",
+)
+
+
+def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Takes the model's settings from a checkpoint's args: the mixture's (without them it is stock Megatron's), and
+    those of Megatron's that its own --use-checkpoint-args does not take.
+    """
+    for name in _MEGATRON_MODEL_ARGS:
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
     if not hasattr(saved, "moa_mixing"):
         args.moa_mixing = "none"
         return
@@ -163,14 +203,12 @@ def restore_mixture_flags(args: argparse.Namespace, saved: argparse.Namespace) -
 
 
 def parse_arguments(
-    extra_arguments: Callable[[argparse.ArgumentParser], argparse.ArgumentParser] | None = None,
-    check_data: bool = True,
+    check: Callable[[argparse.Namespace], None] | None = None,
 ) -> tuple[argparse.Namespace, MixingConfig | None]:
     """Megatron's ``parse_and_validate_args`` with our flags, early checks and one-line errors.
 
     Args:
-        extra_arguments: adds further flags (tools that load a model).
-        check_data: whether data and tokenizer must be there.
+        check: the caller's own check of the parsed args, before Megatron's.
 
     Returns:
         Megatron's args, which are then also its global args, and the mixture (None: stock).
@@ -183,26 +221,23 @@ def parse_arguments(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    def add_all(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = add_arguments(parser)
-        return extra_arguments(parser) if extra_arguments else parser
-
-    args = parse_args(add_all)
+    args = parse_args(add_arguments)
     if args.use_checkpoint_args:
         if args.load is None:
             raise UserError("--use-checkpoint-args: needs a checkpoint; add --load FOLDER")
         loaded = load_args_from_checkpoint(args)
         if not isinstance(loaded, tuple):
             raise UserError(f"--load {args.load}: no checkpoint with settings there; give a folder --save wrote to")
-        restore_mixture_flags(args, loaded[1])
+        restore_model_flags(args, loaded[1])
     mixing = mixing_from_args(args)
     if mixing is not None:
+        resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")  # now, not at the first step
         # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False
     if not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
-    if check_data:
-        check_data_arguments(args)
+    if check is not None:
+        check(args)
     with megatron_checks():
         validate_args(args)
     set_global_variables(args)

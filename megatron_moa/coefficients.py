@@ -1,7 +1,9 @@
 """Child modules of a feed-forward layer that own the mixing coefficients' parameters, and their parallelism.
 
 They are modules of their own because Megatron saves the parameters of an MLP's children only: one put on the MLP
-itself would be missing from every checkpoint. They stay in float32 in a half-precision model: n·h numbers a layer.
+itself would be missing from every checkpoint. In a half-precision model their parameters are half precision too, with
+the optimizer's float32 copy behind them (Megatron 0.19 cannot save float32 parameters beside bf16 ones: KeyError in
+Float16OptimizerWithFloat16Params.sharded_state_dict); the gates' arithmetic and the coefficients are float32.
 
 A tensor-parallel rank holds some of the FFN's columns, so the gradient that reaches it for a coefficient is a
 partial sum. Where that sum is completed depends on what the layer's input is on each rank (:class:`InputLayout`).
@@ -69,7 +71,7 @@ class Coefficients(torch.nn.Module):
 
     def _new_parameter(self, *shape: int) -> Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
-        parameter = Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        parameter = Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
         parameter.requires_grad = not self.mixing.freeze
         parameter.allreduce = not self.expert_parameters
         return parameter
@@ -86,15 +88,6 @@ class Coefficients(torch.nn.Module):
     def _observe(self, coefficients: Tensor) -> None:
         if self.observer is not None:
             self.observer(coefficients.detach())
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Coefficients:
-        """Moves with the model, but stays in float32 when the model is cast to half precision."""
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
-
-        return super()._apply(keep_precision, recurse)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -120,10 +113,11 @@ class FreeCoefficients(Coefficients):
         self._fill(self.value, coefficient_scale(mixing, config))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[n], whatever the input; its gradient is summed over the tensor-parallel ranks."""
+        """[n] float32, whatever the input; its gradient is summed over the tensor-parallel ranks."""
         del hidden_states
-        self._observe(self.value)
-        return self._summed_over_ranks(self.value)
+        coefficients = _at_least_float32(self.value)
+        self._observe(coefficients)
+        return self._summed_over_ranks(coefficients)
 
 
 class GateCoefficients(Coefficients):
@@ -169,7 +163,10 @@ class GateCoefficients(Coefficients):
         Returns:
             [s, b, n] or [tokens, n], float32 (float64 for float64 parameters).
         """
-        weight, bias, amplitude = self.weight, self.bias, self.amplitude
+        weight, bias, amplitude = (
+            None if parameter is None else _at_least_float32(parameter)
+            for parameter in (self.weight, self.bias, self.amplitude)
+        )
         if self.layout is InputLayout.DISPATCHED:
             # The dispatcher sums the input's gradient over ranks, so it must stay partial: sum the parameters' own.
             weight, bias, amplitude = (
@@ -191,6 +188,10 @@ class GateCoefficients(Coefficients):
                 coefficients, tensor_parallel_output_grad=True, group=self.tp_group
             )
         return coefficients
+
+
+def _at_least_float32(parameter: Tensor) -> Tensor:
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 class _Float32Linear(torch.autograd.Function):

@@ -1,0 +1,101 @@
+"""Loading a trained model from a Megatron checkpoint into one process, with the settings the checkpoint carries."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training import get_tokenizer
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
+from megatron.training.initialize import initialize_megatron
+
+from megatron_moa import cpu
+from megatron_moa.arguments import megatron_checks, parse_arguments
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, with what belongs to it.
+
+    Attributes:
+        model: the GPT model, whole, on this process's device.
+        args: Megatron's args, the model's settings as in the checkpoint.
+        mixing: its mixture, None for stock feed-forward layers.
+        tokenizer: the one it was trained with.
+        iteration: the training iteration it was saved at.
+    """
+
+    model: GPTModel
+    args: argparse.Namespace
+    mixing: MixingConfig | None
+    tokenizer: Any
+    iteration: int
+
+
+def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
+    """Loads a checkpoint, saved under any split, into this one process.
+
+    Args:
+        folder: what training's ``--save`` named.
+        megatron_flags: further Megatron flags, such as ``--tokenizer-model`` for one that has moved.
+
+    Raises:
+        UserError: no checkpoint there, or flags that do not fit it.
+    """
+    if not os.path.isdir(folder) or not checkpoint_exists(folder):
+        raise UserError(f"--load {folder}: no checkpoint there; give the folder that training's --save named")
+    flags = ["--load", folder, "--use-checkpoint-args", "--micro-batch-size", "1", "--no-load-optim", "--no-load-rng"]
+    if "--tokenizer-model" in megatron_flags:
+        flags.append("--no-use-tokenizer-model-from-checkpoint-args")
+    cpu.single_process_environment()
+    cpu.skip_dataset_compile()
+    cpu.enable()
+    program, arguments = sys.argv[0], sys.argv[1:]
+    sys.argv[1:] = [*flags, *megatron_flags]  # Megatron reads nothing else
+    try:
+        args, mixing = parse_arguments()
+    finally:
+        sys.argv[:] = [program, *arguments]
+    initialize_megatron(allow_no_cuda=True)
+    if parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size() != 1:
+        raise UserError(f"--load {folder}: loads into one process; drop the flags that split the model")
+    with megatron_checks():
+        config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
+    config.mixing = mixing
+    models = MixedGPTModelBuilder(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    check_mixture(models, mixing)
+    iteration, _ = load_checkpoint(models, None, None)
+    model = unwrap_model(models[0]).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    return LoadedModel(models[0].eval(), args, mixing, get_tokenizer(), iteration)
+
+
+@torch.inference_mode()
+def next_token_logits(loaded: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the token after each sequence.
+
+    Args:
+        tokens: [b, t] int64, t at most the model's sequence length.
+
+    Returns:
+        [b, vocabulary] float32, without the entries that only pad the vocabulary.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    logits = loaded.model(tokens, positions, None)  # [b, t, padded vocabulary]
+    return logits[:, -1, : loaded.tokenizer.vocab_size].float()

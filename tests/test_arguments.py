@@ -1,0 +1,160 @@
+"""The command line: what flags become, and one line for every mistake."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import pretrain_gpt_moa
+from megatron_moa.arguments import add_arguments, mixing_from_args, restore_model_flags
+from megatron_moa.config import GATED_DICTIONARY, MixingConfig
+from megatron_moa.errors import UserError
+from tests.training import SWIGLU, TINY
+
+
+SAVE = ["--train-iters", "2", "--save-interval", "2", "--save"]
+
+
+def parse(*flags: str, swiglu: bool = True, **others: object) -> argparse.Namespace:
+    """Our flags, with the few of Megatron's that the mixture looks at."""
+    args = add_arguments(argparse.ArgumentParser()).parse_args(flags)
+    vars(args).update({"swiglu": swiglu, "squared_relu": False, "quick_geglu": False, **others})
+    return args
+
+
+def test_default_is_the_papers_best_form() -> None:
+    mixing = mixing_from_args(parse())
+    assert mixing == MixingConfig(mixing="moa", form="bi-sided", activations=GATED_DICTIONARY, gate="sigmoid")
+    assert mixing_from_args(parse(swiglu=False)).form == "type1"
+
+
+def test_none_is_stock() -> None:
+    assert mixing_from_args(parse("--moa-mixing", "none")) is None
+
+
+def test_resolved_settings_are_written_back_for_the_checkpoint() -> None:
+    args = parse()
+    mixing_from_args(args)
+    assert args.moa_form == "bi-sided"
+    assert args.moa_activations == list(GATED_DICTIONARY)
+    assert args.moa_la_init == [0.5]
+
+
+def test_settings_come_back_from_a_checkpoints_args() -> None:
+    saved = parse("--moa-form", "quadratic", "--moa-activations", "silu", "tanh", "--moa-gate-bias")
+    expected = mixing_from_args(saved)
+    args = parse()
+    restore_model_flags(args, saved)
+    assert mixing_from_args(args) == expected
+    restore_model_flags(args, argparse.Namespace())  # a checkpoint of stock Megatron
+    assert args.moa_mixing == "none"
+    stock = parse("--moa-mixing", "none")
+    restore_model_flags(args, stock)
+    assert mixing_from_args(args) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "settings", "parts"),
+    [
+        (["--moa-mixing", "none", "--moa-gate", "tanh"], {}, ["--moa-gate tanh", "--moa-mixing none"]),
+        (["--moa-mixing", "none", "--moa-activations", "silu"], {}, ["--moa-activations silu", "--moa-mixing none"]),
+        (["--moa-mixing", "none", "--moa-log-interval", "5"], {}, ["--moa-log-interval 5", "--moa-mixing none"]),
+        ([], {"squared_relu": True, "swiglu": False}, ["--squared-relu", "--moa-activations"]),
+        (["--moa-log-interval", "-1"], {}, ["--moa-log-interval -1", "0 for never"]),
+    ],
+)
+def test_contradictions(flags: list[str], settings: dict, parts: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        mixing_from_args(parse(*flags, **settings))
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.fixture
+def failing_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """Calls the script's main with flags that are wrong; gives the one line it printed to stderr."""
+
+    def run(*flags: str, base: list[str] = TINY) -> str:
+        save = tmp_path / "save"
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", *base, *SAVE, str(save), *flags])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            pretrain_gpt_moa.main()
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2, lines
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("pretrain_gpt_moa.py: error: "), lines
+        assert not save.exists()
+        return lines[0]
+
+    return run
+
+
+def without_data() -> list[str]:
+    """The tiny model's flags without its mock data and tokenizer."""
+    text = " ".join(TINY)
+    for part in ("--mock-data", "--tokenizer-type NullTokenizer", "--vocab-size 63"):
+        text = text.replace(part, "")
+    return text.split()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        ([*SWIGLU, "--moa-activations", "silu", "swoosh"], ["--moa-activations swoosh", "choose from", "silu"]),
+        ([*SWIGLU, "--moa-activations", "silu", "silu"], ["--moa-activations silu", "twice"]),
+        (["--moa-form", "bi-sided"], ["--moa-form bi-sided", "add --swiglu"]),
+        ([*SWIGLU, "--moa-form", "type1"], ["--moa-form type1", "drop --swiglu"]),
+        ([*SWIGLU, "--moa-gate", "softmax", "--moa-activations", "silu"], ["--moa-gate softmax", "two or more"]),
+        ([*SWIGLU, "--moa-backend", "cudnn"], ["--moa-backend cudnn", "choose one of"]),
+        ([*SWIGLU, "--moa-mixing", "maybe"], ["--moa-mixing maybe", "la, moa"]),
+        ([*SWIGLU, "--moa-la-init", "half"], ["--moa-la-init", "half"]),
+        ([*SWIGLU, "--no-such-flag", "3"], ["--no-such-flag"]),
+        ([*SWIGLU, "--num-attention-heads", "5"], ["num_attention_heads"]),
+        ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),
+        ([*SWIGLU, "--sft"], ["--sft", "drop the flag"]),
+        ([*SWIGLU, "--spec", "megatron_moa.layer_specs", "moa_layer_spec"], ["--spec", "--moa-mixing"]),
+        ([*SWIGLU, "--use-checkpoint-args"], ["--use-checkpoint-args", "--load"]),
+        ([*SWIGLU, "--use-checkpoint-args", "--load", "/nonexistent"], ["--load /nonexistent"]),
+        (
+            [*SWIGLU, "--transformer-impl", "transformer_engine"],
+            ["--transformer-impl transformer_engine", "local"],
+        ),
+    ],
+    ids=lambda value: " ".join(value[-3:]) if isinstance(value, list) else None,
+)
+def test_wrong_flags_get_one_line_and_exit_code_2(
+    failing_run: Callable[..., str], flags: list[str], parts: list[str]
+) -> None:
+    line = failing_run(*flags)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--tokenizer-type", "NullTokenizer", "--vocab-size", "63"], ["--data-path"]),
+        (
+            ["--tokenizer-type", "NullTokenizer", "--vocab-size", "63", "--data-path", "/nonexistent/corpus"],
+            ["--data-path /nonexistent/corpus"],
+        ),
+        (
+            ["--mock-data", "--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", "/nonexistent/t.model"],
+            ["--tokenizer-model /nonexistent/t.model"],
+        ),
+        (["--mock-data", "--tokenizer-type", "SentencePieceTokenizer"], ["--tokenizer-model"]),
+    ],
+    ids=["no data", "missing data", "missing tokenizer", "no tokenizer"],
+)
+def test_missing_data_and_tokenizer(failing_run: Callable[..., str], flags: list[str], parts: list[str]) -> None:
+    line = failing_run(*SWIGLU, *flags, base=without_data())
+    assert all(part in line for part in parts), line
+
+
+def test_triton_where_it_is_absent_stops_before_anything_is_built(failing_run: Callable[..., str]) -> None:
+    assert "--moa-backend triton" in failing_run(*SWIGLU, "--moa-backend", "triton")

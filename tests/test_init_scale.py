@@ -1,0 +1,55 @@
+"""--moa-init-scale: the output's mean square at step 0 against SwiGLU's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_moa.config import FORMS, MixingConfig
+from megatron_moa.init_scale import output_scale
+from tests.layers import build_feed_forward, make_config
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+SETTINGS = [{"mixing": "la"}, {"mixing": "moa"}, {"mixing": "moa", "amplitude": "learned"}]
+
+
+def mean_square(mixing: MixingConfig | None, gated: bool) -> float:
+    """Of the input to fc2 on normalised random input, over a few wide layers."""
+    config = make_config(gated, hidden_size=512, ffn_hidden_size=1024, init_method_std=0.05)
+    torch.manual_seed(11)
+    results = []
+    for _ in range(4):
+        layer = build_feed_forward(config, mixing)
+        x = torch.randn(256, 1, 512)
+        x = x / x.square().mean(-1, keepdim=True).sqrt()
+        if mixing is not None:
+            out = layer.fc1_and_mixture(x)
+        else:
+            z, _ = layer.linear_fc1(x)
+            first, second = z.chunk(2, -1)
+            out = torch.nn.functional.silu(first) * second if gated else torch.nn.functional.gelu(z)
+        results.append(out.square().mean().item())
+    return sum(results) / len(results)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_swiglu_scale_matches_a_real_layer(form: str, settings: dict) -> None:
+    gated = form != "type1"
+    mixing = MixingConfig(form=form, init_scale="swiglu", backend="eager", **settings)
+    assert mean_square(mixing, gated) == pytest.approx(mean_square(None, gated), rel=0.06)
+
+
+def test_mixture_scale_is_what_is_reported() -> None:
+    mixing = MixingConfig(backend="eager")
+    ratio = (mean_square(mixing, True) / mean_square(None, True)) ** 0.5
+    assert ratio > 2  # the reason for the option
+    assert output_scale(mixing, 0.05 * 512**0.5) == pytest.approx(ratio, rel=0.04)
+
+
+def test_scale_of_fixed_amplitude_is_in_the_checkpoint() -> None:
+    layer = build_feed_forward(make_config(), MixingConfig(init_scale="swiglu", backend="eager"))
+    assert "coefficients.scale" in layer.state_dict()
+    keys = layer.sharded_state_dict(prefix="mlp.")
+    assert "mlp.coefficients.scale" in keys

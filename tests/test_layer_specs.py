@@ -1,0 +1,182 @@
+"""Specs: every kind of model gets the mixture in every feed-forward layer, and saves all its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.experts import MixedSequentialMLP, MixedSharedExpertMLP
+from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
+from megatron_moa.mlp import MixedMLP
+from megatron_moa.model import check_mixture, measure_mixture
+from megatron_moa.torch_modules import TorchAttention
+from tests.layers import build_model, logits_of, make_config, moe_settings
+
+pytestmark = pytest.mark.usefixtures("megatron")
+
+MOA = MixingConfig(backend="eager", gate_bias=True, amplitude="learned")
+LA = MixingConfig(mixing="la", backend="eager")
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "gqa with q/k norm": {"num_query_groups": 2, "qk_layernorm": True},
+    "moe": moe_settings(),
+    "moe with shared expert": moe_settings(moe_shared_expert_intermediate_size=12, moe_shared_expert_gate=True),
+    "moe every second layer": moe_settings(moe_layer_freq=2, num_layers=4),
+    "moe by pattern": moe_settings(moe_layer_freq=[0, 1, 1], num_layers=3),
+    "mtp": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1},
+    "moe with mtp": moe_settings(mtp_num_layers=1, mtp_loss_scaling_factor=0.1),
+}
+
+
+@pytest.mark.parametrize("mixing", [MOA, LA], ids=["moa", "la"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixingConfig) -> None:
+    model = build_model(make_config(**KINDS[kind]), mixing)
+    check_mixture([model], mixing)
+    feed_forward = [m for m in model.modules() if isinstance(m, MixedMLP)]
+    layers = model.config.num_layers + (model.config.mtp_num_layers or 0)
+    slots = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
+    assert len(slots) == layers and len(feed_forward) >= layers
+
+    tokens = torch.arange(16).view(2, 8)
+    loss = model(tokens, torch.arange(8).expand(2, 8), None, labels=tokens).sum()
+    loss.backward()
+    named = dict(model.named_parameters())
+    mixing_parameters = [name for name in named if ".coefficients." in name]
+    assert len(mixing_parameters) == len(feed_forward) * (3 if mixing is MOA else 1)
+    if "moe" not in kind:  # an expert may get no token
+        assert all(named[name].grad is not None and named[name].grad.any() for name in mixing_parameters)
+
+    saved = model.sharded_state_dict()
+    for name, parameter in named.items():
+        assert name in saved, name
+        assert saved[name].data.shape == parameter.shape
+    assert set(model.state_dict()) - {k for k in model.state_dict() if k.endswith("_extra_state")} <= set(saved)
+
+
+def test_mla_gets_the_mixture() -> None:
+    base = make_config()
+    kept = {name: getattr(base, name) for name in ("num_layers", "hidden_size", "num_attention_heads")}
+    config = MLATransformerConfig(
+        **kept,
+        ffn_hidden_size=24,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        transformer_impl="local",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        multi_latent_attention=True,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_head_dim=4,
+        qk_pos_emb_head_dim=4,
+        v_head_dim=4,
+        rope_type="rope",
+    )
+    model = build_model(config, MOA)
+    check_mixture([model], MOA)
+    assert any(isinstance(m, TorchAttention) for m in model.modules())
+    tokens = torch.arange(16).view(2, 8)
+    model(tokens, torch.arange(8).expand(2, 8), None, labels=tokens).sum().backward()
+
+
+def test_moe_layer_classes() -> None:
+    model = build_model(make_config(**KINDS["moe with shared expert"]), MOA)
+    assert sum(isinstance(m, MixedSequentialMLP) for m in model.modules()) == 2
+    assert sum(isinstance(m, MixedSharedExpertMLP) for m in model.modules()) == 2
+
+
+def test_mtp_layers_are_mixed_too() -> None:
+    model = build_model(make_config(**KINDS["mtp"]), MOA)
+    (mtp,) = [m for m in model.modules() if isinstance(m, MultiTokenPredictionLayer)]
+    assert any(isinstance(m, MixedMLP) for m in mtp.modules())
+
+
+def test_named_specs_choose_the_form_by_the_unit() -> None:
+    for gated, form in ((True, "bi-sided"), (False, "type1")):
+        for spec, mixing in ((moa_layer_spec, "moa"), (la_layer_spec, "la")):
+            submodules = spec(make_config(gated)).layer_specs[0].submodules.mlp.keywords["submodules"]
+            assert (submodules.mixing.mixing, submodules.mixing.form) == (mixing, form)
+
+
+def test_named_specs_refuse_mtp_which_they_do_not_reach() -> None:
+    with pytest.raises(UserError, match="--mtp-num-layers 1: .*pretrain_gpt_moa.py"):
+        moa_layer_spec(make_config(**KINDS["mtp"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation_func_clamp_value": 7.0}, "--activation-func-clamp-value 7.0"),
+        ({"moe_grouped_gemm": True, **moe_settings()}, "--moe-grouped-gemm:"),
+    ],
+)
+def test_settings_that_act_on_the_activation_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        layer_spec(make_config(**settings), MOA)
+
+
+def test_transformer_engine_that_is_not_there_is_refused() -> None:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        pytest.skip("Transformer Engine is installed")
+    config = make_config()
+    config.transformer_impl = "transformer_engine"
+    with pytest.raises(UserError, match="--transformer-impl transformer_engine: .*--transformer-impl local"):
+        layer_spec(config, None)
+
+
+def test_a_stock_layer_where_a_mixture_was_asked_for_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="was built as MLP"):
+        check_mixture([build_model(make_config(), None)], MOA)
+    with pytest.raises(RuntimeError, match="was built as MixedMLP"):
+        check_mixture([build_model(make_config(), MOA)], None)
+    with pytest.raises(RuntimeError, match="was built with"):
+        check_mixture([build_model(make_config(), LA)], MixingConfig(mixing="la", form="one-sided"))
+
+
+def test_report_counts_the_built_model() -> None:
+    config = make_config(**KINDS["moe with shared expert"])
+    model = build_model(config, MOA)
+    report = measure_mixture([model])
+    assert report.layers == 2 * (4 + 1)
+    assert report.extra_parameters == 10 * (14 * 16 + 14 + 14)
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    stock = measure_mixture([build_model(config, None)])
+    assert report.parameters - report.extra_parameters == stock.parameters
+
+
+def test_stock_model_keeps_its_keys_and_its_function() -> None:
+    """Mixing none is stock Megatron but for norm and attention in plain torch: the same keys, the same logits."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    config = make_config(num_query_groups=2, qk_layernorm=True)
+    ours = build_model(config, None)
+    stock = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=False),
+        vocab_size=32,
+        max_sequence_length=16,
+        position_embedding_type="rope",
+    )
+    stock.load_state_dict(ours.state_dict())
+    tokens = torch.arange(16).view(2, 8)
+    mask = torch.ones(1, 1, 8, 8).triu(1).bool()
+    expected = stock(tokens, torch.arange(8).expand(2, 8), mask)
+    torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-5)
