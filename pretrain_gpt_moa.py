@@ -44,7 +44,7 @@ _REFUSED = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_cont
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None) -> dict[str, Tensor | None]:
-    """This rank's part of the next micro-batch: read by tensor-parallel rank 0, broadcast, cut for context parallelism."""
+    """This rank's part of the next micro-batch: read by one rank, broadcast, cut for context parallelism."""
     args = get_args()
     mtp = mtp_on_this_rank(
         layout=args.pipeline_model_parallel_layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage
@@ -72,9 +72,7 @@ def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int |
         is_pipeline_first_stage=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         is_pipeline_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group())
 
 
 def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -96,9 +94,7 @@ def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[s
             )
     if args.check_for_spiky_loss:
         is_spike = partial(rerun.is_unexpectedly_large, threshold=_SPIKE, context="loss")
-        rerun.validate_result(
-            result=loss, rejection_func=is_spike, message="spiky loss", tolerance=0.0, fatal=False
-        )
+        rerun.validate_result(result=loss, rejection_func=is_spike, message="spiky loss", tolerance=0.0, fatal=False)
     return loss, num_tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])}
 
 
@@ -190,6 +186,7 @@ def main() -> None:
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     cpu.single_process_environment()
     cpu.skip_dataset_compile()
+    cpu.fix_torch_adam_checkpoints()
     cpu.enable()
     monitor = None
     with one_line_errors("pretrain_gpt_moa.py"):

@@ -118,7 +118,9 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
         UserError: flags that cannot be, or contradict each other.
     """
     if args.moa_log_interval < 0:
-        raise UserError(f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never")
+        raise UserError(
+            f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never"
+        )
     if args.moa_mixing == "none":
         _refuse_mixture_flags(args)
         return None
@@ -149,7 +151,9 @@ def _refuse_mixture_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if name != "moa_mixing" and value != default:
             flag = "--" + name.replace("_", "-")
-            shown = flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            shown = (
+                flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            )
             raise UserError(f"{shown}: has no effect with --moa-mixing none; drop one of the two")
 
 

@@ -70,7 +70,10 @@ def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
     finally:
         sys.argv[:] = [program, *arguments]
     initialize_megatron(allow_no_cuda=True)
-    if parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size() != 1:
+    if (
+        parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size()
+        != 1
+    ):
         raise UserError(f"--load {folder}: loads into one process; drop the flags that split the model")
     with megatron_checks():
         config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)

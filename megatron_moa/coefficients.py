@@ -237,8 +237,7 @@ def build_coefficients(
         layout = InputLayout.REPLICATED
     # The rule by which Megatron's own expert weights choose their data-parallel group (tensor_parallel/layers.py).
     expert_parameters = is_expert and (
-        config.expert_model_parallel_size > 1
-        or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+        config.expert_model_parallel_size > 1 or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
     )
     if mixing.mixing == "la":
         return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters)

@@ -1,16 +1,18 @@
 """Mistakes a user can make, told in one line."""
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake in flags or input files; its text names the flag, the value and the remedy in one line."""
 
 
-def fail(program: str, message: str) -> None:
+def fail(program: str, message: str) -> NoReturn:
     """Prints ``program: error: message`` on the first rank and leaves with exit code 2."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{program}: error: {message}", file=sys.stderr, flush=True)
@@ -24,3 +26,11 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
     except UserError as error:
         fail(program, str(error))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that answers a wrong flag in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints ``program: error: message`` and leaves with exit code 2."""
+        fail(self.prog, f"{message}; see {self.prog} --help")

@@ -9,7 +9,6 @@ import os
 import shutil
 import sysconfig
 
-import torch
 from torch import Tensor
 
 from megatron_moa import compiled, reference

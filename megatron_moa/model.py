@@ -115,7 +115,9 @@ def report_mixture(models: list[MegatronModule], mixing: MixingConfig | None) ->
     if torch.distributed.get_rank() != 0:
         return models
     if mixing is None:
-        print(f"> mixture of activations: none, stock feed-forward layers, {report.parameters:,} parameters", flush=True)
+        print(
+            f"> mixture of activations: none, stock feed-forward layers, {report.parameters:,} parameters", flush=True
+        )
         return models
     config = next(model.config for model in models)
     backend = resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,6 @@ from megatron_moa.config import GATED_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
 from tests.training import SWIGLU, TINY
 
-
 SAVE = ["--train-iters", "2", "--save-interval", "2", "--save"]
 
 

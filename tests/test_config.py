@@ -8,9 +8,7 @@ from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("form", "expected"), [("type1", 6), ("one-sided", 7), ("bi-sided", 14), ("quadratic", 49)]
-)
+@pytest.mark.parametrize(("form", "expected"), [("type1", 6), ("one-sided", 7), ("bi-sided", 14), ("quadratic", 49)])
 def test_number_of_coefficients(form: str, expected: int) -> None:
     mixing = MixingConfig(form=form)
     assert mixing.num_coefficients == expected == len(set(mixing.coefficient_names))

@@ -103,7 +103,10 @@ def test_gates_are_the_equations(gate: str, form: str, amplitude: bool) -> None:
             value = logits[token, index]
             psi, psi_hat = {
                 "sigmoid": (1 / (1 + torch.exp(-value)), 2 / (1 + torch.exp(-value))),
-                "softmax": (torch.exp(value) / torch.exp(group).sum(), size * torch.exp(value) / torch.exp(group).sum()),
+                "softmax": (
+                    torch.exp(value) / torch.exp(group).sum(),
+                    size * torch.exp(value) / torch.exp(group).sum(),
+                ),
                 "tanh": (torch.tanh(value), 1 + torch.tanh(value)),
             }[gate]
             expected = a[index] * psi_hat if amplitude else psi
@@ -210,7 +213,8 @@ def test_frozen_inputs_get_no_gradient(backend: str) -> None:
     inputs["coefficients"].requires_grad = False
     inputs["bias"] = inputs["per_token_scale"] = None
     mixed_activation(mixing=mixing, **inputs).sum().backward()
-    assert inputs["preactivation"].grad is not None and inputs["coefficients"].grad is None
+    assert inputs["preactivation"].grad is not None
+    assert inputs["coefficients"].grad is None
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,7 @@ def test_shapes_that_do_not_fit(change: dict, message: str) -> None:
 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     functional.resolve_backend.cache_clear()
-    with pytest.raises(UserError, match="--moa-backend triton: .*--moa-backend compile"):
+    with pytest.raises(UserError, match=r"--moa-backend triton: .*--moa-backend compile"):
         functional.resolve_backend("triton", "cpu")
     monkeypatch.setattr(functional.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"--moa-backend compile: .*compiler.*--moa-backend eager"):

@@ -43,7 +43,8 @@ def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixingConfi
     feed_forward = [m for m in model.modules() if isinstance(m, MixedMLP)]
     layers = model.config.num_layers + (model.config.mtp_num_layers or 0)
     slots = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
-    assert len(slots) == layers and len(feed_forward) >= layers
+    assert len(slots) == layers
+    assert len(feed_forward) >= layers
 
     tokens = torch.arange(16).view(2, 8)
     loss = model(tokens, torch.arange(8).expand(2, 8), None, labels=tokens).sum()
@@ -114,7 +115,7 @@ def test_named_specs_choose_the_form_by_the_unit() -> None:
 
 
 def test_named_specs_refuse_mtp_which_they_do_not_reach() -> None:
-    with pytest.raises(UserError, match="--mtp-num-layers 1: .*pretrain_gpt_moa.py"):
+    with pytest.raises(UserError, match=r"--mtp-num-layers 1: .*pretrain_gpt_moa\.py"):
         moa_layer_spec(make_config(**KINDS["mtp"]))
 
 
@@ -137,7 +138,7 @@ def test_transformer_engine_that_is_not_there_is_refused() -> None:
         pytest.skip("Transformer Engine is installed")
     config = make_config()
     config.transformer_impl = "transformer_engine"
-    with pytest.raises(UserError, match="--transformer-impl transformer_engine: .*--transformer-impl local"):
+    with pytest.raises(UserError, match=r"--transformer-impl transformer_engine: .*--transformer-impl local"):
         layer_spec(config, None)
 
 

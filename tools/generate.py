@@ -10,6 +10,7 @@ looking at a model, not for serving one.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 
 import torch
@@ -77,7 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         # Imported after the flags are read: it takes seconds.
         from megatron_moa.checkpoint import load_model, next_token_logits
 
-        loaded = load_model(flags.load, megatron_flags)
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
+            loaded = load_model(flags.load, megatron_flags)
     tokenizer = loaded.tokenizer
     prompt = tokenizer.tokenize(flags.prompt) if flags.prompt else [tokenizer.eod]
     device = next(loaded.model.parameters()).device
@@ -97,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         new = row[len(prompt) :]
         if tokenizer.eod in new:
             new = new[: new.index(tokenizer.eod)]
-        print(f"---\n{flags.prompt}{tokenizer.detokenize(new)}")
+        print(f"--- sample ---\n{flags.prompt}{tokenizer.detokenize(new)}")
 
 
 if __name__ == "__main__":

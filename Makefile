@@ -1,0 +1,52 @@
+# `make demo` and `make test` do all the set-up they need: they find a Python >= 3.12 and install into .venv, once.
+# Variables: PYTHON=/path/to/python, PIP_ARGS='--index-url …', PYTEST_ARGS='-k gates -x', DEMO_ARGS='--seed 2',
+# TEST_WORKERS=N (0: one process), THREADS=N.
+
+VENV := .venv
+STAMP := $(VENV)/installed.stamp
+BIN := $(VENV)/bin
+TEST_WORKERS ?= 2
+# One thread a process: a test starts up to four, and two workers run beside each other.
+THREADS ?= 1
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+export PYTHON PIP_ARGS VENV
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format venv clean check-python
+
+help:
+	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, 5 to 8 minutes"
+	@echo "make test    run the tests; PYTEST_ARGS='-k NAME -x' is passed on"
+	@echo "make lint    check style and common mistakes (ruff)"
+	@echo "make format  put the code into the project's format (ruff)"
+	@echo "make venv    only install, into $(VENV)"
+	@echo "make clean   remove $(VENV), caches and runs/demo"
+	@echo "All of them install what they need first; PYTHON=/path/to/python3.12 chooses the Python."
+
+venv: $(STAMP)
+
+# A PYTHON that cannot be used is an error even where .venv is already there.
+check-python:
+	@if [ -n "$$PYTHON" ]; then scripts/find_python.sh >/dev/null; fi
+
+$(STAMP): setup.py pyproject.toml constraints.txt | check-python
+	@scripts/make_venv.sh
+
+demo: check-python $(STAMP)
+	@$(BIN)/python tools/demo.py $(DEMO_ARGS)
+
+test: check-python $(STAMP)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+lint: check-python $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: check-python $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

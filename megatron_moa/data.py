@@ -1,0 +1,736 @@
+"""Text in, Megatron datasets out: finding and reading a corpus, and what is checked before training starts.
+
+The first half serves the two tools, the second half the training script. Nothing here imports torch or Megatron until a
+function needs it, and no check reads a whole dataset.
+"""
+
+import argparse
+import copy
+import fnmatch
+import json
+import logging
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from megatron_moa.errors import UserError
+
+JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+TRAIN, VALIDATION, TEST = "training", "validation", "test"
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One input file: a document of its own, or JSON lines with a document each."""
+
+    path: str
+    size: int
+    json_lines: bool
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say where the text comes from; both tools read their input the same way."""
+    group = parser.add_argument_group("input")
+    group.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="text files, JSON-lines files, or folders with --glob"
+    )
+    group.add_argument("--glob", metavar="PATTERN", help="which files of the folders to take, e.g. '**/*.py' (quoted)")
+    group.add_argument(
+        "--exclude", nargs="+", default=[], metavar="PATTERN", help="files of the folders to leave out, e.g. 'test/*'"
+    )
+    group.add_argument(
+        "--json-key",
+        metavar="KEY",
+        help="every input is JSON lines and KEY holds the text; without this flag files named "
+        f"{', '.join(JSON_ENDINGS)} are JSON lines with the key 'text', all others plain text, one document a file",
+    )
+    group.add_argument(
+        "--errors", choices=["strict", "replace"], default="strict", help="what to do with text that is not UTF-8"
+    )
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text}")
+    return number
+
+
+def find_text_files(
+    inputs: Sequence[str], glob: str | None = None, exclude: Sequence[str] = (), json_key: str | None = None
+) -> list[TextFile]:
+    """The input files, in the order given; the files of a folder by name. Raises UserError for what cannot be read."""
+    files = []
+    for name in inputs:
+        if os.path.isdir(name):
+            files += _files_of_folder(name, glob, exclude, json_key)
+        elif not os.path.exists(name):
+            raise UserError(f"--input {name}: no such file or folder; check the path")
+        elif not os.path.isfile(name):
+            raise UserError(f"--input {name}: not a regular file; write its content to a file first")
+        elif os.path.getsize(name) == 0:
+            raise UserError(f"--input {name}: the file is empty; leave it out or put text into it")
+        else:
+            files.append(_text_file(name, json_key))
+    for file in files:
+        if not os.access(file.path, os.R_OK):
+            raise UserError(f"--input {file.path}: not readable; change its permissions (chmod +r) or leave it out")
+    if not sum(file.size for file in files):
+        raise UserError(f"--input {' '.join(inputs)}: all {len(files)} files are empty; give files with text")
+    return files
+
+
+def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str], json_key: str | None) -> list[TextFile]:
+    if not glob:
+        raise UserError(f"--input {folder}: a folder; say which of its files to take, e.g. --glob '**/*.txt'")
+    try:
+        found = sorted(path.relative_to(folder).as_posix() for path in Path(folder).glob(glob) if path.is_file())
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"--glob {glob}: {error}; give a pattern relative to the folder, e.g. '**/*.txt'") from None
+    kept = [name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
+    if not found:
+        raise UserError(
+            f"--glob {glob}: matches no file in {folder}; '**/*.txt' reaches into subfolders, '*.txt' does not"
+        )
+    if not kept:
+        raise UserError(f"--exclude {' '.join(exclude)}: leaves none of the {len(found)} files of --glob {glob}")
+    return [_text_file(os.path.join(folder, name), json_key) for name in kept]
+
+
+def _text_file(path: str, json_key: str | None) -> TextFile:
+    return TextFile(path, os.path.getsize(path), json_key is not None or path.endswith(JSON_ENDINGS))
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file; an unreadable one is a UserError."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--input {path}: {error.strerror}; check the file and its permissions") from None
+
+
+def lines_between(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """Yields ``(byte offset, line)`` for the lines that begin in ``[start, end)``: ranges cut a file exactly."""
+    try:
+        with open(path, "rb") as stream:
+            offset = start
+            if start:
+                stream.seek(start - 1)
+                offset += len(stream.readline()) - 1  # the line that began before belongs to the range before
+            while offset < end and (line := stream.readline()):
+                yield offset, line
+                offset += len(line)
+    except OSError as error:
+        raise UserError(f"--input {path}: {error.strerror}; check the file and its permissions") from None
+
+
+def line_number(path: str, offset: int) -> int:
+    """The number (from 1) of the line that begins at a byte offset: only errors need it, so only they count lines."""
+    count = 1
+    with open(path, "rb") as stream:
+        while offset > 0 and (block := stream.read(min(offset, 1 << 24))):
+            count += block.count(b"\n")
+            offset -= len(block)
+    return count
+
+
+def decode_text(data: bytes, path: str, offset: int = 0, errors: str = "strict") -> str:
+    """UTF-8 bytes as text, byte for byte: no newline is translated. ``offset`` is where the bytes begin in the file."""
+    try:
+        return data.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--input {path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); convert the file "
+            "to UTF-8, or use --errors replace"
+        ) from None
+
+
+def json_text(line: bytes, path: str, offset: int, key: str, errors: str = "strict") -> str | None:
+    """The text of one JSON line, None for a blank line. Raises UserError with file and line number."""
+    if offset == 0:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+    source = decode_text(line, path, offset, errors)
+    if not source.strip():
+        return None
+    try:
+        record = json.loads(source)
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply")
+        raise UserError(
+            f"--input {path}: line {line_number(path, offset)} is not JSON ({reason}); each line must be one "
+            f'object such as {{"{key}": "…"}}'
+        ) from None
+    if not isinstance(record, dict):
+        problem = f"holds {type(record).__name__}, not an object"
+    elif key not in record:
+        problem = f"has no key '{key}' (it has {', '.join(map(repr, list(record)[:8])) or 'none'})"
+    elif not isinstance(record[key], str):
+        problem = f"has {type(record[key]).__name__} under the key '{key}', not text"
+    else:
+        return _without_surrogates(record[key], path, offset, errors)
+    raise UserError(f"--input {path}: line {line_number(path, offset)} {problem}; name the text's key with --json-key")
+
+
+def _without_surrogates(text: str, path: str, offset: int, errors: str) -> str:
+    """JSON can escape half a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        if errors == "replace":
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        raise UserError(
+            f"--input {path}: line {line_number(path, offset)} holds half a surrogate pair, which is not Unicode text; "
+            "repair it, or use --errors replace"
+        ) from None
+    return text
+
+
+def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool) -> list[str]:
+    """The files a prefix stands for; raises UserError if they cannot or must not be written."""
+    for ending in endings:
+        if prefix.endswith(ending):
+            raise UserError(f"{flag} {prefix}: a prefix without ending is wanted: {flag} {prefix.removesuffix(ending)}")
+    # Megatron itself makes a folder PREFIX/cache, so that alone is no mistake
+    is_folder = os.path.isdir(prefix) and not os.path.isdir(os.path.join(prefix, "cache"))
+    if is_folder or not os.path.basename(prefix):
+        raise UserError(f"{flag} {prefix}: a folder; add a name, e.g. {flag} {os.path.join(prefix, 'corpus')}")
+    targets = [prefix + ending for ending in endings]
+    existing = [target for target in targets if os.path.exists(target)]
+    if existing and not overwrite:
+        raise UserError(f"{flag} {prefix}: {existing[0]} exists; choose another name or add --overwrite")
+    parent = os.path.dirname(os.path.abspath(prefix))
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        raise UserError(f"{flag} {prefix}: {parent} is a file, not a folder; choose another place")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"{flag} {prefix}: the folder {parent} is not writable; choose another or chmod +w it")
+    return targets
+
+
+@contextmanager
+def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
+    """Yields a temporary name beside each target. All are renamed at the end; if anything goes wrong none remains."""
+    temporary = [f"{target}.{os.getpid()}.tmp" for target in targets]
+    folder = os.path.dirname(os.path.abspath(targets[0]))
+    created = []
+    try:
+        while not os.path.exists(folder):
+            created.append(folder)
+            folder = os.path.dirname(folder)
+        os.makedirs(os.path.dirname(os.path.abspath(targets[0])), exist_ok=True)
+        yield temporary
+        for target in targets[1:]:  # so that a crash between two renames never leaves an old file beside a new one
+            if os.path.exists(target):
+                os.unlink(target)
+        for source, target in zip(temporary, targets, strict=True):
+            os.replace(source, target)
+        created = []
+    except OSError as error:
+        raise UserError(
+            f"{flag} {targets[0]}: cannot be written ({error.strerror}); free space or choose another place"
+        ) from None
+    finally:
+        for path in temporary:
+            if os.path.exists(path):
+                os.unlink(path)
+        for path in created:
+            if os.path.isdir(path) and not os.listdir(path):
+                os.rmdir(path)
+
+
+def check_tokenizer(
+    tokenizer_type: str | None,
+    tokenizer_model: str | None,
+    vocab_size: int | None = None,
+    vocab_file: str | None = None,
+    merge_file: str | None = None,
+) -> None:
+    """Raises UserError unless the files of ``--tokenizer-type`` are there and look like it. Never uses the network."""
+    if tokenizer_type is None:
+        raise UserError(
+            "--tokenizer-type is missing; for a tokenizer of tools/train_tokenizer.py add --tokenizer-type "
+            "SentencePieceTokenizer --tokenizer-model PREFIX.model"
+        )
+    if tokenizer_type in ("NullTokenizer", "NullMultimodalTokenizer"):
+        if not vocab_size:
+            raise UserError(f"--tokenizer-type {tokenizer_type}: has no vocabulary of its own; add --vocab-size N")
+    elif tokenizer_type in SENTENCEPIECE_TYPES:
+        _check_sentencepiece(tokenizer_type, tokenizer_model)
+    elif tokenizer_type == "HuggingFaceTokenizer":
+        _check_huggingface(tokenizer_model)
+    elif tokenizer_type == "TikTokenizer":
+        _require_file("--tokenizer-model", tokenizer_model, tokenizer_type)
+    elif tokenizer_type in ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase"):
+        _require_file("--vocab-file", vocab_file, tokenizer_type)
+        if tokenizer_type == "GPT2BPETokenizer":
+            _require_file("--merge-file", merge_file, tokenizer_type)
+
+
+def _require_file(flag: str, path: str | None, tokenizer_type: str) -> str:
+    if not path:
+        raise UserError(f"--tokenizer-type {tokenizer_type}: needs a file; add {flag} FILE")
+    if not os.path.exists(path):
+        near = f"; did you mean {path}.model?" if os.path.exists(f"{path}.model") else "; check the path"
+        raise UserError(f"{flag} {path}: no such file{near}")
+    if not os.path.isfile(path):
+        hint = " (for a folder of Hugging Face files use --tokenizer-type HuggingFaceTokenizer)"
+        raise UserError(f"{flag} {path}: not a file; {tokenizer_type} wants one file{hint}")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{flag} {path}: not readable; change its permissions (chmod +r)")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{flag} {path}: the file is empty; copy or train the tokenizer again")
+    return path
+
+
+def _check_sentencepiece(tokenizer_type: str, tokenizer_model: str | None) -> None:
+    path = _require_file("--tokenizer-model", tokenizer_model, tokenizer_type)
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=path).get_piece_size()
+    except (RuntimeError, OSError):
+        pieces = 0
+    if not pieces:
+        raise UserError(
+            f"--tokenizer-model {path}: not a sentencepiece model; give the .model of tools/train_tokenizer.py, or use "
+            "--tokenizer-type HuggingFaceTokenizer for a folder with tokenizer.json"
+        )
+
+
+def _check_huggingface(tokenizer_model: str | None) -> None:
+    if not tokenizer_model:
+        raise UserError("--tokenizer-type HuggingFaceTokenizer: needs a folder; add --tokenizer-model FOLDER")
+    if os.path.isfile(tokenizer_model):
+        raise UserError(
+            f"--tokenizer-model {tokenizer_model}: a file; HuggingFaceTokenizer wants the folder of tokenizer.json"
+        )
+    if os.path.isdir(tokenizer_model):
+        if not any(Path(tokenizer_model, name).is_file() for name in _HUGGINGFACE_FILES):
+            raise UserError(
+                f"--tokenizer-model {tokenizer_model}: no tokenizer files in this folder "
+                f"({', '.join(_HUGGINGFACE_FILES)}); save one there with tokenizer.save_pretrained(FOLDER)"
+            )
+    elif not _in_huggingface_cache(tokenizer_model):
+        raise UserError(
+            f"--tokenizer-model {tokenizer_model}: no such folder, and no tokenizer of that name in the local Hugging "
+            "Face cache; check the path, or fetch it once where there is a network (hf download NAME)"
+        )
+
+
+_HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _in_huggingface_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in _HUGGINGFACE_FILES)
+    except HFValidationError:  # a path, not a name
+        return False
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keeps Megatron's warnings about the absent Transformer Engine, Apex and CUDA out of a tool's output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def build_tokenizer(args: argparse.Namespace) -> Any:
+    """Megatron's tokenizer for its own flags, without initialising Megatron; what fails is a UserError.
+
+    Args:
+        args: Megatron's namespace, or one with only some of the attributes of its TokenizerConfig.
+    """
+    with quiet_imports():
+        from megatron.core.tokenizers.utils import build_tokenizer as megatron
+
+        settings = copy.copy(args)
+        for name, default in _TOKENIZER_DEFAULTS.items():
+            if not hasattr(settings, name):
+                setattr(settings, name, default)
+        settings.pad_vocab_size = False  # the padded size depends on the parallel layout and is not wanted here
+        try:
+            return megatron.build_tokenizer(settings)
+        except Exception as error:  # third-party loaders raise anything, and users must get one line
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"--tokenizer-model {args.tokenizer_model}: {args.tokenizer_type} cannot load it ({reason}); check "
+                "--tokenizer-type and the files"
+            ) from None
+
+
+_TOKENIZER_DEFAULTS = {
+    "vocab_size": None,
+    "vocab_file": None,
+    "merge_file": None,
+    "metadata_path": None,
+    "special_tokens": None,
+    "chat_template": None,
+    "trust_remote_code": False,
+    "tiktoken_pattern": None,
+    "tiktoken_num_special_tokens": 1000,
+    "tokenizer_hf_no_use_fast": False,
+    "tokenizer_hf_no_include_special_tokens": False,
+    "tokenizer_sentencepiece_legacy": False,
+    "tokenizer_sentencepiece_ignore_extra_whitespaces": True,
+}
+
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
+_TOKEN_DTYPES = {1: numpy.uint8, 2: numpy.int8, 3: numpy.int16, 4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """What an .idx file says; Megatron's "sequence" is what the tools here write once per document."""
+
+    prefix: str
+    dtype: type
+    sequences: int
+    pointers: numpy.ndarray  # [sequences], the byte offset of each sequence in the .bin, memory-mapped
+    tokens: int
+
+    def tokens_between(self, begin: int, end: int) -> int:
+        """Tokens of the sequences ``begin`` to ``end - 1``, from two offsets."""
+        offsets = [self.tokens if i >= self.sequences else int(self.pointers[i]) // self.itemsize for i in (begin, end)]
+        return offsets[1] - offsets[0]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes a token takes."""
+        return numpy.dtype(self.dtype).itemsize
+
+
+def read_index(prefix: str, flag: str = "--data-path") -> DatasetIndex:
+    """Reads and checks the header of ``prefix.idx`` and the sizes of both files; raises UserError for what is wrong."""
+    for ending in (".bin", ".idx"):
+        if prefix.endswith(ending):
+            raise UserError(f"{flag} {prefix}: a prefix without ending is wanted: {flag} {prefix.removesuffix(ending)}")
+    for ending in (".bin", ".idx"):
+        path = prefix + ending
+        if not os.path.isfile(path):
+            near = f"{prefix}_text_document"
+            hint = f"did you mean {near}?" if os.path.isfile(near + ending) else "make it with tools/preprocess_data.py"
+            raise UserError(f"{flag} {prefix}: no file {path}; check the path, or {hint}")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{flag} {prefix}: {path} is not readable; change its permissions (chmod +r)")
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{flag} {prefix}: {path} is empty; copy it again or run tools/preprocess_data.py")
+    index_path, index_size = prefix + ".idx", os.path.getsize(prefix + ".idx")
+    with open(index_path, "rb") as stream:
+        header = stream.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+        raise UserError(f"{flag} {prefix}: {index_path} is not a Megatron index; make it with tools/preprocess_data.py")
+    _, version, code, sequences, documents = _HEADER.unpack(header)
+    if version != 1 or code not in _TOKEN_DTYPES:
+        raise UserError(
+            f"{flag} {prefix}: {index_path} has version {version} and number type {code}, which Megatron does not read "
+            "as tokens; make it again with tools/preprocess_data.py"
+        )
+    expected = _HEADER.size + 12 * sequences + 8 * documents
+    if index_size < expected:
+        raise UserError(
+            f"{flag} {prefix}: {index_path} is cut off, {index_size} bytes of {expected}; copy it again or run "
+            "tools/preprocess_data.py"
+        )
+    if sequences == 0:
+        raise UserError(f"{flag} {prefix}: holds no document; run tools/preprocess_data.py on text that is not empty")
+    dtype = _TOKEN_DTYPES[code]
+    lengths = numpy.memmap(index_path, numpy.int32, "r", _HEADER.size, (sequences,))
+    pointers = numpy.memmap(index_path, numpy.int64, "r", _HEADER.size + 4 * sequences, (sequences,))
+    itemsize = numpy.dtype(dtype).itemsize
+    data_expected = int(pointers[-1]) + int(lengths[-1]) * itemsize
+    data_size = os.path.getsize(prefix + ".bin")
+    if data_size != data_expected:
+        problem = "cut off" if data_size < data_expected else "longer than its index says"
+        raise UserError(
+            f"{flag} {prefix}: {prefix}.bin is {problem}, {data_size} bytes instead of {data_expected}; copy .bin "
+            "and .idx again, both from the same run"
+        )
+    return DatasetIndex(prefix, dtype, sequences, pointers, data_expected // itemsize)
+
+
+def check_dataset(
+    prefix: str,
+    sequence_length: int,
+    split: str | None,
+    needs_validation: bool,
+    flag: str = "--data-path",
+    needs_training: bool = True,
+) -> None:
+    """Raises UserError unless Megatron can draw sequences from ``prefix.bin`` and ``prefix.idx``.
+
+    Megatron cuts the documents by the shares of ``--split``, rounded, and repeats a part that is too short. A part with
+    a share but without a document makes it count epochs for ever (even with ``--eval-iters 0``), so that is refused; so
+    is a training (or, if needed, validation) part without the ``sequence_length + 1`` tokens of one sequence.
+
+    Args:
+        prefix: the path without .bin and .idx.
+        sequence_length: ``--seq-length``.
+        split: ``--split``, or None where the whole dataset serves one purpose (``--train-data-path`` and the like).
+        needs_validation: whether the validation part will be used.
+        flag: the flag that named the prefix, for the message.
+        needs_training: whether the training part will be used.
+    """
+    index = read_index(prefix, flag)
+    needed = sequence_length + 1  # the labels are the tokens moved by one
+    if split is None:
+        parts = {TRAIN: (0, index.sequences)}
+        needs_training = True
+    else:
+        parts = _split_bounds(split, index.sequences)
+    if needs_training and TRAIN not in parts:
+        raise UserError(f"--split {split}: gives nothing to training; use e.g. --split 99,1,0")
+    for name, (begin, end) in parts.items():
+        tokens = index.tokens_between(begin, end)
+        where = f"the {name} split" if split is not None else "it"
+        if tokens == 0:
+            raise UserError(
+                f"{flag} {prefix}: its {index.sequences} documents leave none to the {name} part of --split {split}, "
+                f"for which Megatron would wait for ever; use {_split_remedy(index.sequences)}"
+            )
+        if tokens < needed and ((name == TRAIN and needs_training) or (name == VALIDATION and needs_validation)):
+            more = " or use --eval-iters 0" if name == VALIDATION else ""
+            share = ", give it a larger share with --split" if split is not None and index.sequences > 1 else ""
+            raise UserError(
+                f"{flag} {prefix}: {tokens} tokens in {where}, shorter than one sequence of --seq-length "
+                f"{sequence_length} (and one token more); add text{share}, lower --seq-length{more}"
+            )
+
+
+def _split_bounds(split: str, sequences: int) -> dict[str, tuple[int, int]]:
+    """The first and last-plus-one sequence of each part with a share, by Megatron's own arithmetic."""
+    from megatron.core.datasets import blended_megatron_dataset_config as megatron
+
+    try:
+        with numpy.errstate(invalid="raise", divide="raise"):
+            matrix = megatron.convert_split_vector_to_split_matrix(megatron.parse_and_normalize_split(split))
+    except (AssertionError, ValueError, FloatingPointError):
+        raise UserError(f"--split {split}: not one to three shares; use e.g. --split 99,1,0") from None
+    return {
+        name: (round(share[0] * float(sequences)), round(share[1] * float(sequences)))
+        for name, share in zip((TRAIN, VALIDATION, TEST), matrix, strict=True)
+        if share is not None
+    }
+
+
+def _split_remedy(sequences: int) -> str:
+    if sequences == 1:
+        return "--split 1,0,0 with --eval-iters 0, or cut the text into more documents"
+    validation = max(1, sequences // 20)
+    return f"--split {sequences - validation},{validation},0 (documents for training, validation, test)"
+
+
+def check_token_ids(prefix: str, vocab_size: int, flag: str = "--data-path", sample: int = 1 << 20) -> None:
+    """Raises UserError if a sample of the tokens has one outside the vocabulary: data of another tokenizer."""
+    index = read_index(prefix, flag)
+    tokens = numpy.memmap(prefix + ".bin", index.dtype, "r", 0, (index.tokens,))
+    windows = 64
+    width = max(1, sample // windows)
+    if index.tokens <= sample:
+        starts = [0]
+        width = index.tokens
+    else:
+        starts = [(index.tokens - width) * i // (windows - 1) for i in range(windows)]
+    highest = max(int(tokens[start : start + width].max()) for start in starts)
+    lowest = min(int(tokens[start : start + width].min()) for start in starts)
+    if highest >= vocab_size or lowest < 0:
+        raise UserError(
+            f"{flag} {prefix}: holds the token {highest if highest >= vocab_size else lowest}, but the tokenizer has "
+            f"the tokens 0 to {vocab_size - 1}; give the --tokenizer-model the data was made with, or make it again"
+        )
+
+
+def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-path") -> None:
+    """Raises UserError if Megatron's cached sample indices cannot be written, or are older than the data.
+
+    Megatron finds a cached index by path, split and sequence length, not by content: after the data were made again it
+    would silently use document numbers and offsets of the old ones.
+    """
+    folder = Path(cache_path) if cache_path else Path(prefix, "cache", "GPTDataset_indices")
+    written = os.path.getmtime(prefix + ".idx")
+    for path in sorted(folder.glob("*-description.txt")) if folder.is_dir() else []:
+        try:
+            described = json.loads(path.read_text()).get("dataset_path")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if described == prefix and path.stat().st_mtime < written:
+            raise UserError(f"{flag} {prefix}: the index cache is older than the data; delete it: rm -r {folder}")
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        where = f"--data-cache-path {cache_path}" if cache_path else f"{flag} {prefix}"
+        raise UserError(
+            f"{where}: Megatron cannot write its index cache below {existing}; add --data-cache-path with a writable "
+            "folder that all nodes see"
+        )
+
+
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Checks what Megatron's flags say about data and tokenizer, before Megatron initialises.
+
+    Args:
+        args: Megatron's parsed namespace.
+
+    Raises:
+        UserError: with the flag, its value and the remedy.
+    """
+    check_tokenizer(
+        getattr(args, "tokenizer_type", None),
+        getattr(args, "tokenizer_model", None),
+        getattr(args, "vocab_size", None),
+        getattr(args, "vocab_file", None),
+        getattr(args, "merge_file", None),
+    )
+    sources = _data_sources(args)
+    if not sources:
+        return
+    sequence_length = getattr(args, "seq_length", None)
+    if not sequence_length:
+        raise UserError("--seq-length is missing; add e.g. --seq-length 1024")
+    evaluates = bool(getattr(args, "eval_iters", None)) or bool(getattr(args, "full_validation", False))
+    skips_training = bool(getattr(args, "skip_train", False))
+    vocab_size = build_tokenizer(args).vocab_size
+    for source in sources:
+        for prefix in source.prefixes:
+            if prefix.startswith(("s3://", "msc://")):
+                continue
+            if source.part == TRAIN or evaluates:
+                length = sequence_length
+            else:
+                length = 0  # not drawn from, but Megatron opens it and needs a token
+            check_dataset(prefix, length, source.split, evaluates, source.flag, needs_training=not skips_training)
+            check_token_ids(prefix, vocab_size, source.flag)
+            check_index_cache(prefix, getattr(args, "data_cache_path", None), source.flag)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A flag, the dataset prefixes it names, how they are split, and what they serve first."""
+
+    flag: str
+    prefixes: list[str]
+    split: str | None
+    part: str
+
+
+def _data_sources(args: argparse.Namespace) -> list[_Source]:
+    """The datasets that the flags name, read as Megatron reads them; empty for mock data."""
+    flags = ["data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path"]
+    given = {name: getattr(args, name, None) for name in [*flags, "per_split_data_args_path"]}
+    shared = [name for name in ("data_path", "data_args_path") if given[name] is not None]
+    separate = [name for name in flags[2:] if given[name] is not None]
+    per_split = ["per_split_data_args_path"] if given["per_split_data_args_path"] is not None else []
+    kinds = [[name] for name in shared] + ([separate] if separate else []) + ([per_split] if per_split else [])
+    if getattr(args, "mock_data", False):
+        if kinds:
+            raise UserError(f"--mock-data: contradicts {_flag(kinds[0][0])}; drop one of them")
+        return []
+    if not kinds:
+        raise UserError(
+            "--data-path is missing; add --data-path PREFIX (made by tools/preprocess_data.py), or --mock-data"
+        )
+    if len(kinds) > 1:
+        raise UserError(f"{_flag(kinds[0][0])} and {_flag(kinds[1][0])}: two ways to name the data; drop one of them")
+    split = getattr(args, "split", None)
+    if shared:
+        if given["data_path"] is not None:
+            words, flag = given["data_path"], "--data-path"
+            split = split or "969, 30, 1"  # what Megatron falls back to
+        else:
+            words, flag = _read_text("--data-args-path", given["data_args_path"]).split(), "--data-args-path"
+            if split is None:
+                raise UserError(f"{flag} {given['data_args_path']}: needs shares; add e.g. --split 99,1,0")
+        return [_Source(flag, _prefixes(flag, words), split, TRAIN)]
+    if split is not None:
+        raise UserError(f"--split {split}: contradicts {_flag(kinds[0][0])}, which names each part; drop --split")
+    if per_split:
+        named, label = _per_split_file(given["per_split_data_args_path"]), "--per-split-data-args-path"
+        lists = {part: (label, named.get(key)) for part, key in zip((TRAIN, VALIDATION, TEST), _KEYS, strict=True)}
+    else:
+        lists = {
+            part: (f"--{key}-data-path", given[f"{key}_data_path"])
+            for part, key in zip((TRAIN, VALIDATION, TEST), _KEYS, strict=True)
+        }
+    if lists[TRAIN][1] is None and not getattr(args, "skip_train", False):
+        raise UserError(f"{lists[TRAIN][0]} names no training data; add --train-data-path PREFIX")
+    return [
+        _Source(flag, _prefixes(flag, words), None, part) for part, (flag, words) in lists.items() if words is not None
+    ]
+
+
+_KEYS = ("train", "valid", "test")
+
+
+def _flag(attribute: str) -> str:
+    return "--" + attribute.replace("_", "-")
+
+
+def _prefixes(flag: str, words: Sequence[str]) -> list[str]:
+    """The prefixes among weights and prefixes, read as Megatron reads them."""
+    from megatron.core.datasets.utils import get_blend_from_list
+
+    if not words:
+        raise UserError(f"{flag}: names no data; add a prefix made by tools/preprocess_data.py")
+    try:
+        prefixes, weights = get_blend_from_list(list(words))
+    except AssertionError:
+        prefixes, weights = [], None
+    if not prefixes or (weights is None and len(words) > 1 and any(_is_number(word) for word in words)):
+        raise UserError(
+            f"{flag} {' '.join(words)}: give prefixes, or a weight before each, e.g. {flag} 0.7 web 0.3 code"
+        )
+    if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
+        raise UserError(f"{flag} {' '.join(words)}: the weights must be positive; change or drop them")
+    return prefixes
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_text(flag: str, path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        raise UserError(f"{flag} {path}: {reason}; check the path") from None
+
+
+def _per_split_file(path: str) -> dict[str, list[str] | None]:
+    try:
+        named = json.loads(_read_text("--per-split-data-args-path", path))
+        lists = {key: named[key].split() if isinstance(named[key], str) else named[key] for key in _KEYS}
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--per-split-data-args-path {path}: not a JSON object with the keys train, valid and test; write one, "
+            "with null for a part without data"
+        ) from None
+    return lists

@@ -1,0 +1,57 @@
+"""Packaging of megatron_moa; exact tested versions are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """The version in ``megatron_moa/__init__.py``, read as text: importing it would need torch at build time."""
+    text = (ROOT / "megatron_moa" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError('megatron_moa/__init__.py has no line of the form __version__ = "X.Y.Z"')
+    return match.group(1)
+
+
+def read_description() -> str:
+    """The README, or an empty text in a tree without one."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+REQUIRES = [
+    "megatron-core[training]>=0.19.2,<0.20",
+    "torch>=2.6",
+    "numpy",
+    "matplotlib",
+    "packaging",
+    "sentencepiece",
+    "tensorboard",
+    "tqdm",
+]
+MUON = ["emerging-optimizers==0.3.0"]
+HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5"]
+EXTRAS = {
+    "muon": MUON,
+    "te": ["transformer-engine[pytorch]"],
+    "hf": HF,
+    "eval": [*HF, "lm-eval"],
+    "dev": [*MUON, *HF, "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+}
+
+setup(
+    name="megatron-moa",
+    version=read_version(),
+    description="Pretrain GPT models whose feed-forward layers mix activation functions (MoA, LA), on Megatron",
+    long_description=read_description(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_moa", "megatron_moa.*"]),
+    py_modules=["pretrain_gpt_moa"],
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,219 @@
+"""Trains a sentencepiece tokenizer that gives back every text byte for byte.
+
+    python tools/train_tokenizer.py --input corpus/ --glob '**/*.txt' --output tokenizer --vocab-size 32000
+
+writes tokenizer.model and tokenizer.vocab, to be used with
+``--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model`` in preprocessing and training.
+
+The text is not normalised, no space is put before it, runs of spaces are kept, digits are single tokens, and what the
+vocabulary lacks (newlines and tabs too) is written as byte tokens. The one exception is U+2581, the character that
+sentencepiece writes for a space: it comes back as a space. Ids: 0 <unk>, 1 <s>, 2 </s> (end of document), 3 <pad>.
+"""
+
+import argparse
+import io
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_moa import data
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "train_tokenizer"
+BLOCK_BYTES = 1 << 18  # what one draw takes from a file: small enough to mix many files, large enough to read fast
+LINE_CHARACTERS = 4096  # sentencepiece skips longer sentences, so longer lines are cut
+# no piece holds a control character, so those are always byte tokens; sentencepiece skips sentences with U+2585
+SEPARATORS = re.compile("[\x00-\x1f\u2585]+")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags, trains, writes PREFIX.model and PREFIX.vocab."""
+    args = parse_arguments(argv)
+    try:
+        with one_line_errors(PROGRAM):
+            make_tokenizer(args)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def make_tokenizer(args: argparse.Namespace) -> None:
+    """Everything after the flags. Raises UserError."""
+    files = data.find_text_files(args.input, args.glob, args.exclude, args.json_key)
+    targets = data.check_output("--output", args.output, (".model", ".vocab"), args.overwrite)
+    start = time.perf_counter()
+    lines = sample_lines(files, args.sample_bytes, args.max_sentences, args.seed, args.json_key, args.errors)
+    model = train(lines, args)
+    with data.written_whole("--output", targets) as (model_path, vocab_path):
+        Path(model_path).write_bytes(model)
+        Path(vocab_path).write_text(vocabulary_table(model), encoding="utf-8")
+    report(model, lines, args, time.perf_counter() - start)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of this tool."""
+    parser = OneLineParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    data.add_input_flags(parser)
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab")
+    group.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
+    group.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
+    group.add_argument("--vocab-size", type=data.positive, default=32000, metavar="N")
+    group.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="share of the text's characters that get a token; the rarest are written as bytes (default 0.9995)",
+    )
+    group.add_argument(
+        "--sample-bytes",
+        type=data.positive,
+        default=200_000_000,
+        metavar="N",
+        help="train on at most so much text, drawn evenly from all files (default 200 MB)",
+    )
+    group.add_argument("--max-sentences", type=data.positive, metavar="N", help="train on at most so many lines")
+    group.add_argument("--seed", type=int, default=1234, metavar="N", help="which part of a larger corpus is drawn")
+    group.add_argument("--threads", type=data.positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    args = parser.parse_args(argv)
+    if not 0 < args.character_coverage <= 1:
+        parser.error(f"--character-coverage {args.character_coverage}: a share above 0 and at most 1 is wanted")
+    return args
+
+
+def sample_lines(
+    files: Sequence[data.TextFile],
+    sample_bytes: int,
+    max_sentences: int | None = None,
+    seed: int = 1234,
+    json_key: str | None = None,
+    errors: str = "strict",
+) -> list[str]:
+    """Lines for training: all of a small corpus, else blocks drawn without repetition from all files.
+
+    The same files, bounds and seed give the same lines. Only what is drawn is read.
+    """
+    blocks = [
+        (file, start, min(start + BLOCK_BYTES, file.size))
+        for file in files
+        for start in range(0, file.size, BLOCK_BYTES)
+    ]
+    draw = random.Random(seed)
+    if sum(file.size for file in files) > sample_bytes:
+        draw.shuffle(blocks)
+    lines: list[str] = []
+    read = 0
+    for file, start, end in blocks:
+        if read >= sample_bytes:
+            break
+        for text in block_texts(file, start, end, json_key or "text", errors):
+            lines += training_lines(text)
+            read += len(text.encode())
+    if not lines:
+        raise UserError("--input: no text in these files; give files that hold more than empty lines")
+    if max_sentences and len(lines) > max_sentences:
+        lines = draw.sample(lines, max_sentences)
+    return lines
+
+
+def block_texts(file: data.TextFile, start: int, end: int, json_key: str, errors: str) -> Iterator[str]:
+    """The texts of the lines that begin in ``[start, end)``; a JSON line holds a whole document."""
+    for offset, line in data.lines_between(file.path, start, end):
+        if file.json_lines:
+            yield data.json_text(line, file.path, offset, json_key, errors) or ""
+        else:
+            yield data.decode_text(line, file.path, offset, errors)
+
+
+def training_lines(text: str) -> Iterator[str]:
+    """Cuts a text into the pieces sentencepiece may learn from."""
+    for line in SEPARATORS.split(text):
+        for start in range(0, len(line), LINE_CHARACTERS):
+            yield line[start : start + LINE_CHARACTERS]
+
+
+def train(lines: Sequence[str], args: argparse.Namespace) -> bytes:
+    """The trained model, serialised. Raises UserError if the vocabulary does not fit the text."""
+    import sentencepiece
+
+    print(f"training       on {len(lines):,} lines with {args.threads} threads", flush=True)
+    model = io.BytesIO()
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++ does not look at Ctrl-C, and there is no file yet
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type=args.model_type,
+            vocab_size=args.vocab_size,
+            character_coverage=args.character_coverage,
+            num_threads=args.threads,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            byte_fallback=True,
+            max_sentence_length=4 * LINE_CHARACTERS + 1,  # bytes
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,  # apart from </s>: Megatron masks the loss of padding
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(explain(str(error), args)) from None
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    return model.getvalue()
+
+
+def explain(message: str, args: argparse.Namespace) -> str:
+    """Sentencepiece's complaint as one line with a remedy."""
+    if bound := re.search(r"too high .*value <= (\d+)", message):
+        return (
+            f"--vocab-size {args.vocab_size}: this text is too small for so many tokens; use --vocab-size {bound[1]} "
+            "or less, or give more text"
+        )
+    if bound := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"--vocab-size {args.vocab_size}: too small for the 256 bytes and the characters of this text; use "
+            f"--vocab-size {bound[1]} or more, or a lower --character-coverage (now {args.character_coverage})"
+        )
+    reason = " ".join(message.split())[:300]
+    return f"--vocab-size {args.vocab_size}: sentencepiece cannot train ({reason}); change the text or the size"
+
+
+def vocabulary_table(model: bytes) -> str:
+    """A line ``piece <tab> score`` for each token, for reading; programs use the model."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return "".join(
+        f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(processor.get_piece_size())
+    )
+
+
+def report(model: bytes, lines: Sequence[str], args: argparse.Namespace, seconds: float) -> None:
+    """Prints what was made and how well it packs the text."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    sample = lines[:: max(1, len(lines) // 2000)]
+    size = sum(len(line.encode()) + 1 for line in sample)  # and its newline
+    tokens = sum(map(len, processor.encode(list(sample)))) + len(sample)
+    print(f"trained        {args.model_type}, {processor.get_piece_size():,} tokens, in {seconds:.1f} s")
+    print(f"packing        {size / tokens:.2f} bytes per token on its own text")
+    print(f"written        {args.output}.model, {args.output}.vocab")
+    print(f"use it with    --tokenizer-type SentencePieceTokenizer --tokenizer-model {args.output}.model")
+
+
+if __name__ == "__main__":
+    main()
