@@ -55,23 +55,31 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z, coefficients, scale, bias)
         ctx.mixture = (form, activations)
-        _let_token_count_vary(z, coefficients, scale)
-        return _compiled_forward(form, activations)(z, coefficients, scale, bias)
+        return _compiled_forward(form, activations)(*_uniform(z, coefficients, scale, bias))
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        z, coefficients, scale, bias = ctx.saved_tensors
-        _let_token_count_vary(z, coefficients, scale, grad)
         needed = tuple(ctx.needs_input_grad[:4])
-        grads = _compiled_backward(*ctx.mixture, needed)(grad, z, coefficients, scale, bias)
+        torch._dynamo.maybe_mark_dynamic(grad, 0)
+        grads = _compiled_backward(*ctx.mixture, needed)(grad, *_uniform(*ctx.saved_tensors))
         return (*grads, None, None)
 
 
-def _let_token_count_vary(*tensors: Tensor | None) -> None:
-    """Tells the compiler that the first size changes from call to call (a MoE's tokens), so it compiles once."""
-    for tensor in tensors:
-        if tensor is not None and (tensor.dim() > 1 or tensor is tensors[-1]):
+def _uniform(
+    z: Tensor, coefficients: Tensor, scale: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The inputs such that calls do not differ in what the compiler specialises to, so that it compiles once.
+
+    The number of tokens changes from call to call in a MoE, whether a gradient is asked for in evaluation, and an
+    expert's scales are a view into all experts' with an offset of its own.
+    """
+    z, coefficients = z.detach(), coefficients.detach()
+    bias = None if bias is None else bias.detach()
+    scale = None if scale is None else scale.detach().clone()  # [t], small
+    for tensor in (z, scale, coefficients if coefficients.dim() > 1 else None):
+        if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return z, coefficients, scale, bias
 
 
 @functools.cache

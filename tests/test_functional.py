@@ -191,18 +191,25 @@ def test_compiled_backend_saves_only_its_inputs() -> None:
     assert numbers <= sum(tensor.numel() for tensor in inputs.values())
 
 
-def test_changing_token_counts_compile_once() -> None:
-    mixing = MixingConfig(activations=("silu", "relu2"), backend="compile")
+def test_changing_token_counts_and_evaluation_compile_once() -> None:
     from torch._dynamo.utils import counters
 
-    def run(tokens: int) -> None:
-        inputs = make_inputs(mixing, (tokens,), 24, torch.float32)
-        mixed_activation(mixing=mixing, **inputs).sum().backward()
+    mixing = MixingConfig(activations=("silu", "relu2"), backend="compile")
+    whole = make_inputs(mixing, (400,), 24, torch.float32)
 
-    run(48)
+    def run(start: int, tokens: int) -> None:
+        """Tokens of one expert among all tokens: the scales are a view with an offset."""
+        z, c, scale = (
+            whole[name][start : start + tokens] for name in ("preactivation", "coefficients", "per_token_scale")
+        )
+        mixed_activation(z.contiguous(), c.contiguous(), mixing, whole["bias"], scale).sum().backward()
+
+    run(0, 48)
     before = counters["stats"]["unique_graphs"]
-    for tokens in (47, 96, 5, 128, 2):
-        run(tokens)
+    for start, tokens in ((0, 47), (47, 96), (200, 5), (205, 128), (333, 2)):
+        run(start, tokens)
+    with torch.no_grad():
+        mixed_activation(mixing=mixing, **whole)
     assert counters["stats"]["unique_graphs"] == before
 
 
