@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
+from megatron_moa import cpu
 from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import (
     AMPLITUDES,
@@ -101,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="every N iterations log mean and standard deviation over tokens of the coefficients; 0 is never",
     )
+    cpu.set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
     return parser
 
@@ -148,8 +150,8 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
 def _refuse_mixture_flags(args: argparse.Namespace) -> None:
     defaults = add_arguments(argparse.ArgumentParser()).parse_args([])
     for name, default in vars(defaults).items():
-        value = getattr(args, name)
-        if name != "moa_mixing" and value != default:
+        value = getattr(args, name, None)
+        if name.startswith("moa_") and name != "moa_mixing" and value != default:
             flag = "--" + name.replace("_", "-")
             shown = (
                 flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"

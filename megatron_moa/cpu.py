@@ -241,12 +241,26 @@ def _in_host_stream(original: Callable) -> Callable:
     return call
 
 
+def _set_defaults(parser: argparse.ArgumentParser, defaults: "Defaults") -> argparse.ArgumentParser:
+    parser.set_defaults(**{dest: value() if callable(value) else value for dest, value, _ in defaults})
+    return parser
+
+
+def set_plain_torch_defaults(parser: argparse.ArgumentParser) -> None:
+    """Replaces defaults that only Transformer Engine or Apex can serve, where they are absent; for GPUs too."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.models.gpt.gpt_layer_specs import HAVE_APEX
+
+    if not HAVE_TE:
+        _set_defaults(parser, WITHOUT_TE_DEFAULTS)
+        if not HAVE_APEX:
+            _set_defaults(parser, WITHOUT_TE_AND_APEX_DEFAULTS)
+
+
 def _with_cpu_defaults(original: Callable) -> Callable:
     @functools.wraps(original)
     def add_megatron_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = original(parser)
-        parser.set_defaults(**{dest: value() if callable(value) else value for dest, value, _ in CPU_DEFAULTS})
-        return parser
+        return _set_defaults(original(parser), CPU_DEFAULTS)
 
     return add_megatron_arguments
 
@@ -348,15 +362,24 @@ WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
     ("megatron.training.arguments.parse_args", _then_refuse_gpu_flags, "GPU_FLAGS"),
 )
 
-CPU_DEFAULTS: tuple[tuple[str, Any, str], ...] = (
-    # name in Megatron's arguments, value (or a function that gives it), why
-    ("transformer_impl", "local", "Transformer Engine needs CUDA"),
-    ("distributed_backend", "gloo", "NCCL needs CUDA"),
+Defaults = tuple[tuple[str, Any, str], ...]  # name in Megatron's arguments, value (or a function that gives it), why
+
+WITHOUT_TE_DEFAULTS: Defaults = (
+    ("transformer_impl", "local", "Transformer Engine's layers"),
     ("attention_backend", lambda: _attention_backend("unfused"), "the fused ones are Transformer Engine's"),
+)
+
+WITHOUT_TE_AND_APEX_DEFAULTS: Defaults = (
     ("no_persist_layer_norm", True, "a kernel of Apex"),
     ("gradient_accumulation_fusion", False, "a kernel of Apex"),
     ("masked_softmax_fusion", False, "a CUDA kernel"),
     ("apply_rope_fusion", False, "a kernel of Transformer Engine or Apex"),
+)
+
+CPU_DEFAULTS: Defaults = (
+    *WITHOUT_TE_DEFAULTS,
+    *WITHOUT_TE_AND_APEX_DEFAULTS,
+    ("distributed_backend", "gloo", "NCCL needs CUDA"),
     ("bias_gelu_fusion", False, "fused by torch.compile, which is switched off for Megatron here"),
     ("bias_swiglu_fusion", False, "as above"),
     ("bias_dropout_fusion", False, "as above"),

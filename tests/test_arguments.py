@@ -157,3 +157,15 @@ def test_missing_data_and_tokenizer(failing_run: Callable[..., str], flags: list
 
 def test_triton_where_it_is_absent_stops_before_anything_is_built(failing_run: Callable[..., str]) -> None:
     assert "--moa-backend triton" in failing_run(*SWIGLU, "--moa-backend", "triton")
+
+
+def test_defaults_that_need_transformer_engine_or_apex_are_replaced_where_these_are_absent() -> None:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--transformer-impl", default="transformer_engine")
+    parser.add_argument("--no-gradient-accumulation-fusion", dest="gradient_accumulation_fusion", action="store_false")
+    args = add_arguments(parser).parse_args([])
+    assert args.transformer_impl == ("transformer_engine" if HAVE_TE else "local")
+    assert args.gradient_accumulation_fusion is HAVE_TE
+    assert parser.parse_args(["--transformer-impl", "inference_optimized"]).transformer_impl == "inference_optimized"

@@ -8,6 +8,8 @@ import pytest
 
 from tests.training import MOE, SWIGLU, Run, train
 
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
 STEPS = 10
 CHECKPOINT_AT = 3
 TOLERANCE = 1e-4  # of the loss, which starts near ln 64 = 4.2

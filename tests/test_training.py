@@ -10,6 +10,8 @@ import pytest
 
 from tests.training import TINY, Run, run_script
 
+pytestmark = pytest.mark.slow
+
 WORDS = "the cat sat on a mat and the dog ran far over green hills to see what it could find".split()
 
 
