@@ -22,6 +22,7 @@ import functools
 import logging
 import os
 import pkgutil
+import random
 import runpy
 import socket
 import sys
@@ -540,10 +541,19 @@ def single_process_environment() -> None:
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise UserError(f"WORLD_SIZE is {world_size} but RANK is not set: start the script with torchrun")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+
+
+def _free_port() -> int:
+    """A port that will still be free when it is used, seconds later: drawn from below those that the system hands out
+    by itself (from 32768 on Linux), so that no connection takes it meanwhile and two runs hardly ever meet.
+    """
+    draw = random.Random(os.urandom(8))
+    while True:
+        port = draw.randrange(20000, 32768)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port
 
 
 def _keep_compiler_rules() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,14 +11,23 @@ import torch
 from megatron_moa import cpu
 
 
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """Our script sets RANK and MASTER_PORT, Megatron's check of arguments NVTE_*: later tests start other processes."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def megatron() -> Iterator[None]:
     """Megatron's process groups and random streams on one rank, gloo where there is no GPU."""
-    cpu.single_process_environment()
     on_cpu = cpu.enable()
     from megatron.core import parallel_state, tensor_parallel
 
-    torch.distributed.init_process_group("gloo" if on_cpu else "nccl", rank=0, world_size=1)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     yield

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from megatron_moa import cpu
 from megatron_moa.errors import UserError
-from tests.training import ROOT, Run, free_port
+from tests.training import ROOT, Run, torchrun
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only for machines without a GPU")
 
@@ -148,8 +148,7 @@ def train(folder: Path, *flags: str, processes: int = 1, check: bool = True) -> 
     script.write_text(SCRIPT)
     command = ["-m", "megatron_moa.cpu", str(script), *TINY, *flags]
     if processes > 1:
-        torchrun = f"-m torch.distributed.run --nproc-per-node {processes} --master-port {free_port()}"
-        command = torchrun.split() + command
+        command = torchrun(processes) + command
     if check:
         command += ["--write-parameters", str(folder)]
     result = run(command, folder)
@@ -175,7 +174,7 @@ def test_one_process_trains_with_the_stock_modules_and_no_cpu_flags(tmp_path):
     result, _ = train(tmp_path, "--stock-modules", "--bf16", "--async-save", "--save", "ckpt", "--save-interval", "4")
     assert result.losses[4] < result.losses[1] - 0.2
     assert result.log.count("No CUDA device found: Megatron runs on CPU over gloo.") == 1
-    assert result.log.count("CPU defaults: transformer_impl=local distributed_backend=gloo") == 1
+    assert result.log.count("CPU defaults: transformer_impl=local attention_backend=unfused") == 1
     assert "not installed" not in result.log
     assert (tmp_path / "ckpt" / "iter_0000004" / ".metadata").exists()
 

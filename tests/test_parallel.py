@@ -23,7 +23,7 @@ def _from_checkpoint(folder: Path) -> list[str]:
 
 
 def _train(mixing: str, *arguments: str, processes: int = 1, steps: int = STEPS) -> Run:
-    flags = ["--moa-mixing", mixing, "--moa-backend", "eager", "--train-iters", str(steps)]
+    flags = ["--moa-mixing", mixing, "--moa-backend", "eager", "--train-iters", str(steps), "--moa-log-interval", "6"]
     return train(*SWIGLU, *flags, *arguments, processes=processes)
 
 
@@ -55,6 +55,11 @@ def _assert_same(run: Run, expected: Run, iterations: range) -> None:
         assert run.losses[iteration] == pytest.approx(expected.losses[iteration], abs=TOLERANCE), iteration
         norm = expected.grad_norms[iteration]
         assert run.grad_norms[iteration] == pytest.approx(norm, rel=2e-3), f"gradient norm at {iteration}"
+    logged = {key for key in expected.coefficients if key[0] in iterations}
+    assert {layer for _, layer in logged} == {1, 2}
+    assert logged <= set(run.coefficients)
+    for key in logged:
+        assert run.coefficients[key] == pytest.approx(expected.coefficients[key], abs=2e-3), key
 
 
 @pytest.mark.parametrize(
@@ -78,8 +83,15 @@ def test_distributed_optimizer_trains_as_one_process(dense: tuple[str, Path, Run
     _assert_same(run, expected, range(1, STEPS + 1))
 
 
-def test_expert_parallel_trains_as_one_process(moe: tuple[str, Path, Run]) -> None:
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--expert-model-parallel-size 2",
+        # Each expert's columns on two ranks: tokens are gathered, and their gradient summed, by the dispatcher.
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 2",
+    ],
+)
+def test_expert_splits_train_as_one_process(moe: tuple[str, Path, Run], flags: str) -> None:
     mixing, folder, expected = moe
-    flags = [*MOE, "--expert-model-parallel-size", "2", "--load", str(folder), "--finetune"]
-    run = _train(mixing, *flags, processes=2)
+    run = _train(mixing, *MOE, *flags.split(), "--load", str(folder), "--finetune", processes=2)
     _assert_same(run, expected, range(1, STEPS + 1))

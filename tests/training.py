@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -51,6 +50,13 @@ class Run:
         return losses
 
     @property
+    def coefficients(self) -> dict[tuple[int, int], list[float]]:
+        """What --moa-log-interval logged: means and standard deviations by iteration and layer."""
+        lines = re.findall(r"coefficients at iteration (\d+) \| layer (\d+) \|(.*)", self.log)
+        numbers = r" (-?\d+\.\d+)"
+        return {(int(it), int(layer)): [float(x) for x in re.findall(numbers, text)] for it, layer, text in lines}
+
+    @property
     def validation_losses(self) -> list[float]:
         """Validation losses in the order they were printed."""
         return [float(x) for x in re.findall(r"validation loss at .*? lm loss value: ([0-9.E+-]+)", self.log)]
@@ -62,19 +68,16 @@ class Run:
         return {int(iteration): float(norm) for iteration, norm in re.findall(pattern, self.log)}
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def torchrun(processes: int) -> list[str]:
+    """What starts several processes of one script, on a port nobody else takes."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def run_script(script: str | Path, arguments: list[str], processes: int = 1, check: bool = True) -> Run:
     """Runs a script of the project, under torchrun for more than one process; fails the test if it fails."""
     command = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        command += torchrun(processes)
     command += [str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -499,19 +499,24 @@ class Demo:
         """The state of the runs: a line that is rewritten, or (not on a terminal) a line every quarter of a run."""
         total = self.settings.iterations
         states = []
+        left = 0.0
         for result in running:
-            state = f"{result.arm.label} {result.learning_rate:.1e} "
+            state = f"{result.arm.label} {result.learning_rate:g}"
             if not result.curve:
                 states.append(f"{state} starting")
                 continue
             step = result.curve[-1]
             loss = math.nan if step.loss is None else step.loss
-            state += f"{step.iteration}/{total} loss {loss:.3f}"
-            states.append(f"{state}, {elapsed((total - step.iteration) * result.milliseconds / 1000)} left")
+            states.append(f"{state} {step.iteration}/{total} loss {loss:.2f}")
+            left = max(left, (total - step.iteration) * result.milliseconds / 1000)
             if not self.screen.live and step.iteration - shown_until.get(result.arm, 0) >= total / 4:
                 shown_until[result.arm] = step.iteration
-                self.screen.line(f"  {result.title}   iteration {step.iteration}/{total}, loss {loss:.3f}")
-        self.screen.update(f"  {elapsed(self.spent())}: {'; '.join(states)}")
+                self.screen.line(
+                    f"  {result.title}   iteration {step.iteration}/{total}, loss {loss:.3f}, "
+                    f"{elapsed(self.spent())} since the start"
+                )
+        estimate = f", {elapsed(left)} left for" if left else ""
+        self.screen.update(f"  {elapsed(self.spent())}{estimate}: {'; '.join(states)}")
 
     def check_speed(self, first: Result) -> bool:
         """Whether the speed is still unknown; raises :class:`TooSlow` once it is known to be too low."""
@@ -609,7 +614,7 @@ def verdict(results: list[Result]) -> str:
     tries = len({r.arm.factor for r in results})
     lines.append(
         f"One seed, {'two learning rates' if tries == 2 else 'one learning rate'}, a tiny model and a short run: "
-        "a hint and no more."
+        "a hint and no more. Times move with whatever else the machine does."
     )
     return "\n".join(lines)
 

@@ -254,7 +254,16 @@ def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> 
 def signals_held() -> Iterator[None]:
     """Puts Ctrl-C and SIGTERM off until the end. A signal mask would not do: another thread may take the signal."""
     caught: list[int] = []
-    previous = {number: signal.signal(number, lambda number, _: caught.append(number)) for number in STOP_SIGNALS}
+    process = os.getpid()
+
+    def hold(number: int, _: object) -> None:
+        if os.getpid() != process:
+            # A worker just forked: its pool ends it, when another died, before it has handlers of its own.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        caught.append(number)
+
+    previous = {number: signal.signal(number, hold) for number in STOP_SIGNALS}
     try:
         yield
     finally:
