@@ -148,15 +148,23 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
 
 
 def _refuse_mixture_flags(args: argparse.Namespace) -> None:
-    defaults = add_arguments(argparse.ArgumentParser()).parse_args([])
-    for name, default in vars(defaults).items():
-        value = getattr(args, name, None)
-        if name.startswith("moa_") and name != "moa_mixing" and value != default:
-            flag = "--" + name.replace("_", "-")
-            shown = (
-                flag if value is True else f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-            )
-            raise UserError(f"{shown}: has no effect with --moa-mixing none; drop one of the two")
+    for name, default in _defaults().items():
+        value = getattr(args, name)
+        if name != "moa_mixing" and value != default:
+            raise UserError(f"{_as_typed(name, value)}: has no effect with --moa-mixing none; drop one of the two")
+
+
+def _defaults() -> dict[str, object]:
+    """The mixture's flags when none is given."""
+    parsed = vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
+    return {name: value for name, value in parsed.items() if name.startswith("moa_")}
+
+
+def _as_typed(name: str, value: object) -> str:
+    flag = "--" + name.replace("_", "-")
+    if value is True:
+        return flag
+    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 # What else decides the model's function, and Megatron's --use-checkpoint-args leaves to the command line.
@@ -195,17 +203,20 @@ _MEGATRON_MODEL_ARGS = (
 def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
     """Takes the model's settings from a checkpoint's args: the mixture's (without them it is stock Megatron's), and
     those of Megatron's that its own --use-checkpoint-args does not take.
+
+    Raises:
+        UserError: a flag of the mixture was given, and the checkpoint has another value.
     """
     for name in _MEGATRON_MODEL_ARGS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
-    if not hasattr(saved, "moa_mixing"):
-        args.moa_mixing = "none"
-        return
+    defaults = _defaults()
+    stock = {**defaults, "moa_mixing": "none"}
     for name in MODEL_FLAGS:
-        setattr(args, name, getattr(saved, name))
-    if args.moa_mixing == "none":
-        args.moa_form, args.moa_activations, args.moa_la_init = "auto", None, None
+        given, stored = getattr(args, name), getattr(saved, name, stock[name])
+        if given not in (defaults[name], stored):
+            raise UserError(f"{_as_typed(name, given)}: the checkpoint has {_as_typed(name, stored)}; drop the flag")
+        setattr(args, name, stored)
 
 
 def parse_arguments(
@@ -222,7 +233,7 @@ def parse_arguments(
     Raises:
         UserError: whatever a user can get wrong, Megatron's own assertions included.
     """
-    # Imported late: `--help` and mistakes in our own flags should not wait for Megatron's training package.
+    # Imported here, when megatron_moa.cpu has replaced what it must.
     from megatron.training.arguments import parse_args, validate_args
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables

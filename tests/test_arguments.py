@@ -49,11 +49,21 @@ def test_settings_come_back_from_a_checkpoints_args() -> None:
     args = parse()
     restore_model_flags(args, saved)
     assert mixing_from_args(args) == expected
+    args = parse()
     restore_model_flags(args, argparse.Namespace())  # a checkpoint of stock Megatron
     assert args.moa_mixing == "none"
-    stock = parse("--moa-mixing", "none")
+    args, stock = parse(), parse("--moa-mixing", "none")
+    assert mixing_from_args(stock) is None
     restore_model_flags(args, stock)
     assert mixing_from_args(args) is None
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:
+    saved = parse("--moa-form", "quadratic")
+    mixing_from_args(saved)
+    restore_model_flags(parse("--moa-form", "quadratic"), saved)
+    with pytest.raises(UserError, match="--moa-form one-sided: the checkpoint has --moa-form quadratic; drop the flag"):
+        restore_model_flags(parse("--moa-form", "one-sided"), saved)
 
 
 @pytest.mark.parametrize(
