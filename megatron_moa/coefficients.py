@@ -11,8 +11,9 @@ partial sum. Where that sum is completed depends on what the layer's input is on
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -20,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
@@ -28,6 +30,28 @@ from torch.nn import Parameter
 from megatron_moa import reference
 from megatron_moa.config import MixingConfig
 from megatron_moa.init_scale import coefficient_scale
+
+_GATE_STREAM = "moa-gate-rng"
+_GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets
+
+
+@contextlib.contextmanager
+def gate_random_numbers(config: TransformerConfig) -> Iterator[None]:
+    """Inside, the default generator is a stream of the gates' own: the same on all ranks of a pipeline stage, so that
+    copies of a gate start equal, and apart from all others, so that with the same seed stock, LA and MoA models share
+    their other initial weights and their dropout.
+
+    With --use-cpu-initialization Megatron draws everything from one generator, and so do the gates.
+    """
+    if config.use_cpu_initialization:
+        yield
+        return
+    tracker = get_cuda_rng_tracker()
+    if _GATE_STREAM not in tracker.get_states():
+        seed = torch.cuda.initial_seed() if torch.cuda.is_available() else torch.initial_seed()
+        tracker.add(_GATE_STREAM, seed + _GATE_SEED_OFFSET)
+    with tracker.fork(_GATE_STREAM):
+        yield
 
 
 class InputLayout(enum.Enum):
@@ -141,7 +165,8 @@ class GateCoefficients(Coefficients):
         self.bias = self._new_parameter(n) if mixing.gate_bias else None
         self.amplitude = self._new_parameter(n) if mixing.amplitude == "learned" else None
         if config.perform_initialization:
-            config.init_method(self.weight)
+            with gate_random_numbers(config):
+                config.init_method(self.weight)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         scale = coefficient_scale(mixing, config)

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP, Shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_moa.coefficients import GateCoefficients, build_coefficients
+from megatron_moa.coefficients import GateCoefficients, build_coefficients, gate_random_numbers
 from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
 
 
@@ -49,7 +49,7 @@ class MixedSequentialMLP(SequentialMLP):
     def _start_gates(self) -> None:
         """Draws the gate weights of all experts on every rank and keeps the local ones.
 
-        The default generator is the same on all ranks of the layer, so experts differ from one another and copies on
+        The gates' stream is the same on all ranks of the layer, so experts differ from one another and copies on
         expert-tensor-parallel ranks do not, however the experts are spread.
         """
         first = self.local_experts[0].coefficients
@@ -57,10 +57,11 @@ class MixedSequentialMLP(SequentialMLP):
             return
         drawn = torch.empty_like(first.weight)
         start = self.ep_group.rank() * self.num_local_experts
-        for expert in range(self.ep_group.size() * self.num_local_experts):
-            self.config.init_method(drawn)
-            if start <= expert < start + self.num_local_experts:
-                self.local_experts[expert - start].coefficients.weight.copy_(drawn)
+        with gate_random_numbers(self.config):
+            for expert in range(self.ep_group.size() * self.num_local_experts):
+                self.config.init_method(drawn)
+                if start <= expert < start + self.num_local_experts:
+                    self.local_experts[expert - start].coefficients.weight.copy_(drawn)
 
 
 class MixedSharedExpertMLP(SharedExpertMLP, MixedMLP):

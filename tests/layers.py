@@ -80,4 +80,4 @@ def logits_of(model: GPTModel) -> torch.Tensor:
     return model(tokens, torch.arange(8).expand(2, 8), None)
 
 
-float64 = functools.partial(torch.randn, dtype=torch.float64)
+randn64 = functools.partial(torch.randn, dtype=torch.float64)

@@ -181,3 +181,20 @@ def test_stock_model_keeps_its_keys_and_its_function() -> None:
     mask = torch.ones(1, 1, 8, 8).triu(1).bool()
     expected = stock(tokens, torch.arange(8).expand(2, 8), mask)
     torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe with shared expert"])
+def test_arms_of_a_comparison_share_their_initial_weights(kind: str) -> None:
+    """With the same seed stock, LA and MoA differ in their coefficients alone."""
+    from megatron.core import tensor_parallel
+
+    def initial(mixing: MixingConfig | None) -> dict[str, torch.Tensor]:
+        tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+        torch.manual_seed(5)
+        return dict(build_model(make_config(**KINDS[kind]), mixing).named_parameters())
+
+    stock = initial(None)
+    for mixing in (LA, MOA):
+        other = initial(mixing)
+        assert set(stock) == {name for name in other if ".coefficients." not in name}
+        assert [name for name in stock if not torch.equal(stock[name], other[name])] == []

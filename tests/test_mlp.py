@@ -10,7 +10,7 @@ from megatron_moa import reference
 from megatron_moa.coefficients import GateCoefficients
 from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.mlp import MixedMLP
-from tests.layers import build_feed_forward, float64, make_config, moe_settings
+from tests.layers import build_feed_forward, make_config, moe_settings, randn64
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -52,9 +52,9 @@ def mixings() -> list[MixingConfig]:
 def test_dense_layer_is_the_reference(mixing: MixingConfig) -> None:
     layer = build_feed_forward(make_config(mixing.gated), mixing).double()
     randomize(layer)
-    x = float64(5, 2, 16).requires_grad_()  # [s, b, h]
+    x = randn64(5, 2, 16).requires_grad_()  # [s, b, h]
     expected_x = x.detach().clone().requires_grad_()
-    grad = float64(5, 2, 16)
+    grad = randn64(5, 2, 16)
     output, bias = layer(x)
     expected, copies = reference_of(layer, expected_x)
     assert bias is None
@@ -71,7 +71,7 @@ def test_dense_layer_with_bias_of_fc1_and_fc2() -> None:
     layer = build_feed_forward(make_config(gated=False, add_bias_linear=True), mixing).double()
     with torch.no_grad():
         layer.linear_fc1.bias.normal_()
-    x = float64(5, 2, 16)
+    x = randn64(5, 2, 16)
     output, bias = layer(x)
     z = x @ layer.linear_fc1.weight.t() + layer.linear_fc1.bias
     coefficients = reference.gate(x @ layer.coefficients.weight.t(), mixing)
@@ -87,8 +87,8 @@ def test_experts_are_the_reference_weighted_by_the_router(mixing_name: str, over
     config = make_config(**moe_settings(**shared))
     moe = build_feed_forward(config, mixing).double()
     randomize(moe)
-    x = float64(6, 2, 16).requires_grad_()
-    grad = float64(6, 2, 16)
+    x = randn64(6, 2, 16).requires_grad_()
+    grad = randn64(6, 2, 16)
     output, _ = moe(x)
 
     expected_x = x.detach().clone().requires_grad_()
