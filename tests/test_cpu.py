@@ -379,10 +379,19 @@ def test_single_process_environment(monkeypatch):
         cpu.single_process_environment()
 
 
-def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path):
-    """What Megatron's script does with --spec, with nothing of ours but the callable it names."""
-    spec = ["--spec", "megatron_moa.layer_specs", "moa_layer_spec", "--swiglu", "--stock-modules"]
-    _, (parameters,) = train(tmp_path, *spec, "--train-iters", "3")
-    gates = [name for name in parameters if name.endswith("mlp.coefficients.weight")]
-    assert len(gates) == 2
-    assert all(parameters[name].shape == (14, 32) for name in gates)
+@pytest.mark.parametrize("spec", ["moa_layer_spec", "la_layer_spec"])
+def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path, spec):
+    """What Megatron's script does with --spec, with nothing of ours but the callable it names.
+
+    expected = {(14, 32)} if spec == "moa_layer_spec" else {(14,)}
+    assert {tuple(first[name].shape) for name in coefficients} == expected
+    """
+    flags = ["--spec", "megatron_moa.layer_specs", spec, "--stock-modules", *LLAMA, "--train-iters", "6"]
+    split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+    _, ranks = train(tmp_path, *flags, *split, processes=2)
+    first, second = ranks
+    coefficients = [name for name in first if ".coefficients." in name]
+    assert len(coefficients) == 2
+    assert {tuple(first[name].shape) for name in coefficients} == ({(14, 32)} if spec == "moa_layer_spec" else {(14,)})
+    assert all(torch.equal(first[name], second[name]) for name in coefficients)
+    assert_copies_equal(ranks, COLUMNS_AND_ROWS)
