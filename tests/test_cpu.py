@@ -383,15 +383,13 @@ def test_single_process_environment(monkeypatch):
 def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path, spec):
     """What Megatron's script does with --spec, with nothing of ours but the callable it names.
 
-    expected = {(14, 32)} if spec == "moa_layer_spec" else {(14,)}
-    assert {tuple(first[name].shape) for name in coefficients} == expected
+    Under tensor and sequence parallelism with dropout: copies of the coefficients drift apart if a sum is missing.
     """
     flags = ["--spec", "megatron_moa.layer_specs", spec, "--stock-modules", *LLAMA, "--train-iters", "6"]
     split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     _, ranks = train(tmp_path, *flags, *split, processes=2)
-    first, second = ranks
-    coefficients = [name for name in first if ".coefficients." in name]
+    coefficients = [name for name in ranks[0] if ".coefficients." in name]
     assert len(coefficients) == 2
-    assert {tuple(first[name].shape) for name in coefficients} == ({(14, 32)} if spec == "moa_layer_spec" else {(14,)})
-    assert all(torch.equal(first[name], second[name]) for name in coefficients)
+    expected = {(14, 32)} if spec == "moa_layer_spec" else {(14,)}
+    assert {tuple(ranks[0][name].shape) for name in coefficients} == expected
     assert_copies_equal(ranks, COLUMNS_AND_ROWS)
