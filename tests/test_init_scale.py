@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core import tensor_parallel
 
 from megatron_moa.config import FORMS, MixingConfig
 from megatron_moa.init_scale import output_scale
@@ -17,6 +18,7 @@ SETTINGS = [{"mixing": "la"}, {"mixing": "moa"}, {"mixing": "moa", "amplitude": 
 def mean_square(mixing: MixingConfig | None, gated: bool) -> float:
     """Of the input to fc2 on normalised random input, over a few wide layers."""
     config = make_config(gated, hidden_size=512, ffn_hidden_size=1024, init_method_std=0.05)
+    tensor_parallel.model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     torch.manual_seed(11)
     results = []
     for _ in range(4):
@@ -38,7 +40,9 @@ def mean_square(mixing: MixingConfig | None, gated: bool) -> float:
 def test_swiglu_scale_matches_a_real_layer(form: str, settings: dict) -> None:
     gated = form != "type1"
     mixing = MixingConfig(form=form, init_scale="swiglu", backend="eager", **settings)
-    assert mean_square(mixing, gated) == pytest.approx(mean_square(None, gated), rel=0.06)
+    # Two to three standard deviations over seeds: a layer's gates are only n draws, LA has none.
+    tolerance = 0.012 if mixing.mixing == "la" else 0.06
+    assert mean_square(mixing, gated) == pytest.approx(mean_square(None, gated), rel=tolerance)
 
 
 def test_mixture_scale_is_what_is_reported() -> None:
