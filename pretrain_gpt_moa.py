@@ -21,10 +21,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training import get_args, get_timers, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
@@ -43,12 +42,18 @@ _SPIKE = 10  # --check-for-spiky-loss: a loss this many times the largest seen
 _REFUSED = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel")
 
 
+def predicts_further_tokens(vp_stage: int | None) -> bool:
+    """Whether layers of multi-token prediction are on this pipeline stage: they need tokens and labels too."""
+    args = get_args()
+    return mtp_on_this_rank(
+        layout=args.pipeline_model_parallel_layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage
+    )
+
+
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None) -> dict[str, Tensor | None]:
     """This rank's part of the next micro-batch: read by one rank, broadcast, cut for context parallelism."""
     args = get_args()
-    mtp = mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage
-    )
+    mtp = predicts_further_tokens(vp_stage)
     if not is_first_or_last_pipeline_stage(vp_stage) and not mtp:
         return dict.fromkeys(_BATCH_KEYS)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -141,7 +146,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=get_tokenizer(),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
@@ -157,10 +162,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
     )
 
     def reads_data() -> bool:
-        mtp = mtp_on_this_rank(
-            layout=args.pipeline_model_parallel_layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage
-        )
-        on_stage = is_first_or_last_pipeline_stage(vp_stage) or mtp
+        on_stage = is_first_or_last_pipeline_stage(vp_stage) or predicts_further_tokens(vp_stage)
         return on_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
@@ -184,10 +186,7 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses, checks, builds and trains."""
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    cpu.single_process_environment()
-    cpu.skip_dataset_compile()
-    cpu.fix_torch_adam_checkpoints()
-    cpu.enable()
+    cpu.prepare()
     monitor = None
     with one_line_errors("pretrain_gpt_moa.py"):
         args, mixing = parse_arguments(check)

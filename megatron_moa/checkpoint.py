@@ -60,9 +60,7 @@ def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
     flags = ["--load", folder, "--use-checkpoint-args", "--micro-batch-size", "1", "--no-load-optim", "--no-load-rng"]
     if "--tokenizer-model" in megatron_flags:
         flags.append("--no-use-tokenizer-model-from-checkpoint-args")
-    cpu.single_process_environment()
-    cpu.skip_dataset_compile()
-    cpu.enable()
+    cpu.prepare()
     program, arguments = sys.argv[0], sys.argv[1:]
     sys.argv[1:] = [*flags, *megatron_flags]  # Megatron reads nothing else
     try:

@@ -267,11 +267,3 @@ def build_coefficients(
     if mixing.mixing == "la":
         return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters)
     return GateCoefficients(mixing, config, tp_group, layout, expert_parameters, input_size=input_size)
-
-
-def extra_parameters(mixing: MixingConfig, hidden_size: int) -> int:
-    """How many parameters the mixture adds to one layer (or one expert) of width h."""
-    n = mixing.num_coefficients
-    if mixing.mixing == "la":
-        return n
-    return n * hidden_size + n * mixing.gate_bias + n * (mixing.amplitude == "learned")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -166,10 +165,6 @@ class MixingConfig:
         if self.init_scale != "mixture":
             parts.append(f"{self.init_scale} output scale at step 0")
         return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain types only: what travels in checkpoints and configuration files."""
-        return dataclasses.asdict(self)
 
 
 def resolve_form(form: str, gated_linear_unit: bool) -> str:

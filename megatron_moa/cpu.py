@@ -163,7 +163,7 @@ def _on_cpu(original: Callable) -> Callable:
     """``device=<a GPU>`` becomes the CPU, and memory is not pinned, which needs a GPU's driver.
 
     The functions are wrapped one by one instead of with one TorchFunctionMode: a mode holds in one thread only, and
-    costs every operator half as much again (3.4 -> 5.1 us) and torch.compile a second compilation per thread.
+    slows every operator down and costs torch.compile a second compilation per thread.
     """
 
     @functools.wraps(original)
@@ -542,6 +542,16 @@ def single_process_environment() -> None:
     if world_size != "1":
         raise UserError(f"WORLD_SIZE is {world_size} but RANK is not set: start the script with torchrun")
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+
+
+def prepare() -> None:
+    """What a script of ours does before it uses Megatron, on any machine: fills in what torchrun would set, mends
+    Megatron from PyPI, and switches to the CPU where there is no CUDA device.
+    """
+    single_process_environment()
+    skip_dataset_compile()
+    fix_torch_adam_checkpoints()
+    enable()
 
 
 def _free_port() -> int:

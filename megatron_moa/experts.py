@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -11,7 +9,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP, Shared
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_moa.coefficients import GateCoefficients, build_coefficients, gate_random_numbers
+from megatron_moa.coefficients import GateCoefficients, gate_random_numbers
 from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
 
 
@@ -67,13 +65,9 @@ class MixedSequentialMLP(SequentialMLP):
 class MixedSharedExpertMLP(SharedExpertMLP, MixedMLP):
     """The shared expert: Megatron's SharedExpertMLP over a :class:`MixedMLP`, overlap with the dispatcher included."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        if self.config.moe_shared_expert_overlap:
-            # The dispatcher gathers the input and sums its gradient, as it does for routed experts.
-            self.coefficients = build_coefficients(
-                self.mixing, self.config, self.tp_group, is_expert=False, dispatched=True, input_size=self.input_size
-            )
+    def input_is_dispatched(self, is_expert: bool) -> bool:
+        """With the overlap the dispatcher gathers the input and sums its gradient, as it does for routed experts."""
+        return is_expert or self.config.moe_shared_expert_overlap
 
     @overlap_state_check(SharedExpertState.PRE_FORWARD_COMM_DONE, SharedExpertState.FC1_FORWARD_DONE)
     def linear_fc1_forward_and_act(self, overlapped_comm_output: Tensor | None = None) -> None:

@@ -17,7 +17,7 @@ from megatron_moa import reference
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 
-_SAMPLES = 1 << 16  # of each random variable; with Sobol points for z an LA's scale is good to 0.3 %
+_SAMPLES = 1 << 16  # of each random variable; tests/test_init_scale.py holds the result to real layers
 _SEED = 1234
 
 
@@ -53,7 +53,7 @@ def output_scale(mixing: MixingConfig, std: float) -> float:
     Both at step 0, for preactivations and gate logits that are independent normal numbers of standard deviation
     ``std``. By sampling the reference itself, with a seed of its own: the same on every rank and in every run.
     """
-    # Sobol points: the squares of squares in it have heavy tails, on which plain sampling was 2.4 % off.
+    # Sobol points: the squares of squares in it have heavy tails, on which plain sampling is off by per cents.
     uniform = torch.quasirandom.SobolEngine(2 if mixing.gated else 1, scramble=True, seed=_SEED)
     z = std * torch.special.ndtri(uniform.draw(_SAMPLES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
     start = torch.tensor(list(mixing.start_values()), dtype=torch.float64)

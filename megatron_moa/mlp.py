@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
@@ -46,9 +45,13 @@ class MixedMLP(MLP):
             self.config,
             self.tp_group,
             is_expert=is_expert,
-            dispatched=is_expert,
+            dispatched=self.input_is_dispatched(is_expert),
             input_size=self.config.moe_latent_size if is_expert and self.config.moe_latent_size else self.input_size,
         )
+
+    def input_is_dispatched(self, is_expert: bool) -> bool:
+        """Whether the input is gathered, and its gradient summed over ranks, outside this layer."""
+        return is_expert
 
     def forward(
         self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **kwargs: Any
@@ -84,8 +87,3 @@ class MixedMLP(MLP):
         activated = mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
         nvtx_range_pop(suffix="mixture")
         return activated
-
-
-def mixture_modules(model: torch.nn.Module) -> list[MixedMLP]:
-    """All mixed feed-forward layers of a model (each expert is one), in the model's order."""
-    return [module for module in model.modules() if isinstance(module, MixedMLP)]

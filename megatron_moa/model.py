@@ -119,7 +119,7 @@ def report_mixture(models: list[MegatronModule], mixing: MixingConfig | None) ->
             f"> mixture of activations: none, stock feed-forward layers, {report.parameters:,} parameters", flush=True
         )
         return models
-    config = next(model.config for model in models)
+    config = models[0].config
     backend = resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
     line = (
         f"> mixture of activations: {mixing.describe()}, {backend} backend, "

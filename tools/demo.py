@@ -88,7 +88,7 @@ class Settings:
     layers: int = 4
     hidden: int = 128
     # Megatron's 0.02 suits widths near 1000; times sqrt(1024 / 128), pre-activations start as large as there. It would
-    # handicap SwiGLU, whose output is the smallest at the start: 4.62 instead of 4.44 after 150 iterations at 2e-3.
+    # handicap SwiGLU, whose output is the smallest at the start.
     init_std: float = 0.06
     ffn: int = 352  # 8/3 h, the usual width for a gated layer, rounded up to a multiple of 32
     heads: int = 4
@@ -266,7 +266,7 @@ def output_lines(
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if threads:
-        # PASSIVE: threads that wait by spinning made a step 7 times slower when other work kept the cores busy.
+        # PASSIVE: threads that wait by spinning made steps several times slower when other work kept the cores busy.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **environment, "OMP_NUM_THREADS": str(threads)}
     lines: queue.Queue[str | None] = queue.Queue()
 
@@ -338,7 +338,7 @@ class Demo:
         self.start = time.monotonic()
         self.stop = threading.Event()
         # One thread a run and several runs at a time do more in all than one run after the other on all cores: a model
-        # this small gains 1.6x from a second thread. All arms share the machine in the same way.
+        # this small gains far less than twofold from a second thread. All arms share the machine in the same way.
         self.at_a_time = min(len(FIRST_ARMS), usable_cores())
         self.threads = max(1, min(4, usable_cores() // self.at_a_time))
 
