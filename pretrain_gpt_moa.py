@@ -186,9 +186,9 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses, checks, builds and trains."""
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    cpu.prepare()
     monitor = None
     with one_line_errors("pretrain_gpt_moa.py"):
+        cpu.prepare()
         args, mixing = parse_arguments(check)
         with megatron_checks():
             model_config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
