@@ -13,11 +13,12 @@ DEMO_ARGS ?=
 export PYTHON PIP_ARGS VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format venv clean check-python
+.PHONY: help demo test test-all lint format venv clean check-python
 
 help:
 	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, 5 to 8 minutes"
 	@echo "make test    run the tests; PYTEST_ARGS='-k NAME -x' is passed on"
+	@echo "make test-all  the same and every further case of parallelism, resharding and faults; about an hour"
 	@echo "make lint    check style and common mistakes (ruff)"
 	@echo "make format  put the code into the project's format (ruff)"
 	@echo "make venv    only install, into $(VENV)"
@@ -36,8 +37,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt | check-python
 demo: check-python $(STAMP)
 	@$(BIN)/python tools/demo.py $(DEMO_ARGS)
 
-test: check-python $(STAMP)
-	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+test test-all: check-python $(STAMP)
+	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
+		$(if $(filter test,$@),-m "not full") $(PYTEST_ARGS)
 
 lint: check-python $(STAMP)
 	@$(BIN)/ruff check .

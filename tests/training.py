@@ -6,26 +6,19 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from megatron_moa import recording
+from megatron_moa.recording import Record
+from megatron_moa.tiny import MOE, SWIGLU, TINY
+from tests import launch
+
+__all__ = ["MOE", "SWIGLU", "TINY"]
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# A model small enough that a run is mostly start-up; mock data, the same for every run with the same seed.
-TINY = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
-    "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 "
-    "--position-embedding-type rope --normalization RMSNorm --disable-bias-linear "
-    "--untie-embeddings-and-output-weights --hidden-dropout 0 --attention-dropout 0 "
-    "--lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 --seed 7 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 63 --make-vocab-size-divisible-by 16 --split 90,5,5 "
-    "--log-interval 1 --eval-iters 0 --eval-interval 1000 --num-workers 0"
-).split()
-SWIGLU = "--swiglu --ffn-hidden-size 48".split()
-MOE = (
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-router-load-balancing-type aux_loss "
-    "--moe-aux-loss-coeff 1e-2 --moe-token-dispatcher-type alltoall"
-).split()
 
 
 @dataclass
@@ -90,6 +83,30 @@ def run_script(script: str | Path, arguments: list[str], processes: int = 1, che
     return run
 
 
-def train(*arguments: str, processes: int = 1, check: bool = True) -> Run:
-    """Runs pretrain_gpt_moa.py with the tiny model and these further flags."""
-    return run_script("pretrain_gpt_moa.py", [*TINY, *arguments], processes, check)
+def train(*arguments: str | Path, processes: int = 1, check: bool = True) -> Run:
+    """Trains the tiny model with these further flags, in processes forked with Megatron imported."""
+    return _launched(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments)), processes, check)
+
+
+def record(
+    folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None, check: bool = True
+) -> Run:
+    """As :func:`train`, recorded (megatron_moa.recording) in a folder; ``start_from`` another record's weights."""
+    target = (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments), folder, start_from)
+    return _launched(recording.run, target, processes, check)
+
+
+def recorded(folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None) -> Record:
+    """The record of such a run."""
+    record(folder, *arguments, processes=processes, start_from=start_from)
+    return Record.read(folder)
+
+
+def _flags(arguments: tuple[str | Path, ...]) -> list[str]:
+    return [*TINY, *map(str, arguments)]
+
+
+def _launched(target: Callable[..., None], arguments: tuple[Any, ...], processes: int, check: bool) -> Run:
+    run = Run(*launch.launch(target, arguments, processes, ROOT))
+    assert not check or run.returncode == 0, f"{arguments}\n{run.log[-6000:]}"
+    return run

@@ -1,0 +1,336 @@
+"""Records what a training computed, exactly and by global name, so that two runs can be compared however each is split.
+
+    torchrun --nproc-per-node 2 -m megatron_moa.recording --to FOLDER pretrain_gpt_moa.py ARGS...
+
+runs any script that trains through Megatron's ``pretrain`` and leaves in FOLDER, one file a rank: loss and gradient
+norm of every step at full precision, the gradients of the first step as the optimizer gets them (summed over all ranks,
+not clipped), and all parameters at the start and at the end. ``--start-from`` another such folder starts from that
+run's first parameters instead of drawing them: other splits draw others. ``tools/compare_parallel.py`` compares two records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moa import cpu
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of a global tensor.
+
+    Attributes:
+        key: the parameter's name in a checkpoint, with the layer's (and the expert's) index where layers are stacked.
+        shape: of the whole tensor.
+        offset: of this piece in it.
+        data: this piece's values.
+        rank: that holds it.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: Tensor
+    rank: int = 0
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same part of a whole tensor."""
+        return whole[
+            tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape, strict=True))
+        ]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step. ``losses`` is empty on ranks that are not on the last pipeline stage."""
+
+    iteration: int
+    losses: dict[str, float]
+    grad_norm: float
+
+
+@dataclass
+class Record:
+    """What one run left: the pieces of all ranks, and the steps as the last pipeline stage saw them."""
+
+    start: list[Piece] = field(default_factory=list)
+    gradients: list[Piece] = field(default_factory=list)
+    end: list[Piece] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """Reads all ranks' files.
+
+        Raises:
+            UserError: there is no record, or some rank's is missing.
+        """
+        files = sorted(folder.glob("rank*.pt"))
+        ranks = [torch.load(file, weights_only=True) for file in files]
+        if not ranks or len(ranks) != ranks[0]["world_size"]:
+            raise UserError(f"{folder}: {len(ranks)} ranks' records there; a finished run leaves one of every rank")
+        record = cls()
+        for rank, saved in enumerate(ranks):
+            for name in ("start", "gradients", "end"):
+                getattr(record, name).extend(Piece(*piece, rank=rank) for piece in saved[name])
+            steps = [Step(*step) for step in saved["steps"]]
+            if any(step.losses for step in steps):
+                record.steps = steps
+        return record
+
+
+def assemble(pieces: list[Piece]) -> dict[str, Tensor]:
+    """Whole tensors by name, from the first copy of every part."""
+    whole: dict[str, Tensor] = {}
+    for piece in reversed(pieces):
+        if piece.key not in whole:
+            whole[piece.key] = torch.full(piece.shape, torch.nan, dtype=piece.data.dtype)
+        piece.of(whole[piece.key]).copy_(piece.data)
+    return whole
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far record b is from record a.
+
+    Attributes:
+        losses: by iteration: the loss in a, the loss in b, and their difference relative to a's.
+        gradients: by parameter: a's largest entry, and the largest difference of any rank's part relative to it.
+        missing: parameters that only one of the two has.
+        replicated: how many tensors of b lie on more than one rank.
+        differing: names of those whose copies are not bit-equal at the end.
+    """
+
+    losses: dict[int, tuple[float, float, float]]
+    gradients: dict[str, tuple[float, float]]
+    missing: list[str]
+    replicated: int
+    differing: list[str]
+
+    @classmethod
+    def of(cls, a: Record, b: Record, steps: int | None = None) -> Comparison:
+        """Compares two runs of the same model and data; losses over the first ``steps`` (None: all)."""
+        expected = {step.iteration: step.losses["lm loss"] for step in a.steps}
+        losses = {}
+        for step in b.steps[:steps]:
+            loss, reference = step.losses["lm loss"], expected[step.iteration]
+            losses[step.iteration] = (reference, loss, abs(loss - reference) / abs(reference))
+        whole = assemble(a.gradients)
+        gradients: dict[str, tuple[float, float]] = {}
+        for piece in b.gradients:
+            if piece.key in whole:
+                largest = whole[piece.key].abs().max().item()
+                difference = (piece.data - piece.of(whole[piece.key])).abs().max().item()
+                # An expert without tokens has no gradient at all, and none is what it must have in b.
+                relative = difference / largest if largest else (0.0 if difference == 0 else float("inf"))
+                gradients[piece.key] = (largest, max(relative, gradients.get(piece.key, (0, 0.0))[1]))
+        copies_of = group_copies(b.end)
+        return cls(
+            losses=losses,
+            gradients=gradients,
+            missing=sorted(set(whole) ^ {piece.key for piece in b.gradients}),
+            replicated=len(copies_of),
+            differing=[key for key, first, *others in copies_of if any(not torch.equal(first, o) for o in others)],
+        )
+
+    def within(self, tolerance: float) -> bool:
+        """Whether losses and gradients agree to a relative tolerance, and all copies are equal."""
+        differences = [d for *_, d in self.losses.values()] + [d for _, d in self.gradients.values()]
+        return all(d <= tolerance for d in differences) and not self.missing and not self.differing
+
+
+def group_copies(pieces: list[Piece]) -> list[tuple[str, *tuple[Tensor, ...]]]:
+    """The name and the values of every part of a parameter that several ranks hold."""
+    parts: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
+    for piece in pieces:
+        parts.setdefault((piece.key, piece.offset), []).append(piece.data)
+    return [(key, *values) for (key, _), values in parts.items() if len(values) > 1]
+
+
+class Recorder:
+    """Hooks itself into Megatron's training loop and writes this rank's part of the record.
+
+    Args:
+        folder: where to; made if missing.
+        start: whole tensors by name to start from; None: as the run itself starts.
+    """
+
+    def __init__(self, folder: Path, start: dict[str, Tensor] | None = None) -> None:
+        self.folder = folder
+        self.start = start
+        self.record = Record()
+
+    def install(self) -> None:
+        """Wraps the functions of Megatron's training loop that build the model, take a step, and train."""
+        from megatron.training import training
+
+        for name, wrap in (
+            ("setup_model_and_optimizer", self._after_setup),
+            ("train_step", self._each_step),
+            ("train", self._around_training),
+        ):
+            setattr(training, name, functools.wraps(getattr(training, name))(wrap(getattr(training, name))))
+
+    def _after_setup(self, setup: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            models, optimizer, scheduler = setup(*args, **kwargs)
+            self.models, self.optimizer = models, optimizer
+            if self.start is not None:
+                self._start_from(self.start)
+            self.record.start = copies(pieces_of(models))
+            self._take_gradients_once()
+            return models, optimizer, scheduler
+
+        return call
+
+    @torch.no_grad()
+    def _start_from(self, start: dict[str, Tensor]) -> None:
+        for piece in pieces_of(self.models):
+            if piece.key not in start:
+                raise UserError(f"--start-from: {piece.key} is not in that record; take one of the same model")
+            if tuple(start[piece.key].shape) != piece.shape:
+                raise UserError(
+                    f"--start-from: {piece.key} is {tuple(start[piece.key].shape)} there, {piece.shape} here "
+                    "(the padded vocabulary depends on the split: see --make-vocab-size-divisible-by)"
+                )
+            piece.data.copy_(piece.of(start[piece.key]))
+        self.optimizer.reload_model_params()
+
+    def _take_gradients_once(self) -> None:
+        step = self.optimizer.step
+
+        def first_step() -> Any:
+            self.optimizer.step = step
+            gather_sharded_gradients(self.models)
+            self.record.gradients = copies(pieces_of(self.models, lambda parameter: parameter.main_grad))
+            return step()
+
+        self.optimizer.step = first_step
+
+    def _each_step(self, train_step: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            from megatron.training import get_args
+
+            result = train_step(*args, **kwargs)
+            losses = {name: float(value) for name, value in result[0].items()}
+            self.record.steps.append(Step(get_args().curr_iteration + 1, losses, float(result[5] or 0.0)))
+            return result
+
+        return call
+
+    def _around_training(self, train: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            finally:  # it may end by sys.exit, with --exit-interval for one
+                self.record.end = copies(pieces_of(self.models))
+                self._write()
+
+        return call
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        saved: dict[str, Any] = {"world_size": torch.distributed.get_world_size()}
+        for name in ("start", "gradients", "end"):
+            saved[name] = [(p.key, p.shape, p.offset, p.data) for p in getattr(self.record, name)]
+        saved["steps"] = [(step.iteration, step.losses, step.grad_norm) for step in self.record.steps]
+        torch.save(saved, self.folder / f"rank{torch.distributed.get_rank():05d}.pt")
+
+
+def pieces_of(
+    models: list[torch.nn.Module], values: Callable[[torch.nn.Parameter], Tensor] | None = None
+) -> Iterator[Piece]:
+    """This rank's parameters as pieces of the global ones, as Megatron's checkpoints place them.
+
+    Args:
+        models: the pipeline stages' model chunks on this rank, wrapped or not.
+        values: what to take of each trained parameter; None: the parameters themselves, frozen ones too.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+    from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+    from megatron.core.utils import unwrap_model
+
+    for model in unwrap_model(models):
+        parameters = {id(parameter): parameter for parameter in model.parameters()}
+        sharded, _ = extract_sharded_tensors_and_factories(model.sharded_state_dict())
+        taken = {}
+        for index, tensor in enumerate(nested_values(sharded)):
+            parameter = parameters.get(id(tensor.data))
+            if parameter is None or (values is not None and not parameter.requires_grad):
+                continue
+            data = parameter.detach() if values is None else values(parameter)
+            taken[index] = make_sharded_optimizer_tensor(tensor, data, prefix="")
+        apply_factories(taken)
+        for tensor in nested_values(taken):
+            assert isinstance(tensor, ShardedTensor)
+            stacked = tensor.prepend_axis_num
+            where = ".".join(map(str, tensor.global_offset[:stacked]))
+            key = tensor.key.removeprefix(".") + (f"[{where}]" if stacked else "")
+            yield Piece(key, tuple(tensor.global_shape[stacked:]), tuple(tensor.global_offset[stacked:]), tensor.data)
+
+
+def copies(pieces: Iterator[Piece]) -> list[Piece]:
+    """The pieces with their values copied, on the CPU."""
+    return [Piece(p.key, p.shape, p.offset, p.data.detach().cpu().clone()) for p in pieces]
+
+
+def gather_sharded_gradients(models: list[torch.nn.Module]) -> None:
+    """With the distributed optimizer each rank has the sum of its own shard only: fetches the others' into the gradient
+    buffers, which nobody else reads any more in this step.
+    """
+    from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+    for model in models:
+        if not model.ddp_config.use_distributed_optimizer:
+            continue
+        for group in (*model.bucket_groups, *model.expert_parallel_bucket_groups):
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                own = shard_buffer(bucket.grad_data, ranks.size())[ranks.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, own, group=ranks)
+
+
+def run(script: str, arguments: list[str], to: Path, start_from: Path | None = None) -> None:
+    """Runs a training script in this process, recorded.
+
+    Raises:
+        UserError: ``start_from`` holds no record.
+    """
+    cpu.prepare()
+    Recorder(to, None if start_from is None else assemble(Record.read(start_from).start)).install()
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(script))
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    """``python -m megatron_moa.recording --to FOLDER SCRIPT ARGS...``"""
+    program = "python -m megatron_moa.recording"
+    parser = OneLineParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the record goes")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FOLDER", help="a record whose first parameters to start from"
+    )
+    parser.add_argument("script", help="the training script")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments")
+    options = parser.parse_args()
+    with one_line_errors(program):
+        run(options.script, options.arguments, options.to, options.start_from)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Trains the same small model under two settings and prints how far the second is from the first.
+
+    python tools/compare_parallel.py --b '--tensor-model-parallel-size 2 --sequence-parallel'
+    python tools/compare_parallel.py --a '--moa-backend eager' --b '--moa-backend compile'
+    python tools/compare_parallel.py --processes-b 2 --b '--use-distributed-optimizer' -- --moa-mixing la --num-layers 4
+
+Both settings are flags of pretrain_gpt_moa.py; flags after ``--`` hold for both and come after a tiny model's
+(megatron_moa/tiny.py). b starts from a's weights. Printed are the loss at every step, every parameter's gradient at the
+first step, relative to its largest entry, and whether all copies of replicated parameters are equal at the end.
+Exit code 0: within the tolerance; 1: not; 2: a mistake in the flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.recording import Comparison, Record
+from megatron_moa.tiny import MOE, SWIGLU, TINY
+
+ROOT = Path(__file__).resolve().parents[1]
+_SIZES = {
+    "tp": ("--tensor-model-parallel-size",),
+    "pp": ("--pipeline-model-parallel-size",),
+    "cp": ("--context-parallel-size",),
+    "ep": ("--expert-model-parallel-size",),
+    "etp": ("--expert-tensor-parallel-size",),
+}
+
+
+def fewest_processes(flags: list[str]) -> int:
+    """The smallest world that serves these flags: a whole number of dense and of expert groups a pipeline stage."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name, flag in _SIZES.items():
+        parser.add_argument(*flag, dest=name, type=int)
+    sizes, _ = parser.parse_known_args(flags)
+    tp, pp, cp, ep = (getattr(sizes, name) or 1 for name in ("tp", "pp", "cp", "ep"))
+    return math.lcm(tp * cp, ep * (sizes.etp or tp)) * pp
+
+
+def train(flags: list[str], processes: int, folder: Path, start_from: Path | None) -> Record:
+    """Runs one setting, recorded.
+
+    Raises:
+        UserError: the run failed; what it printed is on stderr.
+    """
+    record = ["-m", "megatron_moa.recording", "--to", str(folder)]
+    if start_from is not None:
+        record += ["--start-from", str(start_from)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), *record, str(ROOT / "pretrain_gpt_moa.py"), *flags]
+    environment = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "OMP_NUM_THREADS": "1", **os.environ}
+    result = subprocess.run(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if result.returncode != 0:
+        print(result.stdout[-4000:], file=sys.stderr)
+        raise UserError(f"{shlex.join(flags)}: this run failed with exit code {result.returncode}; its end is above")
+    return Record.read(folder)
+
+
+def print_table(comparison: Comparison) -> None:
+    """Losses, gradients, copies: a markdown table each."""
+    print("\n| step | loss a | loss b | relative difference |\n| --- | --- | --- | --- |")
+    for iteration, (a, b, relative) in comparison.losses.items():
+        print(f"| {iteration} | {a:.7f} | {b:.7f} | {relative:.1e} |")
+    print("\n| gradient at step 1 | largest entry in a | largest difference, relative to it |\n| --- | --- | --- |")
+    for key, (largest, relative) in sorted(comparison.gradients.items()):
+        print(f"| {key} | {largest:.3e} | {relative:.1e} |")
+    for key in comparison.missing:
+        print(f"| {key} | only in one of the two | |")
+    equal = comparison.replicated - len(comparison.differing)
+    print(f"\ncopies of replicated parameters in b after the last step: {equal} of {comparison.replicated} bit-equal")
+    for key in comparison.differing:
+        print(f"  not equal: {key}")
+
+
+def _with_values_attached(arguments: list[str]) -> list[str]:
+    """``--a '--swiglu'`` as ``--a=--swiglu``: argparse takes a word that begins with a dash for a flag of its own."""
+    attached: list[str] = []
+    for word in arguments:
+        if attached and attached[-1] in ("--a", "--b"):
+            attached[-1] += f"={word}"
+        else:
+            attached.append(word)
+    return attached
+
+
+def main() -> None:
+    """Trains twice and compares."""
+    arguments = sys.argv[1:]
+    common: list[str] = []
+    if "--" in arguments:
+        split = arguments.index("--")
+        arguments, common = arguments[:split], arguments[split + 1 :]
+    parser = OneLineParser(
+        prog="compare_parallel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("a", "b"):
+        parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"setting {name}, quoted as one word")
+        parser.add_argument(f"--processes-{name}", type=int, metavar="N", help="default: the fewest that serve it")
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="training steps (default: 30)")
+    parser.add_argument(
+        "--loss-steps",
+        type=int,
+        default=10,
+        metavar="N",
+        help="of these, steps whose losses are compared (default: 10)",
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, metavar="X", help="relative (default: 1e-5)")
+    parser.add_argument("--moe", action="store_true", help="a tiny MoE model instead of the tiny dense one")
+    options = parser.parse_args(_with_values_attached(arguments))
+    with one_line_errors("compare_parallel.py"), tempfile.TemporaryDirectory() as scratch:
+        records = []
+        for name in ("a", "b"):
+            own = shlex.split(getattr(options, name))
+            flags = [*TINY, *SWIGLU, *(MOE if options.moe else []), "--train-iters", str(options.steps), *common, *own]
+            processes = getattr(options, f"processes_{name}") or fewest_processes(flags)
+            print(
+                f"setting {name}, {processes} processes: {shlex.join([*common, *own]) or '(as it comes)'}", flush=True
+            )
+            start = Path(scratch) / "a" if records else None
+            records.append(train(flags, processes, Path(scratch) / name, start))
+        comparison = Comparison.of(*records, steps=options.loss_steps)
+    print_table(comparison)
+    good = comparison.within(options.tolerance)
+    print(f"\n{'within' if good else 'NOT within'} {options.tolerance:g}")
+    raise SystemExit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
