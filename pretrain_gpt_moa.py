@@ -24,15 +24,16 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0, set_startup_timestamps
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import cpu
-from megatron_moa.arguments import megatron_checks, parse_arguments
+from megatron_moa import checkpoint_guard, cpu, nonfinite, optimizer
+from megatron_moa.arguments import parse_arguments
 from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
-from megatron_moa.model import MixedGPTModelConfig, report_mixture
+from megatron_moa.faults import catch_stop_signals, exit_codes, hold_timeout
+from megatron_moa.model import model_config_from_args, report_mixture
 from megatron_moa.monitor import CoefficientMonitor
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -190,19 +191,23 @@ def main() -> None:
     with one_line_errors("pretrain_gpt_moa.py"):
         cpu.prepare()
         args, mixing = parse_arguments(check)
-        with megatron_checks():
-            model_config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
-        model_config.mixing = mixing
+        checkpoint_guard.install(args)
+        optimizer.install(args)
+        model_config = model_config_from_args(args, mixing)
+        stop = catch_stop_signals(args)
         model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing))
+        model_config.post_wrap_hooks.append(nonfinite.attach)
         if args.moa_log_interval:
             monitor = CoefficientMonitor(mixing, args.moa_log_interval)
             model_config.post_wrap_hooks.append(monitor.attach)
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            datasets_provider,
-            ModelType.encoder_or_decoder,
-            partial(forward_step, monitor=monitor),
-        )
+        model_config.post_wrap_hooks.append(hold_timeout)  # last: the others make groups
+        with exit_codes(stop):
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                datasets_provider,
+                ModelType.encoder_or_decoder,
+                partial(forward_step, monitor=monitor),
+            )
     if monitor is not None:
         monitor.close()
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_moa import cpu
+from megatron_moa import checkpoint_guard, cpu, optimizer, optimizer_resharding, random_states
 from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import (
     AMPLITUDES,
@@ -26,6 +26,7 @@ from megatron_moa.config import (
 )
 from megatron_moa.errors import UserError, fail
 from megatron_moa.functional import resolve_backend
+from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, check_saved_settings
 
 # Their values decide the model's function, so they travel in a checkpoint's args and come back from there.
 MODEL_FLAGS = (
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--moa-freeze-gates", action="store_true", help="gates, amplitudes and LA coefficients stay as they start"
     )
+    optimizer.add_arguments(group)
     group.add_argument(
         "--moa-backend",
         default="auto",
@@ -129,6 +131,7 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
     for flag, given in (("--squared-relu", args.squared_relu), ("--quick-geglu", args.quick_geglu)):
         if given:
             raise UserError(f"{flag}: the mixture replaces the activation; name it in --moa-activations instead")
+    optimizer.check_arguments(args)
     mixing = MixingConfig(
         mixing=args.moa_mixing,
         form=resolve_form(args.moa_form, args.swiglu),
@@ -151,20 +154,13 @@ def _refuse_mixture_flags(args: argparse.Namespace) -> None:
     for name, default in _defaults().items():
         value = getattr(args, name)
         if name != "moa_mixing" and value != default:
-            raise UserError(f"{_as_typed(name, value)}: has no effect with --moa-mixing none; drop one of the two")
+            raise UserError(f"{as_typed(name, value)}: has no effect with --moa-mixing none; drop one of the two")
 
 
 def _defaults() -> dict[str, object]:
     """The mixture's flags when none is given."""
     parsed = vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
     return {name: value for name, value in parsed.items() if name.startswith("moa_")}
-
-
-def _as_typed(name: str, value: object) -> str:
-    flag = "--" + name.replace("_", "-")
-    if value is True:
-        return flag
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 # What else decides the model's function, and Megatron's --use-checkpoint-args leaves to the command line.
@@ -215,8 +211,11 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
     for name in MODEL_FLAGS:
         given, stored = getattr(args, name), getattr(saved, name, stock[name])
         if given not in (defaults[name], stored):
-            raise UserError(f"{_as_typed(name, given)}: the checkpoint has {_as_typed(name, stored)}; drop the flag")
+            raise UserError(f"{as_typed(name, given)}: the checkpoint has {as_typed(name, stored)}; drop the flag")
         setattr(args, name, stored)
+    for name in optimizer.TRAINING_FLAGS:
+        if getattr(args, name) == defaults[name]:
+            setattr(args, name, getattr(saved, name, defaults[name]))
 
 
 def parse_arguments(
@@ -238,14 +237,20 @@ def parse_arguments(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(add_arguments)
+    args = parse_args(lambda parser: checkpoint_guard.add_arguments(add_arguments(parser)))
+    checkpoint_guard.check_arguments(args)
+    saved = None
+    checkpoint = checkpoint_guard.find_checkpoint(args)
+    if checkpoint is not None:
+        checkpoint, saved = checkpoint_guard.read_saved_settings(args, checkpoint)
     if args.use_checkpoint_args:
-        if args.load is None:
+        folder = args.load or args.pretrained_checkpoint
+        if folder is None:
             raise UserError("--use-checkpoint-args: needs a checkpoint; add --load FOLDER")
-        loaded = load_args_from_checkpoint(args)
-        if not isinstance(loaded, tuple):
-            raise UserError(f"--load {args.load}: no checkpoint with settings there; give a folder --save wrote to")
-        restore_model_flags(args, loaded[1])
+        if saved is None:
+            raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
+        load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
+        restore_model_flags(args, saved)
     mixing = mixing_from_args(args)
     if mixing is not None:
         resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")  # now, not at the first step
@@ -257,6 +262,15 @@ def parse_arguments(
         check(args)
     with megatron_checks():
         validate_args(args)
+    optimizer.check_validated_arguments(args)
+    if saved is not None:
+        check_saved_settings(args, saved, checkpoint)
+        optimizer.check_saved_optimizer(args, saved, checkpoint)
+        optimizer_resharding.check_saved_split(args, saved, checkpoint)
+    args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
+    optimizer_resharding.install()
+    random_states.keep_every_ranks()
+    random_states.check_saved(args, saved)
     set_global_variables(args)
     return args, mixing
 

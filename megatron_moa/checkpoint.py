@@ -15,15 +15,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training import get_tokenizer
-from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
 from megatron.training.initialize import initialize_megatron
 
 from megatron_moa import cpu
-from megatron_moa.arguments import megatron_checks, parse_arguments
+from megatron_moa.arguments import parse_arguments
+from megatron_moa.checkpoint_guard import check_before_setup, strict_loading
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture
+from megatron_moa.model import MixedGPTModelBuilder, check_mixture, model_config_from_args
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
         megatron_flags: further Megatron flags, such as ``--tokenizer-model`` for one that has moved.
 
     Raises:
-        UserError: no checkpoint there, or flags that do not fit it.
+        UserError: no checkpoint there, one that is damaged, or flags that do not fit it.
     """
     if not os.path.isdir(folder) or not checkpoint_exists(folder):
         raise UserError(f"--load {folder}: no checkpoint there; give the folder that training's --save named")
@@ -73,18 +73,19 @@ def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
         != 1
     ):
         raise UserError(f"--load {folder}: loads into one process; drop the flags that split the model")
-    with megatron_checks():
-        config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
-    config.mixing = mixing
+    config = model_config_from_args(args, mixing)
+    tokenizer = get_tokenizer()
+    check_before_setup(args, tokenizer.vocab_size)
     models = MixedGPTModelBuilder(config).build_distributed_models(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
     )
     check_mixture(models, mixing)
-    iteration, _ = load_checkpoint(models, None, None)
+    with strict_loading(models):
+        iteration, _ = load_checkpoint(models, None, None)
     model = unwrap_model(models[0]).eval()
     for parameter in model.parameters():
         parameter.requires_grad = False
-    return LoadedModel(models[0].eval(), args, mixing, get_tokenizer(), iteration)
+    return LoadedModel(models[0].eval(), args, mixing, tokenizer, iteration)
 
 
 @torch.inference_mode()

@@ -30,6 +30,7 @@ from torch.nn import Parameter
 from megatron_moa import reference
 from megatron_moa.config import MixingConfig
 from megatron_moa.init_scale import coefficient_scale
+from megatron_moa.optimizer import train_by_adam
 
 _GATE_STREAM = "moa-gate-rng"
 _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets
@@ -110,7 +111,8 @@ class Coefficients(torch.nn.Module):
         return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
 
     def _observe(self, coefficients: Tensor) -> None:
-        if self.observer is not None:
+        # A forward inside backward is one that is recomputed: these tokens have been observed.
+        if self.observer is not None and torch._C._current_graph_task_id() == -1:
             self.observer(coefficients.detach())
 
     def sharded_state_dict(
@@ -161,7 +163,7 @@ class GateCoefficients(Coefficients):
     ) -> None:
         super().__init__(mixing, config, *args, **kwargs)
         n = mixing.num_coefficients
-        self.weight = self._new_parameter(n, input_size or config.hidden_size)
+        self.weight = train_by_adam(self._new_parameter(n, input_size or config.hidden_size))
         self.bias = self._new_parameter(n) if mixing.gate_bias else None
         self.amplitude = self._new_parameter(n) if mixing.amplitude == "learned" else None
         if config.perform_initialization:

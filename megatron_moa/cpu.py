@@ -242,6 +242,33 @@ def _in_host_stream(original: Callable) -> Callable:
     return call
 
 
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The tensor with zero rows added, up to ``rows``."""
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+def _of_any_sizes(original: Callable) -> Callable:
+    """For ``all_gather`` and ``reduce_scatter`` (one tensor a rank in a list): NCCL takes tensors of different lengths,
+    as experts' ranks have tokens; gloo wants equal ones.  Megatron uses both without ``async_op``.
+    """
+    gathers = original.__name__ == "all_gather"
+
+    @functools.wraps(original)
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        tensors, tensor = args[:2] if gathers else reversed(args[:2])
+        rows = {t.shape[0] if t.dim() else None for t in tensors}
+        if len(rows) == 1:
+            return original(*args, **kwargs)
+        own = _padded(tensor, max(rows))
+        padded = [_padded(t, max(rows)) for t in tensors]
+        original(*((padded, own) if gathers else (own, padded)), *args[2:], **kwargs)
+        for target, values in zip(tensors, padded, strict=True) if gathers else [(tensor, own)]:
+            target.copy_(values[: target.shape[0]])
+        return None
+
+    return collective
+
+
 def _set_defaults(parser: argparse.ArgumentParser, defaults: "Defaults") -> argparse.ArgumentParser:
     parser.set_defaults(**{dest: value() if callable(value) else value for dest, value, _ in defaults})
     return parser
@@ -354,10 +381,17 @@ WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
     ("torch.Tensor.type", _cuda_type_name, "optimizers compare it with CUDA's names"),
     ("torch.utils.data.dataloader._BaseDataLoaderIter.__init__", _in_host_stream, "draws a seed"),
     ("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", _in_host_stream, "data sets may draw numbers"),
+    ("torch.distributed.all_gather", _of_any_sizes, "gloo takes equal sizes only"),
+    ("torch.distributed.reduce_scatter", _of_any_sizes, "gloo takes equal sizes only"),
     (
         "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
-        lambda original: functools.partial(original, "fork"),
+        lambda original: functools.partial(original, mp_mode="fork"),
         "CUDA does not survive a fork, so it starts anew and imports Megatron for one queue: 8 s of the first save",
+    ),
+    (
+        "megatron.training.initialize.init_persistent_async_worker",
+        lambda original: lambda rank, mp_mode: original(rank, "fork"),
+        "--async-save's writer, started anew, would look for CUDA devices, fail, and be waited for for ever",
     ),
     ("megatron.training.arguments.add_megatron_arguments", _with_cpu_defaults, "CPU_DEFAULTS"),
     ("megatron.training.arguments.parse_args", _then_refuse_gpu_flags, "GPU_FLAGS"),
@@ -496,7 +530,8 @@ def fix_torch_adam_checkpoints() -> None:
 
     As of 0.19.2 it fails there: to load, it asks the fresh optimizer for its state, of which there is none yet.  Past
     that it restarts Adam's step counters at 0, so that the steps after loading come out too large, or, with
-    --dist-ckpt-optim-fully-reshardable, looks in vain for the counters among the sharded tensors.
+    --dist-ckpt-optim-fully-reshardable, looks in vain for the counters among the sharded tensors; and a float32 model
+    split over data-parallel ranks fails with "a view of a leaf Variable that requires grad".
     """
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 
@@ -526,12 +561,32 @@ def fix_torch_adam_checkpoints() -> None:
                 state["step"] = torch.tensor(float(loaded["optimizer"]["param_groups"][0]["step"]))
 
     @functools.wraps(set_states)
+    @torch.no_grad()  # of a float32 model it writes into views of the parameters themselves
     def set_states_but_steps(self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict) -> None:
         set_states(self, model_param, {**tensors, "step": None})  # it skips what is no tensor
 
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_but_steps
     DistributedOptimizer.state_dict = state_dict_of_any
     DistributedOptimizer.load_state_dict = load_state_dict_with_own_steps
+
+
+def fix_recompute_without_te() -> None:
+    """Lets ``--recompute-modules layernorm``, moe_act and mla_up_proj work without Transformer Engine, on GPUs too.
+
+    As of 0.19.2 ``CheckpointWithoutOutput(fp8=False)``, the default, takes itself for an fp8 one (its test is ``fp8 is
+    not None``) and asks Transformer Engine about it: NameError in the first forward.
+    """
+    from megatron.core.tensor_parallel.random import HAVE_TE, CheckpointWithoutOutput
+
+    start = CheckpointWithoutOutput.__init__
+    if HAVE_TE or hasattr(start, "__wrapped__"):
+        return
+
+    @functools.wraps(start)
+    def start_without_fp8(self: CheckpointWithoutOutput, fp8: object = None) -> None:
+        start(self, fp8 or None)
+
+    CheckpointWithoutOutput.__init__ = start_without_fp8
 
 
 def single_process_environment() -> None:
@@ -551,6 +606,7 @@ def prepare() -> None:
     single_process_environment()
     skip_dataset_compile()
     fix_torch_adam_checkpoints()
+    fix_recompute_without_te()
     enable()
 
 
@@ -603,6 +659,7 @@ def enable() -> bool:
     _allow_no_cuda()
     skip_dataset_compile()
     fix_torch_adam_checkpoints()
+    fix_recompute_without_te()
     _enabled = True
     return True
 

@@ -9,6 +9,7 @@ import copy
 import fnmatch
 import json
 import logging
+import math
 import os
 import struct
 import warnings
@@ -567,7 +568,7 @@ def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-p
     Megatron finds a cached index by path, split and sequence length, not by content: after the data were made again it
     would silently use document numbers and offsets of the old ones.
     """
-    folder = Path(cache_path) if cache_path else Path(prefix, "cache", "GPTDataset_indices")
+    folder = _cache_folder(prefix, cache_path)
     written = os.path.getmtime(prefix + ".idx")
     for path in sorted(folder.glob("*-description.txt")) if folder.is_dir() else []:
         try:
@@ -585,6 +586,42 @@ def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-p
             f"{where}: Megatron cannot write its index cache below {existing}; add --data-cache-path with a writable "
             "folder that all nodes see"
         )
+
+
+def _cache_folder(prefix: str, cache_path: str | None) -> Path:
+    return Path(cache_path) if cache_path else Path(prefix, "cache", "GPTDataset_indices")
+
+
+def check_cached_arrays(folder: Path) -> None:
+    """Raises UserError if an array of Megatron's index cache is cut off: it takes any file of the right name for a
+    finished one, also what a run left that was killed while it wrote.
+    """
+    for path in sorted(folder.glob("*_index.npy")):
+        problem = _damage_of_array(path)
+        if problem is not None:
+            raise UserError(
+                f"{path}, part of the index cache, {problem}; unless another run is writing it now, delete the cache, "
+                f"it is made again: rm -r {folder}"
+            )
+
+
+def _damage_of_array(path: Path) -> str | None:
+    """What is wrong with a .npy file by its header and size, None for nothing."""
+    try:
+        with open(path, "rb") as stream:
+            version = numpy.lib.format.read_magic(stream)
+            read_header = {
+                (1, 0): numpy.lib.format.read_array_header_1_0,
+                (2, 0): numpy.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read_header(stream)
+            expected = stream.tell() + math.prod(shape) * dtype.itemsize
+    except FileNotFoundError:
+        return None  # deleted meanwhile: it is made again
+    except (OSError, ValueError, KeyError):
+        return "is not an array of numbers"
+    size = path.stat().st_size
+    return None if size == expected else f"is cut off or damaged, {size} bytes instead of {expected}"
 
 
 def check_data_arguments(args: argparse.Namespace) -> None:
@@ -612,6 +649,7 @@ def check_data_arguments(args: argparse.Namespace) -> None:
     evaluates = bool(getattr(args, "eval_iters", None)) or bool(getattr(args, "full_validation", False))
     skips_training = bool(getattr(args, "skip_train", False))
     vocab_size = build_tokenizer(args).vocab_size
+    cache_path, cache_folders = getattr(args, "data_cache_path", None), set()
     for source in sources:
         for prefix in source.prefixes:
             if prefix.startswith(("s3://", "msc://")):
@@ -622,7 +660,10 @@ def check_data_arguments(args: argparse.Namespace) -> None:
                 length = 0  # not drawn from, but Megatron opens it and needs a token
             check_dataset(prefix, length, source.split, evaluates, source.flag, needs_training=not skips_training)
             check_token_ids(prefix, vocab_size, source.flag)
-            check_index_cache(prefix, getattr(args, "data_cache_path", None), source.flag)
+            check_index_cache(prefix, cache_path, source.flag)
+            cache_folders.add(_cache_folder(prefix, cache_path))
+    for folder in sorted(cache_folders):
+        check_cached_arrays(folder)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
@@ -48,6 +50,12 @@ class MixedMLP(MLP):
             dispatched=self.input_is_dispatched(is_expert),
             input_size=self.config.moe_latent_size if is_expert and self.config.moe_latent_size else self.input_size,
         )
+        # Megatron's meaning of moe_act: keep the output of a routed expert's fc1, not that of its activation step.
+        self.recompute_mixture = (
+            is_expert
+            and self.config.recompute_granularity == "selective"
+            and "moe_act" in self.config.recompute_modules
+        )
 
     def input_is_dispatched(self, is_expert: bool) -> bool:
         """Whether the input is gathered, and its gradient summed over ranks, outside this layer."""
@@ -67,23 +75,40 @@ class MixedMLP(MLP):
             The output, shaped as hidden_states, and fc2's bias, still to be added (None where there is none).
         """
         del kwargs
-        activated = self.fc1_and_mixture(hidden_states, per_token_scale)  # [s, b, f/p]
+        checkpoint = CheckpointWithoutOutput(fp8=self.config.fp8) if self.recompute_mixture else None
+        activated = self.fc1_and_mixture(hidden_states, per_token_scale, checkpoint)  # [s, b, f/p]
         nvtx_range_push(suffix="linear_fc2")
         output, output_bias = apply_module(self.linear_fc2)(activated)  # [s, b, h]
         nvtx_range_pop(suffix="linear_fc2")
+        if checkpoint is not None:
+            checkpoint.discard_output_and_register_recompute(output)
         if per_token_scale is not None and output_bias is not None:
             # An expert's bias is weighted by the router too, so it is added here rather than with the residual.
             output = output + output_bias * per_token_scale.unsqueeze(-1).to(output.dtype)
             output_bias = None
         return output, output_bias
 
-    def fc1_and_mixture(self, hidden_states: Tensor, per_token_scale: Tensor | None = None) -> Tensor:
-        """The input of fc2: [s, b, f/p] for hidden_states [s, b, h] ([s/p, b, h] under sequence parallelism)."""
+    def fc1_and_mixture(
+        self,
+        hidden_states: Tensor,
+        per_token_scale: Tensor | None = None,
+        checkpoint: CheckpointWithoutOutput | None = None,
+    ) -> Tensor:
+        """The input of fc2: [s, b, f/p] for hidden_states [s, b, h] ([s/p, b, h] under sequence parallelism).
+
+        With a checkpoint the mixture keeps its inputs only; the caller discards the output once fc2 has used it.
+        """
         nvtx_range_push(suffix="linear_fc1")
         preactivation, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, f/p], gated [s, b, 2f/p]
         nvtx_range_pop(suffix="linear_fc1")
         nvtx_range_push(suffix="mixture")
         coefficients = self.coefficients(hidden_states)  # [s, b, n] or [n]
-        activated = mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
+        mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
+        activated = mix(preactivation, coefficients, bias, per_token_scale)
         nvtx_range_pop(suffix="mixture")
         return activated
+
+    def _mix(
+        self, preactivation: Tensor, coefficients: Tensor, bias: Tensor | None, per_token_scale: Tensor | None
+    ) -> Tensor:
+        return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)

@@ -431,3 +431,18 @@ def test_written_whole(tmp_path: Path) -> None:
             Path(name).write_text("whole")
         assert not any(os.path.exists(target) for target in targets)
     assert sorted(os.listdir(tmp_path / "new")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty"])
+def test_index_cache_that_was_cut(model: str, tmp_path: Path, damage: str) -> None:
+    """What a run leaves that is killed while it writes the cache, which Megatron takes for finished."""
+    prefix = make_dataset(tmp_path / "d", [200] * 20)
+    cache = tmp_path / "cache"
+    megatron_sizes(prefix, 32, "19,1,0", [20, 1, 0], cache)
+    args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(cache))
+    data.check_data_arguments(args)
+    path = sorted(cache.glob("*-train-sample_index.npy"))[0]
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-8], "header": b"x" + content[1:], "empty": b""}[damage])
+    with pytest.raises(UserError, match=rf"^{path}, part of .*delete the cache.*: rm -r {cache}$"):
+        data.check_data_arguments(args)

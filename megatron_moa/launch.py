@@ -1,0 +1,97 @@
+"""torchrun that passes on what a scheduler and a training have to say to each other.
+
+    python -m megatron_moa.launch --nproc-per-node 8 pretrain_gpt_moa.py ... --exit-signal-handler
+
+takes torchrun's arguments and differs from it, as of torch 2.11, in three things.  SIGTERM and SIGUSR2 go to the
+training processes, which then have the time they need to save; torchrun kills them after 30 seconds, and dies of a
+SIGUSR2.  It leaves with their exit code, where torchrun's is always 1.  And of a process that was killed it leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
+
+from megatron_moa.faults import EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL, STOP_SIGNALS
+
+_FINAL = (2, EXIT_NOT_FINITE)  # another start would end the same way
+
+
+class _Forwarding:
+    """A signal handler that sends a stop signal on to the processes that torchrun has started."""
+
+    def __init__(self) -> None:
+        self.received: set[int] = set()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received.add(number)
+        workers = children(os.getpid())
+        if not workers:  # nothing has begun
+            raise SystemExit(EXIT_SAVED_ON_SIGNAL)
+        for pid in workers:
+            os.kill(pid, number)
+
+
+def children(parent: int) -> list[int]:
+    """The ids of a process's children, from Linux' /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # after the command's name, which may hold anything
+        except OSError:  # gone meanwhile
+            continue
+        state, ppid = fields[:2]
+        if int(ppid) == parent and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def exit_code(codes: list[int], received: set[int]) -> int:
+    """The exit code for the training, from those of this node's processes that failed, in the order of their failing.
+
+    Args:
+        codes: as subprocess has them: a negative one is the signal that ended the process.
+        received: stop signals that were sent on to them; a process that was still starting has died of one.
+    """
+    for code in codes:
+        if code in _FINAL:
+            return code
+    if received and all(code == EXIT_SAVED_ON_SIGNAL or -code in received for code in codes):
+        return EXIT_SAVED_ON_SIGNAL
+    return codes[0] if codes[0] > 0 else 128 - codes[0]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """torchrun's, with our exit code."""
+    forward = _Forwarding()
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
+    options = parse_args(arguments)
+    # torchrun installs its handlers, which raise, for these only.
+    options.signals_to_handle = ",".join(
+        name for name in options.signals_to_handle.split(",") if name not in {s.name for s in STOP_SIGNALS}
+    )
+    try:
+        run(options)
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+        code = exit_code([failure.exitcode for _, failure in failures], forward.received)
+        for _, failure in failures:
+            # What a killed process has started itself, such as Megatron's helper for saving, would stay for ever.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(failure.pid, signal.SIGKILL)
+        ends = ", ".join(f"rank {rank} with {failure.exitcode}" for rank, failure in failures)
+        print(f"megatron_moa.launch: the processes of this node ended: {ends}; exit code {code}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Loading a MoE model's optimizer state under another split of its experts.
+
+Megatron has one optimizer for all parameters where experts share the dense layers' data-parallel group, and one for the
+experts beside it where they do not. Tensors are found again by their parameters' names in either case; what is common
+to all ranks (steps, hyperparameters) lies in the checkpoint as it was, and as of 0.19.2 loading it ends with "Expected
+2 entries in state dict, but got 4". Here it is dealt out to the optimizers the run has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.errors import UserError
+
+_SPLITS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+)
+
+
+def install() -> None:
+    """Lets Megatron's chained optimizer load the state of another chain."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    load_state_dict = ChainedOptimizer.load_state_dict
+    if hasattr(load_state_dict, "__wrapped__"):
+        return
+
+    @functools.wraps(load_state_dict)
+    def load_state_dict_of_any_chain(self: ChainedOptimizer, state_dict: Any) -> None:
+        load_state_dict(self, _rechained(state_dict, self.chained_optimizers))
+
+    ChainedOptimizer.load_state_dict = load_state_dict_of_any_chain
+
+
+def _rechained(loaded: Any, optimizers: list[Any]) -> Any:
+    """Loaded state with one entry an optimizer; as it came if the checkpoint's chain was the same.
+
+    Megatron loads into the union of the checkpoint's structure and the run's: a chain's entries have numbers for keys,
+    a lone optimizer's have names. So both kinds are there exactly if one of the two was a chain, the other not.
+    """
+    if not isinstance(loaded, dict):
+        return loaded
+    chain = [loaded[key] for key in sorted(key for key in loaded if isinstance(key, int))]
+    lone = {key: value for key, value in loaded.items() if not isinstance(key, int)}
+    if not chain or not lone:
+        return loaded
+    if len(optimizers) == 1:
+        return _joined(common=chain, own=lone, optimizer=optimizers[0])
+    return {
+        index: _joined(common=[lone], own=own, optimizer=optimizer)
+        for index, (own, optimizer) in enumerate(zip(chain, optimizers, strict=True))
+    }
+
+
+def _joined(common: list[dict], own: dict, optimizer: Any) -> dict:
+    """One optimizer's state: its own tensors, with what the checkpoint has in common for all."""
+    merged = functools.reduce(_merged, [*common, own])
+    # A float32 optimizer's state is torch's; others hold torch's under "optimizer".
+    own_groups = own.get("optimizer", own).get("param_groups")
+    saved_groups = [group for part in common for group in part.get("optimizer", part)["param_groups"]]
+    groups = []
+    for index, group in enumerate(optimizer.optimizer.param_groups):
+        groups.append({**_saved_group(group, saved_groups), "is_expert_parallel": group["is_expert_parallel"]})
+        if own_groups is not None:  # the distributed optimizer has none of its own
+            groups[-1]["params"] = own_groups[index]["params"]
+    if "optimizer" in merged:
+        return {**merged, "optimizer": {**merged["optimizer"], "param_groups": groups}}
+    return {**merged, "param_groups": groups}
+
+
+def _merged(first: dict, second: dict) -> dict:
+    return {
+        key: _merged(first[key], second[key])
+        if isinstance(first.get(key), dict) and isinstance(second.get(key), dict)
+        else second.get(key, first.get(key))
+        for key in {**first, **second}
+    }
+
+
+def _saved_group(group: dict, saved: list[dict]) -> dict:
+    """The saved group with this one's settings, dense or expert: both are stepped and scheduled alike."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    def settings(of: dict) -> dict:
+        return {key: of.get(key) for key in param_group_identifier_keys if key != "is_expert_parallel"}
+
+    for candidate in saved:
+        if settings(candidate) == settings(group):
+            return candidate
+    raise UserError(
+        f"--load: the checkpoint's optimizer has no parameter group with the settings {settings(group)}; "
+        "start a new one with --no-load-optim"
+    )
+
+
+def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raises UserError if the checkpoint holds a distributed optimizer's state in a form for another split.
+
+    Args:
+        args: the run's, validated by Megatron.
+        saved: those in the checkpoint.
+        checkpoint: where they are from, for the message.
+    """
+    if args.finetune or args.no_load_optim or checkpoint.flag != "--load" or getattr(saved, "no_save_optim", False):
+        return
+    if getattr(saved, "dist_ckpt_optim_fully_reshardable", False) or not saved.use_distributed_optimizer:
+        return
+    remedy = (
+        "go on under that, or with --no-load-optim; saved with --dist-ckpt-optim-fully-reshardable, an optimizer's "
+        "state loads under any split"
+    )
+    for name in _SPLITS:
+        value, saved_value = getattr(args, name), getattr(saved, name, None)
+        if value != saved_value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {value}: {checkpoint} has the optimizer's state for {saved_value}; {remedy}")
+    if not args.use_distributed_optimizer:
+        raise UserError(f"{checkpoint}: has the state of a --use-distributed-optimizer; {remedy}")

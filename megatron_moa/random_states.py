@@ -1,0 +1,89 @@
+"""Random number states in checkpoints: every rank's own, where ranks draw numbers of their own.
+
+Megatron 0.19.2 keeps one state for each tensor- and pipeline-parallel rank, that of the first data-parallel one. With
+expert parallelism the others' differ (each has a stream of its own for its experts), and all of them are resumed with
+the first one's. Here every rank's state is kept wherever experts are split otherwise than dense layers are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+# In the args of checkpoints that hold every rank's state.
+_MARK = "random_states_of_every_rank"
+
+_LAYOUT = (
+    ("world_size", "processes"),
+    ("tensor_model_parallel_size", "--tensor-model-parallel-size"),
+    ("pipeline_model_parallel_size", "--pipeline-model-parallel-size"),
+    ("context_parallel_size", "--context-parallel-size"),
+    ("expert_model_parallel_size", "--expert-model-parallel-size"),
+    ("expert_tensor_parallel_size", "--expert-tensor-parallel-size"),
+)
+
+
+def differ_by_rank(args: argparse.Namespace) -> bool:
+    """Whether data-parallel ranks have states of their own: some split of the experts runs across them."""
+    if not getattr(args, "num_experts", None) or getattr(args, "data_parallel_random_init", False):
+        return False  # with the latter Megatron keeps the data-parallel ranks' states itself
+    layout = _layout(args)
+    return layout["--expert-model-parallel-size"] > 1 or (
+        layout["--expert-tensor-parallel-size"] != layout["--tensor-model-parallel-size"]
+    )
+
+
+def keep_every_ranks() -> None:
+    """Lets Megatron's torch_dist checkpoints hold, and restore, every rank's state where they differ."""
+    from megatron.core import parallel_state
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.training import checkpointing, get_args
+
+    get_rng_state = checkpointing.get_rng_state
+    if hasattr(get_rng_state, "__wrapped__"):
+        return
+
+    @functools.wraps(get_rng_state)
+    def get_rng_state_of_every_rank(*args: Any, **kwargs: Any) -> Any:
+        state = get_rng_state(*args, **kwargs)
+        if not isinstance(state, ShardedObject) or not differ_by_rank(get_args()):
+            return state
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return dataclasses.replace(
+            state,
+            global_shape=(*state.global_shape, copies.size()),
+            global_offset=(*state.global_offset, copies.rank()),
+            replica_id=0,
+        )
+
+    checkpointing.get_rng_state = get_rng_state_of_every_rank
+
+
+def check_saved(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
+    """Marks the run's args for the checkpoints it will save, and decides whether those of the one it loads, saved with
+    the args ``saved``, can be restored: a state belongs to one split. If not, says so and sets ``args.no_load_rng``.
+    """
+    setattr(args, _MARK, True)
+    if saved is None or args.no_load_rng or args.finetune or not (differ_by_rank(args) or differ_by_rank(saved)):
+        return
+    reason = None
+    if not hasattr(saved, _MARK):
+        reason = "it holds one state for all expert-parallel ranks, as Megatron saves it"
+    else:
+        theirs = _layout(saved)
+        for name, value in _layout(args).items():
+            if theirs[name] != value:
+                reason = f"saved with {name} {theirs[name]}, loaded with {value}"
+    if reason is not None:
+        args.no_load_rng = True
+        if args.rank == 0:
+            print(f"> the checkpoint's random number states are not restored: {reason}", flush=True)
+
+
+def _layout(args: argparse.Namespace) -> dict[str, int]:
+    layout = {flag: getattr(args, name, None) or 1 for name, flag in _LAYOUT}
+    if getattr(args, "expert_tensor_parallel_size", None) is None:
+        layout["--expert-tensor-parallel-size"] = layout["--tensor-model-parallel-size"]
+    return layout

@@ -1,0 +1,45 @@
+"""``--recompute-modules``: what Megatron would ignore without a word, or fail at in the first backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.cpp_extension import is_ninja_available
+
+from megatron_moa.errors import UserError
+
+# Recomputed by Megatron's CheckpointWithoutOutput, a part of which is compiled when it is first used.
+_COMPILED = ("layernorm", "mla_up_proj", "moe_act")
+
+
+def check_recompute(config: TransformerConfig, modules: Sequence[str] | None) -> None:
+    """Refuses modules that could not be recomputed as asked.
+
+    Args:
+        config: the model's, made with these modules.
+        modules: as given on the command line; None if they were not.
+
+    Raises:
+        UserError: the modules are ignored for want of another flag, the model does not have them, or no ninja.
+    """
+    if not modules:
+        return
+    shown = f"--recompute-modules {' '.join(modules)}"
+    if config.recompute_granularity != "selective":
+        raise UserError(f"{shown}: has no effect without --recompute-granularity selective; add it, or drop the flag")
+    for name, has in _presence(config).items():
+        if name in modules and not has:
+            raise UserError(f"{shown}: this model has no layer for {name}; drop {name}")
+    compiled = [name for name in _COMPILED if name in modules]
+    if compiled and not is_ninja_available():
+        raise UserError(f"{shown}: for {compiled[0]} Megatron compiles a function with ninja; pip install ninja")
+
+
+def _presence(config: TransformerConfig) -> dict[str, bool]:
+    """Whether the model has what these names recompute: dense feed-forward layers, or parts of MoE layers."""
+    moe = config.num_moe_experts is not None
+    frequency = config.moe_layer_freq
+    dense = not moe or (frequency > 1 if isinstance(frequency, int) else 0 in frequency)
+    shared = moe and config.moe_shared_expert_intermediate_size is not None
+    return {"mlp": dense, "moe": moe, "moe_act": moe, "shared_experts": shared}
