@@ -125,6 +125,11 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never"
         )
+    if args.moa_log_interval and args.fake_process_group:
+        raise UserError(
+            f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no other ranks to log for; "
+            "drop one of the two"
+        )
     if args.moa_mixing == "none":
         _refuse_mixture_flags(args)
         return None

@@ -91,7 +91,7 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
         if value != saved_value:
             raise UserError(
                 f"{as_typed(name, value)}: the optimizer to load has {as_typed(name, saved_value)} ({checkpoint}); "
-                "give that, or start a new optimizer with --no-load-optim"
+                "give that, or start a new optimizer and schedule with --no-load-optim"
             )
 
 

@@ -119,6 +119,6 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         value, saved_value = getattr(args, name), getattr(saved, name, None)
         if value != saved_value:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} {value}: {checkpoint} has the optimizer's state for {saved_value}; {remedy}")
+            raise UserError(f"{checkpoint} has the optimizer's state for {flag} {saved_value}, not {value}; {remedy}")
     if not args.use_distributed_optimizer:
-        raise UserError(f"{checkpoint}: has the state of a --use-distributed-optimizer; {remedy}")
+        raise UserError(f"{checkpoint} has the optimizer's state for --use-distributed-optimizer; {remedy}")

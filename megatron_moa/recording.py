@@ -266,9 +266,14 @@ def pieces_of(
 
     for model in unwrap_model(models):
         parameters = {id(parameter): parameter for parameter in model.parameters()}
-        sharded, _ = extract_sharded_tensors_and_factories(model.sharded_state_dict())
+        sharded = list(nested_values(extract_sharded_tensors_and_factories(model.sharded_state_dict())[0]))
+        placed = {id(tensor.data) for tensor in sharded}
+        for name, parameter in model.named_parameters():
+            # The last stage's copy of a tied embedding is saved by the first.
+            if id(parameter) not in placed and not getattr(parameter, "shared", False):
+                raise RuntimeError(f"{name} is in no checkpoint: the model's sharded_state_dict lacks it")
         taken = {}
-        for index, tensor in enumerate(nested_values(sharded)):
+        for index, tensor in enumerate(sharded):
             parameter = parameters.get(id(tensor.data))
             if parameter is None or (values is not None and not parameter.requires_grad):
                 continue

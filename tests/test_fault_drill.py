@@ -1,5 +1,6 @@
 """tools/fault_drill.py: what it reads, what it counts as lost, and a small drill."""
 
+import os
 import random
 import re
 import subprocess
@@ -67,6 +68,18 @@ def test_latest_is_the_tracker(tmp_path):
     assert fault_drill.latest(tmp_path) == 0
     (tmp_path / fault_drill.TRACKER).write_text("12")
     assert fault_drill.latest(tmp_path) == 12
+
+
+def test_touched_leaves_out_what_earlier_saves_left(tmp_path):
+    old, again = tmp_path / "iter_0000004", tmp_path / "iter_0000008"
+    for folder in (old, again):
+        folder.mkdir()
+    before = {folder: fault_drill.changed(folder) for folder in (old, again)}
+    assert fault_drill.touched(tmp_path, before) == []
+    os.utime(again, ns=(0, before[again] + 1))
+    new = tmp_path / "iter_0000012"
+    new.mkdir()
+    assert set(fault_drill.touched(tmp_path, before)) == {again, new}
 
 
 def test_damage(tmp_path):

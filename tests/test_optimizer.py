@@ -330,7 +330,8 @@ def test_training_goes_on_in_the_middle_of_the_decay(tmp_path: Path, flags: str,
 
 
 def test_flags_travel_with_the_checkpoint(tmp_path: Path) -> None:
-    train(*BASE, *"--train-iters 1 --moa-gate-lr-scale 0.5 --moa-gate-weight-decay 0.3 --save".split(), tmp_path / "c")
+    flags = "--train-iters 1 --moa-gate-lr-scale 0.5 --moa-gate-weight-decay 0.3 --save-interval 1 --save"
+    train(*BASE, *flags.split(), tmp_path / "c")
     trained = groups_of(tmp_path, f"--load {tmp_path / 'c'} --use-checkpoint-args --override-opt-param-scheduler")
     gate, fc1 = (trained[f"decoder.layers.0.mlp.{name}.weight"] for name in ("coefficients", "linear_fc1"))
     assert gate.learning_rates == pytest.approx([0.5 * rate for rate in fc1.learning_rates])

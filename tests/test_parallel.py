@@ -64,6 +64,9 @@ _GATES = {
 }
 
 
+_IN_TURN = ("moa", "la", "moa", "moa", "none")  # MoA most often: it has the most to split
+
+
 def _arm(mixing: str, form: str) -> str:
     if mixing == "none":
         return f"--moa-mixing none {' '.join(SWIGLU)}"
@@ -76,8 +79,8 @@ def _cases(splits: dict[str, tuple[int, str]]) -> list[object]:
     cases = []
     for row, (name, (processes, flags)) in enumerate(splits.items()):
         for column, mixing in enumerate(("moa", "la", "none")):
-            form = FORMS[(row + 2 * column) % len(FORMS)]
-            in_turn = mixing == "moa" or row % 2 == column - 1
+            form = FORMS[(row + row // len(FORMS) + 2 * column) % len(FORMS)]
+            in_turn = mixing == _IN_TURN[row % len(_IN_TURN)]
             label = f"{name}-{mixing}" if mixing == "none" else f"{name}-{mixing}-{form}"
             marks = () if in_turn else pytest.mark.full
             cases.append(pytest.param(_arm(mixing, form), processes, flags, id=label, marks=marks))
