@@ -106,7 +106,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     cpu.set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
+    _mend_help(parser)
     return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser) -> None:
+    """Megatron 0.19.2 has a bare % in the help of a flag, and --help ends in a traceback."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except ValueError:
+            action.help = action.help.replace("%", "%%")
 
 
 def _one_of(*names: str) -> str:
@@ -124,11 +134,6 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
     if args.moa_log_interval < 0:
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never"
-        )
-    if args.moa_log_interval and args.fake_process_group:
-        raise UserError(
-            f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no other ranks to log for; "
-            "drop one of the two"
         )
     if args.moa_mixing == "none":
         _refuse_mixture_flags(args)
@@ -257,6 +262,11 @@ def parse_arguments(
         load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
         restore_model_flags(args, saved)
     mixing = mixing_from_args(args)
+    if args.moa_log_interval and args.fake_process_group:
+        raise UserError(
+            f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no ranks to sum over; "
+            "drop one of the two"
+        )
     if mixing is not None:
         resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")  # now, not at the first step
         # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import as_typed
+from megatron_moa.saved_settings import as_typed, loads_optimizer
 
 _GATES = "*.coefficients.weight"  # [n, h]
 _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
@@ -81,8 +81,7 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
         saved: those in the checkpoint.
         checkpoint: where they are from, for the message.
     """
-    starts_anew = args.finetune or args.no_load_optim or checkpoint.flag != "--load" or checkpoint.iteration is None
-    if starts_anew or getattr(saved, "no_save_optim", False):
+    if not loads_optimizer(args, saved, checkpoint):
         return
     unset = {"moa_gate_lr_scale": 1.0, "moa_gate_weight_decay": None, "moa_freeze_gates": False}
     for name in ("optimizer", "lr", "min_lr", *unset):

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.errors import UserError
+from megatron_moa.saved_settings import loads_optimizer
 
 _SPLITS = (
     "tensor_model_parallel_size",
@@ -107,9 +108,9 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         saved: those in the checkpoint.
         checkpoint: where they are from, for the message.
     """
-    if args.finetune or args.no_load_optim or checkpoint.flag != "--load" or getattr(saved, "no_save_optim", False):
+    if not loads_optimizer(args, saved, checkpoint) or not saved.use_distributed_optimizer:
         return
-    if getattr(saved, "dist_ckpt_optim_fully_reshardable", False) or not saved.use_distributed_optimizer:
+    if getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return
     remedy = (
         "go on under that, or with --no-load-optim; saved with --dist-ckpt-optim-fully-reshardable, an optimizer's "

@@ -5,7 +5,7 @@
 runs any script that trains through Megatron's ``pretrain`` and leaves in FOLDER, one file a rank: loss and gradient
 norm of every step at full precision, the gradients of the first step as the optimizer gets them (summed over all ranks,
 not clipped), and all parameters at the start and at the end. ``--start-from`` another such folder starts from that
-run's first parameters instead of drawing them: other splits draw others. ``tools/compare_parallel.py`` compares two records.
+run's first parameters instead of drawing them: other splits draw others. ``tools/compare_parallel.py`` compares two.
 """
 
 from __future__ import annotations

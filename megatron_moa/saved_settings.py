@@ -95,6 +95,12 @@ def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, ch
             raise UserError(f"{as_typed(name, value)}: the checkpoint to load has {there} ({checkpoint}); {remedy}")
 
 
+def loads_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> bool:
+    """Whether the run goes on with the checkpoint's optimizer state, rather than with its weights alone."""
+    fresh = args.finetune or args.no_load_optim or checkpoint.flag != "--load" or checkpoint.iteration is None
+    return not fresh and not getattr(saved, "no_save_optim", False)
+
+
 def check_vocabulary(
     args: argparse.Namespace, saved: argparse.Namespace, vocab_size: int, checkpoint: Checkpoint
 ) -> None:

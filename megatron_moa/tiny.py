@@ -2,8 +2,8 @@
 for the tests.
 """
 
-# The data are the same for every run with the same seed. The vocabulary, 64 with the end-of-document token, is padded to
-# a multiple of 16 times the tensor-parallel size: to 64 up to TP 4.
+# The data are the same for every run with the same seed. The vocabulary, 64 with the end-of-document token, is padded
+# to a multiple of 16 times the tensor-parallel size: to 64 up to TP 4.
 TINY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
     "--seq-length 32 --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 "

@@ -104,6 +104,16 @@ def failing_run(
     return run
 
 
+def test_help_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        pretrain_gpt_moa.main()
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--tensor-model-parallel-size" in printed
+    assert "--moa-keep-last" in printed
+
+
 def without_data() -> list[str]:
     """The tiny model's flags without its mock data and tokenizer."""
     text = " ".join(TINY)
@@ -116,6 +126,7 @@ def without_data() -> list[str]:
     ("flags", "parts"),
     [
         ([*SWIGLU, "--moa-activations", "silu", "swoosh"], ["--moa-activations swoosh", "choose from", "silu"]),
+        (["--moa-log-interval", "5", "--fake-process-group"], ["--moa-log-interval 5", "no ranks to sum over"]),
         ([*SWIGLU, "--moa-activations", "silu", "silu"], ["--moa-activations silu", "twice"]),
         (["--moa-form", "bi-sided"], ["--moa-form bi-sided", "add --swiglu"]),
         ([*SWIGLU, "--moa-form", "type1"], ["--moa-form type1", "drop --swiglu"]),

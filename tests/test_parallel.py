@@ -1,10 +1,10 @@
 """The same model, however it is split: every loss, every gradient and every copy, against one process.
 
-The matrix has a row for every split and a column for every arm (stock SwiGLU; LA and MoA in four forms). A split changes
-the mixture's arithmetic in two ways, through the kind of its coefficients (none, [n], [tokens, n]) and through its form,
-and these two do not meet in code. So it is covered by pairs rather than in full: every split with stock, LA and MoA, and
-the form moving on by one from row to row, LA's two ahead of MoA's. Each form thus meets every kind of communication.
-``make test`` runs MoA in every split, and stock and LA in turn; ``make test-all`` all pairs.
+The matrix has a row for every split and a column for every arm (stock SwiGLU; LA and MoA in four forms). A split
+changes the mixture's arithmetic through the kind of its coefficients (none, [n], [tokens, n]) and through its form, and
+these two do not meet in code. So it is covered by pairs rather than in full: every split with stock, LA and MoA, and
+the form moving on from row to row, LA's two ahead of MoA's. Each form thus meets every kind of communication.
+``make test`` runs every split once, with the arms in turn; ``make test-all`` all these pairs.
 """
 
 from __future__ import annotations
