@@ -91,6 +91,17 @@ def test_tool_tells_a_failed_run() -> None:
     assert "compare_parallel.py: error: " in run.log.splitlines()[-1]
 
 
+def test_tool_compares_records_that_are_there(tmp_path: Path) -> None:
+    piece = ("w", (2,), (0,), torch.tensor([1.0, 2.0]))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        saved = {"world_size": 1, "start": [piece], "gradients": [piece], "end": [piece]}
+        torch.save({**saved, "steps": [(1, {"lm loss": 4.0}, 1.0)]}, tmp_path / name / "rank00000.pt")
+    run = run_script(TOOL, ["--records", tmp_path / "a", tmp_path / "b"])
+    assert "| w | 2.000e+00 | 0.0e+00 |" in run.log
+    assert run.log.rstrip().endswith("within 1e-05")
+
+
 def test_an_unfinished_record_is_refused(tmp_path: Path) -> None:
     torch.save({"world_size": 2, "start": [], "gradients": [], "end": [], "steps": []}, tmp_path / "rank00000.pt")
     with pytest.raises(ValueError, match="1 ranks' records there"):

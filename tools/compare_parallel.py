@@ -2,6 +2,7 @@
 
     python tools/compare_parallel.py --b '--tensor-model-parallel-size 2 --sequence-parallel'
     python tools/compare_parallel.py --a '--moa-backend eager' --b '--moa-backend compile'
+    python tools/compare_parallel.py --records A B        # of runs of your own: python -m megatron_moa.recording --help
     python tools/compare_parallel.py --processes-b 2 --b '--use-distributed-optimizer' -- --moa-mixing la --num-layers 4
 
 Both settings are flags of pretrain_gpt_moa.py; flags after ``--`` hold for both and come after a tiny model's
@@ -66,6 +67,19 @@ def train(flags: list[str], processes: int, folder: Path, start_from: Path | Non
     return Record.read(folder)
 
 
+def _train_both(options: argparse.Namespace, common: list[str]) -> list[Record]:
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("a", "b"):
+            own = shlex.split(getattr(options, name))
+            flags = [*TINY, *SWIGLU, *(MOE if options.moe else []), "--train-iters", str(options.steps), *common, *own]
+            processes = getattr(options, f"processes_{name}") or fewest_processes(flags)
+            setting = shlex.join([*common, *own]) or "(as it comes)"
+            print(f"setting {name}, {processes} process{'es' * (processes > 1)}: {setting}", flush=True)
+            records.append(train(flags, processes, Path(scratch) / name, Path(scratch) / "a" if records else None))
+    return records
+
+
 def print_table(comparison: Comparison) -> None:
     """Losses, gradients, copies: a markdown table each."""
     print("\n| step | loss a | loss b | relative difference |\n| --- | --- | --- | --- |")
@@ -103,6 +117,7 @@ def main() -> None:
     parser = OneLineParser(
         prog="compare_parallel.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--records", type=Path, nargs=2, metavar="FOLDER", help="compare these instead of training")
     for name in ("a", "b"):
         parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"setting {name}, quoted as one word")
         parser.add_argument(f"--processes-{name}", type=int, metavar="N", help="default: the fewest that serve it")
@@ -117,17 +132,10 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-5, metavar="X", help="relative (default: 1e-5)")
     parser.add_argument("--moe", action="store_true", help="a tiny MoE model instead of the tiny dense one")
     options = parser.parse_args(_with_values_attached(arguments))
-    with one_line_errors("compare_parallel.py"), tempfile.TemporaryDirectory() as scratch:
-        records = []
-        for name in ("a", "b"):
-            own = shlex.split(getattr(options, name))
-            flags = [*TINY, *SWIGLU, *(MOE if options.moe else []), "--train-iters", str(options.steps), *common, *own]
-            processes = getattr(options, f"processes_{name}") or fewest_processes(flags)
-            print(
-                f"setting {name}, {processes} processes: {shlex.join([*common, *own]) or '(as it comes)'}", flush=True
-            )
-            start = Path(scratch) / "a" if records else None
-            records.append(train(flags, processes, Path(scratch) / name, start))
+    with one_line_errors("compare_parallel.py"):
+        records = (
+            [Record.read(folder) for folder in options.records] if options.records else _train_both(options, common)
+        )
         comparison = Comparison.of(*records, steps=options.loss_steps)
     print_table(comparison)
     good = comparison.within(options.tolerance)
