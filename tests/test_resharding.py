@@ -69,8 +69,7 @@ full = pytest.mark.full
 )
 def test_tour(tmp_path: Path, flags: str, tour: tuple[str, ...]) -> None:
     steps = LEG * len(tour)
-    model = [*SWIGLU, *flags.split()]
-    base = [*model, *_BASE.split(), str(steps)]
+    base = [*SWIGLU, *_BASE.split(), str(steps), *flags.split()]
     whole = recorded(tmp_path / "whole", *base, "--exit-interval", str(steps))
     expected = {step.iteration: step.losses["lm loss"] for step in whole.steps}
     tolerance = 2e-3 if "--bf16" in flags else TOLERANCE
