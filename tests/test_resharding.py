@@ -15,7 +15,7 @@ import torch
 from megatron_moa.recording import assemble
 from tests.training import MOE, SWIGLU, record, recorded
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]  # a tour has up to nine runs
 
 LEG = 2  # steps
 TOLERANCE = 1e-5  # relative
