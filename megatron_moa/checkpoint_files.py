@@ -312,7 +312,7 @@ def delete_superseded(root: Path, newest: int, keep_last: int, keep_every: int |
             print(f"WARNING: could not delete the checkpoint {path}: {error.strerror}", flush=True)
     leftovers = sorted(root.glob(f"iter_*{_DELETED}"))  # an earlier run's, too
     if leftovers:
-        threading.Thread(target=_delete, args=(leftovers,)).start()
+        threading.Thread(target=_delete, args=(leftovers,), name="deletes checkpoints").start()
     return deleted
 
 
