@@ -27,8 +27,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_moa import reference
 from megatron_moa.config import MixingConfig
+from megatron_moa.functional import gate_coefficients
 from megatron_moa.init_scale import coefficient_scale
 from megatron_moa.optimizer import train_by_adam
 
@@ -190,22 +190,17 @@ class GateCoefficients(Coefficients):
         Returns:
             [s, b, n] or [tokens, n], float32 (float64 for float64 parameters).
         """
-        weight, bias, amplitude = (
-            None if parameter is None else _at_least_float32(parameter)
-            for parameter in (self.weight, self.bias, self.amplitude)
-        )
+        parameters = (self.weight, self.bias, self.amplitude)
         if self.layout is InputLayout.DISPATCHED:
             # The dispatcher sums the input's gradient over ranks, so it must stay partial: sum the parameters' own.
-            weight, bias, amplitude = (
-                None if parameter is None else self._summed_over_ranks(parameter)
-                for parameter in (weight, bias, amplitude)
+            parameters = (
+                None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
+                for parameter in parameters
             )
-        logits = _Float32Linear.apply(hidden_states, weight)
-        if bias is not None:
-            logits = logits + bias
-        coefficients = reference.gate(logits, self.mixing, amplitude)
-        if "scale" in self._buffers:
-            coefficients = coefficients * self.scale
+        weight, bias, amplitude = parameters
+        coefficients = gate_coefficients(
+            hidden_states, weight, self.mixing, bias, amplitude, self._buffers.get("scale")
+        )
         self._observe(coefficients)
         if self.layout is InputLayout.REPLICATED:
             return self._summed_over_ranks(coefficients)
@@ -219,24 +214,6 @@ class GateCoefficients(Coefficients):
 
 def _at_least_float32(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-class _Float32Linear(torch.autograd.Function):
-    """x @ weight.T in the weight's dtype (float32), saving x as it came: no float32 copy of x is kept."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch.nn.functional.linear(x.to(weight.dtype), weight)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_x = (grad @ weight).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(weight.dtype)
-        return grad_x, grad_weight
 
 
 def build_coefficients(

@@ -13,10 +13,18 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_moa import reference
 from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import MixingConfig
+from megatron_moa.grouped import (
+    group_of_rows,
+    grouped_linear,
+    grouped_linear_input_gradient,
+    grouped_linear_weight_gradient,
+    grouped_sum,
+)
 
 
 def mixed_activation(
@@ -25,9 +33,12 @@ def mixed_activation(
     mixing: MixingConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
+    group_ends: Tensor | None = None,
 ) -> Tensor:
     """See :func:`megatron_moa.functional.mixed_activation`."""
     tokens = preactivation.shape[:-1]
+    if group_ends is not None:
+        coefficients = coefficients[group_of_rows(group_ends, len(preactivation))]
     if tokens.numel() <= 1:
         # A compiled function specialises to sizes 0 and 1: not worth compiling for what costs nothing.
         return reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
@@ -40,6 +51,115 @@ def mixed_activation(
         mixing.activations,
     )
     return mixed.unflatten(0, tokens)
+
+
+def gate_coefficients(
+    x: Tensor,
+    weight: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None = None,
+    amplitude: Tensor | None = None,
+    scale: Tensor | None = None,
+    group_ends: Tensor | None = None,
+) -> Tensor:
+    """See :func:`megatron_moa.functional.gate_coefficients`."""
+    coefficients = _Gate.apply(x.flatten(0, -2), weight, bias, amplitude, scale, group_ends, mixing)
+    return coefficients.unflatten(0, x.shape[:-1])
+
+
+class _Gate(torch.autograd.Function):
+    """Saves its input as it came (no float32 copy), the parameters and the coefficients: fc1 keeps the first too, the
+    mixture the last, so a gate adds nothing to what a layer saves for backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,  # [t, h]
+        weight: Tensor,  # [n, h] or [groups, n, h]
+        bias: Tensor | None,  # [n] or [groups, n]
+        amplitude: Tensor | None,  # likewise
+        scale: Tensor | None,  # [1]
+        group_ends: Tensor | None,  # [groups]
+        mixing: MixingConfig,
+    ) -> Tensor:
+        logits = _logits(x, weight, bias, group_ends)
+        amplitude_rows = _per_row(amplitude, group_ends, logits)
+        coefficients = reference.gate(logits, mixing, amplitude_rows)
+        if scale is not None:
+            coefficients = coefficients * scale
+        ctx.save_for_backward(x, weight, bias, amplitude, scale, group_ends, coefficients)
+        ctx.mixing = mixing
+        return coefficients
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, amplitude, scale, group_ends, coefficients = ctx.saved_tensors
+        mixing: MixingConfig = ctx.mixing
+        grad_amplitude = grad_bias = grad_x = grad_weight = None
+        if scale is not None:
+            grad, coefficients = grad * scale, coefficients / scale
+        psi = coefficients
+        if amplitude is not None:
+            # Coefficients cannot be divided by an amplitude of 0, so psi is computed again.
+            rows = _per_row(amplitude, group_ends, grad)
+            one = torch.ones_like(rows)
+            psi_hat = reference.gate(_logits(x, weight, bias, group_ends), mixing, one)
+            grad_amplitude = _summed(grad * psi_hat, group_ends, amplitude)
+            slope, offset = mixing.psi_hat
+            grad, psi = grad * rows * slope, (psi_hat - offset) / slope
+        grad = _gate_derivative(grad, psi, mixing)
+        if bias is not None:
+            grad_bias = _summed(grad, group_ends, bias)
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        wide = weight.to(grad.dtype)
+        if need_x:
+            grad_x = grad @ wide if group_ends is None else grouped_linear_input_gradient(grad, wide, group_ends)
+        if need_weight:
+            rows = x.to(grad.dtype)
+            if group_ends is None:
+                grad_weight = grad.t() @ rows
+            else:
+                grad_weight = grouped_linear_weight_gradient(grad, rows, group_ends)
+        grad_x, grad_weight = _to(grad_x, x), _to(grad_weight, weight)
+        return grad_x, grad_weight, grad_bias, grad_amplitude, None, None, None
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, group_ends: Tensor | None) -> Tensor:
+    """[t, n], at least float32"""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    x = x.to(weight.dtype)
+    logits = F.linear(x, weight) if group_ends is None else grouped_linear(x, weight, group_ends)
+    bias = _per_row(bias, group_ends, logits)
+    return logits if bias is None else logits + bias
+
+
+def _per_row(parameter: Tensor | None, group_ends: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A parameter [n] as it is, one of groups [groups, n] as [t, n]; in the dtype of ``rows``."""
+    if parameter is None:
+        return None
+    parameter = parameter.to(rows.dtype)
+    return parameter if group_ends is None else parameter[group_of_rows(group_ends, len(rows))]
+
+
+def _summed(rows: Tensor, group_ends: Tensor | None, parameter: Tensor) -> Tensor:
+    """[t, n] summed over the rows that share a parameter, [n] or [groups, n]; in the same order at every call."""
+    total = rows.sum(0) if group_ends is None else grouped_sum(rows, group_ends)
+    return total.to(parameter.dtype)
+
+
+def _gate_derivative(grad: Tensor, psi: Tensor, mixing: MixingConfig) -> Tensor:
+    """The logits' gradient, from that of psi and from psi itself, [t, n]."""
+    if mixing.gate == "sigmoid":
+        return grad * psi * (1 - psi)
+    if mixing.gate == "tanh":
+        return grad * (1 - psi * psi)
+    grad, psi = (tensor.unflatten(-1, (-1, mixing.softmax_size)) for tensor in (grad, psi))
+    return (psi * (grad - (grad * psi).sum(-1, keepdim=True))).flatten(-2)
+
+
+def _to(grad: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if grad is None else grad.to(like.dtype)
 
 
 class _Mixture(torch.autograd.Function):

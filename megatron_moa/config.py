@@ -141,6 +141,11 @@ class MixingConfig:
         return self.num_coefficients if self.form == "quadratic" else self.num_activations
 
     @property
+    def psi_hat(self) -> tuple[float, float]:
+        """(slope, offset) of psi_hat = slope psi + offset, the gate of learned amplitudes, for which psi_hat(0) = 1."""
+        return {"sigmoid": (2.0, 0.0), "softmax": (float(self.softmax_size), 0.0), "tanh": (1.0, 1.0)}[self.gate]
+
+    @property
     def coefficient_names(self) -> tuple[str, ...]:
         """A name for each of the n coefficients, in their order: ``silu``, ``linear.silu``, ``silu*tanh``."""
         if self.form == "quadratic":

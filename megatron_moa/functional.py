@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sysconfig
+from types import ModuleType
 
 from torch import Tensor
 
@@ -24,16 +25,19 @@ def mixed_activation(
     mixing: MixingConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
+    group_ends: Tensor | None = None,
 ) -> Tensor:
     """Mixes the dictionary's activations of fc1's output (equations in :func:`megatron_moa.reference.mix`).
 
     Args:
         preactivation: fc1's output, [..., f] for type1, else [..., 2f] (activated branch first); bf16, fp16, fp32
             or fp64.
-        coefficients: [..., n] per token (MoA) or [n] for all tokens (LA).
+        coefficients: [..., n] per token (MoA) or [n] for all tokens (LA); [groups, n] with ``group_ends``.
         mixing: form, dictionary and backend.
         bias: fc1's bias, [f] or [2f], added before the activations.
         per_token_scale: [...], multiplies each token's result (a router's probability).
+        group_ends: [groups] int32, where tokens are sorted by expert and each expert has coefficients of its own for
+            all its tokens (LA): preactivation's rows up to and with each (megatron_moa.grouped).
 
     Returns:
         [..., f] in preactivation's dtype; half precision is computed in float32 and rounded once.
@@ -42,10 +46,44 @@ def mixed_activation(
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
-    _check_shapes(preactivation, coefficients, mixing, bias, per_token_scale)
-    backend = resolve_backend(mixing.backend, preactivation.device.type)
-    implementation = compiled if backend == "compile" else reference
-    return implementation.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
+    _check_shapes(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
+    backend = _implementation(mixing, preactivation)
+    return backend.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
+
+
+def gate_coefficients(
+    x: Tensor,
+    weight: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None = None,
+    amplitude: Tensor | None = None,
+    scale: Tensor | None = None,
+    group_ends: Tensor | None = None,
+) -> Tensor:
+    """The mixing coefficients of every token (MoA): c_k = scale psi(u_k x + b_k), or with learned amplitudes
+    c_k = scale a_k psi_hat(u_k x + b_k); equations in :func:`megatron_moa.reference.gate`.
+
+    Args:
+        x: fc1's input, [..., h]; [t, h] with ``group_ends``.
+        weight: u [n, h]; [groups, n, h] with ``group_ends``.
+        mixing: psi and backend.
+        bias: b [n] ([groups, n]), or None.
+        amplitude: a [n] ([groups, n]), or None for fixed amplitude.
+        scale: [1], a constant, or None for 1.
+        group_ends: [groups] int32, where tokens are sorted by expert and each expert has a gate of its own: x's rows
+            up to and with each (megatron_moa.grouped).
+
+    Returns:
+        [..., n], float32 (float64 for float64 parameters) whatever x's dtype is.
+
+    Raises:
+        UserError: a backend that is not there.
+    """
+    return _implementation(mixing, x).gate_coefficients(x, weight, mixing, bias, amplitude, scale, group_ends)
+
+
+def _implementation(mixing: MixingConfig, tensor: Tensor) -> ModuleType:
+    return {"compile": compiled, "eager": reference}[resolve_backend(mixing.backend, tensor.device.type)]
 
 
 def _check_shapes(
@@ -54,12 +92,20 @@ def _check_shapes(
     mixing: MixingConfig,
     bias: Tensor | None,
     per_token_scale: Tensor | None,
+    group_ends: Tensor | None,
 ) -> None:
     tokens, width = preactivation.shape[:-1], preactivation.shape[-1]
     if mixing.gated and width % 2:
         raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixing.form} needs two halves, [..., 2f]")
     n = mixing.num_coefficients
-    if coefficients.shape not in ((n,), (*tokens, n)):
+    if group_ends is not None:
+        groups = group_ends.shape[0]
+        if coefficients.shape != (groups, n) or len(tokens) != 1:
+            raise ValueError(
+                f"coefficients {tuple(coefficients.shape)}: {groups} groups need [{groups}, {n}], and preactivation "
+                f"{tuple(preactivation.shape)} two dimensions"
+            )
+    elif coefficients.shape not in ((n,), (*tokens, n)):
         raise ValueError(
             f"coefficients {tuple(coefficients.shape)}: {mixing.form} over {mixing.num_activations} activations "
             f"needs [{n}] or {[*tokens, n]} for preactivation {tuple(preactivation.shape)}"

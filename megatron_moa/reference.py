@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import MixingConfig
+from megatron_moa.grouped import group_sizes
 
 
 def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) -> Tensor:
@@ -22,22 +23,51 @@ def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) 
     Args:
         logits: [..., n], l_k = u_k x + b_k.
         mixing: which psi; softmax normalises over a branch's K entries, over all K² of the quadratic form.
-        amplitude: [n], or None for fixed amplitude.
+        amplitude: [n] or [..., n], or None for fixed amplitude.
 
     Returns:
         [..., n], the dtype of the logits.
     """
     if mixing.gate == "sigmoid":
-        psi, at_zero = torch.sigmoid(logits), 0.5
+        psi = torch.sigmoid(logits)
     elif mixing.gate == "softmax":
-        groups = logits.unflatten(-1, (-1, mixing.softmax_size))
-        psi, at_zero = torch.softmax(groups, dim=-1).flatten(-2), 1 / mixing.softmax_size
+        psi = torch.softmax(logits.unflatten(-1, (-1, mixing.softmax_size)), dim=-1).flatten(-2)
     else:
-        psi, at_zero = torch.tanh(logits), 0.0
+        psi = torch.tanh(logits)
     if amplitude is None:
         return psi
-    psi_hat = psi / at_zero if at_zero else 1 + psi
-    return amplitude * psi_hat
+    slope, offset = mixing.psi_hat
+    return amplitude * (slope * psi + offset)
+
+
+def gate_coefficients(
+    x: Tensor,
+    weight: Tensor,
+    mixing: MixingConfig,
+    bias: Tensor | None = None,
+    amplitude: Tensor | None = None,
+    scale: Tensor | None = None,
+    group_ends: Tensor | None = None,
+) -> Tensor:
+    """:func:`gate` of the logits u_k x + b_k, times ``scale``; see :func:`megatron_moa.functional.gate_coefficients`.
+
+    Float32 throughout, whatever the parameters are.
+    """
+    if group_ends is not None:
+        return torch.cat(
+            [
+                gate_coefficients(rows, weight[group], mixing, _of(bias, group), _of(amplitude, group), scale)
+                for group, rows in enumerate(x.split(group_sizes(group_ends)))
+            ]
+        )
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bias, amplitude = (None if tensor is None else tensor.to(dtype) for tensor in (bias, amplitude))
+    coefficients = gate(F.linear(x.to(dtype), weight.to(dtype), bias), mixing, amplitude)
+    return coefficients if scale is None else coefficients * scale
+
+
+def _of(tensor: Tensor | None, group: int) -> Tensor | None:
+    return None if tensor is None else tensor[group]
 
 
 def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
@@ -83,11 +113,15 @@ def mixed_activation(
     mixing: MixingConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
+    group_ends: Tensor | None = None,
 ) -> Tensor:
     """:func:`mix` of ``preactivation + bias``, times a scale per token: the ``eager`` backend.
 
     Half precision is computed in float32 and rounded once, at the end, as every backend must.
     """
+    if group_ends is not None:
+        sizes = torch.tensor(group_sizes(group_ends), device=coefficients.device)
+        coefficients = coefficients.repeat_interleave(sizes, dim=0)  # [groups, n] -> [tokens, n]
     compute_dtype = torch.promote_types(preactivation.dtype, torch.float32)
     z = preactivation.to(compute_dtype)
     if bias is not None:

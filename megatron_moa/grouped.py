@@ -1,0 +1,75 @@
+"""Products of tokens sorted by expert with each expert's own matrix: torch's grouped matrix product, made safe to call.
+
+``group_ends`` [groups] int32 is the number of tokens up to and with each group: group g has the rows from
+``group_ends[g - 1]`` to ``group_ends[g]`` (torch.nn.functional.grouped_mm calls it ``offs``). A group may be empty.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_ALIGNMENT = 16  # bytes; torch's product refuses rows that do not start at multiples of it
+
+
+def group_sizes(group_ends: Tensor) -> list[int]:
+    """Rows of each group; waits for the device."""
+    return torch.diff(group_ends, prepend=group_ends.new_zeros(1)).tolist()
+
+
+def group_of_rows(group_ends: Tensor, rows: int) -> Tensor:
+    """[rows] int64, the group that each row belongs to; without waiting for the device."""
+    return torch.searchsorted(group_ends, torch.arange(rows, device=group_ends.device, dtype=torch.int32), right=True)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    """x[rows of g] @ weight[g].T for every group g.
+
+    Args:
+        x: [t, h]
+        weight: [groups, f, h], x's dtype.
+
+    Returns:
+        [t, f]
+    """
+    return _product(x, weight.transpose(1, 2), group_ends)
+
+
+def grouped_linear_input_gradient(grad: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
+    """grad[rows of g] @ weight[g] for every group: [t, f] and [groups, f, h] -> [t, h]."""
+    return _product(grad, weight, group_ends)
+
+
+def grouped_linear_weight_gradient(grad: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
+    """grad[rows of g].T @ x[rows of g] for every group: [t, f] and [t, h] -> [groups, f, h]; 0 for an empty group."""
+    if x.dtype == torch.float64:
+        sizes = group_sizes(group_ends)
+        return torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
+    columns = grad.shape[1]
+    return F.grouped_mm(_aligned(grad).t(), x, offs=group_ends)[:, :columns]
+
+
+def grouped_sum(rows: Tensor, group_ends: Tensor) -> Tensor:
+    """The sum of each group's rows: [t, n] -> [groups, n]; in the same order at every call (no atomics)."""
+    member = group_of_rows(group_ends, len(rows)) == torch.arange(len(group_ends), device=rows.device)[:, None]
+    return member.to(rows.dtype) @ rows
+
+
+def _product(rows: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
+    """rows [t, k], matrices [groups, k, m] -> [t, m]"""
+    if rows.dtype == torch.float64:  # which torch's product does not have
+        parts = rows.split(group_sizes(group_ends))
+        return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
+    inner = rows.shape[1]
+    rows = _aligned(rows)
+    if rows.shape[1] != inner:
+        matrices = F.pad(matrices, (0, 0, 0, rows.shape[1] - inner))
+    return F.grouped_mm(rows, matrices, offs=group_ends)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """The same rows with zeros behind each, where torch's product needs them: a gate's n is seldom a multiple."""
+    multiple = _ALIGNMENT // rows.element_size()
+    missing = -rows.shape[1] % multiple
+    return F.pad(rows, (0, missing)) if missing else rows
