@@ -1,0 +1,429 @@
+"""Times one feed-forward layer with a mixture beside Megatron's own: SwiGLU, and GELU for type1.
+
+    python tools/benchmark_layer.py --hidden 2048 --ffn 8192 --tokens 8192
+    python tools/benchmark_layer.py --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4    # a whole MoE layer
+    python tools/benchmark_layer.py --hidden 1024 --ffn 704 --tokens 8192 --experts 64 --topk 4 --grow experts
+    torchrun --nproc-per-node 4 tools/benchmark_layer.py --hidden 2048 --ffn 8192 --tokens 8192 --grow tp
+
+Results of what is timed are compared with float64 first; a wrong one ends the program, exit code 1. Columns:
+
+  forward, backward, total   median of the rounds, milliseconds; a GPU starts each phase with an empty cache
+  to stock        total over that of Megatron's layer, fused or not, whichever is faster: median of the rounds' ratios
+  to compiled     total over that of SwiGLU (GELU) by this project's backend, as a mixture of one frozen activation
+  peak, saved     memory above what is there before: at most in a forward and backward; kept between the two. MB of 10^6
+  to stock        peak over that of Megatron's layer, whichever needs less
+  coefficients    what of the saved is mixing coefficients
+
+On a CPU Megatron's fusion is not compiled, and torch's own SiLU can be slow: "to compiled" does not profit from that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_moa import cpu, measuring
+from megatron_moa.config import BACKENDS, FORMS, MixingConfig
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.functional import resolve_backend
+
+PROGRAM = "benchmark_layer.py"
+
+# What --require demands of MoA: form -> total time over stock; and of the peak memory of each.
+GOALS = {"bi-sided": 1.15, "type1": 1.05}
+PEAK_GOAL = 1.01
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contender.
+
+    Attributes:
+        name: unique.
+        family: ``SwiGLU`` or ``GELU``, the fixed activation it is compared with; with an experts' execution if any.
+        mixing: None for Megatron's layer.
+        role: ``stock``; ``compiled``, the fixed activation by our backend; ``mixture``.
+        settings: of TransformerConfig.
+    """
+
+    name: str
+    family: str
+    mixing: MixingConfig | None
+    role: str
+    settings: dict[str, Any]
+
+
+def arms(options: argparse.Namespace) -> list[Arm]:
+    """The contenders that the flags ask for, families one after the other."""
+    executions = {None: {}} if not options.experts else {"sequential": {}, "grouped": {"moe_grouped_gemm": True}}
+    if options.execution:
+        executions = {options.execution: executions[options.execution]}
+    return [
+        dataclasses.replace(
+            arm,
+            name=f"{arm.name}, {execution}" if execution else arm.name,
+            family=f"{arm.family}, {execution}" if execution else arm.family,
+            settings={**arm.settings, **settings},
+        )
+        for execution, settings in executions.items()
+        for gated in (True, False)
+        for arm in _family(options, gated)
+    ]
+
+
+def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
+    forms = [form for form in options.form if (form != "type1") == gated]
+    if not forms:
+        return []
+    fixed, activation = ("SwiGLU", F.silu) if gated else ("GELU", F.gelu)
+    settings = {"gated_linear_unit": gated, "activation_func": activation}
+    one = MixingConfig(
+        mixing="la",
+        form="one-sided" if gated else "type1",
+        activations=("silu" if gated else "gelu",),
+        initial_coefficients=(1.0,),
+        freeze=True,
+        backend=options.backend,
+    )
+    found = [Arm(f"{fixed}", fixed, None, "stock", settings)]
+    if gated:  # Megatron fuses GELU with a bias only
+        found.append(Arm(f"{fixed} fused", fixed, None, "stock", {**settings, "bias_activation_fusion": True}))
+    found.append(Arm(f"{fixed} compiled here", fixed, one, "compiled", settings))
+    for form in forms:
+        for mixing in options.mixing:
+            config = MixingConfig(mixing=mixing, form=form, backend=options.backend)
+            name = f"{ {'la': 'LA', 'moa': 'MoA'}[mixing] } {form}"
+            found.append(Arm(name, fixed, config, "mixture", settings))
+            if options.recompute:
+                found.append(_recomputed(Arm(f"{name} recomputed", fixed, config, "mixture", settings), options))
+    return found
+
+
+def _recomputed(arm: Arm, options: argparse.Namespace) -> Arm:
+    """The mixture's output is not kept for backward but computed again."""
+    if options.experts:
+        again = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+        return dataclasses.replace(arm, settings={**arm.settings, **again})
+    if "recompute" not in {field.name for field in dataclasses.fields(MixingConfig)}:
+        raise UserError("--recompute: this version recomputes the mixture of experts only; add --experts, or drop it")
+    return dataclasses.replace(arm, mixing=dataclasses.replace(arm.mixing, recompute=True))
+
+
+def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: torch.dtype, tp: int) -> Any:
+    """Megatron's config of one layer, without Transformer Engine and Apex on any machine."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    moe = {}
+    if options.experts:
+        moe = {
+            "num_moe_experts": options.experts,
+            "moe_router_topk": options.topk,
+            "moe_ffn_hidden_size": options.ffn,
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "none",
+            "moe_router_force_load_balancing": options.router == "balanced",
+        }
+    common = {
+        "num_layers": 1,
+        "hidden_size": options.hidden,
+        "num_attention_heads": tp,  # there is no attention in what is built
+        "ffn_hidden_size": options.ffn,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "transformer_impl": "local",
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1 and (options.sequence_parallel or bool(options.experts)),
+    }
+    return TransformerConfig(**{**common, **moe, **settings})
+
+
+def build_layer(config: Any, mixing: MixingConfig | None, device: torch.device) -> torch.nn.Module:
+    """What a transformer layer's mlp slot holds: a dense or a MoE layer."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_moa.layer_specs import layer_spec
+
+    builder = layer_spec(config, mixing).layer_specs[0].submodules.mlp
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    further = {"layer_number": 1} if config.num_moe_experts else {"ffn_hidden_size": config.ffn_hidden_size}
+    return builder(config=config, pg_collection=groups, is_mtp_layer=False, **further).to(device)
+
+
+@dataclass
+class Built:
+    """A layer ready to be timed."""
+
+    forward: Callable[[], Tensor]
+    run: measuring.Run
+    leaves: list[Tensor]
+    coefficients: list[Tensor]  # what the layer's last forward mixed with
+
+
+def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> Built:
+    """The layer with random input [tokens, 1, h] and random gradient of its output, the same for every arm."""
+    from megatron_moa.coefficients import Coefficients
+
+    config = layer_config(options, arm.settings, dtype, tp)
+    layer = build_layer(config, arm.mixing, device)
+    tokens = options.tokens // tp if config.sequence_parallel else options.tokens
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (tokens, 1, options.hidden)
+    x = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(shape, generator=generator, device=device).to(dtype)
+    leaves = [x, *layer.parameters()]
+    coefficients: list[Tensor] = []
+    for module in layer.modules():
+        if isinstance(module, Coefficients):
+            module.observer = coefficients.append
+
+    def forward() -> Tensor:
+        coefficients.clear()
+        return layer(x)[0]
+
+    return Built(forward, measuring.forward_backward(forward, grad, leaves), leaves, coefficients)
+
+
+def measure(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> list[dict[str, Any]]:
+    """Builds all arms, times each family in alternation, measures memory; a record for each arm."""
+    built: dict[str, Built] = {}
+    contenders: list[Arm] = []
+    for arm in arms(options):
+        try:
+            built_arm = build(arm, options, device, dtype, tp)
+        except UserError as error:
+            if "moe_grouped_gemm" not in arm.settings:
+                raise
+            _say(f"left out, {arm.name}: {error}")
+            continue
+        contenders.append(arm)
+        built[arm.name] = built_arm
+    records: list[dict[str, Any]] = []
+    for family in dict.fromkeys(arm.family for arm in contenders):
+        own = [arm for arm in contenders if arm.family == family]
+        barrier = torch.distributed.barrier if torch.distributed.get_world_size() > 1 else lambda: None
+        runs = {arm.name: built[arm.name].run for arm in own}
+        timings = measuring.time_alternately(runs, device, options.rounds, flush=True, before_each=barrier)
+        records += _family_records(own, built, timings, device)
+    sizes = {name: getattr(options, name) for name in ("hidden", "ffn", "tokens", "experts", "topk", "dtype")}
+    return [{**record, **sizes, "tp": tp} for record in records]
+
+
+def _family_records(
+    own: list[Arm], built: dict[str, Built], timings: measuring.Timings, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    by_role = {role: [arm.name for arm in own if arm.role == role] for role in ("stock", "compiled")}
+    stock = timings.fastest(by_role["stock"]) if by_role["stock"] else None
+    peaks = {arm.name: measuring.peak_bytes(built[arm.name].run, device) for arm in own}
+    least = min((peaks[name] for name in by_role["stock"]), default=None)
+    for arm in own:
+        layer = built[arm.name]
+        saved = measuring.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
+        backend = None if arm.mixing is None else resolve_backend(arm.mixing.backend, device.type)
+        yield {
+            "arm": arm.name,
+            "family": arm.family,
+            "role": arm.role,
+            "form": arm.mixing.form if arm.mixing and arm.role == "mixture" else None,
+            "mixing": arm.mixing.mixing if arm.mixing and arm.role == "mixture" else None,
+            "backend": backend,
+            **timings.record(arm.name),
+            "stock": stock,
+            "ratio_to_stock": {
+                phase: timings.ratio(arm.name, stock, phase) for phase in ("forward", "backward", measuring.TOTAL)
+            }
+            if stock
+            else None,
+            "ratio_to_compiled": timings.ratio(arm.name, by_role["compiled"][0]),
+            "peak_bytes": peaks[arm.name],
+            "peak_ratio": peaks[arm.name] / least if least else None,
+            "saved_bytes": saved.bytes,
+            "saved_coefficient_bytes": saved.bytes_of(layer.coefficients),
+        }
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """One line an arm."""
+    header = ("layer", "backend", "forward ms", "backward ms", "total ms (quartiles)", "to stock", "to compiled")
+    header += ("peak MB", "to stock", "saved MB", "coefficients MB")
+    rows = []
+    for record in records:
+        ms, ratio = record["ms"], record["ratio_to_stock"]
+        first, third = record["ms_quartiles"][measuring.TOTAL]
+        rows.append(
+            (
+                record["arm"],
+                record["backend"],
+                ms["forward"],
+                ms["backward"],
+                f"{ms[measuring.TOTAL]:.4g} ({first:.4g} to {third:.4g})",
+                f"{ratio[measuring.TOTAL]:.3f}" if ratio else None,
+                f"{record['ratio_to_compiled']:.3f}",
+                record["peak_bytes"] / 1e6,
+                f"{record['peak_ratio']:.4f}" if record["peak_ratio"] else None,
+                record["saved_bytes"] / 1e6,
+                record["saved_coefficient_bytes"] / 1e6,
+            )
+        )
+    print(measuring.table(header, rows), flush=True)
+
+
+def check_goals(records: list[dict[str, Any]]) -> bool:
+    """Prints MoA's figures beside their goals; whether all are met."""
+    good = True
+    for record in records:
+        goal = GOALS.get(record["form"])
+        if goal is None or record["mixing"] != "moa" or record["arm"].endswith("recomputed"):
+            continue
+        figures = [
+            (
+                f"time over {record['stock']}",
+                record["ratio_to_stock"] and record["ratio_to_stock"][measuring.TOTAL],
+                goal,
+            ),
+            ("peak memory over stock", record["peak_ratio"], PEAK_GOAL),
+        ]
+        for name, figure, limit in figures:
+            if figure is None:
+                continue
+            met = figure <= limit
+            good = good and met
+            print(f"{record['arm']}: {name} {figure:.4f}, goal at most {limit:g}: {'met' if met else 'NOT met'}")
+    return good
+
+
+def _say(text: str) -> None:
+    if torch.distributed.get_rank() == 0:
+        print(text, flush=True)
+
+
+def start(device: torch.device) -> None:
+    """The processes of this run, one without torchrun."""
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def split_over(tp: int) -> None:
+    """Megatron's process groups for this tensor-parallel size; further processes are data-parallel."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Our flags."""
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = {"type": measuring.positive, "metavar": "N"}
+    parser.add_argument("--hidden", **size, default=512, help="h (default: %(default)s)")
+    parser.add_argument("--ffn", **size, default=1408, help="f, of one expert in a MoE (default: %(default)s)")
+    parser.add_argument("--tokens", **size, default=2048, help="default: %(default)s")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
+    parser.add_argument("--mixing", nargs="+", choices=("la", "moa"), default=["la", "moa"], help="default: both")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="the mixture's (default: %(default)s)")
+    parser.add_argument("--recompute", action="store_true", help="also with the mixture's output computed twice")
+    parser.add_argument("--experts", **size, help="a MoE layer of so many experts")
+    parser.add_argument("--topk", **size, default=2, help="experts a token (default: %(default)s)")
+    parser.add_argument(
+        "--execution", choices=("sequential", "grouped"), help="how experts run; default: both, compared apart"
+    )
+    parser.add_argument(
+        "--router",
+        choices=("balanced", "initial"),
+        default="balanced",
+        help="balanced: Megatron's --moe-router-force-load-balancing; initial: as it starts (default: %(default)s)",
+    )
+    parser.add_argument("--tp", **size, help="tensor-parallel size; default: all processes")
+    parser.add_argument("--sequence-parallel", action="store_true", help="with --tp; a MoE has it anyway")
+    parser.add_argument(
+        "--grow",
+        choices=("experts", "tp"),
+        help="how costs grow: with experts, doubled up to --experts; with TP sizes, up to all processes of torchrun",
+    )
+    parser.add_argument("--require", action="store_true", help=f"exit code 1 unless MoA meets the goals: {GOALS}")
+    measuring.add_arguments(parser, rounds=15)
+    options = parser.parse_args(argv)
+    if options.execution and not options.experts:
+        raise UserError(f"--execution {options.execution}: there are no experts; add --experts N")
+    if options.grow == "experts" and not options.experts:
+        raise UserError("--grow experts: up to how many? add --experts N")
+    if options.experts and options.topk > options.experts:
+        raise UserError(f"--topk {options.topk}: there are {options.experts} experts; take fewer a token")
+    return options
+
+
+def settings_to_measure(options: argparse.Namespace, world: int) -> list[tuple[argparse.Namespace, int]]:
+    """Options and TP size of every measurement: one, or a series with --grow."""
+    tp = options.tp or world
+    if options.grow == "tp":
+        return [(options, size) for size in _doubled(1, world)]
+    if options.grow == "experts":
+        each = _doubled(max(options.topk, 2), options.experts)
+        return [(argparse.Namespace(**{**vars(options), "experts": number}), tp) for number in each]
+    return [(options, tp)]
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    sizes = [first]
+    while sizes[-1] * 2 <= last:
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Checks, times, reports."""
+    with one_line_errors(PROGRAM):
+        options = parse(argv)
+        device, dtype = measuring.set_up(options)
+        warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
+        cpu.prepare()
+        start(device)
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        series = settings_to_measure(options, world)
+        for _, tp in series:
+            if world % tp or options.hidden % tp or options.ffn % tp or options.tokens % tp:
+                raise UserError(f"--tp {tp}: does not divide {world} processes, --hidden, --ffn and --tokens")
+        surroundings = measuring.environment(device)
+        _say(measuring.describe(surroundings))
+        split_over(series[0][1])
+        mixings = [arm.mixing for arm in arms(options) if arm.mixing is not None]
+        width, scale = options.ffn // series[0][1], bool(options.experts)
+        measuring.require_correct(PROGRAM, mixings, dtype, device, width=width, hidden=options.hidden, scale=scale)
+        records: list[dict[str, Any]] = []
+        for own, tp in series:
+            split_over(tp)
+            experts = f", {own.experts} experts, {own.topk} a token" if own.experts else ""
+            _say(f"\nh {own.hidden}, f {own.ffn}, {own.tokens} tokens{experts}, {own.dtype}, TP {tp}\n")
+            found = measure(own, device, dtype, tp)
+            records += found
+            if rank == 0:
+                print_table(found)
+    good = True
+    if rank == 0:
+        print()
+        good = check_goals(records)
+        measuring.append_records(options.json, "layer", surroundings, records)
+    torch.distributed.destroy_process_group()
+    raise SystemExit(1 if options.require and not good else 0)
+
+
+if __name__ == "__main__":
+    main()
