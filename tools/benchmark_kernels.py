@@ -1,0 +1,394 @@
+"""Times the activation step alone, forward and backward apart, beside SwiGLU's: every form, LA and MoA, every backend.
+
+    python tools/benchmark_kernels.py --tokens 8192 --ffn 8192
+    python tools/benchmark_kernels.py --grow activations          # also: ffn, tokens
+    python tools/benchmark_kernels.py --check --dtype bf16 fp32   # accuracy against float64, nothing timed
+
+Ratios are to Megatron's own fused SwiGLU (type1: to its fused bias and GELU), compiled by torch.compile on CPUs too.
+GB/s counts what any implementation has to move, in tensors of tokens x f elements, and nothing more:
+
+  type1                             forward 2: read z, write out        backward 3: read z and grad, write grad z
+  one-sided, bi-sided, quadratic    forward 3: read 2 z, write out      backward 5: read 2 z and grad, write 2 grad z
+  MoA's coefficients, float32       forward: read tokens x n            backward: read and write tokens x n
+  the gate                          forward: read x, write tokens x n   backward: read x, tokens x n; write grad x
+
+"of copy" is that rate over the device's own for copying a tensor, measured in the same run. On a GPU every phase
+starts with an empty cache and a queue that is full, so that times are the kernels' own. Results are compared with
+float64 first; a wrong one ends the program with exit code 1 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_moa import measuring
+from megatron_moa.config import FORMS, GATED_DICTIONARY, MixingConfig
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.functional import gate_coefficients, mixed_activation, resolve_backend
+
+PROGRAM = "benchmark_kernels.py"
+BACKENDS = ("triton", "compile", "eager")
+
+# K grows along this order: the paper's dictionary, then the others that are bounded or linear.
+ORDER = (*GATED_DICTIONARY, "gelu_tanh", "elu", "selu", "mish", "sigmoid")
+GROWN = {
+    "activations": tuple(range(1, 13)),
+    "ffn": (1024, 2048, 4096, 8192, 16384),
+    "tokens": (1024, 2048, 4096, 8192, 16384, 32768),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is timed: tokens, f, h of the gate, K (None: the paper's dictionaries)."""
+
+    tokens: int
+    ffn: int
+    hidden: int
+    activations: int | None = None
+
+
+@dataclass
+class Contender:
+    """One implementation.
+
+    Attributes:
+        forward: of new graph each call.
+        leaves: what gradients are asked for.
+        bytes: that have to be moved, by phase.
+        facts: for the record.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+    bytes: dict[str, int]
+    facts: dict[str, Any]
+
+
+class Maker:
+    """Makes contenders of one size; all share the same numbers."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+        self.sizes, self.device, self.dtype = sizes, device, dtype
+        self.element = torch.empty((), dtype=dtype).element_size()
+        self._generator = torch.Generator(device).manual_seed(1)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(shape, generator=self._generator, device=self.device)
+        return drawn.to(dtype or self.dtype)
+
+    def activation_bytes(self, gated: bool, coefficients: int = 0) -> dict[str, int]:
+        """See the module's docstring; ``coefficients`` those of a token."""
+        one = self.sizes.tokens * self.sizes.ffn * self.element
+        per_token = 4 * self.sizes.tokens * coefficients
+        forward, backward = (3, 5) if gated else (2, 3)
+        return {"forward": forward * one + per_token, "backward": backward * one + 2 * per_token}
+
+    def preactivation(self, gated: bool) -> Tensor:
+        width = self.sizes.ffn * (2 if gated else 1)
+        return self.normal(self.sizes.tokens, width).requires_grad_()
+
+    def fixed(self, gated: bool) -> dict[str, Contender]:
+        """SwiGLU or GELU by others; the first is the baseline."""
+        from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+        from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+
+        z = self.preactivation(gated)
+        if gated:
+            functions = {"SwiGLU Megatron": lambda: bias_swiglu_impl(z, None)}
+        else:
+            bias = torch.zeros(self.sizes.ffn, dtype=self.dtype, device=self.device)
+            functions = {"GELU Megatron": lambda: bias_gelu_impl(z, bias)}
+        eager = _swiglu if gated else F.gelu
+        compiled = torch.compile(eager, dynamic=True)
+        name = "SwiGLU" if gated else "GELU"
+        functions |= {f"{name} torch.compile": lambda: compiled(z), f"{name} eager": lambda: eager(z)}
+        counted = self.activation_bytes(gated)
+        facts = {"role": "fixed", "form": None, "mixing": None, "backend": None}
+        made = {name: Contender(function, [z], counted, facts) for name, function in functions.items()}
+        if gated and self.device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            made["SwiGLU Liger"] = self._liger(z, counted, facts)
+        return made
+
+    def _liger(self, z: Tensor, counted: dict[str, int], facts: dict[str, Any]) -> Contender:
+        """Liger takes the two halves as tensors of their own, so it gets them so."""
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        halves = [half.detach().contiguous().requires_grad_() for half in z.chunk(2, dim=-1)]
+        return Contender(lambda: LigerSiLUMulFunction.apply(*halves), halves, counted, facts)
+
+    def mixture(self, mixing: MixingConfig) -> Contender:
+        """The mixture with random coefficients around 0.5, as gates start."""
+        z = self.preactivation(mixing.gated)
+        n = mixing.num_coefficients
+        per_token = mixing.mixing == "moa"
+        shape = (self.sizes.tokens, n) if per_token else (n,)
+        coefficients = torch.sigmoid(self.normal(*shape, dtype=torch.float32)).requires_grad_()
+        return Contender(
+            lambda: mixed_activation(z, coefficients, mixing),
+            [z, coefficients],
+            self.activation_bytes(mixing.gated, n if per_token else 0),
+            _facts(mixing, "mixture"),
+        )
+
+    def gate(self, mixing: MixingConfig) -> Contender:
+        """The gate of all tokens."""
+        n, (tokens, hidden) = mixing.num_coefficients, (self.sizes.tokens, self.sizes.hidden)
+        x = self.normal(tokens, hidden).requires_grad_()
+        weight = (0.02 * self.normal(n, hidden, dtype=torch.float32)).to(self.dtype).requires_grad_()
+        inputs, outputs = tokens * hidden * self.element, 4 * tokens * n
+        return Contender(
+            lambda: gate_coefficients(x, weight, mixing),
+            [x, weight],
+            {"forward": inputs + outputs, "backward": 2 * inputs + outputs},
+            _facts(mixing, "gate"),
+        )
+
+
+def _facts(mixing: MixingConfig, role: str) -> dict[str, Any]:
+    facts = {name: getattr(mixing, name) for name in ("form", "mixing", "backend")}
+    return {"role": role, **facts, "activations": list(mixing.activations)}
+
+
+def _swiglu(z: Tensor) -> Tensor:
+    first, second = z.chunk(2, dim=-1)
+    return F.silu(first) * second
+
+
+def there(device: torch.device, asked: list[str] | None) -> list[str]:
+    """The backends of this machine; those asked for must be there."""
+    found = []
+    for backend in asked or BACKENDS:
+        try:
+            found.append(resolve_backend(backend, device.type))
+        except UserError as error:
+            if asked:
+                raise
+            print(f"left out, {backend} backend: {error}")
+    return found
+
+
+def mixings(options: argparse.Namespace, backends: list[str], activations: int | None = None) -> list[MixingConfig]:
+    """All that the flags ask for."""
+    names = () if activations is None else ORDER[:activations]
+    return [
+        MixingConfig(mixing=mixing, form=form, activations=names, backend=backend)
+        for form, mixing, backend in itertools.product(options.form, options.mixing, backends)
+    ]
+
+
+def measure(
+    sizes: Sizes, wanted: list[MixingConfig], options: argparse.Namespace, device: torch.device, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    """A record for each contender: those with a linear branch, those without, gates."""
+    maker = Maker(sizes, device, measuring.DTYPES[options.dtype])
+    names = {"la": "LA", "moa": "MoA"}
+    for gated in (True, False):
+        own = {f"{names[m.mixing]} {m.form} {m.backend}": m for m in wanted if m.gated == gated}
+        if own:
+            fixed = maker.fixed(gated)
+            contenders = {**fixed, **{name: maker.mixture(mixing) for name, mixing in own.items()}}
+            yield from _family(contenders, next(iter(fixed)), sizes, options, device, bandwidth)
+    gates = {
+        f"gate n {m.num_coefficients} {m.backend}": maker.gate(m)
+        for m in wanted
+        if m.mixing == "moa" and m.form in ("bi-sided", "quadratic")
+    }
+    if gates:
+        yield from _family(gates, None, sizes, options, device, bandwidth)
+
+
+def _family(
+    contenders: dict[str, Contender],
+    baseline: str | None,
+    sizes: Sizes,
+    options: argparse.Namespace,
+    device: torch.device,
+    bandwidth: float,
+) -> Iterator[dict[str, Any]]:
+    runs: dict[str, measuring.Run] = {}
+    for name, contender in contenders.items():
+        try:
+            grad = torch.randn_like(contender.forward())
+            run = measuring.forward_backward(contender.forward, grad, contender.leaves)
+            run(measuring.no_lap)
+        except torch.OutOfMemoryError:
+            print(f"left out, {name}: does not fit into the GPU's memory")
+            torch.cuda.empty_cache()
+            continue
+        runs[name] = run
+    timings = measuring.time_alternately(runs, device, options.rounds, flush=True)
+    for name in runs:
+        contender, record = contenders[name], timings.record(name)
+        rate = {phase: contender.bytes[phase] / record["ms"][phase] / 1e6 for phase in contender.bytes}
+        phases = (*contender.bytes, measuring.TOTAL)
+        yield {
+            "arm": name,
+            **contender.facts,
+            "tokens": sizes.tokens,
+            "ffn": sizes.ffn,
+            "hidden": sizes.hidden,
+            "dtype": options.dtype,
+            **record,
+            "bytes": contender.bytes,
+            "gb_per_s": rate,
+            "of_copy": {phase: rate[phase] / bandwidth for phase in rate},
+            "copy_gb_per_s": bandwidth,
+            "baseline": baseline,
+            "ratio": {phase: timings.ratio(name, baseline, phase) for phase in phases} if baseline else None,
+        }
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """One line a contender."""
+    header = ("", "forward ms", "backward ms", "forward GB/s", "of copy", "backward GB/s", "of copy")
+    header += ("forward to baseline", "backward", "total")
+    rows = []
+    for record in records:
+        ratio = record["ratio"] or {}
+        row = [record["arm"], record["ms"]["forward"], record["ms"]["backward"]]
+        for phase in ("forward", "backward"):
+            row += [f"{record['gb_per_s'][phase]:.0f}", f"{record['of_copy'][phase]:.2f}"]
+        row += [f"{ratio[phase]:.3f}" if ratio else None for phase in ("forward", "backward", measuring.TOTAL)]
+        rows.append(row)
+    print(measuring.table(header, rows), flush=True)
+
+
+def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
+    """A line a contender, a column a size: total over the baseline's, of the same round."""
+    sizes = list(dict.fromkeys(record[grown if grown != "activations" else "K"] for record in records))
+    arms = list(dict.fromkeys(record["arm"] for record in records if record["role"] == "mixture"))
+    cells = {
+        (record["arm"], record[grown if grown != "activations" else "K"]): record["ratio"][measuring.TOTAL]
+        for record in records
+        if record["role"] == "mixture"
+    }
+    rows = [[arm, *(f"{cells[arm, size]:.3f}" if (arm, size) in cells else None for size in sizes)] for arm in arms]
+    label = "K" if grown == "activations" else grown
+    print(f"\nforward and backward together over the baseline's, by {label}\n")
+    print(measuring.table(["", *map(str, sizes)], rows), flush=True)
+
+
+def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Accuracy of all forms, sources, gates and backends: odd and empty sizes, bias, scale, groups; a record each."""
+    from megatron_moa import accuracy
+
+    for dtype, mixing in itertools.product(options.dtypes, mixings(options, backends)):
+        own = measuring.DTYPES[dtype]
+        results: list[Any] = []
+        for tokens, width in ((0, 64), (1, 1), (37, 129), (128, 1024)):
+            for bias, scale in ((False, False), (True, True)):
+                results += accuracy.check_mixture(
+                    mixing, own, device, tokens=tokens, width=width, bias=bias, scale=scale
+                )
+        if mixing.mixing == "moa":
+            for gate in ("sigmoid", "softmax", "tanh"):
+                gated = MixingConfig(form=mixing.form, gate=gate, backend=mixing.backend)
+                for tokens, hidden, groups in ((0, 64, None), (37, 129, None), (128, 512, None), (128, 512, 5)):
+                    results += accuracy.check_gate(gated, own, device, tokens=tokens, hidden=hidden, groups=groups)
+        worst = max(results, key=lambda result: (not result.ok, result.error))
+        yield {
+            "arm": f"{mixing.mixing} {mixing.form} {mixing.backend}",
+            **_facts(mixing, "accuracy"),
+            "dtype": dtype,
+            "results": len(results),
+            "failed": [result.name for result in results if not result.ok],
+            "worst": worst.name,
+            "error": worst.error,
+            "same_dtype_error": worst.same_dtype_error,
+        }
+
+
+def print_checks(records: list[dict[str, Any]]) -> None:
+    """One line a mixture and dtype."""
+    rows = [
+        (r["arm"], r["dtype"], r["results"], len(r["failed"]), r["worst"], r["error"], r["same_dtype_error"])
+        for r in records
+    ]
+    header = ("", "dtype", "results", "wrong", "furthest off", "error", "of PyTorch in this dtype")
+    print(measuring.table(header, rows), flush=True)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Our flags."""
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = {"type": measuring.positive, "metavar": "N"}
+    parser.add_argument("--tokens", **size, help="default: 8192 on a GPU, 2048 on a CPU")
+    parser.add_argument("--ffn", **size, help="f (default: 8192 on a GPU, 1408 on a CPU)")
+    parser.add_argument("--hidden", **size, help="h of the gate (default: f / 4)")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
+    parser.add_argument("--mixing", nargs="+", choices=("la", "moa"), default=["la", "moa"], help="default: both")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: all there are")
+    parser.add_argument("--grow", choices=tuple(GROWN), help="how the cost grows with K, f or tokens")
+    parser.add_argument("--values", nargs="+", **size, help=f"of what --grow names (default: {GROWN})")
+    parser.add_argument("--check", action="store_true", help="accuracy only; all dtypes unless --dtype names one")
+    measuring.add_arguments(parser, rounds=20)
+    options = parser.parse_args(argv)
+    if options.values and not options.grow:
+        raise UserError("--values: of what? add --grow activations, ffn or tokens")
+    if options.grow == "activations" and max(options.values or [0]) > len(ORDER):
+        raise UserError(f"--values {max(options.values)}: there are {len(ORDER)} activations to grow over")
+    options.dtypes = [options.dtype] if options.dtype else list(measuring.DTYPES)
+    return options
+
+
+def series(options: argparse.Namespace, device: torch.device) -> Iterator[Sizes]:
+    """The sizes to measure: one, or several with --grow."""
+    on_gpu = device.type == "cuda"
+    ffn = options.ffn or (8192 if on_gpu else 1408)
+    base = {
+        "tokens": options.tokens or (8192 if on_gpu else 2048),
+        "ffn": ffn,
+        "hidden": options.hidden or max(ffn // 4, 1),
+    }
+    if options.grow:
+        for value in options.values or GROWN[options.grow]:
+            yield Sizes(**{**base, options.grow: value})
+    else:
+        yield Sizes(**base)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Checks, times, reports."""
+    with one_line_errors(PROGRAM):
+        options = parse(argv)
+        device, dtype = measuring.set_up(options)
+        warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
+        surroundings = measuring.environment(device)
+        print(measuring.describe(surroundings), flush=True)
+        backends = there(device, options.backend)
+        if options.check:
+            records = list(check(options, backends, device))
+            print_checks(records)
+            measuring.append_records(options.json, "accuracy", surroundings, records)
+            raise SystemExit(1 if any(record["failed"] for record in records) else 0)
+        bandwidth = measuring.copy_bandwidth(device)
+        print(f"copy on this device: {bandwidth:.0f} GB/s", flush=True)
+        records = []
+        for sizes in series(options, device):
+            wanted = mixings(options, backends, sizes.activations)
+            measuring.require_correct(PROGRAM, wanted, dtype, device, width=sizes.ffn, hidden=sizes.hidden)
+            label = "" if sizes.activations is None else f", K {sizes.activations}"
+            print(f"\n{sizes.tokens} tokens, f {sizes.ffn}, h {sizes.hidden}{label}, {options.dtype}\n")
+            found = [
+                {**record, "K": sizes.activations} for record in measure(sizes, wanted, options, device, bandwidth)
+            ]
+            print_table(found)
+            records += found
+    if options.grow:
+        print_growth(options.grow, records)
+    measuring.append_records(options.json, "kernels", surroundings, records)
+
+
+if __name__ == "__main__":
+    main()
