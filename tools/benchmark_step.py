@@ -1,0 +1,320 @@
+"""Times the whole training step of a recipe's model with a mixture and with SwiGLU, in alternation, in one process.
+
+    python tools/benchmark_step.py examples/models/dense_0.5b.sh --micro-batch-size 4
+    python tools/benchmark_step.py examples/models/moe_2b.sh --layers 4 -- --moe-grouped-gemm --moa-backend compile
+    torchrun --nproc-per-node 2 tools/benchmark_step.py examples/models/dense_2b.sh -- --tensor-model-parallel-size 2
+
+A step is Megatron's own train_step: forward, backward, reduction of gradients by its DDP, clipping, Adam, schedule.
+Tokens are random and on the device already. RECIPE is a bash file with an array MODEL_ARGS; flags after ``--`` are
+pretrain_gpt_moa.py's and hold for all arms. Every arm's model and optimizer are held at once: where two do not fit,
+--layers cuts the depth, and the output says so. bf16 on a GPU, float32 on a CPU, unless --dtype says otherwise.
+
+Results of the mixture are compared with float64 first; a wrong one ends the program, exit code 1. TFLOP/s are the
+model's, as Megatron counts them for the stock model; "state" is what model, gradients and optimizer hold, "peak"
+what a step needs above that, MB of 10^6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import itertools
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moa import cpu, measuring
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.functional import resolve_backend
+
+PROGRAM = "benchmark_step.py"
+LABELS = {"none": "SwiGLU", "la": "LA", "moa": "MoA"}
+
+# What a recipe's shape leaves to a run. With its end-of-document token the vocabulary has 32,000 entries.
+RUN = (
+    "--train-iters 1000000 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 31999 --eval-iters 0 --num-workers 0"
+).split()
+
+
+def read_recipe(path: Path) -> list[str]:
+    """The array MODEL_ARGS of a bash file, as bash reads it.
+
+    Raises:
+        UserError: no such file, or no such array.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such recipe; see examples/models/")
+    script = 'set -eu; source "$1"; printf "%s\\0" "${MODEL_ARGS[@]}"'
+    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")
+    return done.stdout.split("\0")[:-1]
+
+
+@dataclass
+class Arm:
+    """A model that trains."""
+
+    name: str
+    mixing: MixingConfig | None
+    run: measuring.Run
+    parameters: int
+    state_bytes: int | None  # None where nothing counts it: on a CPU
+
+
+def build(name: str, args: argparse.Namespace, mixing: MixingConfig | None, batches: Iterator[dict]) -> Arm:
+    """Model, optimizer and schedule as Megatron sets them up; the run is one training step."""
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.enums import ModelType
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.rerun_state_machine import RerunDataIterator
+    from megatron.core.utils import get_model_config
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import setup_model_and_optimizer, train_step
+
+    from megatron_moa.model import check_mixture, measure_mixture, model_config_from_args
+    from pretrain_gpt_moa import forward_step
+
+    before = torch.cuda.memory_allocated()
+    container = pretrain_cfg_container_from_args(args, model_config_from_args(args, mixing))
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model, optimizer, schedule = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
+    )
+    check_mixture(model, mixing)
+    for chunk in model:
+        chunk.train()
+    config = get_model_config(model[0])  # what Megatron's train() sets before its first step
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    iterator = RerunDataIterator(batches)
+
+    def run(lap: measuring.Lap) -> None:
+        train_step(forward_step, iterator, model, optimizer, schedule, config, get_forward_backward_func(), iteration=0)
+        lap("step")
+
+    run(measuring.no_lap)  # the optimizer makes its state in its first step
+    state = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else None
+    return Arm(name, mixing, run, measure_mixture(model).parameters, state)
+
+
+def random_batches(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
+    """Endless micro-batches, a few of them in turn, on the device."""
+    generator = torch.Generator().manual_seed(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = (args.micro_batch_size, args.seq_length)
+    positions = torch.arange(args.seq_length).expand(shape).contiguous()
+    made = []
+    for _ in range(4):
+        drawn = torch.randint(args.padded_vocab_size, (shape[0], shape[1] + 1), generator=generator)
+        batch = {
+            "tokens": drawn[:, :-1].contiguous(),
+            "labels": drawn[:, 1:].contiguous(),
+            "loss_mask": torch.ones(shape),
+            "position_ids": positions,
+        }
+        made.append({key: tensor.to(device) for key, tensor in batch.items()})
+    return itertools.cycle(made)
+
+
+def stock_arguments(options: argparse.Namespace) -> list[str]:
+    """All flags of the stock arm."""
+    flags = [*RUN, *read_recipe(options.recipe), "--micro-batch-size", options.micro_batch_size]
+    if options.global_batch_size:
+        flags += ["--global-batch-size", options.global_batch_size]
+    if options.layers:
+        flags += ["--num-layers", options.layers]
+    flags += {"bf16": ["--bf16"], "fp16": ["--fp16"], "fp32": []}[options.dtype]
+    return [str(flag) for flag in (*flags, *options.megatron, "--moa-mixing", "none")]
+
+
+def split_moa_flags(flags: list[str]) -> tuple[list[str], list[str]]:
+    """Megatron's flags, and the mixture's with their values: the stock arm has none of those."""
+    others: list[str] = []
+    mixture: list[str] = []
+    target = others
+    for word in flags:
+        if word.startswith("--"):
+            target = mixture if word.startswith("--moa-") else others
+        target.append(word)
+    return others, mixture
+
+
+def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, MixingConfig | None]]:
+    """Megatron's arguments and the mixture of every arm.
+
+    Megatron's globals are set once, by the stock arm's flags; a mixture differs from it in what its own flags decide.
+    """
+    from megatron_moa.arguments import add_arguments, mixing_from_args, parse_arguments
+
+    others, mixture = split_moa_flags(options.megatron)
+    options.megatron = others
+    sys.argv = [PROGRAM, *stock_arguments(options)]
+    stock, _ = parse_arguments()
+    found: dict[str, tuple[argparse.Namespace, MixingConfig | None]] = {"none": (stock, None)}
+    for name in options.arms:
+        own = add_arguments(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", name])
+        args = copy.deepcopy(stock)
+        vars(args).update({key: value for key, value in vars(own).items() if key.startswith("moa_")})
+        mixing = mixing_from_args(args)
+        resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
+        args.bias_swiglu_fusion = args.bias_gelu_fusion = False  # as parse_arguments does for a mixture
+        found[name] = (args, mixing)
+    return found
+
+
+def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace, MixingConfig | None]]) -> None:
+    """Accuracy at the widths of this model, dense, shared and routed; leaves with exit code 1 where it is not given."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = measuring.DTYPES[options.dtype]
+    for args, mixing in arms.values():
+        if mixing is None:
+            continue
+        routed = args.num_experts is not None
+        shared = args.moe_shared_expert_intermediate_size
+        widths = {(args.moe_ffn_hidden_size, True)} if routed else {(args.ffn_hidden_size, False)}
+        widths |= {(shared, False)} if routed and shared else set()
+        for width, scale in widths:
+            width //= args.tensor_model_parallel_size if not scale else args.expert_tensor_parallel_size
+            measuring.require_correct(
+                PROGRAM, [mixing], dtype, device, width=width, hidden=args.hidden_size, scale=scale
+            )
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Builds all arms, times their steps in alternation, measures memory; a record for each arm."""
+    from megatron.training.initialize import initialize_megatron
+    from megatron.training.training import num_floating_point_operations
+
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron's own report
+        parsed = parse_arms(options)
+        initialize_megatron()
+    check(options, parsed)
+    stock_args = parsed["none"][0]
+    batches = random_batches(stock_args)
+    arms = []
+    try:
+        for name, (args, mixing) in parsed.items():
+            with contextlib.redirect_stdout(sys.stderr):
+                arms.append(build(LABELS[name], args, mixing, batches))
+        barrier = torch.distributed.barrier if torch.distributed.get_world_size() > 1 else lambda: None
+        runs = {arm.name: arm.run for arm in arms}
+        timings = measuring.time_alternately(runs, device, options.rounds, warmup=2, before_each=barrier)
+        peaks = {arm.name: measuring.peak_bytes(arm.run, device) for arm in arms}
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"{options.recipe}: {len(parsed)} models and their optimizers do not fit into this GPU's memory; cut the "
+            "depth with --layers N, take a smaller --micro-batch-size, or --arms moa alone"
+        ) from None
+    tokens = stock_args.global_batch_size * stock_args.seq_length
+    flop = num_floating_point_operations(stock_args, stock_args.global_batch_size) / stock_args.world_size
+    baseline = arms[0]
+    records = []
+    for arm in arms:
+        seconds = timings.median(arm.name, "step") / 1000
+        records.append(
+            {
+                "arm": arm.name,
+                "recipe": options.recipe.stem,
+                "layers": stock_args.num_layers,
+                "cut": bool(options.layers),
+                "mixing": arm.mixing and arm.mixing.describe(),
+                "backend": arm.mixing and resolve_backend(arm.mixing.backend, device.type),
+                "dtype": options.dtype,
+                "parameters": arm.parameters,
+                "micro_batch_size": stock_args.micro_batch_size,
+                "global_batch_size": stock_args.global_batch_size,
+                "seq_length": stock_args.seq_length,
+                "flags": options.megatron,
+                **timings.record(arm.name),
+                "ratio": timings.ratio(arm.name, baseline.name, "step"),
+                "state_bytes": arm.state_bytes,
+                "peak_bytes": peaks[arm.name],
+                "peak_ratio": peaks[arm.name] / peaks[baseline.name],
+                "tokens_per_s": tokens / seconds,
+                "tflop_per_s_per_gpu": flop / seconds / 1e12,
+            }
+        )
+    return records
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """One line an arm."""
+    header = ("", "parameters", "ms a step (quartiles)", "to SwiGLU", "tokens/s", "model TFLOP/s")
+    header += ("state MB", "peak MB", "to SwiGLU")
+    rows = []
+    for record in records:
+        first, third = record["ms_quartiles"]["step"]
+        rows.append(
+            (
+                record["arm"],
+                f"{record['parameters']:,}",
+                f"{record['ms']['step']:.4g} ({first:.4g} to {third:.4g})",
+                f"{record['ratio']:.4f}",
+                f"{record['tokens_per_s']:.0f}",
+                record["tflop_per_s_per_gpu"],
+                record["state_bytes"] and f"{record['state_bytes'] / 1e6:.0f}",
+                record["peak_bytes"] / 1e6,
+                f"{record['peak_ratio']:.4f}",
+            )
+        )
+    print(measuring.table(header, rows), flush=True)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Our flags, and Megatron's after ``--``."""
+    megatron: list[str] = []
+    if "--" in argv:
+        split = argv.index("--")
+        argv, megatron = argv[:split], argv[split + 1 :]
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    size = {"type": measuring.positive, "metavar": "N"}
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a bash file with the array MODEL_ARGS")
+    parser.add_argument("--arms", nargs="+", choices=("la", "moa"), default=["la", "moa"], help="beside SwiGLU")
+    parser.add_argument("--layers", **size, help="cut the model to so many layers")
+    parser.add_argument("--micro-batch-size", **size, default=1, help="sequences (default: %(default)s)")
+    parser.add_argument("--global-batch-size", **size, help="default: one micro-batch a data-parallel rank")
+    measuring.add_arguments(parser, rounds=15)
+    options = parser.parse_args(argv)
+    options.megatron = megatron
+    if "--moa-mixing" in megatron:
+        raise UserError("--moa-mixing: the arms are chosen with --arms; drop it")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Checks, times, reports."""
+    with one_line_errors(PROGRAM):
+        options = parse(sys.argv[1:] if argv is None else argv)
+        read_recipe(options.recipe)
+        device, _ = measuring.set_up(options)
+        if device.type == "cpu" and torch.cuda.is_available():
+            raise UserError("--device cpu: Megatron takes the GPU where there is one; hide it: CUDA_VISIBLE_DEVICES=''")
+        warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
+        cpu.prepare()
+        surroundings = measuring.environment(device)
+        records = measure(options, device)
+    if torch.distributed.get_rank() == 0:
+        print(measuring.describe(surroundings))
+        first = records[0]
+        cut = f", CUT TO {first['layers']} LAYERS" if first["cut"] else f", {first['layers']} layers"
+        batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
+        print(f"\n{options.recipe.stem}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
+        print_table(records)
+        measuring.append_records(options.json, "step", surroundings, records)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
