@@ -39,10 +39,10 @@ from megatron_moa.functional import resolve_backend
 PROGRAM = "benchmark_step.py"
 LABELS = {"none": "SwiGLU", "la": "LA", "moa": "MoA"}
 
-# What a recipe's shape leaves to a run. With its end-of-document token the vocabulary has 32,000 entries.
+# What a recipe's shape leaves to a run.
 RUN = (
     "--train-iters 1000000 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 31999 --eval-iters 0 --num-workers 0"
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --eval-iters 0 --num-workers 0"
 ).split()
 
 

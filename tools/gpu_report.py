@@ -1,0 +1,247 @@
+"""What tools/gpu_suite.sh needs of Python: its text, the figures of its trainings, its report.
+
+    python tools/gpu_report.py corpus PREFIX [--glob 'asyncio/*.py']     bytes of Python's own library, .bin and .idx
+    python tools/gpu_report.py training LOG --arm MoA --json FILE        what Megatron's log says, as a record
+    python tools/gpu_report.py table RESULTS.jsonl                       the records as markdown, on standard output
+
+Tokens of the corpus are bytes, each file a document that ends with token 256: --tokenizer-type NullTokenizer
+--vocab-size 257.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sysconfig
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from demo import LEFT_OUT, parse_iteration, parse_parameters, parse_validation
+
+from megatron_moa import measuring
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "gpu_report.py"
+END_OF_DOCUMENT = 256
+
+Record = dict[str, Any]
+
+
+def write_corpus(prefix: Path, pattern: str) -> int:
+    """Writes PREFIX.bin and PREFIX.idx for Megatron; the number of tokens.
+
+    Raises:
+        UserError: no file matches.
+    """
+    import numpy
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        path
+        for path in library.glob(pattern)
+        if path.is_file() and not any(fnmatch(path.relative_to(library).as_posix(), out) for out in LEFT_OUT)
+    )
+    if not files:
+        raise UserError(f"--glob {pattern}: matches nothing in {library}; try **/*.py")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    total = 0
+    for path in files:
+        tokens = torch.tensor([*path.read_bytes(), END_OF_DOCUMENT], dtype=torch.int32)
+        builder.add_document(tokens, [len(tokens)])
+        total += len(tokens)
+    builder.finalize(f"{prefix}.idx")
+    return total
+
+
+def read_training(log: Path, arm: str) -> Record:
+    """Losses, speed and size by Megatron's log.
+
+    Raises:
+        UserError: no training in it.
+    """
+    record: Record = {"arm": arm, "parameters": None, "curve": [], "validation_loss": None}
+    milliseconds = []
+    for line in log.read_text(errors="replace").splitlines():
+        if (parameters := parse_parameters(line)) is not None:
+            record["parameters"] = parameters
+        if (validation := parse_validation(line)) is not None:
+            record["validation_loss"] = validation[1]
+        if (step := parse_iteration(line)) is not None:
+            record["curve"].append([step.iteration, step.loss])
+            milliseconds.append(step.milliseconds)
+    if not milliseconds:
+        raise UserError(f"{log}: no line of a training; look into it for what went wrong")
+    steady = sorted(milliseconds[len(milliseconds) // 5 :])
+    return {**record, "ms": steady[len(steady) // 2], "iterations": record["curve"][-1][0]}
+
+
+def read_records(path: Path) -> list[Record]:
+    """Raises UserError for a file that is not JSON lines."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; give the results.jsonl of a run") from None
+
+
+def report(records: list[Record]) -> str:
+    """All records as markdown, a section a kind of benchmark; the environment once, if it is one."""
+    surroundings = {measuring.describe({**r["environment"], "date": ""})[2:] for r in records if "environment" in r}
+    dates = sorted(r["environment"]["date"] for r in records if "environment" in r)
+    parts = ["# GPU suite", *(f"{text}; from {dates[0]} to {dates[-1]}" for text in sorted(surroundings))]
+    for kind, (title, section) in _SECTIONS.items():
+        own = [record for record in records if record["benchmark"] == kind]
+        if own:
+            parts += [f"## {title}", *section(own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _status(records: list[Record]) -> Iterator[str]:
+    rows = [(r["step"], r["status"], r["exit_code"], r["seconds"], r["limit"]) for r in records]
+    yield measuring.table(("step", "status", "exit code", "seconds", "limit"), rows)
+
+
+def _accuracy(records: list[Record]) -> Iterator[str]:
+    header = ("mixture", "dtype", "results", "wrong", "furthest off", "error", "PyTorch's in this dtype")
+    rows = [
+        (r["arm"], r["dtype"], r["results"], len(r["failed"]), r["worst"], r["error"], r["same_dtype_error"])
+        for r in records
+    ]
+    yield measuring.table(header, rows)
+
+
+def _kernels(records: list[Record]) -> Iterator[str]:
+    header = ("", "forward ms", "backward ms", "forward GB/s", "of copy", "backward GB/s", "of copy")
+    header += ("forward to baseline", "backward", "total")
+    for (tokens, ffn, dtype, k), own in _grouped(records, "tokens", "ffn", "dtype", "K"):
+        growing = "" if k is None else f", K {k}"
+        yield f"{tokens} tokens, f {ffn}, {dtype}{growing}; copy {own[0]['copy_gb_per_s']:.0f} GB/s"
+        yield measuring.table(
+            header,
+            (
+                (
+                    r["arm"],
+                    r["ms"]["forward"],
+                    r["ms"]["backward"],
+                    *(
+                        cell
+                        for phase in ("forward", "backward")
+                        for cell in (f"{r['gb_per_s'][phase]:.0f}", f"{r['of_copy'][phase]:.2f}")
+                    ),
+                    *(r["ratio"][phase] if r["ratio"] else None for phase in ("forward", "backward", "total")),
+                )
+                for r in own
+            ),
+        )
+
+
+def _layers(records: list[Record]) -> Iterator[str]:
+    header = ("", "forward ms", "backward ms", "total ms", "to stock", "to compiled", "peak MB", "to stock")
+    header += ("saved MB", "coefficients MB")
+    for (hidden, ffn, tokens, experts, dtype), own in _grouped(records, "hidden", "ffn", "tokens", "experts", "dtype"):
+        moe = f", {experts} experts, {own[0]['topk']} a token" if experts else ""
+        yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}"
+        yield measuring.table(
+            header,
+            (
+                (
+                    r["arm"],
+                    *(r["ms"][phase] for phase in ("forward", "backward", "total")),
+                    r["ratio_to_stock"] and r["ratio_to_stock"]["total"],
+                    r["ratio_to_compiled"],
+                    r["peak_bytes"] / 1e6,
+                    r["peak_ratio"],
+                    r["saved_bytes"] / 1e6,
+                    r["saved_coefficient_bytes"] / 1e6,
+                )
+                for r in own
+            ),
+        )
+
+
+def _steps(records: list[Record]) -> Iterator[str]:
+    header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "to SwiGLU", "tokens/s")
+    header += ("model TFLOP/s", "state MB", "peak MB", "to SwiGLU")
+    yield measuring.table(
+        header,
+        (
+            (
+                r["recipe"],
+                f"{r['layers']}, cut" if r["cut"] else r["layers"],
+                r["arm"],
+                f"{r['parameters']:,}",
+                r["global_batch_size"],
+                r["ms"]["step"],
+                r["ratio"],
+                f"{r['tokens_per_s']:.0f}",
+                r["tflop_per_s_per_gpu"],
+                r["state_bytes"] and r["state_bytes"] / 1e6,
+                r["peak_bytes"] / 1e6,
+                r["peak_ratio"],
+            )
+            for r in records
+        ),
+    )
+    changed = {(r["recipe"], " ".join(r["flags"])) for r in records if r["flags"]}
+    yield from (f"{recipe} with {flags}" for recipe, flags in sorted(changed))
+
+
+def _trainings(records: list[Record]) -> Iterator[str]:
+    header = ("arm", "parameters", "iterations", "training loss, last line", "validation loss", "ms an iteration")
+    rows = [
+        (r["arm"], r["parameters"], r["iterations"], r["curve"][-1][1], r["validation_loss"], r["ms"]) for r in records
+    ]
+    yield measuring.table(header, rows)
+    yield "One seed: a difference of losses here is no comparison of methods."
+
+
+def _grouped(records: list[Record], *names: str) -> Iterator[tuple[tuple, list[Record]]]:
+    keys = dict.fromkeys(tuple(record[name] for name in names) for record in records)
+    for key in keys:
+        yield key, [record for record in records if tuple(record[name] for name in names) == key]
+
+
+_SECTIONS = {
+    "suite": ("Steps", _status),
+    "accuracy": ("Accuracy, against float64", _accuracy),
+    "kernels": ("The activation step", _kernels),
+    "layer": ("One layer", _layers),
+    "step": ("A training step", _steps),
+    "training": ("Trainings on the bytes of Python's library", _trainings),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """One of the commands."""
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    corpus = commands.add_parser("corpus")
+    corpus.add_argument("prefix", type=Path)
+    corpus.add_argument("--glob", default="**/*.py", help="files of Python's library (default: %(default)s)")
+    training = commands.add_parser("training")
+    training.add_argument("log", type=Path)
+    training.add_argument("--arm", required=True)
+    training.add_argument("--json", type=Path, required=True)
+    commands.add_parser("table").add_argument("results", type=Path)
+    options = parser.parse_args(argv)
+    with one_line_errors(PROGRAM):
+        if options.command == "corpus":
+            print(f"{write_corpus(options.prefix, options.glob):,} tokens in {options.prefix}.bin")
+        elif options.command == "training":
+            record = read_training(options.log, options.arm)
+            with open(options.json, "a") as stream:
+                print(json.dumps({"benchmark": "training", **record}), file=stream)
+            loss = record["curve"][-1][1]
+            if loss is None or not math.isfinite(loss):
+                raise UserError(f"{options.log}: the last loss is {loss}")
+        else:
+            print(report(read_records(options.results)), end="")
+
+
+if __name__ == "__main__":
+    main()
