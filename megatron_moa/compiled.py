@@ -273,30 +273,33 @@ def _evaluate(
         return [ACTIVATIONS[name].derivative(x) for name in activations]
 
     if form == "type1":
-        return _Evaluated(_dot(c, values(z)), lambda: [_dot(c, derivatives(z))], lambda: values(z))
+        terms = values(z)
+        return _Evaluated(_dot(c, terms), lambda: [_dot(c, derivatives(z))], lambda: terms)
 
     z1, z2 = z.chunk(2, dim=-1)
+    values1 = values(z1)
     if form == "one-sided":
-        first = _dot(c, values(z1))
+        first = _dot(c, values1)
         return _Evaluated(
             first * z2,
             lambda: [_dot(c, derivatives(z1)) * z2, first],
-            lambda: [value * z2 for value in values(z1)],
+            lambda: [value * z2 for value in values1],
         )
+    values2 = values(z2)
     if form == "bi-sided":
-        first, second = _dot(c[:k], values(z1)), _dot(c[k:], values(z2))
+        first, second = _dot(c[:k], values1), _dot(c[k:], values2)
         return _Evaluated(
             first * second,
             lambda: [_dot(c[:k], derivatives(z1)) * second, first * _dot(c[k:], derivatives(z2))],
-            lambda: [value * second for value in values(z1)] + [first * value for value in values(z2)],
+            lambda: [value * second for value in values1] + [first * value for value in values2],
         )
     rows = [c[i * k : (i + 1) * k] for i in range(k)]  # quadratic: c_kl, row-major
-    by_first = [_dot(row, values(z2)) for row in rows]  # sum_l c_kl sigma_l(z2), one for each k
-    by_second = [_dot(column, values(z1)) for column in zip(*rows, strict=True)]
+    by_first = [_dot(row, values2) for row in rows]  # sum_l c_kl sigma_l(z2), one for each k
+    by_second = [_dot(column, values1) for column in zip(*rows, strict=True)]
     return _Evaluated(
-        _dot(by_first, values(z1)),
+        _dot(by_first, values1),
         lambda: [_dot(by_first, derivatives(z1)), _dot(by_second, derivatives(z2))],
-        lambda: [first * second for first in values(z1) for second in values(z2)],
+        lambda: [first * second for first in values1 for second in values2],
     )
 
 

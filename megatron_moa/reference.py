@@ -5,13 +5,34 @@ Notation of docs/mixture.md: K activations sigma_k, n coefficients, h the model'
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa.activations import ACTIVATIONS
+from megatron_moa.activations import LEAKY_RELU_SLOPE
 from megatron_moa.config import MixingConfig
 from megatron_moa.grouped import group_sizes
+
+
+# The dictionary in PyTorch's own functions: what megatron_moa.activations is held to.
+DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_RELU_SLOPE),
+    "relu2": lambda x: F.relu(x).square(),
+    "tanh": torch.tanh,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "elu": F.elu,
+    "selu": F.selu,
+    "mish": F.mish,
+    "sigmoid": torch.sigmoid,
+    "relu3": lambda x: F.relu(x).pow(3),
+    "one": torch.ones_like,
+}
 
 
 def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) -> Tensor:
@@ -97,14 +118,14 @@ def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Te
         return _weighted_sum(activated, first, mixing) * _weighted_sum(linear, second, mixing)
     rows = coefficients.unflatten(-1, (mixing.num_activations, mixing.num_activations)).unbind(-2)
     return sum(
-        ACTIVATIONS[name].value(activated) * _weighted_sum(linear, row, mixing)
+        DEFINITIONS[name](activated) * _weighted_sum(linear, row, mixing)
         for name, row in zip(mixing.activations, rows, strict=True)
     )
 
 
 def _weighted_sum(x: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
     terms = zip(mixing.activations, coefficients.unbind(-1), strict=True)
-    return sum(coefficient.unsqueeze(-1) * ACTIVATIONS[name].value(x) for name, coefficient in terms)
+    return sum(coefficient.unsqueeze(-1) * DEFINITIONS[name](x) for name, coefficient in terms)
 
 
 def mixed_activation(

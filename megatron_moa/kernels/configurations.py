@@ -1,0 +1,85 @@
+"""Tile sizes and warps of the kernels, by GPU architecture: fixed, so that nothing is tuned while a model trains.
+
+Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures candidates
+on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moa.errors import UserError
+
+VARIABLE = "MEGATRON_MOA_KERNELS"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How one kernel is launched.
+
+    Attributes:
+        block: columns a program works on at a time; a power of two.
+        warps: of 32 threads, per program.
+        rows: rows a program of the backward kernels sums LA's gradients over.
+    """
+
+    block: int
+    warps: int
+    rows: int = 8
+
+
+_BLOCKS = (1024, 512, 256)
+_WASTE = 0.15  # of a row's last tile that may lie outside the row
+
+
+def configuration(kernel: str, form: str, f: int, device: torch.device) -> Configuration:
+    """The launch configuration of a kernel for rows of f columns.
+
+    Args:
+        kernel: ``forward`` or ``backward``.
+        form: of the mixture.
+
+    Raises:
+        UserError: the file that MEGATRON_MOA_KERNELS names cannot be read.
+    """
+    tuned = _tuned(os.environ.get(VARIABLE), architecture(device))
+    return tuned.get((kernel, form, f)) or _default(f)
+
+
+@functools.cache
+def _default(f: int) -> Configuration:
+    # Eight columns a thread. Wider tiles leave fewer programs to a multiprocessor, narrower ones waste less of a row.
+    for block in _BLOCKS:
+        if -f % block <= _WASTE * f:
+            return Configuration(block, warps=block // 256)
+    return Configuration(_BLOCKS[-1], warps=1)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """``sm90`` for an H100 or H200; ``cpu`` for Triton's interpreter."""
+    if device.type != "cuda":
+        return device.type
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def _tuned(path: str | None, architecture: str) -> dict[tuple[str, str, int], Configuration]:
+    if not path:
+        return {}
+    try:
+        records: list[dict[str, Any]] = json.loads(Path(path).read_text())[architecture]
+        return {(r["kernel"], r["form"], r["f"]): Configuration(r["block"], r["warps"], r["rows"]) for r in records}
+    except KeyError as error:
+        if error.args[0] == architecture:
+            return {}
+        raise UserError(f"{VARIABLE}={path}: an entry lacks {error}; write the file anew with tools/tune_kernels.py")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{VARIABLE}={path}: {error}; write the file anew with tools/tune_kernels.py") from error
