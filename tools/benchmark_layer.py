@@ -127,6 +127,7 @@ def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: t
         moe = {
             "num_moe_experts": options.experts,
             "moe_router_topk": options.topk,
+            "moe_router_pre_softmax": True,  # as in the recipes; one expert a token needs it
             "moe_ffn_hidden_size": options.ffn,
             "moe_token_dispatcher_type": "alltoall",
             "moe_router_load_balancing_type": "none",
