@@ -32,9 +32,14 @@ def run_on_wrong_results(tmp_path: Path, tool: str, *arguments: str) -> Run:
     """Runs a tool with a compile backend whose results are 1 % too large."""
     driver = tmp_path / "wrong.py"
     driver.write_text(
-        "import runpy, sys\n"
-        "from megatron_moa import compiled, reference\n"
-        "compiled.mixed_activation = lambda *arguments: 1.01 * reference.mixed_activation(*arguments)\n"
+        "import runpy, sys, torch\n"
+        "from megatron_moa import functional\n"
+        "right = functional.mixed_activation\n"
+        "def wrong(preactivation, coefficients, mixing, *others, **named):\n"
+        "    out = right(preactivation, coefficients, mixing, *others, **named)\n"
+        "    reference = mixing.backend == 'eager' or preactivation.dtype is torch.float64\n"
+        "    return out if reference else 1.01 * out\n"
+        "functional.mixed_activation = wrong\n"
         "sys.argv = sys.argv[1:]\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )

@@ -20,11 +20,10 @@ On a CPU Megatron's fusion is not compiled, and torch's own SiLU can be slow: "t
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.functional import resolve_backend
 
 PROGRAM = "benchmark_layer.py"
+LABELS = {"la": "LA", "moa": "MoA"}
 
 # What --require demands of MoA: form -> total time over stock; and of the peak memory of each.
 GOALS = {"bi-sided": 1.15, "type1": 1.05}
@@ -53,6 +53,7 @@ class Arm:
         mixing: None for Megatron's layer.
         role: ``stock``; ``compiled``, the fixed activation by our backend; ``mixture``.
         settings: of TransformerConfig.
+        variant: ``recomputed`` or ``overwriting``, None for the mixture as it comes.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Arm:
     mixing: MixingConfig | None
     role: str
     settings: dict[str, Any]
+    variant: str | None = None
 
 
 def arms(options: argparse.Namespace) -> list[Arm]:
@@ -68,7 +70,7 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     if options.execution:
         executions = {options.execution: executions[options.execution]}
     return [
-        dataclasses.replace(
+        replace(
             arm,
             name=f"{arm.name}, {execution}" if execution else arm.name,
             family=f"{arm.family}, {execution}" if execution else arm.family,
@@ -101,26 +103,30 @@ def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
     for form in forms:
         for mixing in options.mixing:
             config = MixingConfig(mixing=mixing, form=form, backend=options.backend)
-            name = f"{ {'la': 'LA', 'moa': 'MoA'}[mixing] } {form}"
+            name = f"{LABELS[mixing]} {form}"
             found.append(Arm(name, fixed, config, "mixture", settings))
             if options.recompute:
-                found.append(_recomputed(Arm(f"{name} recomputed", fixed, config, "mixture", settings), options))
+                found.append(_recomputed(found[-1], options))
+            if options.overwrite:
+                again = replace(config, overwrite=True)
+                found.append(Arm(f"{name} overwriting", fixed, again, "mixture", settings, "overwriting"))
     return found
 
 
 def _recomputed(arm: Arm, options: argparse.Namespace) -> Arm:
     """The mixture's output is not kept for backward but computed again."""
+    arm = replace(arm, name=f"{arm.name} recomputed", variant="recomputed")
     if options.experts:
         again = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
-        return dataclasses.replace(arm, settings={**arm.settings, **again})
-    if "recompute" not in {field.name for field in dataclasses.fields(MixingConfig)}:
-        raise UserError("--recompute: this version recomputes the mixture of experts only; add --experts, or drop it")
-    return dataclasses.replace(arm, mixing=dataclasses.replace(arm.mixing, recompute=True))
+        return replace(arm, settings={**arm.settings, **again})
+    return replace(arm, mixing=replace(arm.mixing, recompute=True))
 
 
 def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: torch.dtype, tp: int) -> Any:
     """Megatron's config of one layer, without Transformer Engine and Apex on any machine."""
     from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_moa.arguments import megatron_checks
 
     moe = {}
     if options.experts:
@@ -152,7 +158,13 @@ def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: t
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1 and (options.sequence_parallel or bool(options.experts)),
     }
-    return TransformerConfig(**{**common, **moe, **settings})
+    settings = dict(settings)
+    recomputed = settings.pop("recompute_modules", None)
+    with megatron_checks():
+        config = TransformerConfig(**{**common, **moe, **settings})
+    if recomputed:
+        config.recompute_modules = recomputed  # as model.model_config_from_args: Megatron admits grouped experts only
+    return config
 
 
 def build_layer(config: Any, mixing: MixingConfig | None, device: torch.device) -> torch.nn.Module:
@@ -250,6 +262,7 @@ def _family_records(
             "role": arm.role,
             "form": arm.mixing.form if arm.mixing and arm.role == "mixture" else None,
             "mixing": arm.mixing.mixing if arm.mixing and arm.role == "mixture" else None,
+            "variant": arm.variant,
             "backend": backend,
             **timings.record(arm.name),
             "stock": stock,
@@ -298,7 +311,7 @@ def check_goals(records: list[dict[str, Any]]) -> bool:
     good = True
     for record in records:
         goal = GOALS.get(record["form"])
-        if goal is None or record["mixing"] != "moa" or record["arm"].endswith("recomputed"):
+        if goal is None or record["mixing"] != "moa" or record["variant"]:
             continue
         figures = [
             (
@@ -351,6 +364,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mixing", nargs="+", choices=("la", "moa"), default=["la", "moa"], help="default: both")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="the mixture's (default: %(default)s)")
     parser.add_argument("--recompute", action="store_true", help="also with the mixture's output computed twice")
+    parser.add_argument("--overwrite", action="store_true", help="also with gradients in the place of fc1's output")
     parser.add_argument("--experts", **size, help="a MoE layer of so many experts")
     parser.add_argument("--topk", **size, default=2, help="experts a token (default: %(default)s)")
     parser.add_argument(
