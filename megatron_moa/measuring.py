@@ -304,11 +304,14 @@ def positive(text: str) -> int:
 
 
 def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype by the flags of :func:`add_arguments`; sets the number of threads.
+    """Device and dtype by the flags of :func:`add_arguments`; sets the number of threads, and hides a GPU that is not
+    asked for, since Megatron takes any there is. To be called before CUDA is used.
 
     Raises:
         UserError: CUDA is asked for where there is none.
     """
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise UserError("--device cuda: no CUDA device here; take --device cpu")

@@ -281,7 +281,7 @@ def test_suite_without_a_gpu(tmp_path: Path) -> None:
     records = read(out / "results.jsonl")
     steps = {record["step"]: record["status"] for record in records if record["benchmark"] == "suite"}
     assert set(steps.values()) == {"ok"}
-    assert {"accuracy-fp32", "kernels", "layer-dense", "layer-moe", "step-dense_134m"} < steps.keys()
+    assert {"accuracy-fp32-eager", "kernels", "layer-dense", "layer-moe", "step-dense_134m"} < steps.keys()
     kinds = {record["benchmark"] for record in records}
     assert kinds == {"suite", "accuracy", "kernels", "layer", "step", "training"}
     trainings = {record["arm"]: record for record in records if record["benchmark"] == "training"}
@@ -317,7 +317,7 @@ def test_suite_records_failures_and_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     steps = {record["step"]: (record["status"], record["exit_code"]) for record in read(out / "results.jsonl")}
-    assert steps["accuracy-fp32"] == steps["kernels"] == ("failed", 3)
+    assert steps["accuracy-fp32-eager"] == steps["kernels"] == ("failed", 3)
     assert steps["layer-dense"] == ("out of time", 124)
     assert steps["training-none"] == ("out of time", 124)  # no time was left
     assert "| layer-dense | out of time | 124 |" in (out / "results.md").read_text()

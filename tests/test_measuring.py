@@ -177,6 +177,7 @@ def _threads_stay() -> None:
 
 @pytest.mark.usefixtures("_threads_stay")
 def test_threads_by_flag_then_environment_then_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     measuring.set_up(options("--device", "cpu"))
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))

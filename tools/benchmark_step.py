@@ -299,8 +299,6 @@ def main(argv: list[str] | None = None) -> None:
         options = parse(sys.argv[1:] if argv is None else argv)
         read_recipe(options.recipe)
         device, _ = measuring.set_up(options)
-        if device.type == "cpu" and torch.cuda.is_available():
-            raise UserError("--device cpu: Megatron takes the GPU where there is one; hide it: CUDA_VISIBLE_DEVICES=''")
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
         cpu.prepare()
         surroundings = measuring.environment(device)

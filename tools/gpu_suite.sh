@@ -79,53 +79,61 @@ train() {
             --json "$JSON"
 }
 
-# Correctness of all dtypes at once: only times must not share the GPU.
+# check LIMIT ARGUMENTS...  for all dtypes and backends at once: only times must not share the GPU.
 check() {
-    local start=$SECONDS dtype code worst=0 pids=()
+    local start=$SECONDS name code dtype backend names=() pids=()
     for dtype in "${DTYPES[@]}"; do
-        timeout -k 5 "$1" "$PYTHON" tools/benchmark_kernels.py --check --device "$SUITE_DEVICE" --dtype "$dtype" \
-            --json "$OUT/accuracy-$dtype.jsonl" "${@:2}" >"$OUT/logs/accuracy-$dtype.log" 2>&1 &
-        pids+=($!)
+        for backend in "${BACKENDS[@]}"; do
+            name=accuracy-$dtype-$backend
+            timeout -k 5 "$1" "$PYTHON" tools/benchmark_kernels.py --check --device "$SUITE_DEVICE" --dtype "$dtype" \
+                --backend "$backend" --json "$OUT/$name.jsonl" "${@:2}" >"$OUT/logs/$name.log" 2>&1 &
+            pids+=($!)
+            names+=("$name")
+        done
     done
-    for dtype in "${!DTYPES[@]}"; do
-        wait "${pids[$dtype]}"
+    for index in "${!names[@]}"; do
+        wait "${pids[$index]}"
         code=$?
-        record "accuracy-${DTYPES[$dtype]}" "$code" $((SECONDS - start)) "$1"
-        cat "$OUT/accuracy-${DTYPES[$dtype]}.jsonl" >>"$JSON" 2>/dev/null
-        rm -f "$OUT/accuracy-${DTYPES[$dtype]}.jsonl"
+        name=${names[$index]}
+        record "$name" "$code" $((SECONDS - start)) "$1"
+        [ -e "$OUT/$name.jsonl" ] && cat "$OUT/$name.jsonl" >>"$JSON" && rm "$OUT/$name.jsonl"
     done
 }
 
 # In the order of what matters most, should time run out.
 if [ "$SUITE_SCALE" = full ]; then
     DTYPES=(fp32 bf16 fp16)
+    BACKENDS=(triton compile eager)
     SHRINK=()
     TRAINING=(--bf16 --micro-batch-size 16 --global-batch-size 16 --train-iters 300 --lr-warmup-iters 30
         --log-interval 10 --eval-interval 300 --eval-iters 10)
     check 150
-    kernels kernels 90 --grow ffn --values 8192 5120 3072 --tokens 8192 --rounds 20
-    layer layer-dense-2b 60 --hidden 2048 --ffn 8192 --tokens 8192
-    layer layer-moe-2b 80 --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4 --form bi-sided --recompute
-    step dense_2b 60 --layers 8 --micro-batch-size 4
-    step moe_2b 60 --layers 6 --micro-batch-size 4
+    kernels kernels-2b 100 --tokens 8192 --ffn 8192
+    layer layer-dense-2b 50 --hidden 2048 --ffn 8192 --tokens 8192 --recompute
+    layer layer-moe-2b 60 --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa
+    step dense_2b 50 --layers 8 --micro-batch-size 4
+    step moe_2b 50 --layers 6 --micro-batch-size 4 --arms moa
     run corpus 40 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus"
-    train moa MoA 70
-    train none SwiGLU 70
-    step dense_0.5b 50 --micro-batch-size 8
-    step moe_0.5b 60 --micro-batch-size 4
-    step dense_134m 50 --micro-batch-size 16
-    layer layer-dense-0.5b 50 --hidden 1280 --ffn 5120 --tokens 16384 --form bi-sided type1 --mixing moa
-    layer layer-dense-134m 50 --hidden 768 --ffn 3072 --tokens 16384 --form bi-sided type1 --mixing moa
-    layer layer-moe-0.5b 60 --hidden 512 --ffn 352 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa
-    kernels kernels-by-k 60 --grow activations --values 1 2 4 7 12 --tokens 8192 --ffn 8192 --form bi-sided --mixing moa
+    train moa MoA 60
+    train none SwiGLU 60
+    step dense_0.5b 50 --micro-batch-size 8 --arms moa
+    step dense_134m 50 --micro-batch-size 16 --arms moa
+    step moe_0.5b 50 --micro-batch-size 4 --arms moa
+    kernels kernels-smaller 50 --grow ffn --values 3072 5120 --tokens 8192 --backend triton
+    kernels kernels-by-k 50 --grow activations --values 1 2 4 7 12 --tokens 8192 --ffn 8192 --backend triton \
+        --form bi-sided --mixing moa
+    layer layer-dense-0.5b 40 --hidden 1280 --ffn 5120 --tokens 16384 --form bi-sided type1 --mixing moa
+    layer layer-dense-134m 40 --hidden 768 --ffn 3072 --tokens 16384 --form bi-sided type1 --mixing moa
+    layer layer-moe-0.5b 50 --hidden 512 --ffn 352 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa
 else
     DTYPES=(fp32)
+    BACKENDS=(eager)
     SHRINK=(-- --num-layers 1 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 64
         --max-position-embeddings 64 --moa-backend eager)
     TRAINING=(--num-layers 1 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 64
         --max-position-embeddings 64 --micro-batch-size 4 --global-batch-size 4 --train-iters 8 --lr-warmup-iters 1
         --log-interval 2 --eval-interval 8 --eval-iters 1)
-    check 60 --backend eager --form type1 bi-sided
+    check 60 --form type1 bi-sided
     kernels kernels 60 --grow ffn --values 32 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-dense 60 --hidden 32 --ffn 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-moe 60 --hidden 32 --ffn 48 --tokens 64 --experts 4 --backend eager --rounds 2 --form bi-sided
