@@ -13,8 +13,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -323,13 +325,15 @@ def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides the program: date, hardware, versions, commit."""
+    """What a figure depends on: command, date, hardware, versions, commit."""
     return {
+        "command": shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         **{name: _version(name) for name in ("torch", "triton", "megatron-core", "transformer-engine")},
         **_commit(),
     }
@@ -404,7 +408,8 @@ def require_correct(
                 accuracy.require(accuracy.check_gate(mixing, dtype, device, tokens=tokens, hidden=hidden))
     except accuracy.AccuracyError as error:
         text = " ".join(str(error).split())
-        print(f"{program}: nothing was timed, because a result is wrong: {text}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: nothing was timed, because a result is wrong: {text}", flush=True)
         raise SystemExit(1) from None
 
 

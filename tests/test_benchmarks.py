@@ -76,6 +76,7 @@ def test_layer_records(layer: list[dict[str, Any]]) -> None:
         assert 0 < record["ms"]["forward"] < record["ms"]["total"]
         assert record["rounds"] == 2
         assert record["environment"]["threads"] == 1
+        assert record["environment"]["command"].startswith("tools/benchmark_layer.py --device cpu --threads 1")
     moa = by_arm["MoA one-sided"]
     assert moa["stock"] in ("SwiGLU", "SwiGLU fused")
     assert by_arm[moa["stock"]]["ratio_to_stock"]["total"] == 1

@@ -2,7 +2,7 @@
 
     python tools/benchmark_kernels.py --tokens 8192 --ffn 8192
     python tools/benchmark_kernels.py --grow activations          # also: ffn, tokens
-    python tools/benchmark_kernels.py --check --dtype bf16 fp32   # accuracy against float64, nothing timed
+    python tools/benchmark_kernels.py --check                     # accuracy against float64, nothing timed
 
 Ratios are to Megatron's own fused SwiGLU (type1: to its fused bias and GELU), compiled by torch.compile on CPUs too.
 GB/s counts what any implementation has to move, in tensors of tokens x f elements, and nothing more:
