@@ -24,15 +24,15 @@ import importlib.util
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import measuring
-from megatron_moa.config import FORMS, GATED_DICTIONARY, MixingConfig
+from megatron_moa import accuracy, measuring
+from megatron_moa.config import FORMS, GATED_DICTIONARY, GATES, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.functional import gate_coefficients, mixed_activation, resolve_backend
 
@@ -281,8 +281,6 @@ def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
 
 def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
     """Accuracy of all forms, sources, gates and backends: odd and empty sizes, bias, scale, groups; a record each."""
-    from megatron_moa import accuracy
-
     for dtype, mixing in itertools.product(options.dtypes, mixings(options, backends)):
         own = measuring.DTYPES[dtype]
         results: list[Any] = []
@@ -291,12 +289,17 @@ def check(options: argparse.Namespace, backends: list[str], device: torch.device
             results += accuracy.check_mixture(
                 mixing, own, device, tokens=tokens, width=width, bias=further, scale=further
             )
-        if mixing.mixing == "moa":
-            for gate in ("sigmoid", "softmax", "tanh"):
-                gated = MixingConfig(form=mixing.form, gate=gate, backend=mixing.backend)
-                for tokens, hidden, groups in ((0, 64, None), (37, 129, None), (128, 512, None), (128, 512, 5)):
-                    results += accuracy.check_gate(gated, own, device, tokens=tokens, hidden=hidden, groups=groups)
-        worst = max(results, key=lambda result: (not result.ok, result.error))
+        if mixing.mixing == "la":
+            results += accuracy.check_mixture(mixing, own, device, tokens=128, width=1024, groups=5)
+        else:
+            for gate, further in itertools.product(GATES, (False, True)):
+                amplitude = "learned" if further else "fixed"
+                gated = replace(mixing, gate=gate, gate_bias=further, amplitude=amplitude)
+                for tokens, hidden, groups in ((0, 64, 0), (37, 129, 0), (128, 512, 0), (128, 512, 5)):
+                    results += accuracy.check_gate(
+                        gated, own, device, tokens=tokens, hidden=hidden, groups=groups, scale=further
+                    )
+        worst = max(results, key=lambda result: (not result.ok, result.error / result.limit))
         yield {
             "arm": f"{mixing.mixing} {mixing.form} {mixing.backend}",
             **_facts(mixing, "accuracy"),
@@ -368,7 +371,11 @@ def main(argv: list[str] | None = None) -> None:
         print(measuring.describe(surroundings), flush=True)
         backends = there(device, options.backend)
         if options.check:
-            records = list(check(options, backends, device))
+            try:
+                records = list(check(options, backends, device))
+            except accuracy.AccuracyError as error:  # a gradient that is missing, or of another shape or dtype
+                print(f"{PROGRAM}: {error}")
+                raise SystemExit(1) from None
             print_checks(records)
             measuring.append_records(options.json, "accuracy", surroundings, records)
             raise SystemExit(1 if any(record["failed"] for record in records) else 0)
