@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -29,6 +30,7 @@ from torch.nn import Parameter
 
 from megatron_moa.config import MixingConfig
 from megatron_moa.functional import gate_coefficients
+from megatron_moa.grouped import group_sizes
 from megatron_moa.init_scale import coefficient_scale
 from megatron_moa.optimizer import train_by_adam
 
@@ -94,6 +96,20 @@ class Coefficients(torch.nn.Module):
         # Set by megatron_moa.monitor while it records; called with the coefficients, [..., n] or [n].
         self.observer: Callable[[Tensor], None] | None = None
 
+    @classmethod
+    def of_groups(cls, modules: Sequence[Self], hidden_states: Tensor, group_ends: Tensor) -> Tensor:
+        """The coefficients of several experts at once, as each one's ``forward`` gives them for its own tokens.
+
+        Args:
+            modules: of this class, one an expert, alike but for their parameters' values.
+            hidden_states: [t, h], sorted by expert.
+            group_ends: [experts] int32, the rows up to and with each (megatron_moa.grouped).
+
+        Returns:
+            [t, n] for gates, [experts, n] for LA; float32, or float64 for float64 parameters.
+        """
+        raise NotImplementedError
+
     def _new_parameter(self, *shape: int) -> Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         parameter = Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
@@ -145,6 +161,15 @@ class FreeCoefficients(Coefficients):
         self._observe(coefficients)
         return self._summed_over_ranks(coefficients)
 
+    @classmethod
+    def of_groups(cls, modules: Sequence[Self], hidden_states: Tensor, group_ends: Tensor) -> Tensor:
+        """See :meth:`Coefficients.of_groups`; [experts, n], whatever the input."""
+        del hidden_states, group_ends
+        coefficients = _at_least_float32(torch.stack([module.value for module in modules]))
+        for module, own in zip(modules, coefficients, strict=True):
+            module._observe(own)
+        return modules[0]._summed_over_ranks(coefficients)
+
 
 class GateCoefficients(Coefficients):
     """MoA: c(x) = psi(u x + b), or a psi_hat(u x + b) with learned amplitude (reference.gate).
@@ -190,14 +215,9 @@ class GateCoefficients(Coefficients):
         Returns:
             [s, b, n] or [tokens, n], float32 (float64 for float64 parameters).
         """
-        parameters = (self.weight, self.bias, self.amplitude)
+        weight, bias, amplitude = self.weight, self.bias, self.amplitude
         if self.layout is InputLayout.DISPATCHED:
-            # The dispatcher sums the input's gradient over ranks, so it must stay partial: sum the parameters' own.
-            parameters = (
-                None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
-                for parameter in parameters
-            )
-        weight, bias, amplitude = parameters
+            weight, bias, amplitude = map(self._dispatched, (weight, bias, amplitude))
         coefficients = gate_coefficients(
             hidden_states, weight, self.mixing, bias, amplitude, self._buffers.get("scale")
         )
@@ -210,6 +230,31 @@ class GateCoefficients(Coefficients):
                 coefficients, tensor_parallel_output_grad=True, group=self.tp_group
             )
         return coefficients
+
+    @classmethod
+    def of_groups(cls, modules: Sequence[Self], hidden_states: Tensor, group_ends: Tensor) -> Tensor:
+        """See :meth:`Coefficients.of_groups`; [t, n], by one grouped gate over all tokens."""
+        first = modules[0]
+        assert first.layout is InputLayout.DISPATCHED
+
+        def stacked(name: str) -> Tensor | None:
+            if getattr(first, name) is None:
+                return None
+            return first._dispatched(torch.stack([getattr(module, name) for module in modules]))
+
+        weight, bias, amplitude = map(stacked, ("weight", "bias", "amplitude"))
+        scale = first._buffers.get("scale")
+        coefficients = gate_coefficients(hidden_states, weight, first.mixing, bias, amplitude, scale, group_ends)
+        if any(module.observer is not None for module in modules):  # sizes wait for the device
+            for module, own in zip(modules, coefficients.split(group_sizes(group_ends)), strict=True):
+                module._observe(own)
+        return coefficients
+
+    def _dispatched(self, parameter: Tensor | None) -> Tensor | None:
+        """A parameter where the dispatcher sums the input's gradient over ranks: so that must stay partial, and it is
+        the parameter's own gradient that is summed.
+        """
+        return None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
 
 
 def _at_least_float32(parameter: Tensor) -> Tensor:

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP, SharedExpertState, overlap_state_check
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
+from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_moa.coefficients import GateCoefficients, gate_random_numbers
+from megatron_moa.coefficients import Coefficients, GateCoefficients, build_coefficients, gate_random_numbers
+from megatron_moa.config import MixingConfig
+from megatron_moa.functional import mixed_activation
+from megatron_moa.grouped import ends_of_groups
 from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
+from megatron_moa.torch_grouped import TorchGroupedLinear, draw_expert
 
 
-class MixedSequentialMLP(SequentialMLP):
+class _OwnGates:
+    """Routed experts of either kind: ``local_experts``, each with ``coefficients``."""
+
+    @torch.no_grad()
+    def _start_gates(self) -> None:
+        """Draws the gate weights of all experts on every rank and keeps the local ones.
+
+        The gates' stream is the same on all ranks of the layer, so experts differ from one another and copies on
+        expert-tensor-parallel ranks do not, however the experts are spread.
+        """
+        first = self.local_experts[0].coefficients
+        if not isinstance(first, GateCoefficients) or not self.config.perform_initialization:
+            return
+        drawn = torch.empty_like(first.weight)
+        start = self.ep_group.rank() * self.num_local_experts
+        with gate_random_numbers(self.config):
+            for expert in range(self.ep_group.size() * self.num_local_experts):
+                self.config.init_method(drawn)
+                if start <= expert < start + self.num_local_experts:
+                    self.local_experts[expert - start].coefficients.weight.copy_(drawn)
+
+
+class MixedSequentialMLP(_OwnGates, SequentialMLP):
     """Routed experts, one after the other: Megatron's SequentialMLP built of :class:`MixedMLP`.
 
     State: as SequentialMLP's, with ``coefficients`` in each expert; a checkpoint stacks them over all experts.
@@ -43,23 +77,109 @@ class MixedSequentialMLP(SequentialMLP):
             )
         self._start_gates()
 
-    @torch.no_grad()
-    def _start_gates(self) -> None:
-        """Draws the gate weights of all experts on every rank and keeps the local ones.
 
-        The gates' stream is the same on all ranks of the layer, so experts differ from one another and copies on
-        expert-tensor-parallel ranks do not, however the experts are spread.
+@dataclass(kw_only=True)
+class MixedGroupedMLPSubmodules(GroupedMLPSubmodules):
+    """Megatron's submodules plus the mixture's settings, as :class:`megatron_moa.mlp.MixedMLPSubmodules`."""
+
+    mixing: MixingConfig
+
+
+class _ExpertCoefficients(MegatronModule):
+    """What a grouped expert has of its own beside its part of the grouped linears, under a sequential expert's name."""
+
+    def __init__(self, config: TransformerConfig, coefficients: Coefficients) -> None:
+        super().__init__(config)
+        self.coefficients = coefficients
+
+
+class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
+    """Routed experts at once (``--moe-grouped-gemm``): Megatron's TEGroupedMLP with the mixture as activation step.
+
+    One grouped gate and one mixture serve all experts' tokens. The grouped linears are Transformer Engine's or those of
+    megatron_moa.torch_grouped, as the submodules say.
+
+    State: TEGroupedMLP's ``linear_fc1`` and ``linear_fc2``, and ``local_experts``, which here hold ``coefficients``
+    only. A checkpoint has the keys and the layout of :class:`MixedSequentialMLP`'s, and so have the coefficients in the
+    model (their names decide how they are trained, megatron_moa.optimizer). Arguments are those of TEGroupedMLP.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MixedGroupedMLPSubmodules,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(num_local_experts, config, submodules, pg_collection, name)
+        self.mixing = submodules.mixing
+        self.dp_group = pg_collection.expt_dp
+        self.local_experts = torch.nn.ModuleList()
+        for expert in range(num_local_experts):
+            draw_expert(self, expert)
+            coefficients = build_coefficients(
+                self.mixing,
+                self.config,
+                self.tp_group,
+                is_expert=True,
+                dispatched=True,
+                input_size=self.config.moe_latent_size or self.input_size,
+            )
+            self.local_experts.append(_ExpertCoefficients(self.config, coefficients))
+        self._start_gates()
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """fc1, mixture, fc2.
+
+        Args:
+            permuted_local_hidden_states: [t, h], sorted by expert.
+            tokens_per_expert: [experts], with the sum t.
+            permuted_probs: [t], the router's probabilities; multiplied inside the mixture.
+
+        Returns:
+            [t, h], and None for a bias.
         """
-        first = self.local_experts[0].coefficients
-        if not isinstance(first, GateCoefficients) or not self.config.perform_initialization:
-            return
-        drawn = torch.empty_like(first.weight)
-        start = self.ep_group.rank() * self.num_local_experts
-        with gate_random_numbers(self.config):
-            for expert in range(self.ep_group.size() * self.num_local_experts):
-                self.config.init_method(drawn)
-                if start <= expert < start + self.num_local_experts:
-                    self.local_experts[expert - start].coefficients.weight.copy_(drawn)
+        hidden_states, per_token_scale = permuted_local_hidden_states, permuted_probs
+        if self.config.moe_apply_probs_on_input:
+            assert self.config.moe_router_topk == 1, "Megatron's TEGroupedMLP and SequentialMLP ask for this too"
+            hidden_states = (per_token_scale.unsqueeze(-1) * hidden_states).to(hidden_states.dtype)
+            per_token_scale = torch.ones_like(per_token_scale)
+        group_ends = ends_of_groups(tokens_per_expert, hidden_states.device)
+        # Transformer Engine takes the sizes from the host.
+        ours = isinstance(self.linear_fc1, TorchGroupedLinear)
+        sizes = tokens_per_expert if ours else tokens_per_expert.tolist()
+
+        nvtx_range_push(suffix="linear_fc1")
+        preactivation, _ = apply_module(self.linear_fc1)(hidden_states, sizes)  # [t, f/p], gated [t, 2f/p]
+        nvtx_range_pop(suffix="linear_fc1")
+        nvtx_range_push(suffix="mixture")
+        experts = [expert.coefficients for expert in self.local_experts]
+        coefficients = type(experts[0]).of_groups(experts, hidden_states, group_ends)  # [t, n] or [experts, n]
+        checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
+        mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
+        activated = mix(preactivation, coefficients, per_token_scale, group_ends)  # [t, f/p]
+        nvtx_range_pop(suffix="mixture")
+        nvtx_range_push(suffix="linear_fc2")
+        output, _ = apply_module(self.linear_fc2)(activated, sizes)  # [t, h]
+        nvtx_range_pop(suffix="linear_fc2")
+        if checkpoint is not None:
+            checkpoint.discard_output_and_register_recompute(output)
+        return output, None
+
+    def _mix(self, preactivation: Tensor, coefficients: Tensor, per_token_scale: Tensor, group_ends: Tensor) -> Tensor:
+        # Gates give every token its own coefficients already.
+        ends = group_ends if self.mixing.mixing == "la" else None
+        return mixed_activation(preactivation, coefficients, self.mixing, None, per_token_scale, ends)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The linears as TEGroupedMLP places them, the coefficients as SequentialMLP does: it stacks over experts."""
+        grouped = TEGroupedMLP.sharded_state_dict(self, prefix, sharded_offsets, metadata)
+        return {**grouped, **SequentialMLP.sharded_state_dict(self, prefix, sharded_offsets, metadata)}
 
 
 class MixedSharedExpertMLP(SharedExpertMLP, MixedMLP):

@@ -6,11 +6,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _ALIGNMENT = 16  # bytes; torch's product refuses rows that do not start at multiples of it
+
+
+def ends_of_groups(sizes: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """``group_ends`` of groups of these sizes, on the device; sizes that are there already stay there."""
+    sizes = torch.as_tensor(sizes).to(device, non_blocking=True)
+    return sizes.cumsum(0, dtype=torch.int32)
 
 
 def group_sizes(group_ends: Tensor) -> list[int]:
@@ -28,17 +36,24 @@ def grouped_linear(x: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
 
     Args:
         x: [t, h]
-        weight: [groups, f, h], x's dtype.
+        weight: [groups, f, h], x's dtype; each group's matrix contiguous, at any equal distance from the next.
 
     Returns:
         [t, f]
     """
-    return _product(x, weight.transpose(1, 2), group_ends)
+    if x.dtype == torch.float64:
+        return _product_float64(x, weight.transpose(1, 2), group_ends)
+    return F.grouped_mm(_aligned(_dense(x)), _aligned(weight).transpose(1, 2), offs=group_ends)
 
 
 def grouped_linear_input_gradient(grad: Tensor, weight: Tensor, group_ends: Tensor) -> Tensor:
     """grad[rows of g] @ weight[g] for every group: [t, f] and [groups, f, h] -> [t, h]."""
-    return _product(grad, weight, group_ends)
+    if grad.dtype == torch.float64:
+        return _product_float64(grad, weight, group_ends)
+    grad, columns = _aligned(_dense(grad)), weight.shape[2]
+    if grad.shape[1] != weight.shape[1]:
+        weight = F.pad(weight, (0, 0, 0, grad.shape[1] - weight.shape[1]))
+    return F.grouped_mm(grad, _aligned(weight), offs=group_ends)[:, :columns]
 
 
 def grouped_linear_weight_gradient(grad: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
@@ -46,8 +61,8 @@ def grouped_linear_weight_gradient(grad: Tensor, x: Tensor, group_ends: Tensor) 
     if x.dtype == torch.float64:
         sizes = group_sizes(group_ends)
         return torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
-    columns = grad.shape[1]
-    return F.grouped_mm(_aligned(grad).t(), x, offs=group_ends)[:, :columns]
+    product = F.grouped_mm(_aligned(_dense(grad)).t(), _aligned(_dense(x)), offs=group_ends)
+    return product[:, : grad.shape[1], : x.shape[1]]
 
 
 def grouped_sum(rows: Tensor, group_ends: Tensor) -> Tensor:
@@ -56,20 +71,19 @@ def grouped_sum(rows: Tensor, group_ends: Tensor) -> Tensor:
     return member.to(rows.dtype) @ rows
 
 
-def _product(rows: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
-    """rows [t, k], matrices [groups, k, m] -> [t, m]"""
-    if rows.dtype == torch.float64:  # which torch's product does not have
-        parts = rows.split(group_sizes(group_ends))
-        return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
-    inner = rows.shape[1]
-    rows = _aligned(rows)
-    if rows.shape[1] != inner:
-        matrices = F.pad(matrices, (0, 0, 0, rows.shape[1] - inner))
-    return F.grouped_mm(rows, matrices, offs=group_ends)
+def _product_float64(rows: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
+    """rows [t, k], matrices [groups, k, m] -> [t, m], in the dtype that torch's product does not have."""
+    parts = rows.split(group_sizes(group_ends))
+    return torch.cat([part @ matrix for part, matrix in zip(parts, matrices, strict=True)])
 
 
-def _aligned(rows: Tensor) -> Tensor:
+def _dense(rows: Tensor) -> Tensor:
+    """The same rows one after the other: the gradient of a sum is one number with strides of 0, also without rows."""
+    return rows.contiguous() if rows.numel() else rows.new_empty(rows.shape)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
     """The same rows with zeros behind each, where torch's product needs them: a gate's n is seldom a multiple."""
-    multiple = _ALIGNMENT // rows.element_size()
-    missing = -rows.shape[1] % multiple
-    return F.pad(rows, (0, missing)) if missing else rows
+    multiple = _ALIGNMENT // tensor.element_size()
+    missing = -tensor.shape[-1] % multiple
+    return F.pad(tensor, (0, missing)) if missing else tensor

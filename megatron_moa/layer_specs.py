@@ -19,7 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -29,8 +29,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moa.config import MixingConfig, resolve_form
 from megatron_moa.errors import UserError
-from megatron_moa.experts import MixedSequentialMLP, MixedSharedExpertMLP
+from megatron_moa.experts import (
+    MixedGroupedMLP,
+    MixedGroupedMLPSubmodules,
+    MixedSequentialMLP,
+    MixedSharedExpertMLP,
+)
 from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
+from megatron_moa.torch_grouped import (
+    TorchColumnParallelGroupedLinear,
+    TorchGroupedMLP,
+    TorchRowParallelGroupedLinear,
+)
 from megatron_moa.torch_modules import TorchAttention, TorchNorm
 
 if HAVE_TE:
@@ -47,7 +57,6 @@ _REFUSED_WITH_MIXTURE = (
     ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
     ("activation_func_fp8_input_store", False, "--activation-func-fp8-input-store"),
     ("glu_linear_offset", 0.0, "--glu-linear-offset"),
-    ("moe_grouped_gemm", False, "--moe-grouped-gemm"),
     ("moe_mlp_glu_interleave_size", None, "--moe-mlp-glu-interleave-size"),
     ("use_fused_weighted_squared_relu", False, "--use-fused-weighted-squared-relu"),
     ("use_grouped_gemm_for_dense_mlp", False, "--use-grouped-gemm-for-dense-mlp"),
@@ -55,6 +64,19 @@ _REFUSED_WITH_MIXTURE = (
     ("use_te_activation_func", False, "--use-te-activation-func"),
     ("use_transformer_engine_op_fuser", False, "--use-transformer-engine-op-fuser"),
 )
+
+# What grouped experts of ours do not serve, Megatron's own on Transformer Engine do.
+_REFUSED_WITH_GROUPED_EXPERTS = (
+    ("delay_wgrad_compute", False, "--delay-wgrad-compute"),
+    ("fp4", None, "--fp4-format"),
+    ("fp8", None, "--fp8-format"),
+    ("moe_mlp_glu_interleave_size", None, "--moe-mlp-glu-interleave-size"),
+    ("moe_single_grouped_weight", False, "--moe-single-grouped-weight"),
+    ("overlap_dispatch_backward_with_experts_wgrad", False, "--overlap-dispatch-backward-with-experts-wgrad"),
+    ("use_te_activation_func", False, "--use-te-activation-func"),
+    ("use_transformer_engine_op_fuser", False, "--use-transformer-engine-op-fuser"),
+)
+_OFFLOADED_OF_EXPERTS = ("expert_fc1", "fused_group_mlp", "moe_act")
 
 
 def moa_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -101,7 +123,7 @@ def layer_spec(config: Any, mixing: MixingConfig | None, vp_stage: int | None = 
     block = get_gpt_decoder_block_spec(config, **_stock_arguments(config), vp_stage=vp_stage)
     return dataclasses.replace(
         block,
-        layer_specs=[_mixed_layer(layer, mixing) for layer in block.layer_specs],
+        layer_specs=[_mixed_layer(layer, mixing, config) for layer in block.layer_specs],
         layer_norm=_without_apex(block.layer_norm),
     )
 
@@ -117,7 +139,7 @@ def mtp_spec(
     last_layer = get_gpt_decoder_layer_specs(config, **stock, vp_stage=vp_stage)[-1]
     block = get_gpt_mtp_block_spec(
         config,
-        _mixed_layer(last_layer, mixing),
+        _mixed_layer(last_layer, mixing, config),
         use_transformer_engine=stock["use_transformer_engine"],
         vp_stage=vp_stage,
     )
@@ -140,6 +162,12 @@ def check_supported(config: TransformerConfig, mixing: MixingConfig | None) -> N
         if getattr(config, attribute, None):
             flag = "--" + attribute.replace("_", "-")
             raise UserError(f"{flag} {getattr(config, attribute)}: not supported; drop the flag")
+    if (
+        config.num_moe_experts
+        and config.moe_grouped_gemm
+        and (mixing is not None or config.transformer_impl == "local")
+    ):
+        _check_grouped_experts(config)
     if mixing is None:
         return
     if mixing.gated != config.gated_linear_unit:
@@ -151,6 +179,24 @@ def check_supported(config: TransformerConfig, mixing: MixingConfig | None) -> N
             raise UserError(f"{shown}: acts on the activation step, which the mixture replaces; drop the flag")
 
 
+def _check_grouped_experts(config: TransformerConfig) -> None:
+    for attribute, neutral, flag in _REFUSED_WITH_GROUPED_EXPERTS:
+        value = getattr(config, attribute, neutral)
+        if value != neutral:
+            shown = flag if value is True else f"{flag} {value}"
+            raise UserError(f"{shown}: not supported by these grouped experts; drop it, or --moe-grouped-gemm")
+    if config.add_bias_linear:
+        raise UserError(
+            "--moe-grouped-gemm: these grouped experts have no bias; add --disable-bias-linear, or drop the flag"
+        )
+    offloaded = [name for name in _OFFLOADED_OF_EXPERTS if name in (config.offload_modules or ())]
+    if config.fine_grained_activation_offloading and offloaded:
+        raise UserError(
+            f"--offload-modules {' '.join(offloaded)}: not supported by these grouped experts; drop it, or "
+            "--moe-grouped-gemm"
+        )
+
+
 def _stock_arguments(config: TransformerConfig) -> dict[str, Any]:
     return {
         "use_transformer_engine": config.transformer_impl == "transformer_engine",
@@ -159,34 +205,59 @@ def _stock_arguments(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _mixed_layer(layer: ModuleSpec, mixing: MixingConfig | None) -> ModuleSpec:
+def _mixed_layer(layer: ModuleSpec, mixing: MixingConfig | None, config: TransformerConfig) -> ModuleSpec:
     submodules = _swap_slots(layer.submodules)
-    if mixing is not None:
-        submodules = dataclasses.replace(submodules, mlp=_mixed_mlp(submodules.mlp, mixing))
-        if mixing.mixing == "moa" and _norm_is_inside_fc1(submodules.mlp):
-            submodules = _with_norm_before_mlp(submodules)
+    submodules = dataclasses.replace(submodules, mlp=_mixed_mlp(submodules.mlp, mixing, config))
+    if mixing is not None and mixing.mixing == "moa" and _norm_is_inside_fc1(submodules.mlp):
+        submodules = _with_norm_before_mlp(submodules)
     return dataclasses.replace(layer, submodules=submodules)
 
 
-def _mixed_mlp(mlp: functools.partial, mixing: MixingConfig) -> functools.partial:
+def _mixed_mlp(mlp: functools.partial, mixing: MixingConfig | None, config: TransformerConfig) -> functools.partial:
     """The builder in a layer's mlp slot (dense or MoE) with our classes in place of Megatron's."""
     builder = getattr(mlp, "func", mlp)
-    if builder == MLP.as_mlp_submodule:
-        return functools.partial(MixedMLP.as_mlp_submodule, submodules=_mixed_submodules(mlp, mixing))
     if builder is MoELayer:
         moe: MoESubmodules = mlp.keywords["submodules"]
-        experts = getattr(moe.experts, "func", moe.experts)
-        if experts is SequentialMLP:
-            mixed = dataclasses.replace(
-                moe,
-                experts=functools.partial(MixedSequentialMLP, submodules=_mixed_submodules(moe.experts, mixing)),
-                shared_experts=functools.partial(
-                    MixedSharedExpertMLP, submodules=_mixed_submodules(moe.shared_experts, mixing)
-                ),
+        changed = {"experts": _experts(moe.experts, mixing, config)}
+        if mixing is not None:
+            changed["shared_experts"] = functools.partial(
+                MixedSharedExpertMLP, submodules=_mixed_submodules(moe.shared_experts, mixing)
             )
-            return functools.partial(MoELayer, submodules=mixed)
-        builder = experts
-    raise UserError(f"--moa-mixing {mixing.mixing}: no mixture for {builder}; take --moa-mixing none")
+        return functools.partial(MoELayer, submodules=dataclasses.replace(moe, **changed))
+    if mixing is None:
+        return mlp
+    if builder == MLP.as_mlp_submodule:
+        return functools.partial(MixedMLP.as_mlp_submodule, submodules=_mixed_submodules(mlp, mixing))
+    raise _no_mixture(mixing, builder)
+
+
+def _experts(stock: Builder, mixing: MixingConfig | None, config: TransformerConfig) -> Builder:
+    """The routed experts' builder. Without Transformer Engine Megatron builds sequential ones, whatever the flag says:
+    with it they are grouped over linears of ours.
+    """
+    kind = getattr(stock, "func", stock)
+    grouped = kind is TEGroupedMLP
+    if kind is SequentialMLP and config.moe_grouped_gemm:
+        grouped = True
+        linears = GroupedMLPSubmodules(
+            linear_fc1=TorchColumnParallelGroupedLinear, linear_fc2=TorchRowParallelGroupedLinear
+        )
+        stock = functools.partial(TorchGroupedMLP, submodules=linears)
+    if mixing is None:
+        return stock
+    if grouped:
+        linears = stock.keywords["submodules"]
+        submodules = MixedGroupedMLPSubmodules(
+            linear_fc1=linears.linear_fc1, linear_fc2=linears.linear_fc2, mixing=mixing
+        )
+        return functools.partial(MixedGroupedMLP, submodules=submodules)
+    if kind is SequentialMLP:
+        return functools.partial(MixedSequentialMLP, submodules=_mixed_submodules(stock, mixing))
+    raise _no_mixture(mixing, kind)
+
+
+def _no_mixture(mixing: MixingConfig, builder: Builder) -> UserError:
+    return UserError(f"--moa-mixing {mixing.mixing}: no mixture for {builder}; take --moa-mixing none")
 
 
 def _mixed_submodules(builder: functools.partial, mixing: MixingConfig) -> MixedMLPSubmodules:

@@ -26,7 +26,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_moa.arguments import megatron_checks
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
-from megatron_moa.experts import MixedSequentialMLP
+from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP
 from megatron_moa.functional import resolve_backend
 from megatron_moa.init_scale import output_scale, preactivation_std
 from megatron_moa.layer_specs import layer_spec, mtp_spec
@@ -166,30 +166,26 @@ def check_mixture(models: list[MegatronModule], mixing: MixingConfig | None) -> 
     Raises:
         RuntimeError: the model has a stock feed-forward layer where a mixture was asked for, or the other way round.
     """
+    feed_forward = (MLP, SequentialMLP, TEGroupedMLP)
+    mixed = (MixedMLP, MixedSequentialMLP, MixedGroupedMLP)
     for model in models:
         for name, module in model.named_modules():
-            if isinstance(module, MLP) and isinstance(module, MixedMLP) != (mixing is not None):
+            if not isinstance(module, feed_forward):
+                continue
+            if isinstance(module, mixed) != (mixing is not None):
                 raise RuntimeError(f"{name} was built as {type(module).__name__}, asked for was mixing {mixing}")
-            if isinstance(module, MixedMLP) and module.mixing != mixing:
+            if getattr(module, "mixing", mixing) != mixing:
                 raise RuntimeError(f"{name} was built with {module.mixing}, asked for was {mixing}")
-            is_stock = isinstance(module, SequentialMLP | TEGroupedMLP) and not isinstance(module, MixedSequentialMLP)
-            if mixing is not None and is_stock:
-                raise RuntimeError(f"{name} was built as {type(module).__name__}, asked for was mixing {mixing}")
 
 
 def measure_mixture(models: list[MegatronModule]) -> MixtureReport:
     """Counts over all ranks (one collective): a tensor held by r ranks counts 1/r on each of them."""
     counts = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
     for model in models:
-        mixture_parameters = {
-            id(parameter)
-            for module in model.modules()
-            if isinstance(module, Coefficients)
-            for parameter in module.parameters()
-        }
-        for module in model.modules():
-            if isinstance(module, MixedMLP):
-                counts[0] += 1 / _replicas(next(module.coefficients.parameters()))
+        coefficients = [module for module in model.modules() if isinstance(module, Coefficients)]
+        mixture_parameters = {id(parameter) for module in coefficients for parameter in module.parameters()}
+        for module in coefficients:  # one in every layer, and in every expert
+            counts[0] += 1 / _replicas(next(module.parameters()))
         for parameter in model.parameters():
             if getattr(parameter, "shared", False):
                 continue  # the last pipeline stage's copy of a tied embedding

@@ -9,12 +9,14 @@ import torch
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
+from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.experts import MixedSequentialMLP, MixedSharedExpertMLP
+from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP, MixedSharedExpertMLP
 from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
 from megatron_moa.mlp import MixedMLP
 from megatron_moa.model import check_mixture, measure_mixture
+from megatron_moa.torch_grouped import TorchGroupedMLP
 from megatron_moa.torch_modules import TorchAttention
 from tests.layers import build_model, logits_of, make_config, moe_settings
 
@@ -28,10 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gqa with q/k norm": {"num_query_groups": 2, "qk_layernorm": True},
     "moe": moe_settings(),
     "moe with shared expert": moe_settings(moe_shared_expert_intermediate_size=12, moe_shared_expert_gate=True),
+    "moe grouped": moe_settings(moe_grouped_gemm=True, moe_shared_expert_intermediate_size=12),
     "moe every second layer": moe_settings(moe_layer_freq=2, num_layers=4),
     "moe by pattern": moe_settings(moe_layer_freq=[0, 1, 1], num_layers=3),
     "mtp": {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1},
     "moe with mtp": moe_settings(mtp_num_layers=1, mtp_loss_scaling_factor=0.1),
+    "moe grouped with mtp": moe_settings(moe_grouped_gemm=True, mtp_num_layers=1, mtp_loss_scaling_factor=0.1),
 }
 
 
@@ -40,7 +44,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixingConfig) -> None:
     model = build_model(make_config(**KINDS[kind]), mixing)
     check_mixture([model], mixing)
-    feed_forward = [m for m in model.modules() if isinstance(m, MixedMLP)]
+    feed_forward = [m for m in model.modules() if isinstance(m, Coefficients)]  # one in each, and in each expert
     layers = model.config.num_layers + (model.config.mtp_num_layers or 0)
     slots = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
     assert len(slots) == layers
@@ -101,6 +105,21 @@ def test_moe_layer_classes() -> None:
     assert sum(isinstance(m, MixedSharedExpertMLP) for m in model.modules()) == 2
 
 
+def test_grouped_experts_are_built_where_asked_for() -> None:
+    config = make_config(**KINDS["moe grouped"])
+    model = build_model(config, MOA)
+    assert sum(isinstance(m, MixedGroupedMLP) for m in model.modules()) == 2
+    assert sum(isinstance(m, MixedSharedExpertMLP) for m in model.modules()) == 2
+    stock = build_model(config, None)
+    check_mixture([stock], None)
+    assert sum(isinstance(m, TorchGroupedMLP) for m in stock.modules()) == 2
+    assert [type(m).__name__ for m in stock.modules() if "Mixed" in type(m).__name__] == []
+    with pytest.raises(RuntimeError, match="was built as TorchGroupedMLP"):
+        check_mixture([stock], MOA)
+    with pytest.raises(RuntimeError, match="was built as MixedGroupedMLP"):
+        check_mixture([model], None)
+
+
 def test_mtp_layers_are_mixed_too() -> None:
     model = build_model(make_config(**KINDS["mtp"]), MOA)
     (mtp,) = [m for m in model.modules() if isinstance(m, MultiTokenPredictionLayer)]
@@ -123,12 +142,38 @@ def test_named_specs_refuse_mtp_which_they_do_not_reach() -> None:
     ("settings", "message"),
     [
         ({"activation_func_clamp_value": 7.0}, "--activation-func-clamp-value 7.0"),
-        ({"moe_grouped_gemm": True, **moe_settings()}, "--moe-grouped-gemm:"),
+        (moe_settings(use_grouped_gemm_for_shared_expert=True), "--use-grouped-gemm-for-shared-expert:"),
     ],
 )
 def test_settings_that_act_on_the_activation_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         layer_spec(make_config(**settings), MOA)
+
+
+@pytest.mark.parametrize("mixing", [None, MOA], ids=["none", "moa"])
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("add_bias_linear", True, "--moe-grouped-gemm: .*add --disable-bias-linear"),
+        ("delay_wgrad_compute", True, "--delay-wgrad-compute: .*drop it, or --moe-grouped-gemm"),
+        ("fp8", "e4m3", "--fp8-format e4m3: "),
+        ("fp4", "e2m1", "--fp4-format e2m1: "),
+        ("moe_mlp_glu_interleave_size", 32, "--moe-mlp-glu-interleave-size 32: "),
+        ("use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser: "),
+        ("offload_modules", ["core_attn", "moe_act"], "--offload-modules moe_act: "),
+    ],
+)
+def test_what_grouped_experts_do_not_serve_is_refused(
+    attribute: str, value: object, message: str, mixing: MixingConfig | None
+) -> None:
+    config = make_config(**KINDS["moe grouped"])
+    config.fine_grained_activation_offloading = attribute == "offload_modules"
+    setattr(config, attribute, value)  # not through the constructor, which asks for Transformer Engine
+    with pytest.raises(UserError, match=message):
+        layer_spec(config, mixing)
+    config.moe_grouped_gemm = False
+    if mixing is None:
+        layer_spec(config, mixing)
 
 
 def test_transformer_engine_that_is_not_there_is_refused() -> None:
@@ -151,8 +196,9 @@ def test_a_stock_layer_where_a_mixture_was_asked_for_is_an_error() -> None:
         check_mixture([build_model(make_config(), LA)], MixingConfig(mixing="la", form="one-sided"))
 
 
-def test_report_counts_the_built_model() -> None:
-    config = make_config(**KINDS["moe with shared expert"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
+def test_report_counts_the_built_model(grouped: bool) -> None:
+    config = make_config(**{**KINDS["moe with shared expert"], "moe_grouped_gemm": grouped})
     model = build_model(config, MOA)
     report = measure_mixture([model])
     assert report.layers == 2 * (4 + 1)
@@ -183,7 +229,7 @@ def test_stock_model_keeps_its_keys_and_its_function() -> None:
     torch.testing.assert_close(logits_of(ours), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe with shared expert"])
+@pytest.mark.parametrize("kind", ["dense", "moe with shared expert", "moe grouped"])
 def test_arms_of_a_comparison_share_their_initial_weights(kind: str) -> None:
     """With the same seed stock, LA and MoA differ in their coefficients alone."""
     from megatron.core import tensor_parallel
