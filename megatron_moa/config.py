@@ -45,6 +45,8 @@ class MixingConfig:
         init_scale: ``swiglu`` scales the coefficients so that the layer's output has the variance of SwiGLU's
             (GELU's for ``type1``) at step 0.
         freeze: keeps gates, amplitudes and LA coefficients as they start.
+        recompute: keeps fc1's output and drops the mixture's, which backward computes again.
+        overwrite: backward writes the gradient of fc1's output where that lay.
         backend: ``eager``, ``compile``, ``triton``, or ``auto`` for the fastest that is there.
 
     Raises:
@@ -60,6 +62,8 @@ class MixingConfig:
     initial_coefficients: tuple[float, ...] = (DEFAULT_INITIAL_COEFFICIENT,)
     init_scale: str = "mixture"
     freeze: bool = False
+    recompute: bool = False
+    overwrite: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:

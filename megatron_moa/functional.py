@@ -8,11 +8,11 @@ import logging
 import os
 import shutil
 import sysconfig
-from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from megatron_moa import compiled, reference
+from megatron_moa import compiled, fused, reference
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 
@@ -40,15 +40,17 @@ def mixed_activation(
             all its tokens (LA): preactivation's rows up to and with each (megatron_moa.grouped).
 
     Returns:
-        [..., f] in preactivation's dtype; half precision is computed in float32 and rounded once.
+        [..., f] in preactivation's dtype; half precision is computed in float32 and rounded once. float64 is for
+        checks: every backend computes it as the reference does.
 
     Raises:
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
     _check_shapes(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
-    backend = _implementation(mixing, preactivation)
-    return backend.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
+    arguments = preactivation, coefficients, mixing, bias, per_token_scale, group_ends
+    backend = _fused_backend(mixing, preactivation)
+    return reference.mixed_activation(*arguments) if backend is None else fused.mixed_activation(backend, *arguments)
 
 
 def gate_coefficients(
@@ -79,11 +81,21 @@ def gate_coefficients(
     Raises:
         UserError: a backend that is not there.
     """
-    return _implementation(mixing, x).gate_coefficients(x, weight, mixing, bias, amplitude, scale, group_ends)
+    arguments = x, weight, mixing, bias, amplitude, scale, group_ends
+    backend = _fused_backend(mixing, x)
+    return reference.gate_coefficients(*arguments) if backend is None else fused.gate_coefficients(backend, *arguments)
 
 
-def _implementation(mixing: MixingConfig, tensor: Tensor) -> ModuleType:
-    return {"compile": compiled, "eager": reference}[resolve_backend(mixing.backend, tensor.device.type)]
+def _fused_backend(mixing: MixingConfig, tensor: Tensor) -> fused.Backend | None:
+    """The backend's module; None for eager, and for float64, which is for checks and has the reference only."""
+    name = resolve_backend(mixing.backend, tensor.device.type)
+    if name == "eager" or tensor.dtype == torch.float64:
+        return None
+    if name == "compile":
+        return compiled
+    from megatron_moa.kernels import backend  # here, since it needs Triton
+
+    return backend
 
 
 def _check_shapes(
@@ -118,15 +130,24 @@ def _check_shapes(
 
 @functools.cache
 def resolve_backend(backend: str, device_type: str) -> str:
-    """The backend that runs: ``auto`` takes ``compile``, or ``eager`` where no compiler is found, and logs which.
+    """The backend that runs: ``auto`` takes ``triton`` on GPUs, else ``compile``; where there is no compiler ``eager``, and
+    logs that.
 
     Raises:
         UserError: for a backend asked for by name that is not there.
     """
-    if backend == "triton":
-        raise UserError("--moa-backend triton: this version has no Triton kernels; take --moa-backend compile")
     if backend == "eager":
         return backend
+    has_triton = importlib.util.find_spec("triton") is not None
+    if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
+        if not has_triton:
+            raise UserError("--moa-backend triton: the package triton is not there; install it, or take auto")
+        if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise UserError(
+                "--moa-backend triton: no GPU; take --moa-backend compile, or set TRITON_INTERPRET=1 to run the "
+                "kernels in Triton's interpreter, for tests"
+            )
+        return "triton"
     missing = _missing_compiler(device_type)
     if missing is None:
         return "compile"

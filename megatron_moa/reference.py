@@ -15,7 +15,6 @@ from megatron_moa.activations import LEAKY_RELU_SLOPE
 from megatron_moa.config import MixingConfig
 from megatron_moa.grouped import group_sizes
 
-
 # The dictionary in PyTorch's own functions: what megatron_moa.activations is held to.
 DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,

@@ -1,7 +1,7 @@
 """Tile sizes and warps of the kernels, by GPU architecture: fixed, so that nothing is tuned while a model trains.
 
-Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures candidates
-on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.
+Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures
+candidates on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def _tuned(path: str | None, architecture: str) -> dict[tuple[str, str, int], Co
     except KeyError as error:
         if error.args[0] == architecture:
             return {}
-        raise UserError(f"{VARIABLE}={path}: an entry lacks {error}; write the file anew with tools/tune_kernels.py")
+        raise UserError(
+            f"{VARIABLE}={path}: an entry lacks {error}; write the file anew with tools/tune_kernels.py"
+        ) from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{VARIABLE}={path}: {error}; write the file anew with tools/tune_kernels.py") from error

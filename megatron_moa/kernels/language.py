@@ -12,6 +12,8 @@ import triton.language as tl
 
 from megatron_moa.activations import ACTIVATIONS
 
+VECTOR = 8  # columns a thread holds next to each other: 16 bytes of bf16, the widest load there is
+
 
 @functools.cache
 def triton_function(function: FunctionType) -> triton.JITFunction:
@@ -43,6 +45,49 @@ def values(activations: tuple[str, ...]) -> tuple[triton.JITFunction, ...]:
 def derivatives(activations: tuple[str, ...]) -> tuple[triton.JITFunction, ...]:
     """The functions sigma_k' of a dictionary, in its order."""
     return tuple(triton_function(ACTIVATIONS[name].derivative) for name in activations)
+
+
+@triton.jit
+def load_branch(z, bias, row_start, column, inside, HAS_BIAS: tl.constexpr):
+    """z + bias, float32, at these columns of the row that starts at ``row_start``."""
+    x = tl.load(z + row_start + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def tile_columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """[BLOCK / VECTOR, VECTOR]: the columns from ``start`` on, VECTOR neighbours to a row, which one thread holds."""
+    return start + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr):
+    """A tuple of COUNT accumulators [SIZE]."""
+    made = ()
+    for _ in tl.static_range(COUNT):
+        made = made + (tl.zeros([SIZE], tl.float32),)
+    return made
+
+
+@triton.jit
+def add_terms(sums, factor, x, FUNCTIONS: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
+    """``sums`` (N accumulators) with factor FUNCTIONS[k](x), summed over each thread's columns, added to K from FIRST."""
+    added = ()
+    for index in tl.static_range(N):
+        if index >= FIRST and index < FIRST + K:
+            added = added + (sums[index] + tl.sum(factor * FUNCTIONS[index - FIRST](x), axis=1),)
+        else:
+            added = added + (sums[index],)
+    return added
+
+
+@triton.jit
+def store_sums(pointer, sums, COUNT: tl.constexpr):
+    """Writes each accumulator's sum, one after the other from a pointer on."""
+    for index in tl.static_range(COUNT):
+        tl.store(pointer + index, tl.sum(sums[index], axis=0))
 
 
 @triton.jit

@@ -16,11 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moa.config import MixingConfig
 from megatron_moa.kernels.configurations import configuration
-from megatron_moa.kernels.language import derivatives, load_all, values, weighted_sum
-
-# Numbers a thread holds next to each other: 16 bytes of bf16, the widest load there is.
-_VECTOR = 8
+from megatron_moa.kernels.language import (
+    VECTOR,
+    add_terms,
+    derivatives,
+    load_all,
+    load_branch,
+    store_sums,
+    tile_columns,
+    values,
+    weighted_sum,
+    zeros,
+)
 
 
 @triton.jit
@@ -45,14 +54,10 @@ def _forward(
     for start in range(0, F, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < F
-        x = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            x += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        x = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
         mixed = weighted_sum(x, c, VALUES, K, 0)
         if FORM != "type1":
-            y = tl.load(z + row * z_stride + F + column, mask=inside, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                y += tl.load(bias + F + column, mask=inside, other=0.0).to(tl.float32)
+            y = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
             if FORM == "bi-sided":
                 y = weighted_sum(y, c, VALUES, K, K)
             mixed *= y
@@ -92,7 +97,7 @@ def _backward(
 ):
     N: tl.constexpr = 2 * K if FORM == "bi-sided" else K
     program = tl.program_id(0).to(tl.int64)
-    sums = _zeros(N, BLOCK // VECTOR)
+    sums = zeros(N, BLOCK // VECTOR)
     for index in range(ROWS):
         row = program * ROWS + index
         c = load_all(coefficients + row * coefficient_stride, N)
@@ -101,81 +106,50 @@ def _backward(
             s = tl.load(scale + row, mask=row < tokens, other=0.0).to(tl.float32)
         out_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
         for start in range(0, F, BLOCK):
-            column = start + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+            column = tile_columns(start, BLOCK, VECTOR)
             inside = (column < F) & (row < tokens)
             g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(z + row * z_stride + column, mask=inside, other=0.0).to(tl.float32)
-            if HAS_BIAS:
-                x += tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)
+            x = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
             first = weighted_sum(x, c, VALUES, K, 0)
-            slope = weighted_sum(x, c, DERIVATIVES, K, 0)
-            if FORM == "type1":
-                if NEED_SCALE:
-                    out_sum += tl.sum(g * first, axis=1)
-                g *= s
-                sums = _add_terms(sums, g, x, VALUES, K, 0, N)
-                g_x = g * slope
-            else:
-                y = tl.load(z + row * z_stride + F + column, mask=inside, other=0.0).to(tl.float32)
-                if HAS_BIAS:
-                    y += tl.load(bias + F + column, mask=column < F, other=0.0).to(tl.float32)
+            if FORM != "type1":
+                y = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
                 second = y
                 if FORM == "bi-sided":
                     second = weighted_sum(y, c, VALUES, K, K)
-                if NEED_SCALE:
+            # d out / d first and d out / d second, times the gradient of out
+            g_first = g * s
+            if FORM != "type1":
+                g_second = g_first * first
+                g_first *= second
+            if NEED_SCALE:
+                if FORM != "type1":
                     out_sum += tl.sum(g * first * second, axis=1)
-                g *= s
-                if NEED_COEFFICIENTS:
-                    sums = _add_terms(sums, g * second, x, VALUES, K, 0, N)
-                g_x = g * second * slope
-                g_y = g * first
+                else:
+                    out_sum += tl.sum(g * first, axis=1)
+            if NEED_COEFFICIENTS:
+                sums = add_terms(sums, g_first, x, VALUES, K, 0, N)
                 if FORM == "bi-sided":
-                    if NEED_COEFFICIENTS:
-                        sums = _add_terms(sums, g_y, y, VALUES, K, K, N)
-                    g_y *= weighted_sum(y, c, DERIVATIVES, K, K)
-                if NEED_Z:
-                    tl.store(grad_z + row * grad_z_stride + F + column, g_y.to(grad_z.dtype.element_ty), mask=inside)
+                    sums = add_terms(sums, g_second, y, VALUES, K, K, N)
             if NEED_Z:
-                tl.store(grad_z + row * grad_z_stride + column, g_x.to(grad_z.dtype.element_ty), mask=inside)
+                out = grad_z + row * grad_z_stride
+                g_x = g_first * weighted_sum(x, c, DERIVATIVES, K, 0)
+                tl.store(out + column, g_x.to(out.dtype.element_ty), mask=inside)
+                if FORM != "type1":
+                    g_y = g_second
+                    if FORM == "bi-sided":
+                        g_y *= weighted_sum(y, c, DERIVATIVES, K, K)
+                    tl.store(out + F + column, g_y.to(out.dtype.element_ty), mask=inside)
         if NEED_SCALE:
             tl.store(grad_scale + row, tl.sum(out_sum, axis=0).to(grad_scale.dtype.element_ty), mask=row < tokens)
     if NEED_COEFFICIENTS:
-        for k in tl.static_range(N):
-            tl.store(grad_coefficients + program * N + k, tl.sum(sums[k], axis=0))
+        store_sums(grad_coefficients + program * N, sums, N)
 
 
-@triton.jit
-def _zeros(COUNT: tl.constexpr, SIZE: tl.constexpr):
-    zeros = ()
-    for _ in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros([SIZE], tl.float32),)
-    return zeros
-
-
-@triton.jit
-def _add_terms(sums, factor, x, VALUES: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
-    """``sums`` with factor sigma_k(x), summed over each thread's numbers, added to the K accumulators from FIRST on."""
-    added = ()
-    for index in tl.static_range(N):
-        if index >= FIRST and index < FIRST + K:
-            added = added + (sums[index] + tl.sum(factor * VALUES[index - FIRST](x), axis=1),)
-        else:
-            added = added + (sums[index],)
-    return added
-
-
-def forward(
-    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, form: str, activations: tuple[str, ...]
-) -> Tensor:
-    """The mixture of z [t, f] or [t, 2f] with coefficients [n] or [t, n], bias [f] or [2f] and scale [t]: [t, f].
-
-    Rows of z may lie at any distance; all else is contiguous.
-    """
-    tokens, f = z.shape[0], z.shape[1] // (1 if form == "type1" else 2)
+def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig) -> Tensor:
+    """``mixture_forward`` of :class:`megatron_moa.fused.Backend` for these three forms."""
+    tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
-    if out.numel() == 0:
-        return out
-    chosen = configuration("forward", form, f, z.device)
+    chosen = configuration("forward", mixing.form, f, z.device)
     _forward[(tokens,)](
         z,
         coefficients,
@@ -184,9 +158,9 @@ def forward(
         out,
         z.stride(0),
         coefficients.stride(0) if coefficients.dim() > 1 else 0,
-        FORM=form,
-        VALUES=values(activations),
-        K=len(activations),
+        FORM=mixing.form,
+        VALUES=values(mixing.activations),
+        K=mixing.num_activations,
         F=f,
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
@@ -202,32 +176,21 @@ def backward(
     coefficients: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
-    grad_z: Tensor | None,
-    need_coefficients: bool,
-    need_scale: bool,
-    form: str,
-    activations: tuple[str, ...],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Writes the gradient of z into ``grad_z`` (which may be z itself) and gives those of coefficients and scale.
-
-    Args:
-        grad: [t, f], rows at any distance, as those of z and grad_z.
-        grad_z: as z; None where none is needed.
-
-    Returns:
-        Those asked for: of the coefficients, float32 and shaped as they are; of the scale, [t].
-    """
+    mixing: MixingConfig,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``mixture_backward`` of :class:`megatron_moa.fused.Backend` for these three forms."""
+    need_z, need_coefficients, need_scale = needed
     tokens, f = grad.shape
-    n = coefficients.shape[-1]
-    grad_scale = torch.empty_like(scale) if need_scale else None
-    if grad.numel() == 0:
-        zero = torch.zeros_like(coefficients) if need_coefficients else None
-        return zero, grad_scale.zero_() if need_scale else None
     per_token = coefficients.dim() > 1
-    chosen = configuration("backward", form, f, z.device)
+    chosen = configuration("backward", mixing.form, f, z.device)
     rows = 1 if per_token else chosen.rows
     programs = triton.cdiv(tokens, rows)
-    sums = torch.empty(programs, n, dtype=torch.float32, device=z.device) if need_coefficients else None
+    grad_z = (z if mixing.overwrite else torch.empty_like(z)) if need_z else None
+    grad_scale = torch.empty_like(scale) if need_scale else None
+    sums = None
+    if need_coefficients:
+        sums = torch.empty(programs, mixing.num_coefficients, dtype=torch.float32, device=z.device)
     _backward[(programs,)](
         grad,
         z,
@@ -240,23 +203,23 @@ def backward(
         tokens,
         grad.stride(0),
         z.stride(0),
-        0 if grad_z is None else grad_z.stride(0),
+        grad_z.stride(0) if need_z else 0,
         coefficients.stride(0) if per_token else 0,
-        FORM=form,
-        VALUES=values(activations),
-        DERIVATIVES=derivatives(activations),
-        K=len(activations),
+        FORM=mixing.form,
+        VALUES=values(mixing.activations),
+        DERIVATIVES=derivatives(mixing.activations),
+        K=mixing.num_activations,
         F=f,
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
-        NEED_Z=grad_z is not None,
+        NEED_Z=need_z,
         NEED_COEFFICIENTS=need_coefficients,
         NEED_SCALE=need_scale,
         ROWS=rows,
         BLOCK=chosen.block,
-        VECTOR=_VECTOR,
+        VECTOR=VECTOR,
         num_warps=chosen.warps,
     )
     if need_coefficients and not per_token:
         sums = sums.sum(0)
-    return sums, grad_scale
+    return grad_z, sums, grad_scale

@@ -1,0 +1,223 @@
+"""Errors of a backend against the reference in float64, beside those of the reference in the same dtype.
+
+What the tests, the benchmarks and the GPU suite hold backends to: an error of at most twice what PyTorch's own
+functions have in the same dtype, plus a floor of a few roundings, for the result and for every gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_moa import functional
+from megatron_moa.config import MixingConfig
+
+ALLOWED = 2.0  # times the error of PyTorch in the same dtype
+
+# Errors are relative to a tensor's largest entry. The floors are 8 roundings of float32 (the sums over a row and over
+# tokens are taken in another order), half a rounding of the others (which round once, from float32).
+FLOORS = {torch.float32: 8 * 2.0**-24, torch.float16: 0.5 * 2.0**-11, torch.bfloat16: 0.5 * 2.0**-8}
+# Triton's interpreter cuts float32 off to bfloat16, where GPUs round.
+_INTERPRETED_FLOOR = 2.0**-8
+
+
+class AccuracyError(Exception):
+    """A backend is less accurate than it may be; the text says where, and by how much."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One tensor's errors: largest difference to float64 over float64's largest entry.
+
+    Attributes:
+        name: what was computed, and which tensor of it.
+        error: the backend's.
+        same_dtype_error: the reference's, in the dtype of the backend.
+        floor: added to what is allowed.
+    """
+
+    name: str
+    error: float
+    same_dtype_error: float
+    floor: float
+
+    @property
+    def limit(self) -> float:
+        """The largest error allowed."""
+        return ALLOWED * self.same_dtype_error + self.floor
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is allowed; NaN is not."""
+        return self.error <= self.limit
+
+
+def require(checks: Iterable[Accuracy]) -> None:
+    """Raises AccuracyError for the first check that is not ok."""
+    for check in checks:
+        if not check.ok:
+            raise AccuracyError(f"{check.name}: error {check.error:.1e}, allowed {check.limit:.1e}")
+
+
+def check_mixture(
+    mixing: MixingConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    tokens: int = 257,
+    width: int = 512,
+    bias: bool = False,
+    scale: bool = False,
+    groups: int = 0,
+    seed: int = 1,
+) -> list[Accuracy]:
+    """Result and gradients of mixed_activation with a mixture's backend, on random numbers.
+
+    Args:
+        tokens: t; 0 is allowed.
+        width: f.
+        bias: adds a bias before the activations.
+        scale: multiplies each token's result.
+        groups: with LA, experts with coefficients of their own; the second one has no tokens.
+    """
+    random = _Random(dtype, device, seed)
+    shape = {"moa": (tokens,), "la": (groups,) if groups else ()}[mixing.mixing]
+    inputs = {
+        "preactivation": random.normal(tokens, 2 * width if mixing.gated else width),
+        "coefficients": random.normal(*shape, mixing.num_coefficients, dtype=torch.float32),
+        "bias": random.normal(2 * width if mixing.gated else width) if bias else None,
+        "per_token_scale": random.normal(tokens, dtype=torch.float32) if scale else None,
+    }
+    group_ends = _group_ends(tokens, groups, device) if groups else None
+
+    def mixed(mixing: MixingConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+        return functional.mixed_activation(mixing=mixing, group_ends=group_ends, **inputs)
+
+    name = f"{mixing.mixing} {mixing.form} {_short(dtype)} [{tokens}, {width}] {_backend(mixing, device)}"
+    return _compare(name, mixed, mixing, inputs, random.normal(tokens, width).detach())
+
+
+def check_gate(
+    mixing: MixingConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    tokens: int = 257,
+    hidden: int = 256,
+    groups: int = 0,
+    scale: bool = False,
+    seed: int = 1,
+) -> list[Accuracy]:
+    """Result and gradients of gate_coefficients with a mixture's gate and backend, on random numbers.
+
+    Args:
+        tokens: t; 0 is allowed.
+        hidden: h.
+        groups: experts with gates of their own; the second one has no tokens.
+        scale: multiplies all coefficients by a constant.
+    """
+    random = _Random(dtype, device, seed)
+    n = mixing.num_coefficients
+    shape = (groups, n) if groups else (n,)
+    inputs = {
+        "x": random.normal(tokens, hidden),
+        "weight": random.normal(*shape, hidden, std=hidden**-0.5),
+        "bias": random.normal(*shape) if mixing.gate_bias else None,
+        "amplitude": random.normal(*shape) if mixing.amplitude == "learned" else None,
+    }
+    group_ends = _group_ends(tokens, groups, device) if groups else None
+    constant = torch.tensor([0.25], device=device) if scale else None
+
+    def coefficients(mixing: MixingConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+        return functional.gate_coefficients(mixing=mixing, scale=constant, group_ends=group_ends, **inputs)
+
+    settings = f"{mixing.gate}{'+bias' * mixing.gate_bias}{'+amplitude' * (mixing.amplitude == 'learned')}"
+    name = f"gate {settings} {mixing.form} {_short(dtype)} [{tokens}, {hidden}] {_backend(mixing, device)}"
+    return _compare(name, coefficients, mixing, inputs, random.normal(tokens, n, dtype=torch.float32).detach())
+
+
+def bit_equal_gradients(gradients: Callable[[], Sequence[Tensor]]) -> bool:
+    """Whether two calls give the same bits."""
+    return all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+class _Random:
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(seed)  # the CPU's, for the same numbers everywhere
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, std: float = 1.0) -> Tensor:
+        numbers = std * torch.randn(shape, generator=self.generator)
+        return numbers.to(self.device, dtype or self.dtype).requires_grad_()
+
+
+def _group_ends(tokens: int, groups: int, device: torch.device | str) -> Tensor:
+    ends = [tokens // 3] * (groups - 1) + [tokens]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def _compare(
+    name: str,
+    function: Callable[[MixingConfig, dict[str, Tensor | None]], Tensor],
+    mixing: MixingConfig,
+    inputs: dict[str, Tensor | None],
+    grad: Tensor,
+) -> list[Accuracy]:
+    eager = dataclasses.replace(mixing, backend="eager")
+    wide = {
+        key: None if tensor is None else tensor.detach().double().requires_grad_() for key, tensor in inputs.items()
+    }
+    exact = _result_and_gradients(function, eager, wide, grad.double())
+    same_dtype = _result_and_gradients(function, eager, inputs, grad)
+    actual = _result_and_gradients(function, mixing, inputs, grad)
+    if actual.keys() != exact.keys():
+        raise AccuracyError(f"{name}: gradients of {', '.join(actual)}, expected of {', '.join(exact)}")
+    return [
+        Accuracy(
+            f"{name} {key}",
+            _relative_error(actual[key], expected),
+            _relative_error(same_dtype[key], expected),
+            _floor(actual[key]),
+        )
+        for key, expected in exact.items()
+    ]
+
+
+def _result_and_gradients(
+    function: Callable[[MixingConfig, dict[str, Tensor | None]], Tensor],
+    mixing: MixingConfig,
+    inputs: dict[str, Tensor | None],
+    grad: Tensor,
+) -> dict[str, Tensor]:
+    given = {key: tensor for key, tensor in inputs.items() if tensor is not None}
+    copies = {key: tensor.detach().clone().requires_grad_() for key, tensor in given.items()}
+    result = function(mixing, {**inputs, **copies})
+    gradients = torch.autograd.grad(result, list(copies.values()), grad)
+    for key, gradient in zip(copies, gradients, strict=True):
+        if gradient.dtype != copies[key].dtype or gradient.shape != copies[key].shape:
+            raise AccuracyError(f"gradient of {key}: {gradient.dtype} {tuple(gradient.shape)}")
+    return {"result": result.detach(), **dict(zip(copies, gradients, strict=True))}
+
+
+def _relative_error(actual: Tensor, exact: Tensor) -> float:
+    if exact.numel() == 0:
+        return 0.0
+    largest = exact.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return ((actual.double() - exact).abs().max() / largest).item()
+
+
+def _floor(tensor: Tensor) -> float:
+    if tensor.dtype == torch.bfloat16 and tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        return _INTERPRETED_FLOOR
+    return FLOORS[tensor.dtype]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _backend(mixing: MixingConfig, device: torch.device | str) -> str:
+    return functional.resolve_backend(mixing.backend, torch.device(device).type)

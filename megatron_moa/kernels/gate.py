@@ -1,0 +1,359 @@
+"""The gates: skinny product, bias, psi, amplitude and scale in one launch, for one gate or one per expert.
+
+A program has TOKENS rows of one expert. Which, it finds by counting tiles of the experts before it, so the host need
+not know how many tokens each has; experts that end inside a tile leave at most one tile each without work. TF32 holds
+half-precision numbers exactly, so their products are exact; gradients, float32, are multiplied as three of them.
+
+Backward: a program owns its rows' gradients of x, and writes its share of those of the parameters to a row of partial
+sums, which are added in one further step, always in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.grouped import grouped_sum
+
+_TOKENS = 64  # rows a program
+_HIDDEN = 64  # columns of x at a time
+_SLAB = 512  # columns of x whose gradients one program gives
+_FEWEST = 16  # what Triton's product asks for in each direction
+
+
+@triton.jit
+def _rows_of_tile(tokens, group_ends, GROUPS: tl.constexpr, TOKENS: tl.constexpr):
+    """This program's expert, its rows [TOKENS] int64, and which of them it has."""
+    tile = tl.program_id(0)
+    group = 0
+    first = tile * TOKENS
+    last = tokens
+    if GROUPS > 0:
+        first = 0
+        last = 0
+        begin = 0
+        for index in tl.static_range(GROUPS):
+            end = tl.load(group_ends + index)
+            tiles = tl.cdiv(end - begin, TOKENS)
+            here = (tile >= 0) & (tile < tiles)
+            group = tl.where(here, index, group)
+            first = tl.where(here, begin + tile * TOKENS, first)
+            last = tl.where(here, end, last)
+            tile -= tiles
+            begin = end
+    row = (first + tl.arange(0, TOKENS)).to(tl.int64)
+    return group, row, row < last
+
+
+@triton.jit
+def _psi(
+    x,
+    x_stride,
+    weight,
+    bias,
+    group,
+    row,
+    has_row,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    GATE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """psi(u_k x + b_k), [TOKENS, COLUMNS]; columns from N on are padding."""
+    column = tl.arange(0, COLUMNS)
+    hidden = tl.arange(0, HIDDEN)
+    logits = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for start in range(0, H, HIDDEN):
+        at = start + hidden
+        x_tile = tl.load(
+            x + row[:, None] * x_stride + at[None, :], mask=has_row[:, None] & (at < H)[None, :], other=0.0
+        )
+        w_tile = tl.load(
+            weight + (group * N + column)[None, :] * H + at[:, None],
+            mask=(column < N)[None, :] & (at < H)[:, None],
+            other=0.0,
+        )
+        logits = tl.dot(x_tile.to(tl.float32), w_tile.to(tl.float32), logits, input_precision=PRECISION)
+    if HAS_BIAS:
+        logits += tl.load(bias + group * N + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if GATE == "sigmoid":
+        psi = tl.sigmoid(logits)
+    elif GATE == "tanh":
+        psi = 2.0 * tl.sigmoid(2.0 * logits) - 1.0
+    else:
+        psi = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for branch in tl.static_range(N // SOFTMAX):
+            inside = ((column >= branch * SOFTMAX) & (column < (branch + 1) * SOFTMAX))[None, :]
+            branch_logits = tl.where(inside, logits, float("-inf"))
+            powers = tl.exp(branch_logits - tl.max(branch_logits, axis=1)[:, None])
+            psi += powers / tl.sum(powers, axis=1)[:, None]
+    return psi
+
+
+@triton.jit
+def _forward(
+    x,
+    weight,
+    bias,
+    amplitude,
+    scale,
+    group_ends,
+    coefficients,
+    tokens,
+    x_stride,
+    SLOPE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    GATE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    group, row, has_row = _rows_of_tile(tokens, group_ends, GROUPS, TOKENS)
+    column = tl.arange(0, COLUMNS)
+    c = _psi(
+        x, x_stride, weight, bias, group, row, has_row, N, H, GATE, SOFTMAX, HAS_BIAS, PRECISION, COLUMNS,
+        TOKENS, HIDDEN,
+    )  # fmt: skip
+    if HAS_AMPLITUDE:
+        a = tl.load(amplitude + group * N + column, mask=column < N, other=0.0).to(tl.float32)
+        c = a[None, :] * (SLOPE * c + OFFSET)
+    if HAS_SCALE:
+        c *= tl.load(scale).to(tl.float32)
+    tl.store(coefficients + row[:, None] * N + column[None, :], c, mask=has_row[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def _backward(
+    grad,
+    coefficients,
+    x,
+    weight,
+    bias,
+    amplitude,
+    scale,
+    group_ends,
+    grad_x,
+    weight_sums,
+    bias_sums,
+    amplitude_sums,
+    tokens,
+    x_stride,
+    SLOPE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HAS_AMPLITUDE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    GATE: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GRADIENT_PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    SLAB: tl.constexpr,
+):
+    group, row, has_row = _rows_of_tile(tokens, group_ends, GROUPS, TOKENS)
+    program = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    column = tl.arange(0, COLUMNS)
+    hidden = tl.arange(0, HIDDEN)
+    inside = has_row[:, None] & (column < N)[None, :]
+    g = tl.load(grad + row[:, None] * N + column[None, :], mask=inside, other=0.0)
+    s = 1.0
+    if HAS_SCALE:
+        s = tl.load(scale).to(tl.float32)
+        g *= s
+    if HAS_AMPLITUDE:
+        # Coefficients cannot be divided by an amplitude of 0, so psi is computed again.
+        psi = _psi(
+            x, x_stride, weight, bias, group, row, has_row, N, H, GATE, SOFTMAX, HAS_BIAS, PRECISION, COLUMNS,
+        TOKENS, HIDDEN,
+        )  # fmt: skip
+        a = tl.load(amplitude + group * N + column, mask=column < N, other=0.0).to(tl.float32)
+        if slab == 0:
+            sums = tl.sum(g * (SLOPE * psi + OFFSET), axis=0)
+            tl.store(amplitude_sums + program * N + column, sums, mask=column < N)
+        g *= a[None, :] * SLOPE
+    else:
+        psi = tl.load(coefficients + row[:, None] * N + column[None, :], mask=inside, other=0.0) / s
+    # From psi's gradient to the logits'.
+    if GATE == "sigmoid":
+        g = g * psi * (1.0 - psi)
+    elif GATE == "tanh":
+        g = g * (1.0 - psi * psi)
+    else:
+        product = g * psi
+        total = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for branch in tl.static_range(N // SOFTMAX):
+            mine = ((column >= branch * SOFTMAX) & (column < (branch + 1) * SOFTMAX))[None, :]
+            total += tl.where(mine, tl.sum(tl.where(mine, product, 0.0), axis=1)[:, None], 0.0)
+        g = product - psi * total
+    g = tl.where(inside, g, 0.0)
+    if HAS_BIAS and slab == 0:
+        tl.store(bias_sums + program * N + column, tl.sum(g, axis=0), mask=column < N)
+    for start in range(0, SLAB, HIDDEN):
+        at = slab * SLAB + start + hidden
+        x_inside = has_row[:, None] & (at < H)[None, :]
+        if NEED_X:
+            w_tile = tl.load(
+                weight + (group * N + column)[:, None] * H + at[None, :],
+                mask=(column < N)[:, None] & (at < H)[None, :],
+                other=0.0,
+            )
+            g_x = tl.dot(g, w_tile.to(tl.float32), input_precision=GRADIENT_PRECISION)
+            tl.store(grad_x + row[:, None] * H + at[None, :], g_x.to(grad_x.dtype.element_ty), mask=x_inside)
+        if NEED_WEIGHT:
+            x_tile = tl.load(x + row[:, None] * x_stride + at[None, :], mask=x_inside, other=0.0)
+            g_w = tl.dot(tl.trans(g), x_tile.to(tl.float32), input_precision=GRADIENT_PRECISION)
+            tl.store(
+                weight_sums + (program * N + column)[:, None] * H + at[None, :],
+                g_w,
+                mask=(column < N)[:, None] & (at < H)[None, :],
+            )
+
+
+def _shared_arguments(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    amplitude: Tensor | None,
+    scale: Tensor | None,
+    group_ends: Tensor | None,
+    mixing: MixingConfig,
+) -> dict[str, object]:
+    n, h = weight.shape[-2:]
+    slope, offset = mixing.psi_hat
+    return {
+        "SLOPE": slope,
+        "OFFSET": offset,
+        "HAS_AMPLITUDE": amplitude is not None,
+        "HAS_SCALE": scale is not None,
+        "GROUPS": 0 if group_ends is None else group_ends.shape[0],
+        "N": n,
+        "H": h,
+        "GATE": mixing.gate,
+        "SOFTMAX": mixing.softmax_size,
+        "HAS_BIAS": bias is not None,
+        "PRECISION": "ieee" if torch.float32 in (x.dtype, weight.dtype) else "tf32",
+        "COLUMNS": max(_FEWEST, triton.next_power_of_2(n)),
+        "TOKENS": _TOKENS,
+        "HIDDEN": _HIDDEN,
+        "num_warps": 4,
+    }
+
+
+def _tiles(tokens: int, group_ends: Tensor | None) -> int:
+    """Programs that surely suffice, however the tokens are spread over the groups."""
+    return triton.cdiv(tokens, _TOKENS) + (0 if group_ends is None else group_ends.shape[0])
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def gate_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    amplitude: Tensor | None,
+    scale: Tensor | None,
+    group_ends: Tensor | None,
+    mixing: MixingConfig,
+) -> Tensor:
+    """One launch."""
+    x = _dense_rows(x)
+    coefficients = x.new_empty(x.shape[0], weight.shape[-2], dtype=torch.float32)
+    _forward[(_tiles(x.shape[0], group_ends),)](
+        x,
+        weight.contiguous(),
+        bias,
+        amplitude,
+        scale,
+        group_ends,
+        coefficients,
+        x.shape[0],
+        x.stride(0),
+        **_shared_arguments(x, weight, bias, amplitude, scale, group_ends, mixing),
+    )
+    return coefficients
+
+
+def gate_backward(
+    grad: Tensor,
+    coefficients: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    amplitude: Tensor | None,
+    scale: Tensor | None,
+    group_ends: Tensor | None,
+    mixing: MixingConfig,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """One launch, and one sum for each parameter."""
+    need_x, need_weight = needed
+    x, weight = _dense_rows(x), weight.contiguous()
+    tokens, (n, h) = x.shape[0], weight.shape[-2:]
+    programs = _tiles(tokens, group_ends)
+
+    def partial_sums(wanted: bool, *shape: int) -> Tensor | None:
+        return x.new_empty(programs, *shape, dtype=torch.float32) if wanted else None
+
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    weight_sums = partial_sums(need_weight, n, h)
+    bias_sums = partial_sums(bias is not None, n)
+    amplitude_sums = partial_sums(amplitude is not None, n)
+    _backward[(programs, triton.cdiv(h, _SLAB))](
+        grad.contiguous(),
+        coefficients,
+        x,
+        weight,
+        bias,
+        amplitude,
+        scale,
+        group_ends,
+        grad_x,
+        weight_sums,
+        bias_sums,
+        amplitude_sums,
+        tokens,
+        x.stride(0),
+        NEED_X=need_x,
+        NEED_WEIGHT=need_weight,
+        GRADIENT_PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
+        SLAB=_SLAB,
+        **_shared_arguments(x, weight, bias, amplitude, scale, group_ends, mixing),
+    )
+    tile_ends = None
+    if group_ends is not None:
+        sizes = torch.diff(group_ends, prepend=group_ends.new_zeros(1))
+        tile_ends = torch.cumsum((sizes + _TOKENS - 1) // _TOKENS, 0, dtype=torch.int32)
+
+    def total(sums: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+        if sums is None:
+            return None
+        added = sums.sum(0) if tile_ends is None else grouped_sum(sums.flatten(1), tile_ends)
+        return added.view_as(parameter).to(parameter.dtype)
+
+    return grad_x, total(weight_sums, weight), total(bias_sums, bias), total(amplitude_sums, amplitude)
