@@ -81,6 +81,8 @@ class TorchGroupedLinear(torch.nn.Module):
         self._init_method = init_method
         self._groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self._whole_shape = (output_size, input_size)
+        # As Megatron's MLP says it: a rank has a part of either half of a gated fc1.
+        self._stride = 2 if config.gated_linear_unit and self.partition_dim == 0 else 1
         shape = list(self._whole_shape)
         shape[self.partition_dim] = divide(shape[self.partition_dim], self._groups.expt_tp.size())
         self.out_features, self.in_features = shape
@@ -96,7 +98,7 @@ class TorchGroupedLinear(torch.nn.Module):
         for expert in reversed(range(num_gemms)):
             weight = Parameter(weights[expert])
             if not config.perform_initialization:  # else draw() marks it
-                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=1)
+                set_tensor_model_parallel_attributes(weight, True, self.partition_dim, self._stride)
             weight.allreduce = not own_group
             self.register_parameter(f"weight{expert}", weight)
         self._register_load_state_dict_pre_hook(self._drop_extra_state)
@@ -110,7 +112,7 @@ class TorchGroupedLinear(torch.nn.Module):
         """Draws one expert's weight, from the random stream and in the way that Megatron's linear layers do."""
         weight = self.weights[expert]
         if not self.config.use_cpu_initialization:
-            _initialize_affine_weight_gpu(weight, self._init_method, self.partition_dim, is_expert=True)
+            _initialize_affine_weight_gpu(weight, self._init_method, self.partition_dim, self._stride, is_expert=True)
             return
         _initialize_affine_weight_cpu(
             weight,
@@ -118,6 +120,7 @@ class TorchGroupedLinear(torch.nn.Module):
             weight.shape[self.partition_dim],
             self.partition_dim,
             self._init_method,
+            self._stride,
             rank=self._groups.expt_tp.rank(),
             world_size=self._groups.expt_tp.size(),
         )
