@@ -21,7 +21,7 @@ from megatron_moa.recording import Comparison, assemble
 from megatron_moa.torch_grouped import TorchColumnParallelGroupedLinear, stacked
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.test_optimizer import EXPERTS, groups_of
-from tests.training import MOE, SWIGLU, record, recorded
+from tests.training import MOE, SWIGLU, recorded, train
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
@@ -253,12 +253,13 @@ def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixingConfig 
     assert saved_for_backward(grouped) <= saved_for_backward(sequential) + copies + integers
 
 
-def test_recomputing_the_mixture() -> None:
+@pytest.mark.parametrize("mixing", [MOA, LA, None], ids=["moa", "la", "none"])
+def test_recomputing_the_activation_step(mixing: MixingConfig | None) -> None:
     kept: list[Tensor] = []
     results = []
     for recompute in (False, True):
         settings = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]} if recompute else {}
-        experts = build(True, MOA, **settings)
+        experts = build(True, mixing, **settings)
         if recompute:
             experts.linear_fc2.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
         x, probabilities, gradient = inputs(SIZES["uneven"], torch.float32)
@@ -467,8 +468,8 @@ def test_parameters_are_trained_as_sequential_ones(tmp_path: Path, flags: str, p
 
 
 @pytest.mark.slow
-def test_a_bias_is_refused_in_one_line(tmp_path: Path) -> None:
-    run = record(tmp_path / "refused", *arm(_MOA), GROUPED, "--add-bias-linear", "--train-iters", "1", check=False)
+def test_a_refusal_is_one_line() -> None:
+    run = train(*arm(_MOA), GROUPED, "--moe-mlp-glu-interleave-size", "16", "--train-iters", "1", check=False)
     assert run.returncode == 2
     (line,) = [line for line in run.log.splitlines() if "error:" in line]
-    assert "--moe-grouped-gemm: these grouped experts have no bias; add --disable-bias-linear" in line
+    assert "--moe-mlp-glu-interleave-size 16: not supported by these grouped experts; drop it, or --moe-g" in line
