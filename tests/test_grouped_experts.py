@@ -172,19 +172,23 @@ def test_probabilities_on_the_input() -> None:
         torch.testing.assert_close(grouped[name], value, rtol=1e-11, atol=1e-12, msg=name)
 
 
-def test_odd_sizes_and_a_gradient_without_strides() -> None:
-    """torch's grouped product wants rows at multiples of 16 bytes, and no gradient of a sum."""
-    settings = {"hidden_size": 12, "num_attention_heads": 4, "moe_ffn_hidden_size": 7, "params_dtype": torch.bfloat16}
-    outputs = {}
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("hidden", "width"), [(12, 7), (16, 24)], ids=["odd sizes", "even sizes"])
+def test_what_the_grouped_product_refuses(hidden: int, width: int, sizes: list[int]) -> None:
+    """Rows that do not start at multiples of 16 bytes, and the gradient of a sum, which has no strides."""
+    settings = {"hidden_size": hidden, "moe_ffn_hidden_size": width, "params_dtype": torch.bfloat16}
+    results = {}
     for grouped in (False, True):
         experts = build(grouped, MOA, **settings)
-        x = torch.ones(10, 12, dtype=torch.bfloat16, requires_grad=True)
-        output, _ = experts(x, torch.tensor(SIZES["uneven"]), torch.ones(10))
+        x = torch.ones(sum(sizes), hidden, dtype=torch.bfloat16, requires_grad=True)
+        output, _ = experts(x, torch.tensor(sizes), torch.ones(sum(sizes)))
         output.sum().backward()
-        outputs[grouped] = {"output": output, "x": x.grad} | {n: p.grad for n, p in by_expert(experts).items()}
-    for name, value in outputs[False].items():
-        scale = value.abs().max().clamp_min(1e-30)
-        torch.testing.assert_close(outputs[True][name] / scale, value / scale, rtol=0, atol=0.03, msg=name)
+        results[grouped] = {"output": output, "x": x.grad} | {n: p.grad for n, p in by_expert(experts).items()}
+    for name, value in results[False].items():
+        scale = value.abs().max().clamp_min(1e-30) if value.numel() else 1.0
+        # Four roundings to bf16 lie between a token and its output, or back.
+        close = {"rtol": 0, "atol": 4 * torch.finfo(torch.bfloat16).eps}
+        torch.testing.assert_close(results[True][name] / scale, value / scale, msg=name, **close)
 
 
 def test_frozen_coefficients_take_no_gradient() -> None:
@@ -405,7 +409,7 @@ def test_train_as_sequential_experts_do(tmp_path: Path, flags: str, splits: list
     ("flags", "legs"),
     [
         pytest.param(_MOA, [(1, ""), (2, f"{GROUPED} {_EP2}"), (1, "")], id="moa"),
-        pytest.param(_MOA, [(2, f"{GROUPED} {_EP2}"), (2, _EP2), (1, GROUPED), (1, "")], id="moa-ep", marks=full),
+        pytest.param(_MOA, [(1, GROUPED), (2, _EP2), (2, f"{GROUPED} {_EP2}"), (1, "")], id="moa-ep", marks=full),
         pytest.param(
             f"{_MOA} {_DISTRIBUTED}", [(1, ""), (2, f"{GROUPED} {_EP2}"), (2, _EP2), (1, GROUPED)],
             id="moa-distributed", marks=full,
