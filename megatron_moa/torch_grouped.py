@@ -219,7 +219,7 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     """E matrices [f, h] as one tensor [E, f, h]: a view where they lie at equal distances in one storage.
 
     So they do as they are made, and in the distributed optimizer's buffer, which pads each to the same size. Elsewhere
-    (after ``.to(dtype)``; where a bucket of the buffer ends between two; Muon's distributed optimizer) it is a copy.
+    (after ``.to(dtype)``; where a bucket of the buffer ends between two, with padding) it is a copy.
     """
     first, *others = weights
     if not others:
