@@ -2,7 +2,7 @@
 
 The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``,
 ``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. megatron_moa.kernels.language makes Triton functions of
-them by reading ``torch`` as ``triton.language``; what they are held to is PyTorch's own functions, in megatron_moa.reference.
+them by reading ``torch`` as ``triton.language``. What they are held to is PyTorch's own, in megatron_moa.reference.
 
 They are for float32. Each calls the terms it is made of by name (:func:`_decay`, :func:`_reciprocal`,
 :func:`_gaussian`), and both compilers compute a term once for all activations of the same x: two exponentials and two

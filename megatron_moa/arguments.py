@@ -25,7 +25,7 @@ from megatron_moa.config import (
     resolve_form,
 )
 from megatron_moa.errors import UserError, fail
-from megatron_moa.functional import resolve_backend
+from megatron_moa.functional import check_overwrite, resolve_backend
 from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, check_saved_settings
 
 # Their values decide the model's function, so they travel in a checkpoint's args and come back from there.
@@ -98,6 +98,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="what computes the mixture; auto takes the fastest that is there",
     )
     group.add_argument(
+        "--moa-recompute",
+        action="store_true",
+        help="keep fc1's output and compute the mixture's again in backward: dense, routed and shared experts",
+    )
+    group.add_argument(
+        "--moa-overwrite-preactivation",
+        action="store_true",
+        help="backward writes the gradient of fc1's output over that output (Triton kernels only)",
+    )
+    group.add_argument(
         "--moa-log-interval",
         type=int,
         default=0,
@@ -152,6 +162,8 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
         initial_coefficients=tuple(args.moa_la_init or (DEFAULT_INITIAL_COEFFICIENT,)),
         init_scale=args.moa_init_scale,
         freeze=args.moa_freeze_gates,
+        recompute=args.moa_recompute,
+        overwrite=args.moa_overwrite_preactivation,
         backend=args.moa_backend,
     )
     args.moa_form = mixing.form
@@ -259,7 +271,9 @@ def parse_arguments(
             raise UserError("--use-checkpoint-args: needs a checkpoint; add --load FOLDER")
         if saved is None:
             raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
+        grouped = args.moe_grouped_gemm  # how experts are computed, not what: a flag of the run
         load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
+        args.moe_grouped_gemm = args.moe_grouped_gemm or grouped
         restore_model_flags(args, saved)
     mixing = mixing_from_args(args)
     if args.moa_log_interval and args.fake_process_group:
@@ -268,7 +282,8 @@ def parse_arguments(
             "drop one of the two"
         )
     if mixing is not None:
-        resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")  # now, not at the first step
+        # Now, not at the first step.
+        check_overwrite(mixing, resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu"))
         # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False
     if not args.reset_attention_mask:

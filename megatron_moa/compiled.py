@@ -24,9 +24,14 @@ from megatron_moa.grouped import (
     grouped_sum,
 )
 
-# By default inductor stores what several sums share, here a tensor of fc1's size, to compute it once; it is cheaper to
-# let every loop compute what it needs (docs/log.md).
-_OPTIONS = {"realize_opcount_threshold": 1_000_000, "realize_reads_threshold": 1_000_000}
+_OPTIONS = {
+    # By default inductor stores what several sums share, a tensor of fc1's size here, to compute it once; to compute
+    # it again in the one loop is cheaper, and keeps memory at SwiGLU's (docs/log.md).
+    "realize_opcount_threshold": 1_000_000,
+    "realize_reads_threshold": 1_000_000,
+    # Otherwise each process first compiles and starts programs to see whether vector instructions work: 5 seconds.
+    "cpp.vec_isa_ok": True,
+}
 
 
 def mixture_forward(

@@ -114,6 +114,7 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
     ) -> None:
         super().__init__(num_local_experts, config, submodules, pg_collection, name)
         self.mixing = submodules.mixing
+        self.activation_recompute = self.activation_recompute or self.mixing.recompute
         self.dp_group = pg_collection.expt_dp
         self.local_experts = torch.nn.ModuleList()
         for expert in range(num_local_experts):

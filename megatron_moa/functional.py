@@ -89,6 +89,7 @@ def gate_coefficients(
 def _fused_backend(mixing: MixingConfig, tensor: Tensor) -> fused.Backend | None:
     """The backend's module; None for eager, and for float64, which is for checks and has the reference only."""
     name = resolve_backend(mixing.backend, tensor.device.type)
+    check_overwrite(mixing, name)
     if name == "eager" or tensor.dtype == torch.float64:
         return None
     if name == "compile":
@@ -128,9 +129,18 @@ def _check_shapes(
         raise ValueError(f"per_token_scale {tuple(per_token_scale.shape)}: needs {list(tokens)}, one per token")
 
 
+def check_overwrite(mixing: MixingConfig, backend: str) -> None:
+    """Raises UserError if the gradient shall be written in place and the backend cannot."""
+    if mixing.overwrite and backend != "triton":
+        raise UserError(
+            f"--moa-overwrite-preactivation: the {backend} backend does not write in place, only the Triton kernels "
+            "do; drop the flag"
+        )
+
+
 @functools.cache
 def resolve_backend(backend: str, device_type: str) -> str:
-    """The backend that runs: ``auto`` takes ``triton`` on GPUs, else ``compile``; where there is no compiler ``eager``, and
+    """The backend that runs: ``auto`` takes ``triton`` on GPUs, else ``compile``, or ``eager`` without a compiler, and
     logs that.
 
     Raises:

@@ -51,7 +51,7 @@ class MixedMLP(MLP):
             input_size=self.config.moe_latent_size if is_expert and self.config.moe_latent_size else self.input_size,
         )
         # Megatron's meaning of moe_act: keep the output of a routed expert's fc1, not that of its activation step.
-        self.recompute_mixture = (
+        self.recompute_mixture = self.mixing.recompute or (
             is_expert
             and self.config.recompute_granularity == "selective"
             and "moe_act" in self.config.recompute_modules

@@ -31,7 +31,7 @@ from megatron_moa.functional import resolve_backend
 from megatron_moa.init_scale import output_scale, preactivation_std
 from megatron_moa.layer_specs import layer_spec, mtp_spec
 from megatron_moa.mlp import MixedMLP
-from megatron_moa.recompute import check_recompute
+from megatron_moa.recompute import check_recompute, check_recompute_mixture
 
 # GPTModelConfig's attributes that GPTModel takes under the same name.
 _SAME_NAME = (
@@ -75,6 +75,8 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixingConfig | None
     if modules:
         config.transformer.recompute_modules = list(modules)
     check_recompute(config.transformer, modules)
+    if mixing is not None and mixing.recompute:
+        check_recompute_mixture(config.transformer, modules)
     config.mixing = mixing
     return config
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import loads_optimizer
+from megatron_moa.saved_settings import as_typed, loads_optimizer
 
 _SPLITS = (
     "tensor_model_parallel_size",
@@ -121,5 +121,10 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         if value != saved_value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{checkpoint} has the optimizer's state for {flag} {saved_value}, not {value}; {remedy}")
+    # Grouped experts have their parameters in another order, and the buffer is saved as it lies.
+    grouped, saved_grouped = args.moe_grouped_gemm, getattr(saved, "moe_grouped_gemm", False)
+    if args.num_experts and grouped != saved_grouped:
+        there, here = as_typed("moe_grouped_gemm", saved_grouped), as_typed("moe_grouped_gemm", grouped)
+        raise UserError(f"{checkpoint} has the optimizer's state for {there}, not {here}; {remedy}")
     if not args.use_distributed_optimizer:
         raise UserError(f"{checkpoint} has the optimizer's state for --use-distributed-optimizer; {remedy}")

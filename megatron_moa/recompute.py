@@ -32,8 +32,32 @@ def check_recompute(config: TransformerConfig, modules: Sequence[str] | None) ->
         if name in modules and not has:
             raise UserError(f"{shown}: this model has no layer for {name}; drop {name}")
     compiled = [name for name in _COMPILED if name in modules]
-    if compiled and not is_ninja_available():
-        raise UserError(f"{shown}: for {compiled[0]} Megatron compiles a function with ninja; pip install ninja")
+    if compiled:
+        _require_ninja(shown, compiled[0])
+
+
+def check_recompute_mixture(config: TransformerConfig, modules: Sequence[str] | None) -> None:
+    """Refuses ``--moa-recompute`` where it would do nothing, or could not.
+
+    Args:
+        config: the model's.
+        modules: of ``--recompute-modules``, as given.
+
+    Raises:
+        UserError: whole layers are recomputed anyway, the shared expert overlaps with the dispatcher, or no ninja.
+    """
+    whole = [name for name in ("mlp", "moe", "shared_experts") if name in (modules or ())]
+    if config.recompute_granularity == "full" or whole:
+        other = f"--recompute-modules {whole[0]}" if whole else "--recompute-granularity full"
+        raise UserError(f"--moa-recompute: {other} recomputes the mixture already; drop one of the two")
+    if config.moe_shared_expert_overlap:
+        raise UserError("--moa-recompute: not with --moe-shared-expert-overlap; drop one of the two")
+    _require_ninja("--moa-recompute", "it")
+
+
+def _require_ninja(shown: str, name: str) -> None:
+    if not is_ninja_available():
+        raise UserError(f"{shown}: for {name} Megatron compiles a function with ninja; pip install ninja")
 
 
 def _presence(config: TransformerConfig) -> dict[str, bool]:

@@ -19,10 +19,6 @@ ALL = tuple(ACTIVATIONS)
 # relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
 
-# Largest error allowed against float64, relative to the largest entry: a few roundings of the output dtype, and for
-# float32 a few times sqrt(width) roundings of the sums.
-TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
 
 def make_inputs(mixing: MixingConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
     """Random inputs with gradients asked for; coefficients in float32 for half precision, as layers give them."""
@@ -121,12 +117,11 @@ def test_gate_of_zero_logits_is_the_amplitude(gate: str) -> None:
     torch.testing.assert_close(coefficients, amplitude.expand(3, -1), rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile"])
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradcheck(form: str, mixing_name: str, backend: str) -> None:
-    activations = SMOOTH[2:5] if form == "quadratic" or backend == "compile" else SMOOTH
-    mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend=backend)
+def test_gradcheck(form: str, mixing_name: str) -> None:
+    activations = SMOOTH[2:5] if form == "quadratic" else SMOOTH
+    mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend="eager")
     inputs = make_inputs(mixing, (4,), 3)
     assert torch.autograd.gradcheck(lambda z, c, b, s: mixed_activation(z, c, mixing, b, s), tuple(inputs.values()))
 
@@ -141,25 +136,7 @@ def test_gradcheck_of_gates(gate: str) -> None:
     assert torch.autograd.gradcheck(lambda x: reference.gate(x, fixed), (logits,))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("form", "mixing_name"), [("type1", "la"), ("one-sided", "moa"), ("bi-sided", "moa")])
-def test_compiled_backend_equals_the_float64_reference(form: str, mixing_name: str, dtype: torch.dtype) -> None:
-    mixing = MixingConfig(mixing=mixing_name, form=form, backend="compile")
-    inputs = make_inputs(mixing, (5, 3), 37, dtype)
-    exact = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
-    grad = torch.randn(5, 3, 37, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
-    out = mixed_activation(mixing=mixing, **inputs)
-    assert out.dtype == dtype
-    out.backward(grad)
-    expected = reference.mixed_activation(mixing=mixing, **exact)
-    expected.backward(grad.double())
-    assert relative_error(out, expected) < TOLERANCES[dtype]
-    for name, tensor in inputs.items():
-        assert tensor.grad.dtype == tensor.dtype
-        assert relative_error(tensor.grad, exact[name].grad) < TOLERANCES[tensor.dtype], name
-
-
-@pytest.mark.parametrize("backend", ["eager", "compile"])
+@pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 def test_odd_empty_and_strided_inputs(backend: str) -> None:
     mixing = MixingConfig(activations=("silu", "tanh"), backend=backend)
     eager = MixingConfig(activations=("silu", "tanh"), backend="eager")
@@ -179,16 +156,6 @@ def test_odd_empty_and_strided_inputs(backend: str) -> None:
     out = mixed_activation(mixing=mixing, **strided)
     contiguous = {name: tensor.contiguous() for name, tensor in strided.items()}
     assert relative_error(out, mixed_activation(mixing=eager, **contiguous)) < 1e-6
-
-
-def test_compiled_backend_saves_only_its_inputs() -> None:
-    mixing = MixingConfig(backend="compile")
-    inputs = make_inputs(mixing, (64,), 32, torch.float32)
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (saved.append(tensor), tensor)[1], lambda t: t):
-        mixed_activation(mixing=mixing, **inputs)
-    numbers = sum(tensor.numel() for tensor in saved)
-    assert numbers <= sum(tensor.numel() for tensor in inputs.values())
 
 
 def test_changing_token_counts_and_evaluation_compile_once() -> None:
@@ -242,8 +209,13 @@ def test_shapes_that_do_not_fit(change: dict, message: str) -> None:
 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     functional.resolve_backend.cache_clear()
-    with pytest.raises(UserError, match=r"--moa-backend triton: .*--moa-backend compile"):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=r"--moa-backend triton: no GPU; .*--moa-backend compile"):
         functional.resolve_backend("triton", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(functional.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UserError, match=r"--moa-backend triton: the package triton is not there"):
+            functional.resolve_backend("triton", "cuda")
     monkeypatch.setattr(functional.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match=r"--moa-backend compile: .*compiler.*--moa-backend eager"):
         functional.resolve_backend("compile", "cpu")

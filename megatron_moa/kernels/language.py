@@ -73,7 +73,7 @@ def zeros(COUNT: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def add_terms(sums, factor, x, FUNCTIONS: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
-    """``sums`` (N accumulators) with factor FUNCTIONS[k](x), summed over each thread's columns, added to K from FIRST."""
+    """``sums``, N accumulators, with factor FUNCTIONS[k](x), summed over a thread's columns, added to K from FIRST."""
     added = ()
     for index in tl.static_range(N):
         if index >= FIRST and index < FIRST + K:
