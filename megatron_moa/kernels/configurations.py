@@ -6,9 +6,11 @@ candidates on the GPU at hand and writes a file; the environment variable MEGATR
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +51,33 @@ def configuration(kernel: str, form: str, f: int, device: torch.device) -> Confi
     Raises:
         UserError: the file that MEGATRON_MOA_KERNELS names cannot be read.
     """
-    tuned = _tuned(os.environ.get(VARIABLE), architecture(device))
-    return tuned.get((kernel, form, f)) or _default(f)
+    key = kernel, form, f
+    return (
+        _in_use.get(key) or _tuned(os.environ.get(VARIABLE), architecture(device)).get(key) or default_configuration(f)
+    )
+
+
+_in_use: dict[tuple[str, str, int], Configuration] = {}
+
+
+@contextlib.contextmanager
+def using(kernel: str, form: str, f: int, chosen: Configuration) -> Iterator[None]:
+    """Inside, this configuration is the one: for trying candidates."""
+    key = kernel, form, f
+    before = _in_use.get(key)
+    _in_use[key] = chosen
+    try:
+        yield
+    finally:
+        del _in_use[key]
+        if before is not None:
+            _in_use[key] = before
 
 
 @functools.cache
-def _default(f: int) -> Configuration:
-    # Eight columns a thread. Wider tiles leave fewer programs to a multiprocessor, narrower ones waste less of a row.
+def default_configuration(f: int) -> Configuration:
+    """The configuration of what has not been tuned: eight columns a thread, few of them outside a row of f."""
+    # Wider tiles leave fewer programs to a multiprocessor, narrower ones waste less of a row.
     for block in _BLOCKS:
         if -f % block <= _WASTE * f:
             return Configuration(block, warps=block // 256)
