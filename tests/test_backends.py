@@ -46,7 +46,8 @@ def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name
         # The interpreter's bfloat16 is cut off, and a bias' gradient adds up what is cut off; GPUs round.
         bias = dtype != torch.bfloat16
         accuracy.require(accuracy.check_mixture(mixing, dtype, DEVICE, tokens=5, width=43, bias=bias, scale=True))
-        accuracy.require(accuracy.check_mixture(mixing, dtype, DEVICE, tokens=4, width=8))
+        if backend == "triton":  # every width is compiled anew
+            accuracy.require(accuracy.check_mixture(mixing, dtype, DEVICE, tokens=4, width=8))
 
 
 @pytest.mark.parametrize("form", FORMS)

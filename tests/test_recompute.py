@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
+from megatron_moa import experts as experts_module
 from megatron_moa import mlp as mlp_module
 from megatron_moa import recompute
 from megatron_moa.config import FORMS, MixingConfig
@@ -177,6 +178,55 @@ def test_moe_act_keeps_no_mixture_and_evaluation_needs_none() -> None:
         logits = logits_of(model)
     expected = build(True, MixingConfig(backend="eager"), None).eval()
     assert torch.equal(logits, logits_of(expected))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe", "grouped moe"])
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+def test_moa_recompute_keeps_no_mixture_anywhere(mixing_name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--moa-recompute: dense layers, routed and shared experts; gradients bit for bit, every mixture computed twice."""
+
+    def built(recompute: bool) -> torch.nn.Module:
+        mixing = MixingConfig(mixing=mixing_name, backend="eager", recompute=recompute)
+        tensor_parallel.model_parallel_cuda_manual_seed(11)
+        config = configured(kind != "dense", True, None)
+        config.moe_grouped_gemm = kind == "grouped moe"
+        model = build_model(config, mixing)
+        tensor_parallel.model_parallel_cuda_manual_seed(12)
+        return model
+
+    monkeypatch.setattr(experts_module, "mixed_activation", lambda *args: mlp_module.mixed_activation(*args))
+    with counting(monkeypatch) as calls:
+        expected = gradients(built(False))
+    mixtures = {"dense": 2, "moe": 6, "grouped moe": 4}[kind]
+    assert calls["mixture"] == mixtures
+    model = built(True)
+    kept: list[Tensor] = []
+    for name, module in model.named_modules():
+        if name.endswith("linear_fc2"):
+            module.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+    with counting(monkeypatch) as calls:
+        logits_of(model)
+    assert len(kept) == mixtures
+    assert all(tensor.untyped_storage().size() == 0 for tensor in kept)
+    with counting(monkeypatch) as calls:
+        assert_same(expected, gradients(built(True)))
+    assert calls["mixture"] == 2 * mixtures
+
+
+def test_moa_recompute_beside_what_recomputes_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = recompute.check_recompute_mixture
+    check(configured(False, True, None), None)
+    with pytest.raises(UserError, match="--moa-recompute: --recompute-granularity full recomputes the mixture"):
+        check(configured(False, True, {**FULL, "recompute_method": "uniform"}), None)
+    with pytest.raises(UserError, match="--moa-recompute: --recompute-modules mlp recomputes the mixture"):
+        check(configured(False, True, "mlp"), ["mlp"])
+    overlapping = configured(True, True, None)
+    overlapping.moe_shared_expert_overlap = True
+    with pytest.raises(UserError, match="--moa-recompute: not with --moe-shared-expert-overlap"):
+        check(overlapping, None)
+    monkeypatch.setattr(recompute, "is_ninja_available", lambda: False)
+    with pytest.raises(UserError, match=r"--moa-recompute: .*pip install ninja"):
+        check(configured(False, True, None), None)
 
 
 @pytest.mark.parametrize("modules", ["mlp", {**FULL, "recompute_method": "uniform"}], ids=_name)
