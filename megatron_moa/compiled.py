@@ -38,8 +38,9 @@ def mixture_forward(
     z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig
 ) -> Tensor:
     """See :class:`megatron_moa.fused.Backend`."""
-    function = _forward_function(mixing.form, mixing.activations)
-    return function(z.shape[0])(*_uniform(z, coefficients, bias, scale))
+    inputs = _uniform(z, coefficients, bias, scale)
+    function = _forward_function(mixing.form, mixing.activations, _kind(*inputs))
+    return function(z.shape[0])(*inputs)
 
 
 def mixture_backward(
@@ -52,9 +53,10 @@ def mixture_backward(
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.fused.Backend`."""
-    function = _backward_function(mixing.form, mixing.activations, *needed)
+    inputs = _uniform(z, coefficients, bias, scale)
+    function = _backward_function(mixing.form, mixing.activations, _kind(*inputs), *needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
-    return function(z.shape[0])(grad, *_uniform(z, coefficients, bias, scale))
+    return function(z.shape[0])(grad, *inputs)
 
 
 def _uniform(
@@ -74,6 +76,13 @@ def _uniform(
     return z, coefficients, bias, scale
 
 
+def _kind(*inputs: Tensor | None) -> tuple[object, ...]:
+    """What one compiled function is for: all of its inputs' dtypes and sizes but the number of tokens."""
+    return tuple(
+        None if tensor is None else (tensor.dtype, tensor.dim(), tensor.shape[-1]) for tensor in inputs[:3]
+    ) + (None if inputs[3] is None else inputs[3].dtype,)
+
+
 @dataclass(frozen=True)
 class _Function:
     """A function of tokens, compiled when it is first called with more than one: to one it would specialise."""
@@ -86,7 +95,9 @@ class _Function:
 
 
 @functools.cache
-def _forward_function(form: str, activations: tuple[str, ...]) -> _Function:
+def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _Function:
+    del kind  # each has a function of its own
+
     def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
         out = _evaluate(form, activations, z, coefficients, bias).out
         if scale is not None:
@@ -98,8 +109,15 @@ def _forward_function(form: str, activations: tuple[str, ...]) -> _Function:
 
 @functools.cache
 def _backward_function(
-    form: str, activations: tuple[str, ...], need_z: bool, need_coefficients: bool, need_scale: bool
+    form: str,
+    activations: tuple[str, ...],
+    kind: tuple[object, ...],
+    need_z: bool,
+    need_coefficients: bool,
+    need_scale: bool,
 ) -> _Function:
+    del kind  # each has a function of its own
+
     def backward(
         grad: Tensor, z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -190,7 +208,7 @@ def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _compile(function: Callable[..., object], name: str, form: str) -> _Function:
-    """With a code object of its own, so that forms do not share (and exhaust) one recompile limit."""
+    """With a code object of its own, so that functions do not share (and exhaust) one recompile limit."""
     code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
     own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
     return _Function(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
