@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_gpt_moa
+from megatron_moa import functional
 from megatron_moa.arguments import add_arguments, mixing_from_args, restore_model_flags
 from megatron_moa.config import GATED_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
@@ -176,8 +177,18 @@ def test_missing_data_and_tokenizer(failing_run: Callable[..., str], flags: list
     assert all(part in line for part in parts), line
 
 
-def test_triton_where_it_is_absent_stops_before_anything_is_built(failing_run: Callable[..., str]) -> None:
-    assert "--moa-backend triton" in failing_run(*SWIGLU, "--moa-backend", "triton")
+def test_kernels_without_a_gpu_stop_before_anything_is_built(
+    failing_run: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    functional.resolve_backend.cache_clear()
+    assert "--moa-backend triton: no GPU" in failing_run(*SWIGLU, "--moa-backend", "triton")
+    functional.resolve_backend.cache_clear()
+
+
+def test_writing_in_place_needs_the_kernels(failing_run: Callable[..., str]) -> None:
+    line = failing_run(*SWIGLU, "--moa-backend", "eager", "--moa-overwrite-preactivation")
+    assert "--moa-overwrite-preactivation: the eager backend does not write in place" in line
 
 
 def test_defaults_that_need_transformer_engine_or_apex_are_replaced_where_these_are_absent() -> None:

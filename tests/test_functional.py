@@ -43,7 +43,7 @@ def equations(inputs: dict, mixing: MixingConfig) -> Tensor:
     z = inputs["preactivation"] + inputs["bias"]
     c = inputs["coefficients"].expand(*z.shape[:-1], -1)
     names, k = mixing.activations, mixing.num_activations
-    sigma = {name: ACTIVATIONS[name].value for name in names}
+    sigma = {name: reference.DEFINITIONS[name] for name in names}
     f = z.shape[-1] // 2
     if mixing.form == "type1":
         out = sum(c[..., i, None] * sigma[names[i]](z) for i in range(k))
