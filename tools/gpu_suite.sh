@@ -112,13 +112,13 @@ if [ "$SUITE_SCALE" = full ]; then
     layer layer-dense-2b 50 --hidden 2048 --ffn 8192 --tokens 8192 --recompute
     layer layer-moe-2b 60 --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa
     step dense_2b 50 --layers 8 --micro-batch-size 4
-    step moe_2b 50 --layers 6 --micro-batch-size 4 --arms moa
+    step moe_2b 50 --layers 6 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
     run corpus 40 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus"
     train moa MoA 60
     train none SwiGLU 60
     step dense_0.5b 50 --micro-batch-size 8 --arms moa
     step dense_134m 50 --micro-batch-size 16 --arms moa
-    step moe_0.5b 50 --micro-batch-size 4 --arms moa
+    step moe_0.5b 50 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
     kernels kernels-smaller 50 --grow ffn --values 3072 5120 --tokens 8192 --backend triton
     kernels kernels-by-k 50 --grow activations --values 1 2 4 7 12 --tokens 8192 --ffn 8192 --backend triton \
         --form bi-sided --mixing moa
