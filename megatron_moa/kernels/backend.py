@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from megatron_moa.config import MixingConfig
-from megatron_moa.kernels import mixture, quadratic
-from megatron_moa.kernels.gate import gate_backward, gate_forward
-
-__all__ = ["gate_backward", "gate_forward", "mixture_backward", "mixture_forward"]
+from megatron_moa.kernels import gate, mixture, quadratic
 
 
+def _on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    # Triton launches on the current device, which need not be that of the tensors.
+    @functools.wraps(function)
+    def launch(first: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *arguments)
+
+    return launch
+
+
+@_on_device_of_first_argument
 def mixture_forward(
     z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig
 ) -> Tensor:
@@ -19,6 +32,7 @@ def mixture_forward(
     return kernels.forward(z, coefficients, bias, scale, mixing)
 
 
+@_on_device_of_first_argument
 def mixture_backward(
     grad: Tensor,
     z: Tensor,
@@ -31,3 +45,7 @@ def mixture_backward(
     """One launch (LA: and one sum; quadratic: one more)."""
     kernels = quadratic if mixing.form == "quadratic" else mixture
     return kernels.backward(grad, z, coefficients, bias, scale, mixing, needed)
+
+
+gate_forward = _on_device_of_first_argument(gate.forward)
+gate_backward = _on_device_of_first_argument(gate.backward)

@@ -273,7 +273,7 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def gate_forward(
+def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -300,7 +300,7 @@ def gate_forward(
     return coefficients
 
 
-def gate_backward(
+def backward(
     grad: Tensor,
     coefficients: Tensor,
     x: Tensor,
