@@ -132,7 +132,6 @@ def measure(mixing: MixingConfig, direction: str, dtype: str, f: int, architectu
 
     chosen = default_configuration(f)
     is_quadratic = mixing.form == "quadratic"
-    kernels = quadratic if is_quadratic else mixture
     backward = quadratic._backward_z if is_quadratic else mixture._backward
     constants = {
         "FORM": mixing.form,
@@ -152,7 +151,7 @@ def measure(mixing: MixingConfig, direction: str, dtype: str, f: int, architectu
         "scale": None,
         "grad_scale": None,
     }
-    kernel = kernels._forward if direction == "forward" else backward
+    kernel = mixture._forward if direction == "forward" else backward
     cubin = compile_kernel(kernel, constants, dtype, architecture, chosen.warps)
     return read_resources(cubin, chosen.block // (32 * chosen.warps))
 

@@ -28,8 +28,7 @@ def mixture_forward(
     z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig
 ) -> Tensor:
     """One launch."""
-    kernels = quadratic if mixing.form == "quadratic" else mixture
-    return kernels.forward(z, coefficients, bias, scale, mixing)
+    return mixture.forward(z, coefficients, bias, scale, mixing)
 
 
 @_on_device_of_first_argument

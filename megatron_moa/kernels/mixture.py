@@ -1,4 +1,4 @@
-"""The forms type1, one-sided and bi-sided: one program a row going forward, one or a few rows a program going back.
+"""All forms forward, one program a row; type1, one-sided and bi-sided backward, one or a few rows a program.
 
 Bytes that must move, in activation-sized tensors [t, f]: type1 two forward (z, out) and three backward (z, grad, grad
 of z); the gated forms three and five. These kernels move no others: backward computes the activations again from z.
@@ -30,6 +30,7 @@ from megatron_moa.kernels.language import (
     weighted_sum,
     zeros,
 )
+from megatron_moa.kernels.quadratic import bilinear
 
 
 @triton.jit
@@ -50,17 +51,22 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    c = load_all(coefficients + row * coefficient_stride, 2 * K if FORM == "bi-sided" else K)
+    N: tl.constexpr = K * K if FORM == "quadratic" else 2 * K if FORM == "bi-sided" else K
+    c = load_all(coefficients + row * coefficient_stride, N)
     for start in range(0, F, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < F
         x = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
-        mixed = weighted_sum(x, c, VALUES, K, 0)
-        if FORM != "type1":
+        if FORM == "type1":
+            mixed = weighted_sum(x, c, VALUES, K, 0)
+        else:
             y = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
-            if FORM == "bi-sided":
-                y = weighted_sum(y, c, VALUES, K, K)
-            mixed *= y
+            if FORM == "quadratic":
+                mixed = bilinear(x, y, c, VALUES, VALUES, K)
+            else:
+                if FORM == "bi-sided":
+                    y = weighted_sum(y, c, VALUES, K, K)
+                mixed = weighted_sum(x, c, VALUES, K, 0) * y
         if HAS_SCALE:
             mixed *= tl.load(scale + row).to(tl.float32)
         tl.store(out + row * F + column, mixed.to(out.dtype.element_ty), mask=inside)
@@ -146,7 +152,7 @@ def _backward(
 
 
 def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig) -> Tensor:
-    """``mixture_forward`` of :class:`megatron_moa.fused.Backend` for these three forms."""
+    """``mixture_forward`` of :class:`megatron_moa.fused.Backend`."""
     tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
     chosen = configuration("forward", mixing.form, f, z.device)

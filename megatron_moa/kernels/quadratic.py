@@ -1,4 +1,4 @@
-"""The quadratic form, sum_kl c_kl sigma_k(z1) sigma_l(z2): one program a row; gradients of z and of coefficients apart.
+"""The quadratic form's backward: one program a row for the gradient of z, and kernels apart for the coefficients'.
 
 K² sums a row are too many accumulators for one program (49 for seven activations), so the coefficients' gradients have
 K programs a row, each with the K sums of one k: z and grad are read K times, mostly from the cache.
@@ -28,41 +28,12 @@ from megatron_moa.kernels.language import (
 
 
 @triton.jit
-def _bilinear(x, y, c, FIRST: tl.constexpr, SECOND: tl.constexpr, K: tl.constexpr):
+def bilinear(x, y, c, FIRST: tl.constexpr, SECOND: tl.constexpr, K: tl.constexpr):
     """sum_kl c_kl FIRST[k](x) SECOND[l](y)"""
     total = FIRST[0](x) * weighted_sum(y, c, SECOND, K, 0)
     for k in tl.static_range(1, K):
         total += FIRST[k](x) * weighted_sum(y, c, SECOND, K, k * K)
     return total
-
-
-@triton.jit
-def _forward(
-    z,
-    coefficients,
-    bias,
-    scale,
-    out,
-    z_stride,
-    coefficient_stride,
-    VALUES: tl.constexpr,
-    K: tl.constexpr,
-    F: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    c = load_all(coefficients + row * coefficient_stride, K * K)
-    for start in range(0, F, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < F
-        x = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
-        y = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
-        mixed = _bilinear(x, y, c, VALUES, VALUES, K)
-        if HAS_SCALE:
-            mixed *= tl.load(scale + row).to(tl.float32)
-        tl.store(out + row * F + column, mixed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -102,12 +73,12 @@ def _backward_z(
         x = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
         y = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
         if NEED_SCALE:
-            out_sum += tl.sum(g * _bilinear(x, y, c, VALUES, VALUES, K), axis=1)
+            out_sum += tl.sum(g * bilinear(x, y, c, VALUES, VALUES, K), axis=1)
         if NEED_Z:
             g *= s
             out = grad_z + row * grad_z_stride
-            g_x = g * _bilinear(x, y, c, DERIVATIVES, VALUES, K)
-            g_y = g * _bilinear(x, y, c, VALUES, DERIVATIVES, K)
+            g_x = g * bilinear(x, y, c, DERIVATIVES, VALUES, K)
+            g_y = g * bilinear(x, y, c, VALUES, DERIVATIVES, K)
             tl.store(out + column, g_x.to(out.dtype.element_ty), mask=inside)
             tl.store(out + F + column, g_y.to(out.dtype.element_ty), mask=inside)
     if NEED_SCALE:
@@ -151,30 +122,6 @@ def _backward_coefficients(
                 value = tl.where(mine == k, VALUES[k](x), value)
             sums = add_terms(sums, g * value, y, VALUES, K, 0, K)
     store_sums(grad_coefficients + (program * K + mine) * K, sums, K)
-
-
-def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig) -> Tensor:
-    """``mixture_forward`` of :class:`megatron_moa.fused.Backend` for this form."""
-    tokens, f = z.shape[0], z.shape[1] // 2
-    out = z.new_empty(tokens, f)
-    chosen = configuration("forward", mixing.form, f, z.device)
-    _forward[(tokens,)](
-        z,
-        coefficients,
-        bias,
-        scale,
-        out,
-        z.stride(0),
-        coefficients.stride(0) if coefficients.dim() > 1 else 0,
-        VALUES=values(mixing.activations),
-        K=mixing.num_activations,
-        F=f,
-        HAS_BIAS=bias is not None,
-        HAS_SCALE=scale is not None,
-        BLOCK=chosen.block,
-        num_warps=chosen.warps,
-    )
-    return out
 
 
 def backward(
