@@ -1,41 +1,87 @@
-"""What the mixture's Triton kernels take of a GPU, without one: their machine code for an architecture, counted.
+"""What the Triton kernels take of a GPU, without one: their machine code for an architecture, counted.
 
-    python tools/kernel_resources.py              every form, bf16, f 8192, for sm_90 (H100, H200)
-    python tools/kernel_resources.py --activations silu --form one-sided        what SwiGLU takes in the same kernels
+    python tools/kernel_resources.py                                        all kernels, bf16, f 8192, for H100 and H200
+    python tools/kernel_resources.py --form one-sided --activations silu    SwiGLU as one of our mixtures
 
-Instructions are those of the innermost loop over a row's columns, divided by the columns a thread does in one pass: per
-element of the output. Beside them stands the least time that moving an element's bytes, issuing its instructions and
-its special functions (exp2, rsqrt) take on a whole GPU. These are bounds from counts, not measurements.
+Instructions are those of the loop over a row's columns, per element of the output. Beside them stands the least time
+that an element takes on a whole GPU, whatever else goes well: for moving its bytes, for issuing its instructions (128
+lanes a clock and multiprocessor), for those that run at half rate (64: selects, comparisons, integers, conversions),
+and for special functions (16: exp2, rsqrt). Times are bounds computed from counts; nothing is measured. They know
+nothing of latency, occupancy or caches.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
+import torch
+
+from megatron_moa import measuring
 from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import FORMS, MixingConfig
+from megatron_moa.config import FORMS, MIXINGS, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
-POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Activation-sized tensors that forward and backward must move.
-TENSORS = {"type1": (2, 3), "one-sided": (3, 5), "bi-sided": (3, 5), "quadratic": (3, 5)}
+PROGRAM = "kernel_resources.py"
 
-# Hopper, SXM: multiprocessors, clock, lanes issued and special functions done per clock and multiprocessor.
-MULTIPROCESSORS, HERTZ, LANES, SPECIAL = 132, 1.755e9, 128, 16
+# H100 SXM and H200: multiprocessors, clock, and lanes a clock and multiprocessor, of all instructions and of two kinds.
+MULTIPROCESSORS, HERTZ, LANES, HALF_RATE_LANES, SPECIAL_LANES = 132, 1.755e9, 128, 64, 16
+HOPPER = 90
+ARCHITECTURES = (80, 86, 89, HOPPER, 100, 120)
+COPY_BANDWIDTHS = (3.0, 4.3)  # TB/s that a torch copy moved on an H100 and on an H200
 
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z0-9_]+)")
+KINDS = {
+    "FMA": ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2"),
+    "half": tuple(
+        "FSEL SEL FSETP FSET FMNMX FMNMX3 ISETP IADD3 VIADD IMNMX VIMNMX LOP3 PLOP3 LEA SHF SHL SHR PRMT P2R R2P "
+        "F2FP".split()
+    ),
+    "MUFU": ("MUFU",),
+    "load": ("LDG", "LDS", "LDL"),
+    "store": ("STG", "STS", "STL"),
+}
+
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+_KERNELS = ("_forward", "_backward", "_backward_z", "_backward_coefficients")
+
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _TARGET = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
+_ACCESS = re.compile(r"^(?:LDG|STG)\.E(?:\.[A-Z][A-Z0-9]*)*?(?:\.(U8|S8|U16|S16|64|128|256))?(?:\.|$)")
+_ACCESS_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, None: 4, "64": 8, "128": 16, "256": 32}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher would have started.
+
+    Attributes:
+        kernel: a Triton function.
+        arguments: by name; tensors are without memory.
+        warps: of a program.
+        repeats: programs that read the same rows.
+    """
+
+    kernel: Any
+    arguments: dict[str, Any]
+    warps: int
+    repeats: int
+
+    @property
+    def name(self) -> str:
+        """``forward``, ``backward``, ``backward z`` ..."""
+        return self.kernel.__name__.strip("_").replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -45,11 +91,13 @@ class Resources:
     Attributes:
         registers: a thread's.
         spilled: bytes of local memory a thread has; 0 if all values stay in registers.
-        instructions: those of the loop, by name, per output element.
+        shared: bytes of shared memory a program has.
+        instructions: those of the loop, by name, per output element; empty for gates.
     """
 
     registers: int
     spilled: int
+    shared: int
     instructions: dict[str, float]
 
     @property
@@ -57,161 +105,323 @@ class Resources:
         """Instructions per output element."""
         return sum(self.instructions.values())
 
-    @property
-    def special(self) -> float:
-        """Special functions per output element."""
-        return self.instructions.get("MUFU", 0.0)
+    def of_kind(self, kind: str) -> float:
+        """Instructions of one of KINDS per output element."""
+        return sum(self.instructions.get(name, 0.0) for name in KINDS[kind])
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, architecture: int, warps: int) -> bytes:
-    """The cubin of a kernel whose arguments that are not in ``constants`` are aligned, as they are in a layer."""
+# What is launched.
+
+
+def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) -> list[Launch]:
+    """The launches a launcher of this module makes, none of which happens: so choices are the launcher's own."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+            def launch(*positional: Any, num_warps: int, **named: Any) -> None:
+                by_name = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
+                repeats = grid[1] if len(grid) > 1 else 1
+                launches.append(Launch(self.kernel, by_name, num_warps, repeats))
+
+            return launch
+
+    recorders = {name: Recorder(getattr(module, name)) for name in _KERNELS if hasattr(module, name)}
+    with mock.patch.multiple(module, **recorders):
+        launcher(*arguments)
+    return launches
+
+
+def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[Launch]:
+    """Forward and backward of a mixture without bias and router probabilities, all its gradients needed."""
+    from megatron_moa.kernels import mixture, quadratic
+
+    module = quadratic if mixing.form == "quadratic" else mixture
+    tokens = 8192
+    z = torch.empty(tokens, 2 * f if mixing.gated else f, dtype=dtype, device="meta")
+    grad = torch.empty(tokens, f, dtype=dtype, device="meta")
+    leading = (tokens,) if mixing.mixing == "moa" else ()
+    coefficients = torch.empty(*leading, mixing.num_coefficients, device="meta")
+    needed = True, True, False
+    return [
+        *recorded(mixture, mixture.forward, z, coefficients, None, None, mixing),
+        *recorded(module, module.backward, grad, z, coefficients, None, None, mixing, needed),
+    ]
+
+
+def gate_launches(mixing: MixingConfig, dtype: torch.dtype, hidden: int) -> list[Launch]:
+    """Forward and backward of a mixture's gates."""
+    from megatron_moa.kernels import gate
+
+    tokens, n = 8192, mixing.num_coefficients
+    x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
+    weight = torch.empty(n, hidden, dtype=dtype, device="meta")
+    c = torch.empty(tokens, n, device="meta")
+    return [
+        *recorded(gate, gate.forward, x, weight, None, None, None, None, mixing),
+        *recorded(gate, gate.backward, c, c, x, weight, None, None, None, None, mixing, (True, True)),
+    ]
+
+
+# What its machine code says.
+
+
+def require_tools(architecture: int) -> None:
+    """Raises UserError where Triton, or a tool of NVIDIA's that comes with it, is not there."""
+    try:
+        from triton import knobs
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError as error:
+        raise UserError(f"Triton is not there ({error}); install the version that torch names") from error
+    try:
+        for tool in (get_ptxas(architecture), knobs.nvidia.cuobjdump, knobs.nvidia.nvdisasm):
+            tool.path  # noqa: B018, looked up here
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{error}: this Triton lacks NVIDIA's tools; install triton's wheel for Linux") from error
+
+
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """The compiled kernel, specialised as Triton does at a launch; its tensors are taken to be aligned."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime.errors import PTXASError
 
-    numbers = ("tokens", "z_stride", "coefficient_stride", "grad_stride", "grad_z_stride")
-    floats = ("coefficients", "scale", "grad_coefficients", "grad_scale")
-    signature, attributes = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = "i32" if name in numbers else "*fp32" if name in floats else POINTERS[dtype]
-        if name not in ("tokens", "coefficient_stride"):
+        is_tensor = isinstance(value, torch.Tensor)
+        signature[name] = _POINTERS[value.dtype] if is_tensor else "i32"
+        if is_tensor or value % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    own = {name: constants[name] for name in kernel.arg_names if name in constants}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=own, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}).asm["cubin"]
-
-
-def read_resources(cubin: bytes, columns: int) -> Resources:
-    """Reads a cubin with the disassembler that comes with Triton; ``columns`` a thread does in one pass of the loop."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
-        code = _run(tools / "nvdisasm", file.name).splitlines()
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    counts = Counter(match[1] for line in _innermost_loop(code) if (match := _INSTRUCTION.match(line)))
-    del counts["NOP"]
-    per_element = {name: count / columns for name, count in counts.items()}
-    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], per_element)
-
-
-def _innermost_loop(code: list[str]) -> list[str]:
-    """The lines from a label to the branch back to it; of several such loops the one with most special functions."""
-    labels, loops = {}, []
-    for index, line in enumerate(code):
-        if match := _LABEL.match(line):
-            labels[match[1]] = index
-        elif (match := _TARGET.search(line)) and match[1] in labels:
-            loops.append(code[labels[match[1]] : index + 1])
-    loops = [loop for loop in loops if any("MUFU" in line for line in loop)]
-    if not loops:
-        raise RuntimeError("no loop with special functions in the machine code: it was unrolled")
-    return min(loops, key=len)
-
-
-def _run(*command: str | Path) -> str:
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", architecture, 32)
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except FileNotFoundError:
-        raise UserError(
-            f"{command[0]}: not there; this Triton has no NVIDIA tools, install the one torch names"
-        ) from None
+        return triton.compile(source, target=target, options={"num_warps": launch.warps})
+    except (PTXASError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--arch {architecture}: Triton cannot compile {launch.name} for it: {reason}") from error
 
 
-def measure(mixing: MixingConfig, direction: str, dtype: str, f: int, architecture: int) -> Resources:
-    """Forward's or backward's (``direction``) kernel of a mixture; quadratic's backward is that of z."""
-    from megatron_moa.kernels import mixture, quadratic
-    from megatron_moa.kernels.configurations import default_configuration
-    from megatron_moa.kernels.language import VECTOR, derivatives, values
-
-    chosen = default_configuration(f)
-    is_quadratic = mixing.form == "quadratic"
-    backward = quadratic._backward_z if is_quadratic else mixture._backward
-    constants = {
-        "FORM": mixing.form,
-        "VALUES": values(mixing.activations),
-        "DERIVATIVES": derivatives(mixing.activations),
-        "K": mixing.num_activations,
-        "F": f,
-        "HAS_BIAS": False,
-        "HAS_SCALE": False,
-        "NEED_Z": True,
-        "NEED_COEFFICIENTS": True,
-        "NEED_SCALE": False,
-        "ROWS": 1 if mixing.mixing == "moa" else chosen.rows,
-        "BLOCK": chosen.block,
-        "VECTOR": VECTOR,
-        "bias": None,
-        "scale": None,
-        "grad_scale": None,
-    }
-    kernel = mixture._forward if direction == "forward" else backward
-    cubin = compile_kernel(kernel, constants, dtype, architecture, chosen.warps)
-    return read_resources(cubin, chosen.block // (32 * chosen.warps))
-
-
-def bounds(resources: Resources, tensors: int, dtype: str, bandwidth: float) -> dict[str, float]:
-    """The least time for an output element on a whole GPU, in picoseconds, by what it waits for.
+def resources(launch: Launch, architecture: int, moved: int = 0) -> Resources:
+    """Compiles and reads a kernel.
 
     Args:
-        tensors: activation-sized ones that must move.
-        bandwidth: bytes a second that a copy moves.
+        moved: bytes that the loop over columns loads and stores per output element, by which it is found; 0 for kernels
+            without such a loop.
     """
-    per_second = MULTIPROCESSORS * HERTZ
+    registers, spilled, shared, code = _read(launch, architecture)
+    if not moved:
+        return Resources(registers, spilled, shared, {})
+    columns = launch.arguments["BLOCK"] // (32 * launch.warps)
+    found = column_loop(code, moved * columns) if launch.arguments["F"] >= 4 * launch.arguments["BLOCK"] else None
+    if found is None:
+        # A short loop is unrolled. In a longer row as much of the last tile lies inside as before.
+        longer = {**launch.arguments, "F": launch.arguments["F"] + 64 * launch.arguments["BLOCK"]}
+        found = column_loop(_read(dataclasses.replace(launch, arguments=longer), architecture)[3], moved * columns)
+    if found is None:
+        raise UserError(
+            f"{launch.name}: no loop in the machine code moves {moved} bytes an element; is Triton 3.6 there?"
+        )
+    loop, passes = found
+    counts = Counter(opcode.split(".")[0] for opcode in loop)
+    del counts["NOP"]
+    per_element = {name: launch.repeats * n / (columns * passes) for name, n in counts.most_common()}
+    return Resources(registers, spilled, shared, per_element)
+
+
+def _read(launch: Launch, architecture: int) -> tuple[int, int, int, list[str]]:
+    """Registers, bytes spilled, bytes of shared memory, and the disassembled code."""
+    from triton import knobs
+
+    compiled = compile_launch(launch, architecture)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
+        code = _run(knobs.nvidia.nvdisasm.path, file.name).splitlines()
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared, code
+
+
+def column_loop(code: Sequence[str], moved: int) -> tuple[list[str], int] | None:
+    """The instructions of the loop over columns, and how many passes the assembler made one of; None if there is none.
+
+    Args:
+        code: disassembled.
+        moved: bytes a thread loads and stores in one pass: the shortest loop that does this, or a multiple, is it.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in code:
+        if match := _LABEL.match(line):
+            labels[match[1]] = len(instructions)
+        elif match := _INSTRUCTION.match(line):
+            instructions.append(match[1])
+            target = _TARGET.search(line)
+            if target and target[1] in labels:
+                loops.append(instructions[labels[target[1]] :])
+    for loop in sorted(loops, key=len):
+        in_loop = sum(_ACCESS_BYTES[match[1]] for opcode in loop if (match := _ACCESS.match(opcode)))
+        if in_loop and in_loop % moved == 0:
+            return loop, in_loop // moved
+    return None
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# What follows from it.
+
+
+def tensors_moved(form: str, kernel: str) -> int:
+    """Activation-sized tensors that a kernel must load and store."""
+    if kernel == "backward coefficients":
+        return 3
+    gated = form != "type1"
+    return (3 if gated else 2) if kernel == "forward" else (5 if gated else 3)
+
+
+def bounds(found: Resources) -> dict[str, float]:
+    """The least time of the instructions of an output element on a whole H100 or H200, ps, by what it waits for."""
+    per_lane = 1e12 / (MULTIPROCESSORS * HERTZ)
     return {
-        "memory": 1e12 * tensors * BYTES[dtype] / bandwidth,
-        "issue": 1e12 * resources.issued / (LANES * per_second),
-        "special functions": 1e12 * resources.special / (SPECIAL * per_second),
+        "issue": per_lane * found.issued / LANES,
+        "half": per_lane * found.of_kind("half") / HALF_RATE_LANES,
+        "MUFU": per_lane * found.of_kind("MUFU") / SPECIAL_LANES,
     }
 
 
-def main() -> None:
-    """Compiles, counts, prints."""
-    parser = OneLineParser(prog="kernel_resources.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS)
-    parser.add_argument("--mixing", choices=("moa", "la"), default="moa")
-    parser.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=[])
-    parser.add_argument("--dtype", choices=tuple(POINTERS), default="bf16")
-    parser.add_argument("--ffn", type=int, default=8192, help="f, a multiple of what a program does at a time")
-    parser.add_argument("--architecture", type=int, default=90, help="90 for H100 and H200")
+def roofline(found: Resources, moved: int, bandwidths: Sequence[float]) -> dict[float, tuple[float, str, float]]:
+    """By TB/s: memory's time in ps, what binds, and how much longer that takes than memory."""
+    lines = {}
+    for bandwidth in bandwidths:
+        times = {"memory": moved / bandwidth, **bounds(found)}
+        slowest = max(times, key=times.__getitem__)
+        lines[bandwidth] = times["memory"], slowest, times[slowest] / times["memory"]
+    return lines
+
+
+def measured_mixtures(options: argparse.Namespace) -> Iterator[tuple[str, MixingConfig]]:
+    """What was asked for, and beside it, through the same kernels, the activations everybody else has."""
+    asked = [MixingConfig(options.mixing, form, tuple(options.activations)) for form in options.form]
+    for mixing in asked:
+        yield mixing.form, mixing
+    references = {"GELU": ("type1", ("gelu",)), "SwiGLU": ("one-sided", ("silu",))}
+    for name, (form, activations) in references.items():
+        reference = MixingConfig(options.mixing, form, activations)
+        wanted = any(mixing.gated == reference.gated for mixing in asked)
+        if wanted and reference not in asked:
+            yield name, reference
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    description = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=description)
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
+    parser.add_argument("--mixing", choices=MIXINGS, default="moa", help="default: moa")
+    parser.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=(), help="default: the form's")
+    parser.add_argument("--dtype", choices=tuple(measuring.DTYPES), default="bf16", help="default: bf16")
+    size = {"type": measuring.positive, "metavar": "N"}
+    parser.add_argument("--ffn", **size, default=8192, help="f (default: 8192)")
+    parser.add_argument("--hidden", **size, help="h, for the gates (default: f / 4)")
     parser.add_argument(
-        "--bandwidth", type=float, nargs="+", default=[3.0, 4.3], help="TB/s of a copy: 3.0 on an H100, 4.3 on an H200"
+        "--arch", **size, default=HOPPER, help="80, 90 (default: H100, H200) or 100; bounds for 90 only"
     )
-    parser.add_argument("--json", type=argparse.FileType("a"), help="append the figures to a file, a line each")
-    with one_line_errors("kernel_resources.py"):
-        arguments = parser.parse_args()
-        os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: interpreted kernels have no code
-        print(
-            f"sm_{arguments.architecture}, {arguments.dtype}, f {arguments.ffn}; per output element; times are bounds"
-        )
-        head = f"{'form':10} {'':8} {'registers':>9} {'spilled':>7} {'issued':>7} {'special':>7}"
-        for bandwidth in arguments.bandwidth:
-            head += f" | {bandwidth} TB/s: memory, issue, special ps, slowest over memory"
-        print(head)
-        for form in arguments.form:
-            mixing = MixingConfig(mixing=arguments.mixing, form=form, activations=tuple(arguments.activations))
-            for direction, tensors in zip(("forward", "backward"), TENSORS[form], strict=True):
-                found = measure(mixing, direction, arguments.dtype, arguments.ffn, arguments.architecture)
-                line = f"{form:10} {direction:8} {found.registers:9} {found.spilled:7} {found.issued:7.1f}"
-                line += f" {found.special:7.1f}"
-                for bandwidth in arguments.bandwidth:
-                    times = bounds(found, tensors, arguments.dtype, 1e12 * bandwidth)
-                    slowest = max(times, key=times.get)
-                    line += " | " + " ".join(f"{value:5.2f}" for value in times.values())
-                    line += f"  {times[slowest] / times['memory']:.2f} ({slowest})"
-                print(line, flush=True)
-                if arguments.json:
-                    record = {"form": form, "mixing": arguments.mixing, "direction": direction, "f": arguments.ffn}
-                    record |= {"dtype": arguments.dtype, "architecture": arguments.architecture}
-                    record |= {"registers": found.registers, "spilled": found.spilled}
-                    record |= {"activations": mixing.activations, "instructions": found.instructions}
-                    arguments.json.write(json.dumps(record) + "\n")
+    parser.add_argument(
+        "--bandwidth",
+        type=_positive_number,
+        nargs="+",
+        default=COPY_BANDWIDTHS,
+        metavar="TB/S",
+        help="what a copy moves (default: 3.0 as on an H100, 4.3 as on an H200)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures, one JSON object a line")
+    return parser.parse_args(argv)
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compiles, counts, prints."""
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: interpreted kernels have no machine code
+    with one_line_errors(PROGRAM):
+        options = parse(argv)
+        require_tools(options.arch)
+        dtype = measuring.DTYPES[options.dtype]
+        bandwidths = options.bandwidth if options.arch == HOPPER else ()
+        common = {"mixing": options.mixing, "dtype": options.dtype, "arch": options.arch}
+        records = []
+        rows = []
+        for name, mixing in measured_mixtures(options):
+            for launch in mixture_launches(mixing, dtype, options.ffn):
+                moved = tensors_moved(mixing.form, launch.name) * dtype.itemsize
+                found = resources(launch, options.arch, moved)
+                row = [f"{name} {launch.name}", found.registers, found.spilled, found.shared, f"{found.issued:.1f}"]
+                row += [f"{found.of_kind(kind):.2f}" for kind in KINDS]
+                lines = roofline(found, moved, bandwidths)
+                if lines:
+                    row += [f"{time:.2f}" for time in bounds(found).values()]
+                for memory, slowest, ratio in lines.values():
+                    row += [f"{memory:.2f}", f"{ratio:.2f} {slowest}"]
+                rows.append(row)
+                records.append(
+                    {"name": name, "kernel": launch.name, "form": mixing.form, **common, "f": options.ffn}
+                    | {"activations": mixing.activations, "block": launch.arguments["BLOCK"], "warps": launch.warps}
+                    | {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
+                    | {"instructions": found.instructions, "bytes": moved}
+                    | {"ps": {**bounds(found), **{f"memory {tb}": lines[tb][0] for tb in lines}} if lines else None}
+                )
+        gates = []
+        for form in options.form if options.mixing == "moa" else ():
+            mixing = MixingConfig(options.mixing, form, tuple(options.activations))
+            hidden = options.hidden or max(options.ffn // 4, 1)
+            for launch in gate_launches(mixing, dtype, hidden):
+                found = resources(launch, options.arch)
+                gates.append([f"{form} gates {launch.name}", found.registers, found.spilled, found.shared])
+                records.append(
+                    {"name": f"{form} gates", "kernel": launch.name, "form": form, **common, "hidden": hidden}
+                    | {"activations": mixing.activations, "warps": launch.warps}
+                    | {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
+                )
+        _print(options, rows, gates, bandwidths)
+        if options.json:
+            try:
+                surroundings = measuring.environment(torch.device("cpu"))
+                measuring.append_records(options.json, "resources", surroundings, records)
+            except OSError as error:
+                raise UserError(f"--json {options.json}: {error.strerror}; name a file that can be written") from error
+
+
+def _print(
+    options: argparse.Namespace, rows: list[list[Any]], gates: list[list[Any]], bandwidths: Sequence[float]
+) -> None:
+    print(f"sm_{options.arch}, {options.mixing}, {options.dtype}, f {options.ffn}: counts of machine code, per output")
+    print("element; bytes of shared memory are a program's. ps: the least time by these counts, not a measurement.\n")
+    head = ["", "regs", "spilled", "shared", "issued", *KINDS]
+    if bandwidths:
+        head += ["issue ps", "half ps", "MUFU ps"]
+    for bandwidth in bandwidths:
+        head += [f"{bandwidth:g} TB/s ps", "bound / that"]
+    print(measuring.table(head, rows))
+    if gates:
+        print()
+        print(measuring.table(["", "regs", "spilled", "shared"], gates))
 
 
 if __name__ == "__main__":
