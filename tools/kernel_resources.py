@@ -260,7 +260,7 @@ def column_loop(code: Sequence[str], moved: int) -> tuple[list[str], int] | None
     """
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[list[str]] = []
+    loops: list[range] = []
     for line in code:
         if match := _LABEL.match(line):
             labels[match[1]] = len(instructions)
@@ -268,12 +268,22 @@ def column_loop(code: Sequence[str], moved: int) -> tuple[list[str], int] | None
             instructions.append(match[1])
             target = _TARGET.search(line)
             if target and target[1] in labels:
-                loops.append(instructions[labels[target[1]] :])
+                loops.append(range(labels[target[1]], len(instructions)))
+    innermost: list[range] = []
     for loop in sorted(loops, key=len):
-        in_loop = sum(_ACCESS_BYTES[match[1]] for opcode in loop if (match := _ACCESS.match(opcode)))
-        if in_loop and in_loop % moved == 0:
-            return loop, in_loop // moved
+        in_loop = sum(_bytes_moved(instructions[index]) for index in loop)
+        # A loop around the one over columns, over rows, is not meant.
+        if not in_loop or any(other.start >= loop.start and other.stop <= loop.stop for other in innermost):
+            continue
+        innermost.append(loop)
+        if in_loop % moved == 0:
+            return instructions[loop.start : loop.stop], in_loop // moved
     return None
+
+
+def _bytes_moved(opcode: str) -> int:
+    match = _ACCESS.match(opcode)
+    return _ACCESS_BYTES[match[1]] if match else 0
 
 
 def _run(*command: str) -> str:
@@ -336,7 +346,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ffn", **size, default=8192, help="f (default: 8192)")
     parser.add_argument("--hidden", **size, help="h, for the gates (default: f / 4)")
     parser.add_argument(
-        "--arch", **size, default=HOPPER, help="80, 90 (default: H100, H200) or 100; bounds for 90 only"
+        "--arch",
+        type=int,
+        choices=ARCHITECTURES,
+        default=HOPPER,
+        help="compute capability without its dot (default: 90, H100 and H200); times are given for 90 only",
     )
     parser.add_argument(
         "--bandwidth",

@@ -3,8 +3,9 @@
     python tools/tune_kernels.py --ffn 3072 8192 --output kernels.json
     MEGATRON_MOA_KERNELS=kernels.json python pretrain_gpt_moa.py ...        uses them
 
-The file has an entry for each architecture; what it holds of others, and of other widths, stays. Nothing is tuned while
-a model trains: all ranks must launch alike, and CUDA graphs be captured.
+The file has an entry for each architecture, kernel, form and width; what it holds of others stays. Nothing is tuned
+while a model trains: all ranks must launch alike, and CUDA graphs be captured. Times are of kernels alone, with an
+empty cache; the fastest is compared with float64 before it is written.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_moa import accuracy
-from megatron_moa.config import FORMS, MixingConfig
+from megatron_moa import accuracy, measuring
+from megatron_moa.config import FORMS, MIXINGS, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "tune_kernels.py"
 
 BLOCKS = (256, 512, 1024, 2048, 4096)
 WARPS = (1, 2, 4, 8, 16)
 COLUMNS = (2, 32)  # a thread's, fewest and most
 ROWS = (4, 8, 16, 32)  # over which a program of LA's backward sums
+KERNELS = ("forward", "backward")
 
 
 def candidates(kernel: str, mixing: str) -> Iterator[Any]:
@@ -39,14 +43,16 @@ def candidates(kernel: str, mixing: str) -> Iterator[Any]:
             yield Configuration(block, warps, row)
 
 
-def launchers(mixing: MixingConfig, tokens: int, f: int, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def launchers(
+    mixing: MixingConfig, tokens: int, f: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[], object]]:
     """What launches forward and backward on random numbers."""
     from megatron_moa.kernels import backend
 
-    generator = torch.Generator(device="cuda").manual_seed(1)
+    generator = torch.Generator(device=device).manual_seed(1)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     z = normal(tokens, 2 * f if mixing.gated else f)
     leading = (tokens,) if mixing.mixing == "moa" else ()
@@ -59,57 +65,135 @@ def launchers(mixing: MixingConfig, tokens: int, f: int, dtype: torch.dtype) -> 
     }
 
 
-def tune(mixing: MixingConfig, kernel: str, tokens: int, f: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The fastest configuration of a kernel as an entry of the file, after a line that says how fast."""
-    from triton.testing import do_bench
+def tune(
+    mixing: MixingConfig,
+    kernel: str,
+    launch: Callable[[], object],
+    f: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tried: Sequence[Any],
+    rounds: int,
+) -> dict[str, Any]:
+    """The fastest of the configurations ``tried`` and the one in use, as an entry of the file, after a line that says
+    how fast.
 
-    from megatron_moa.kernels.configurations import default_configuration, using
+    Raises:
+        AccuracyError: its results are wrong.
+    """
+    from triton.runtime.errors import OutOfResources, PTXASError
 
-    launch = launchers(mixing, tokens, f, dtype)[kernel]
-    before = do_bench(launch, return_mode="median")
-    best, best_time = default_configuration(f), before
-    for chosen in candidates(kernel, mixing.mixing):
-        with using(kernel, mixing.form, f, chosen):
-            time = do_bench(launch, return_mode="median")
-        if time < best_time:
-            best, best_time = chosen, time
+    from megatron_moa.kernels.configurations import configuration, using
+
+    def run_with(chosen: Any) -> measuring.Run:
+        def run(lap: measuring.Lap) -> None:
+            with using(kernel, mixing.form, f, chosen):
+                launch()
+            lap(kernel)
+
+        return run
+
+    before = configuration(kernel, mixing.form, f, device)
+    runs: dict[str, measuring.Run] = {}
+    by_name = {str(chosen): chosen for chosen in (before, *tried)}
+    for name, chosen in by_name.items():
+        run = run_with(chosen)
+        try:
+            run(measuring.no_lap)  # compiles
+        except (OutOfResources, PTXASError):
+            if chosen is before:
+                raise
+            continue
+        runs[name] = run
+    timings = measuring.time_alternately(runs, device, rounds, flush=True)
+    name = timings.fastest(runs)
+    best = by_name[name]
     with using(kernel, mixing.form, f, best):
-        accuracy.require(accuracy.check_mixture(mixing, dtype, "cuda", tokens=65, width=f))
-    print(f"{mixing.form:10} {kernel:8} f {f}: {before:.4f} -> {best_time:.4f} ms, {best}", flush=True)
+        accuracy.require(accuracy.check_mixture(mixing, dtype, device, tokens=65, width=f))
+    print(
+        f"{mixing.mixing} {mixing.form} {kernel}, f {f}: {timings.median(str(before)):.4f} -> "
+        f"{timings.median(name):.4f} ms, {best}; {len(runs)} tried, {len(by_name) - len(runs)} did not fit",
+        flush=True,
+    )
     return {"kernel": kernel, "form": mixing.form, "f": f, "block": best.block, "warps": best.warps, "rows": best.rows}
 
 
+def read(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """What a file holds; nothing if it is not there.
+
+    Raises:
+        UserError: it is there and holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+        for entries in content.values():
+            for entry in entries:
+                entry["kernel"], entry["form"], entry["f"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"--output {path}: not a file of this tool ({error!r}); name another") from error
+    return content
+
+
 def write(path: Path, architecture: str, entries: list[dict[str, Any]]) -> None:
-    """Adds entries to a file, in place of those of the same kernel, form and width."""
-    content = json.loads(path.read_text()) if path.exists() else {}
+    """Adds entries to a file, in place of those of the same kernel, form and width; a reader sees the old file or the
+    new one.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    content = read(path)
     new = {(entry["kernel"], entry["form"], entry["f"]) for entry in entries}
     kept = [e for e in content.get(architecture, []) if (e["kernel"], e["form"], e["f"]) not in new]
     content[architecture] = kept + entries
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}; name a file that can be written") from error
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    description = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=description)
+    size = {"type": measuring.positive, "metavar": "N"}
+    parser.add_argument("--ffn", **size, nargs="+", required=True, help="widths f (of a tensor-parallel rank)")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
+    parser.add_argument(
+        "--mixing", choices=MIXINGS, default="moa", help="default: moa; the file has one entry for both"
+    )
+    parser.add_argument("--tokens", **size, default=8192, help="default: 8192")
+    parser.add_argument("--dtype", choices=tuple(measuring.DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument("--rounds", **size, default=15, help="repetitions of each, in alternation (default: 15)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="what it holds of others stays")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Tunes every form, width and kernel asked for."""
-    parser = OneLineParser(prog="tune_kernels.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--ffn", type=int, nargs="+", required=True, help="widths f (a tensor-parallel rank's)")
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=["type1", "one-sided", "bi-sided"])
-    parser.add_argument("--mixing", choices=("moa", "la"), default="moa")
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--output", type=Path, required=True, help="the file; entries of others in it stay")
-    with one_line_errors("tune_kernels.py"):
-        arguments: argparse.Namespace = parser.parse_args()
+    with one_line_errors(PROGRAM):
+        options = parse(argv)
         if not torch.cuda.is_available():
-            raise UserError("tune_kernels.py: there is no GPU; run it where the model will be trained")
+            raise UserError("no GPU here; run this where the model will be trained")
         from megatron_moa.kernels.configurations import architecture
 
-        entries = []
-        for form, f, kernel in itertools.product(arguments.form, arguments.ffn, ("forward", "backward")):
-            mixing = MixingConfig(mixing=arguments.mixing, form=form, backend="triton")
-            entries.append(tune(mixing, kernel, arguments.tokens, f, getattr(torch, arguments.dtype)))
-        write(arguments.output, architecture(torch.device("cuda")), entries)
+        device, dtype = torch.device("cuda"), measuring.DTYPES[options.dtype]
+        write(options.output, architecture(device), [])  # what fails, fails before minutes are spent
+        print(measuring.describe(measuring.environment(device)), flush=True)
+        for form, f in itertools.product(options.form, options.ffn):
+            mixing = MixingConfig(mixing=options.mixing, form=form, backend="triton")
+            launches = launchers(mixing, options.tokens, f, dtype, device)
+            for kernel in KERNELS:
+                tried = list(candidates(kernel, options.mixing))
+                try:
+                    entry = tune(mixing, kernel, launches[kernel], f, dtype, device, tried, options.rounds)
+                except accuracy.AccuracyError as error:
+                    print(f"{PROGRAM}: {error}")
+                    raise SystemExit(1) from None
+                write(options.output, architecture(device), [entry])  # one by one: a run cut short keeps what it found
 
 
 if __name__ == "__main__":

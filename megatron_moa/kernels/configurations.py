@@ -30,11 +30,20 @@ class Configuration:
         block: columns a program works on at a time; a power of two.
         warps: of 32 threads, per program.
         rows: rows a program of the backward kernels sums LA's gradients over.
+
+    Raises:
+        ValueError: for what Triton cannot launch.
     """
 
     block: int
     warps: int
     rows: int = 8
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("block", 32, 65536), ("warps", 1, 32), ("rows", 1, 65536)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most or value & (value - 1):
+                raise ValueError(f"{name} {value!r} is not a power of two from {least} to {most}")
 
 
 _BLOCKS = (1024, 512, 256)
