@@ -85,11 +85,11 @@ def test_activations_share_their_special_functions(counts: dict[str, Counts]) ->
             assert whole[name, kernel]["instructions"]["MUFU"] == special, (name, kernel)
     assert whole["quadratic", "forward"]["instructions"]["MUFU"] == 8
     assert whole["quadratic", "backward z"]["instructions"]["MUFU"] == 8
-    for kernel, most_of_two, most_of_one in (("forward", 1.7, 4.3), ("backward", 1.75, 4.0)):
+    for kernel, most_of_two, most_of_one in (("forward", 1.55, 3.3), ("backward", 1.9, 3.6)):
         seven = whole["bi-sided", kernel]
         assert seven["instructions"]["MUFU"] == two["bi-sided", kernel]["instructions"]["MUFU"] == 8
         assert one["bi-sided", kernel]["instructions"]["MUFU"] == 4
-        # Bounds a little above what is counted (docs/performance.md): more is to be noticed.
+        # Counted: forward 1.42 and 2.9 times, backward 1.75 and 3.2 times. Much more is to be noticed.
         assert issued(seven) < most_of_two * issued(two["bi-sided", kernel])
         assert issued(seven) < most_of_one * issued(one["bi-sided", kernel])
 
