@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moa import cpu
 from megatron_moa.errors import UserError
 from megatron_moa.torch_modules import TorchAttention, TorchLayerNorm, TorchNorm, TorchRMSNorm
 
@@ -23,17 +22,9 @@ TOLERANCES = {
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    """Megatron's process groups for a single rank, and its streams of random numbers."""
-    cpu.enable()
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
-    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+def one_process(megatron):
+    """Megatron's process groups for a single rank, and its streams of random numbers at their start."""
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
 
 
 def config_of(**fields) -> TransformerConfig:
