@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor
 
 from megatron_moa import reference, torch_grouped
+from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.coefficients import Coefficients, GateCoefficients
 from megatron_moa.config import FORMS, GATES, MixingConfig
+from megatron_moa.errors import UserError
 from megatron_moa.monitor import CoefficientMonitor
+from megatron_moa.optimizer_resharding import check_saved_split
 from megatron_moa.recording import Comparison, assemble
 from megatron_moa.torch_grouped import TorchColumnParallelGroupedLinear, stacked
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
@@ -477,3 +481,20 @@ def test_a_refusal_is_one_line() -> None:
     assert run.returncode == 2
     (line,) = [line for line in run.log.splitlines() if "error:" in line]
     assert "--moe-mlp-glu-interleave-size 16: not supported by these grouped experts; drop it, or --moe-g" in line
+
+
+def test_a_buffer_of_experts_in_another_order_is_refused(tmp_path: Path) -> None:
+    """A distributed optimizer's default checkpoint holds Megatron's buffer as it lies."""
+    split = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
+    split |= {"expert_tensor_parallel_size": 1, "use_distributed_optimizer": True, "num_experts": 4}
+
+    def args(grouped: bool, **changes: Any) -> argparse.Namespace:
+        own = {"finetune": False, "no_load_optim": False, "moe_grouped_gemm": grouped}
+        return argparse.Namespace(**{**split, **own, **changes})
+
+    checkpoint = Checkpoint("--load", tmp_path, 3)
+    check_saved_split(args(True), args(True), checkpoint)
+    check_saved_split(args(True, num_experts=None), args(False, num_experts=None), checkpoint)
+    check_saved_split(args(True), args(False, dist_ckpt_optim_fully_reshardable=True), checkpoint)
+    with pytest.raises(UserError, match=r"the optimizer's state for .*, not --moe-grouped-gemm; go on under that, or"):
+        check_saved_split(args(True), args(False), checkpoint)
