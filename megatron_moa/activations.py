@@ -52,7 +52,7 @@ class Activation:
 
 
 def _inverse(y: Tensor) -> Tensor:
-    # 1 / y for y >= 1. On GPUs this is two instructions, a division nine.
+    # 1 / y for y >= 1. On GPUs this is two instructions, a division several.
     root = torch.rsqrt(y)
     return root * root
 

@@ -261,6 +261,15 @@ def _at_least_float32(parameter: Tensor) -> Tensor:
     return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
+def experts_reduce_apart(config: TransformerConfig) -> bool:
+    """Whether experts' gradients are reduced over a data-parallel group of their own: Megatron's rule for its own
+    expert weights (tensor_parallel/layers.py).
+    """
+    return (
+        config.expert_model_parallel_size > 1 or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
+    )
+
+
 def build_coefficients(
     mixing: MixingConfig,
     config: TransformerConfig,
@@ -284,10 +293,7 @@ def build_coefficients(
         layout = InputLayout.SEQUENCE_SHARD
     else:
         layout = InputLayout.REPLICATED
-    # The rule by which Megatron's own expert weights choose their data-parallel group (tensor_parallel/layers.py).
-    expert_parameters = is_expert and (
-        config.expert_model_parallel_size > 1 or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-    )
+    expert_parameters = is_expert and experts_reduce_apart(config)
     if mixing.mixing == "la":
         return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters)
     return GateCoefficients(mixing, config, tp_group, layout, expert_parameters, input_size=input_size)

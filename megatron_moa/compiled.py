@@ -29,7 +29,7 @@ _OPTIONS = {
     # it again in the one loop is cheaper, and keeps memory at SwiGLU's (docs/log.md).
     "realize_opcount_threshold": 1_000_000,
     "realize_reads_threshold": 1_000_000,
-    # Otherwise each process first compiles and starts programs to see whether vector instructions work: 5 seconds.
+    # Otherwise each process first compiles and starts programs to see whether vector instructions work: seconds.
     "cpp.vec_isa_ok": True,
 }
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import Parameter
 
+from megatron_moa.coefficients import experts_reduce_apart
 from megatron_moa.grouped import (
     ends_of_groups,
     grouped_linear,
@@ -88,18 +89,13 @@ class TorchGroupedLinear(torch.nn.Module):
         self.out_features, self.in_features = shape
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         weights = torch.full((num_gemms, *shape), torch.nan, dtype=config.params_dtype, device=device)
-        # Megatron's rule for the data-parallel group of an expert's weights.
-        own_group = (
-            config.expert_model_parallel_size > 1
-            or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
-        )
         # The last one first: the distributed optimizer moves parameters into its buffer in reverse order, and so keeps
         # these in the order that one product over all of them needs.
         for expert in reversed(range(num_gemms)):
             weight = Parameter(weights[expert])
             if not config.perform_initialization:  # else draw() marks it
                 set_tensor_model_parallel_attributes(weight, True, self.partition_dim, self._stride)
-            weight.allreduce = not own_group
+            weight.allreduce = not experts_reduce_apart(config)
             self.register_parameter(f"weight{expert}", weight)
         self._register_load_state_dict_pre_hook(self._drop_extra_state)
 

@@ -20,6 +20,7 @@ from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.functional import gate_coefficients, mixed_activation, resolve_backend
+from megatron_moa.measuring import saved_for_backward
 from tests.training import SWIGLU, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,28 +149,6 @@ def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) 
     assert accuracy.bit_equal_gradients(gradients)
 
 
-class _SavedTensors:
-    """Bytes of the distinct storages that are saved for backward inside, parameters left out."""
-
-    def __init__(self, *parameters: Tensor) -> None:
-        self._known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self.bytes = 0
-
-    def __enter__(self) -> _SavedTensors:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        if (pointer := tensor.untyped_storage().data_ptr()) not in self._known:
-            self._known.add(pointer)
-            self.bytes += tensor.untyped_storage().nbytes()
-        return tensor
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
 @pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic", "type1"])
@@ -180,8 +159,7 @@ def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
     """SwiGLU's: fc1's output and the router's probabilities, as in Megatron; x is fc1's too, so saved anyway."""
     mixing = MixingConfig(mixing=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
     layer = make_layer(mixing, 6, 16, 8, dtype)
-    with _SavedTensors(layer["weight"], layer["value"]) as saved:
-        activation_step(layer, mixing)
+    saved = saved_for_backward(lambda: activation_step(layer, mixing), (layer["weight"], layer["value"]))
     swiglu = layer["z"].nbytes + layer["scale"].nbytes + (layer["x"].nbytes if mixing_name == "moa" else 0)
     coefficients = 4 * 6 * mixing.num_coefficients if mixing_name == "moa" else 0  # LA's are parameters
     assert saved.bytes == swiglu + coefficients
@@ -190,8 +168,7 @@ def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
 def test_the_count_of_saved_bytes_can_fail() -> None:
     eager = MixingConfig(activations=("silu", "tanh"), backend="eager")
     layer = make_layer(eager, 6, 16, 8, torch.float32)
-    with _SavedTensors(layer["weight"]) as saved:
-        activation_step(layer, eager)
+    saved = saved_for_backward(lambda: activation_step(layer, eager), (layer["weight"],))
     assert saved.bytes > 2 * (layer["z"].nbytes + layer["scale"].nbytes)
 
 
