@@ -1,8 +1,8 @@
 """Times the whole training step of a recipe's model with a mixture and with SwiGLU, in alternation, in one process.
 
-    python tools/benchmark_step.py examples/models/dense_0.5b.sh --micro-batch-size 4
-    python tools/benchmark_step.py examples/models/moe_2b.sh --layers 4 -- --moe-grouped-gemm --moa-backend compile
-    torchrun --nproc-per-node 2 tools/benchmark_step.py examples/models/dense_2b.sh -- --tensor-model-parallel-size 2
+    python tools/benchmark_step.py examples/models/dense-0.5b.sh --micro-batch-size 4
+    python tools/benchmark_step.py examples/models/moe-2b.sh --layers 4 -- --moe-grouped-gemm --moa-backend compile
+    torchrun --nproc-per-node 2 tools/benchmark_step.py examples/models/dense-2b.sh -- --tensor-model-parallel-size 2
 
 A step is Megatron's own train_step: forward, backward, reduction of gradients by its DDP, clipping, Adam, schedule.
 Tokens are random and on the device already. RECIPE is a bash file with an array MODEL_ARGS; flags after ``--`` are

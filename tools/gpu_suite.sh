@@ -70,7 +70,7 @@ step() {
 # train MIXING ARM LIMIT FLAGS...
 train() {
     # shellcheck source=/dev/null
-    source examples/models/dense_134m.sh
+    source examples/models/dense-134m.sh
     run "training-$1" "$3" "$PYTHON" pretrain_gpt_moa.py "${MODEL_ARGS[@]}" "${TRAINING[@]}" --moa-mixing "$1" "${@:4}" \
         --data-path "$OUT/corpus" --data-cache-path "$OUT/cache" --tokenizer-type NullTokenizer --vocab-size 257 \
         --split 95,5,0 --seed 1 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 \
@@ -111,14 +111,14 @@ if [ "$SUITE_SCALE" = full ]; then
     kernels kernels-2b 100 --tokens 8192 --ffn 8192
     layer layer-dense-2b 50 --hidden 2048 --ffn 8192 --tokens 8192 --recompute
     layer layer-moe-2b 60 --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa
-    step dense_2b 50 --layers 8 --micro-batch-size 4
-    step moe_2b 50 --layers 6 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
+    step dense-2b 50 --layers 8 --micro-batch-size 4
+    step moe-2b 50 --layers 6 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
     run corpus 40 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus"
     train moa MoA 60
     train none SwiGLU 60
-    step dense_0.5b 50 --micro-batch-size 8 --arms moa
-    step dense_134m 50 --micro-batch-size 16 --arms moa
-    step moe_0.5b 50 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
+    step dense-0.5b 50 --micro-batch-size 8 --arms moa
+    step dense-134m 50 --micro-batch-size 16 --arms moa
+    step moe-0.5b 50 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
     kernels kernels-smaller 50 --grow ffn --values 3072 5120 --tokens 8192 --backend triton
     kernels kernels-by-k 50 --grow activations --values 1 2 4 7 12 --tokens 8192 --ffn 8192 --backend triton \
         --form bi-sided --mixing moa
@@ -137,7 +137,7 @@ else
     kernels kernels 60 --grow ffn --values 32 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-dense 60 --hidden 32 --ffn 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-moe 60 --hidden 32 --ffn 48 --tokens 64 --experts 4 --backend eager --rounds 2 --form bi-sided
-    step dense_134m 60 --micro-batch-size 2 --rounds 2
+    step dense-134m 60 --micro-batch-size 2 --rounds 2
     run corpus 60 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus" --glob 'asyncio/*.py'
     train moa MoA 60 --moa-backend eager
     train none SwiGLU 60

@@ -1,0 +1,9 @@
+# shellcheck shell=bash disable=SC2034
+# What GPT-2-like models share: LayerNorm, learned positions, GELU (Type I) or a mixture in its place, biases, tied
+# embeddings, no dropout.
+FAMILY_ARGS=(
+    --normalization LayerNorm
+    --position-embedding-type learned_absolute
+    --hidden-dropout 0
+    --attention-dropout 0
+)

@@ -1,0 +1,20 @@
+# shellcheck shell=bash disable=SC2034
+# shellcheck source=examples/families/llama.sh
+source "${BASH_SOURCE[0]%/*}/../families/llama.sh"
+
+SEQ_LENGTH=${SEQ_LENGTH:-2048}
+MODEL_ARGS=(
+    "${FAMILY_ARGS[@]}"
+    --num-layers 15
+    --hidden-size 1280
+    --num-attention-heads 20
+    --ffn-hidden-size 5120
+    --seq-length "$SEQ_LENGTH"
+    --max-position-embeddings "$SEQ_LENGTH"
+)
+
+TOKENS=${TOKENS:-10000000000}
+WARMUP_TOKENS=${WARMUP_TOKENS:-200000000}
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-256} # samples: 0.5 million tokens
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-8}
+LR=${LR:-6e-4}

@@ -1,0 +1,185 @@
+#!/usr/bin/env bash
+# Trains a model of examples/models/ with a mixture of activations, or without: one process, one node, or one node of many.
+#
+#   DATA_PATH=data/corpus TOKENIZER_MODEL=tokenizer.model examples/pretrain.sh dense-134m moa
+#   examples/pretrain.sh dense-134m none --mock-data --train-iters 20        # random tokens: does it run, how fast
+#   OPTIMIZER=muon SCHEDULE=wsd LR=8e-4 examples/pretrain.sh moe-2b bi-sided --dry-run
+#
+# MODEL   a file of examples/models/ without its .sh, or the path of one of yours
+# MIXING  none (Megatron's stock layers, the baseline), la, moa; or moa in one form: type1, one-sided, bi-sided, quadratic
+# flags   of pretrain_gpt_moa.py: they come last, so they win. --dry-run prints the command and runs nothing.
+#
+# Variables, all optional but the data's:
+#   DATA_PATH  a prefix, or weights and prefixes; or TRAIN_DATA_PATH, VALID_DATA_PATH (and TEST_DATA_PATH); or DATA_ARGS_PATH, a blend file
+#   TOKENIZER_MODEL, TOKENIZER_TYPE (SentencePieceTokenizer), SPLIT (99,1,0), DATA_CACHE_PATH; VOCAB_SIZE for --mock-data
+#   OPTIMIZER (adamw, muon)  SCHEDULE (cosine, wsd)  LR  MIN_LR (LR/10)  SEED (1)  PRECISION (bf16, fp32)
+#   TOKENS  WARMUP_TOKENS  SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE     as the model's file says
+#   TP PP CP EP (1)  DISTRIBUTED_OPTIMIZER (1)                                 tools/plan.py says which fit and are fast
+#   RUN_DIR (runs/MODEL-MIXING)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
+#   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
+set -euo pipefail
+
+fail() {
+    echo "pretrain.sh: $1" >&2
+    exit 2
+}
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+EXAMPLES=$ROOT/examples
+
+# names FOLDER: what can be chosen there, on one line
+names() { (cd "$EXAMPLES/$1" && printf '%s\n' *.sh | sed 's/\.sh$//' | paste -sd ' '); }
+
+case ${1:-} in -h | --help)
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+esac
+[ $# -ge 2 ] || fail "needs MODEL and MIXING, such as: examples/pretrain.sh dense-134m moa; --help says more"
+MODEL=$1 MIXING=$2
+shift 2
+
+# The trailing flags, without those that are for this script; what they say about data matters here.
+FLAGS=() DRY_RUN='' DATA_GIVEN=''
+for flag in "$@"; do
+    case $flag in
+    --dry-run) DRY_RUN=1 && continue ;;
+    --mock-data) DATA_GIVEN=mock ;;
+    --data-path | --data-args-path | --train-data-path | --per-split-data-args-path) DATA_GIVEN=flags ;;
+    esac
+    FLAGS+=("$flag")
+done
+
+# The model: MODEL_ARGS, and the defaults of its training.
+case $MODEL in */* | *.sh) MODEL_FILE=$MODEL ;; *) MODEL_FILE=$EXAMPLES/models/$MODEL.sh ;; esac
+[ -f "$MODEL_FILE" ] || fail "MODEL $MODEL: there is no such recipe; take one of: $(names models)"
+# shellcheck source=examples/models/dense-134m.sh
+source "$MODEL_FILE"
+
+# The mixture. All that a baseline and its mixture differ in.
+case $MIXING in
+none) MIXING_ARGS=(--moa-mixing none) ;;
+la | moa) MIXING_ARGS=(--moa-mixing "$MIXING" --moa-log-interval 100) ;;
+type1 | one-sided | bi-sided | quadratic) MIXING_ARGS=(--moa-mixing moa --moa-form "$MIXING" --moa-log-interval 100) ;;
+*) fail "MIXING $MIXING: unknown; take none, la, moa, type1, one-sided, bi-sided or quadratic" ;;
+esac
+
+for name in TOKENS WARMUP_TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: not a whole number; write it in digits, as 2700000000"
+done
+[[ $LR =~ ^[0-9.]+([eE]-?[0-9]+)?$ ]] || fail "LR $LR: not a number; write it as 1e-3"
+TOKENS_PER_ITERATION=$((GLOBAL_BATCH_SIZE * SEQ_LENGTH))
+TRAIN_ITERS=$(((TOKENS + TOKENS_PER_ITERATION - 1) / TOKENS_PER_ITERATION))
+WARMUP_ITERS=$((WARMUP_TOKENS / TOKENS_PER_ITERATION))
+((WARMUP_ITERS < TRAIN_ITERS)) || fail "WARMUP_TOKENS $WARMUP_TOKENS: not less than TOKENS $TOKENS; set WARMUP_TOKENS=$((TOKENS / 50))"
+OPTIMIZER=${OPTIMIZER:-adamw} SCHEDULE=${SCHEDULE:-cosine}
+[ -f "$EXAMPLES/optimizers/$OPTIMIZER.sh" ] || fail "OPTIMIZER $OPTIMIZER: unknown; take one of: $(names optimizers)"
+[ -f "$EXAMPLES/schedules/$SCHEDULE.sh" ] || fail "SCHEDULE $SCHEDULE: unknown; take one of: $(names schedules)"
+# shellcheck source=examples/optimizers/adamw.sh
+source "$EXAMPLES/optimizers/$OPTIMIZER.sh"
+# shellcheck source=examples/schedules/cosine.sh
+source "$EXAMPLES/schedules/$SCHEDULE.sh"
+MIN_LR=${MIN_LR:-$(awk -v lr="$LR" 'BEGIN { printf "%g", lr / 10 }')}
+
+TRAINING_ARGS=(
+    --micro-batch-size "$MICRO_BATCH_SIZE"
+    --global-batch-size "$GLOBAL_BATCH_SIZE"
+    --train-iters "$TRAIN_ITERS"
+    --lr "$LR"
+    --min-lr "$MIN_LR"
+    --seed "${SEED:-1}"
+)
+case ${PRECISION:-bf16} in
+bf16) TRAINING_ARGS+=(--bf16) ;;
+fp32) ;;
+*) fail "PRECISION $PRECISION: unknown; take bf16 or fp32" ;;
+esac
+
+# How the model lies over GPUs: one on each unless TP, PP, CP, EP say otherwise; the optimizer's state is shared out.
+PARALLEL_ARGS=(
+    --tensor-model-parallel-size "${TP:-1}"
+    --pipeline-model-parallel-size "${PP:-1}"
+)
+[ "${TP:-1}" = 1 ] || PARALLEL_ARGS+=(--sequence-parallel)
+[ "${CP:-1}" = 1 ] || PARALLEL_ARGS+=(--context-parallel-size "$CP")
+case " ${MODEL_ARGS[*]} " in *" --num-experts "*)
+    PARALLEL_ARGS+=(--expert-model-parallel-size "${EP:-1}" --expert-tensor-parallel-size 1 --moe-grouped-gemm)
+    ;;
+*) [ "${EP:-1}" = 1 ] || fail "EP $EP: $MODEL has no experts; leave EP out" ;;
+esac
+if [ "${DISTRIBUTED_OPTIMIZER:-1}" = 1 ]; then
+    PARALLEL_ARGS+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+    # So that a checkpoint loads under another split.
+    PARALLEL_ARGS+=(--dist-ckpt-optim-fully-reshardable)
+fi
+
+if [ "$DATA_GIVEN" = mock ]; then
+    # GPT-2's vocabulary: what the models' names count.
+    DATA_ARGS=(--tokenizer-type NullTokenizer --vocab-size "${VOCAB_SIZE:-50257}")
+else
+    DATA_ARGS=(--tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}")
+    DATA_ARGS+=(${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"})
+    if [ -n "${DATA_ARGS_PATH:-}" ]; then
+        DATA_ARGS+=(--data-args-path "$DATA_ARGS_PATH" --split "${SPLIT:-99,1,0}")
+    elif [ -n "${TRAIN_DATA_PATH:-}" ]; then
+        for name in TRAIN VALID TEST; do
+            variable=${name}_DATA_PATH
+            read -ra paths <<<"${!variable:-}"
+            [ ${#paths[@]} = 0 ] || DATA_ARGS+=("--${name,,}-data-path" "${paths[@]}")
+        done
+    elif [ -n "${DATA_PATH:-}" ]; then
+        read -ra paths <<<"$DATA_PATH"
+        DATA_ARGS+=(--data-path "${paths[@]}" --split "${SPLIT:-99,1,0}")
+    elif [ -z "$DATA_GIVEN" ]; then
+        [ -n "$DRY_RUN" ] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote, or add --mock-data"
+        DATA_ARGS+=(--data-path DATA_PATH --split "${SPLIT:-99,1,0}")
+    fi
+fi
+DATA_ARGS+=(${DATA_CACHE_PATH:+--data-cache-path "$DATA_CACHE_PATH"})
+
+# A run that is started again goes on where it was saved; SIGTERM and SIGUSR2 save first (docs/reliability.md).
+RUN_DIR=${RUN_DIR:-runs/$(basename "$MODEL_FILE" .sh)-$MIXING}
+RUN_ARGS=(
+    --save "$RUN_DIR/checkpoints"
+    --load "$RUN_DIR/checkpoints"
+    --save-interval "${SAVE_INTERVAL:-500}"
+    --moa-keep-last "${KEEP_LAST:-2}"
+    --exit-signal-handler
+    --eval-interval "${EVAL_INTERVAL:-500}"
+    --eval-iters "${EVAL_ITERS:-20}"
+    --log-interval "${LOG_INTERVAL:-10}"
+    --log-throughput
+    --tensorboard-dir "$RUN_DIR/tensorboard"
+)
+
+if [ -z "${NPROC_PER_NODE:-}" ]; then
+    NPROC_PER_NODE=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
+fi
+COMMAND=("${PYTHON:-python}")
+if ((NPROC_PER_NODE * ${NNODES:-1} > 1)); then
+    COMMAND+=(-m megatron_moa.launch --nproc-per-node "$NPROC_PER_NODE" --nnodes "${NNODES:-1}")
+    if ((${NNODES:-1} > 1)); then
+        [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR is not set: with NNODES=$NNODES set it to the host name of the node with NODE_RANK=0"
+        COMMAND+=(--node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR")
+    fi
+    COMMAND+=(--master-port "${MASTER_PORT:-29500}")
+    read -ra words <<<"${LAUNCH_ARGS:-}"
+    COMMAND+=("${words[@]}")
+fi
+COMMAND+=("$ROOT/pretrain_gpt_moa.py")
+COMMAND+=("${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${SCHEDULE_ARGS[@]}" "${PARALLEL_ARGS[@]}")
+COMMAND+=("${DATA_ARGS[@]}" "${RUN_ARGS[@]}" "${MIXING_ARGS[@]}" "${FLAGS[@]}")
+
+if [ -n "$DRY_RUN" ]; then
+    separator=''
+    for word in "${COMMAND[@]}"; do
+        [[ $word != --* ]] || separator=$' \\\n    '
+        printf '%s%q' "$separator" "$word"
+        separator=' '
+    done
+    echo
+    exit 0
+fi
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron's overlap of TP, and of DP, relies on its order
+exec "${COMMAND[@]}"

@@ -1,0 +1,10 @@
+# shellcheck shell=bash disable=SC2034
+# Warm-up, stable, decay: constant after the warm-up until the last DECAY_PERCENT of the iterations, then linearly down to MIN_LR. Going on
+# from a checkpoint of the stable phase with more TOKENS gives every longer budget for the price of its own decay.
+SCHEDULE_ARGS=(
+    --lr-decay-style WSD
+    --lr-wsd-decay-style linear
+    --lr-decay-iters "$TRAIN_ITERS"
+    --lr-wsd-decay-iters "$((TRAIN_ITERS * ${DECAY_PERCENT:-20} / 100))"
+    --lr-warmup-iters "$WARMUP_ITERS"
+)
