@@ -1,8 +1,8 @@
 """What GPUs can do on paper: the figures that MFU and a plan of a training are computed from.
 
 Peaks and bandwidths are those of NVIDIA's data sheets for the SXM (HGX) boards, dense: the sheets' figures "with
-sparsity" are twice as high. No kernel reaches them. Memory is what torch reports as the device's total, a little less
-than the name says; for A100 and B200 it is computed from what nvidia-smi shows.
+sparsity" are twice as high. No kernel reaches them. Memory is the total capacity that torch
+names in its messages; it varies by some hundred MiB with driver and settings.
 """
 
 from __future__ import annotations
