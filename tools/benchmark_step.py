@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import itertools
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from megatron_moa import cpu, measuring
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.functional import resolve_backend
+from megatron_moa.recipes import read_recipe
 
 PROGRAM = "benchmark_step.py"
 LABELS = {"none": "SwiGLU", "la": "LA", "moa": "MoA"}
@@ -44,21 +44,6 @@ RUN = (
     "--train-iters 1000000 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --eval-iters 0 --num-workers 0"
 ).split()
-
-
-def read_recipe(path: Path) -> list[str]:
-    """The array MODEL_ARGS of a bash file, as bash reads it.
-
-    Raises:
-        UserError: no such file, or no such array.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such recipe; see examples/models/")
-    script = 'set -eu; source "$1"; printf "%s\\0" "${MODEL_ARGS[@]}"'
-    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")
-    return done.stdout.split("\0")[:-1]
 
 
 @dataclass

@@ -1,0 +1,87 @@
+"""Recipes of examples/: which there are, and the flags of pretrain_gpt_moa.py that one stands for, read by bash."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from megatron_moa.errors import UserError
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MIXINGS = ("none", "la", "moa", "type1", "one-sided", "bi-sided", "quadratic")
+
+
+def model_files() -> dict[str, Path]:
+    """The models of examples/models by name, smallest names first.
+
+    Raises:
+        UserError: the folder is not there: the package is installed without its repository.
+    """
+    folder = EXAMPLES / "models"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no recipes there; run from a checkout of the repository")
+    return {path.name.removesuffix(".sh"): path for path in sorted(folder.glob("*.sh"))}
+
+
+def model_path(model: str) -> Path:
+    """The file of a model: of examples/models by name, or any by its path.
+
+    Raises:
+        UserError: there is none; the text has the nearest names.
+    """
+    if "/" in model or model.endswith(".sh"):
+        if not Path(model).is_file():
+            raise UserError(f"{model}: there is no such recipe; see examples/models/")
+        return Path(model)
+    names = model_files()
+    if model not in names:
+        near = difflib.get_close_matches(model, names, n=3, cutoff=0.5)
+        remedy = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
+        raise UserError(f"{model}: there is no such recipe; {remedy}")
+    return names[model]
+
+
+def read_recipe(path: Path) -> list[str]:
+    """The array MODEL_ARGS of a bash file, as bash reads it.
+
+    Raises:
+        UserError: no such file, or no such array.
+    """
+    path = model_path(str(path))
+    script = 'set -eu; source "$1"; : "${MODEL_ARGS[0]}"; printf "%s\\0" "${MODEL_ARGS[@]}"'
+    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")
+    return done.stdout.split("\0")[:-1]
+
+
+def recipe_flags(
+    model: str, mixing: str, flags: Iterable[str] = (), environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """The flags of pretrain_gpt_moa.py that ``examples/pretrain.sh MODEL MIXING FLAGS`` would run with.
+
+    Args:
+        model: a name of :func:`model_files`, or the path of a recipe.
+        mixing: ``none``, ``la``, ``moa`` or a form.
+        flags: further ones; ``--mock-data`` among them gives the recipe's vocabulary without a tokenizer.
+        environment: the script's variables (``TP``, ``MICRO_BATCH_SIZE``, …) beside this process's own, which hold too.
+
+    Raises:
+        UserError: no such recipe, or whatever else the script refuses.
+    """
+    model_path(model)
+    if mixing not in MIXINGS:
+        raise UserError(f"{mixing}: there is no such mixing; take one of {', '.join(MIXINGS)}")
+    # One process: how it is launched does not matter here, and the script asks about addresses otherwise.
+    variables = {**os.environ, "NPROC_PER_NODE": "1", "NNODES": "1", **(environment or {})}
+    command = ["bash", str(EXAMPLES / "pretrain.sh"), model, mixing, *flags, "--dry-run"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(" ".join(done.stderr.split()).removeprefix("pretrain.sh: ").removeprefix("error: "))
+    words = shlex.split(done.stdout.replace("\\\n", ""))
+    script = next(index for index, word in enumerate(words) if word.endswith("pretrain_gpt_moa.py"))
+    return words[script + 1 :]

@@ -1,0 +1,86 @@
+"""What the package reads of examples/: names, flags, and one line for what is not there."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from megatron_moa import recipes
+from megatron_moa.errors import UserError
+
+
+def values(flags: list[str], flag: str) -> list[str]:
+    """All values of a flag, in order: the last one holds."""
+    return [value for name, value in itertools.pairwise(flags) if name == flag]
+
+
+def test_names_are_the_files() -> None:
+    found = recipes.model_files()
+    assert {"dense-134m", "gpt2-124m", "moe-2b"} < found.keys()
+    assert all(path.is_file() and path.stem == name for name, path in found.items())
+
+
+def test_a_recipes_flags_are_the_scripts() -> None:
+    flags = recipes.recipe_flags("moe-0.5b", "none", ["--mock-data", "--seed", "7"], {"TP": "2", "EP": "4"})
+    assert "--dry-run" not in flags
+    assert "pretrain_gpt_moa.py" not in " ".join(flags)
+    assert values(flags, "--moa-mixing") == ["none"]
+    assert values(flags, "--tensor-model-parallel-size") == ["2"]
+    assert values(flags, "--expert-model-parallel-size") == ["4"]
+    assert values(flags, "--seed")[-1] == "7"
+    assert values(flags, "--vocab-size") == ["50257"]
+
+
+def test_a_form_is_a_mixing() -> None:
+    flags = recipes.recipe_flags("dense-134m", "one-sided", ["--mock-data"])
+    assert values(flags, "--moa-form") == ["one-sided"]
+
+
+def test_this_machines_launch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = recipes.recipe_flags("dense-134m", "moa", ["--mock-data"])
+    monkeypatch.setenv("NNODES", "4")  # without MASTER_ADDR the script itself asks for it
+    assert recipes.recipe_flags("dense-134m", "moa", ["--mock-data"]) == alone
+
+
+def test_words_come_back_as_they_went(tmp_path: Path) -> None:
+    path = tmp_path / "two words.sh"
+    path.write_text(f"source '{recipes.model_files()['dense-134m']}'\n")
+    flags = recipes.recipe_flags(str(path), "moa", ["--mock-data", "--wandb-exp-name", "it's a\\name $HOME"])
+    assert values(flags, "--wandb-exp-name") == ["it's a\\name $HOME"]
+    assert values(flags, "--num-layers") == ["6"]
+
+
+def test_an_array_is_read_as_bash_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.sh"
+    path.write_text("SIZE=${SIZE:-32}\nMODEL_ARGS=(\n    --hidden-size $SIZE  # comment\n    --name 'two words'\n)\n")
+    assert recipes.read_recipe(path) == ["--hidden-size", "32", "--name", "two words"]
+
+
+@pytest.mark.parametrize(
+    ("model", "mixing", "flags", "text"),
+    [
+        ("moe2b", "moa", [], "moe2b: there is no such recipe; did you mean moe-2b"),
+        ("zzz", "moa", [], "zzz: there is no such recipe; there are dense-0.23b, "),
+        ("nowhere.sh", "moa", [], "nowhere.sh: there is no such recipe"),
+        ("dense-134m", "mao", [], "mao: there is no such mixing; take one of none, la, moa"),
+    ],
+)
+def test_mistakes(model: str, mixing: str, flags: list[str], text: str) -> None:
+    with pytest.raises(UserError) as error:
+        recipes.recipe_flags(model, mixing, flags)
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_script_refuses_is_said() -> None:
+    with pytest.raises(UserError, match="EP 2"):
+        recipes.recipe_flags("dense-134m", "moa", ["--mock-data"], {"EP": "2"})
+
+
+def test_no_array(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.sh"
+    path.write_text("OTHER=(1)\n")
+    with pytest.raises(UserError, match="no array MODEL_ARGS"):
+        recipes.read_recipe(path)
