@@ -5,19 +5,27 @@ function needs it, and no check reads a whole dataset.
 """
 
 import argparse
+import bz2
 import copy
 import fnmatch
+import gzip
+import hashlib
+import io
 import json
 import logging
+import lzma
 import math
 import os
 import struct
+import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy
 
@@ -25,16 +33,22 @@ from megatron_moa.errors import UserError
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TRAIN, VALIDATION, TEST = "training", "validation", "test"
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """One input file: a document of its own, or JSON lines with a document each."""
+    """One input file: a document of its own, or JSON lines with a document each. ``size`` is that of the file."""
 
     path: str
     size: int
     json_lines: bool
+
+    @property
+    def compressed(self) -> bool:
+        """Whether its bytes are not the text's: such a file can only be read from its beginning."""
+        return self.path.endswith(tuple(DECOMPRESSORS))
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +65,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
         "--json-key",
         metavar="KEY",
         help="every input is JSON lines and KEY holds the text; without this flag files named "
-        f"{', '.join(JSON_ENDINGS)} are JSON lines with the key 'text', all others plain text, one document a file",
+        f"{', '.join(JSON_ENDINGS)} (compressed, too: {', '.join(DECOMPRESSORS)}) are JSON lines with the key 'text', "
+        "all others plain text, one document a file",
     )
     group.add_argument(
         "--errors", choices=["strict", "replace"], default="strict", help="what to do with text that is not UTF-8"
@@ -67,9 +82,15 @@ def positive(text: str) -> int:
 
 
 def find_text_files(
-    inputs: Sequence[str], glob: str | None = None, exclude: Sequence[str] = (), json_key: str | None = None
+    inputs: Sequence[str],
+    glob: str | None = None,
+    exclude: Sequence[str] = (),
+    json_key: str | None = None,
+    compressed: bool = False,
 ) -> list[TextFile]:
-    """The input files, in the order given; the files of a folder by name. Raises UserError for what cannot be read."""
+    """The input files, in the order given; the files of a folder by name. Raises UserError for what cannot be read,
+    compressed files among it unless ``compressed``.
+    """
     files = []
     for name in inputs:
         if os.path.isdir(name):
@@ -85,6 +106,16 @@ def find_text_files(
     for file in files:
         if not os.access(file.path, os.R_OK):
             raise UserError(f"--input {file.path}: not readable; change its permissions (chmod +r) or leave it out")
+        if file.compressed and not compressed:
+            raise UserError(
+                f"--input {file.path}: compressed, and a sample is drawn from all over the text; decompress some of it "
+                "first, e.g. gzip -dk"
+            )
+        if file.path.endswith(".zst"):
+            raise UserError(
+                f"--input {file.path}: zstd cannot be read here; decompress it first (zstd -d), or use "
+                f"{' '.join(DECOMPRESSORS)}"
+            )
     if not sum(file.size for file in files):
         raise UserError(f"--input {' '.join(inputs)}: all {len(files)} files are empty; give files with text")
     return files
@@ -108,36 +139,81 @@ def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str], json
 
 
 def _text_file(path: str, json_key: str | None) -> TextFile:
-    return TextFile(path, os.path.getsize(path), json_key is not None or path.endswith(JSON_ENDINGS))
+    name, ending = os.path.splitext(path)
+    json_lines = json_key is not None or (name if ending in DECOMPRESSORS else path).endswith(JSON_ENDINGS)
+    return TextFile(path, os.path.getsize(path), json_lines)
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turns what goes wrong with a file while it is read into a UserError."""
+    try:
+        yield
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise UserError(f"--input {path}: cut off or damaged ({error}); copy or compress it again") from None
+    except OSError as error:
+        raise UserError(f"--input {path}: {error.strerror or error}; check the file and its permissions") from None
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The text's bytes as a stream, decompressed if the name says so, and the file's own."""
+    open_text = DECOMPRESSORS.get(os.path.splitext(path)[1])
+    with open(path, "rb") as file:
+        if open_text is None:
+            yield file, file
+        else:
+            with open_text(file) as stream:
+                yield stream, file
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole file; an unreadable one is a UserError."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}; check the file and its permissions") from None
+    """The whole text, decompressed; an unreadable file is a UserError."""
+    with _reading(path), _opened(path) as (stream, _):
+        return stream.read()
 
 
 def lines_between(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     """Yields ``(byte offset, line)`` for the lines that begin in ``[start, end)``: ranges cut a file exactly."""
-    try:
-        with open(path, "rb") as stream:
-            offset = start
-            if start:
-                stream.seek(start - 1)
-                offset += len(stream.readline()) - 1  # the line that began before belongs to the range before
-            while offset < end and (line := stream.readline()):
-                yield offset, line
-                offset += len(line)
-    except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror}; check the file and its permissions") from None
+    with _reading(path), open(path, "rb") as stream:
+        offset = start
+        if start:
+            stream.seek(start - 1)
+            offset += len(stream.readline()) - 1  # the line that began before belongs to the range before
+        while offset < end and (line := stream.readline()):
+            yield offset, line
+            offset += len(line)
+
+
+def blocks_of_lines(path: str, size: int) -> Iterator[tuple[int, bytes, int]]:
+    """Yields ``(byte offset, whole lines of about size bytes, bytes read of the file for them)``: for a
+    compressed file, which can only be read from its beginning.
+    """
+    with _reading(path), _opened(path) as (stream, file):
+        offset = position = 0
+        rest = b""
+        while block := stream.read(size):
+            lines, newline, rest_of_block = block.rpartition(b"\n")
+            if newline:
+                lines = rest + lines + newline
+                yield offset, lines, file.tell() - position
+                offset, position, rest = offset + len(lines), file.tell(), rest_of_block
+            else:
+                rest += block
+        yield offset, rest, os.path.getsize(path) - position
+
+
+def lines_of(block: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Yields ``(byte offset, line)`` for the lines of a block that begins at a byte offset of its file's text."""
+    for line in io.BytesIO(block):
+        yield offset, line
+        offset += len(line)
 
 
 def line_number(path: str, offset: int) -> int:
     """The number (from 1) of the line that begins at a byte offset: only errors need it, so only they count lines."""
     count = 1
-    with open(path, "rb") as stream:
+    with _opened(path) as (stream, _):
         while offset > 0 and (block := stream.read(min(offset, 1 << 24))):
             count += block.count(b"\n")
             offset -= len(block)
@@ -328,6 +404,30 @@ def _check_huggingface(tokenizer_model: str | None) -> None:
         )
 
 
+def tokenizer_digest(tokenizer_model: str) -> str:
+    """A fingerprint (SHA-256, hexadecimal) of the files that decide token ids, wherever they lie.
+
+    Args:
+        tokenizer_model: ``--tokenizer-model``, checked by :func:`check_tokenizer`: a file, a Hugging Face folder, or
+            a name in the local Hugging Face cache.
+    """
+    path = Path(tokenizer_model)
+    if path.is_file():
+        files = {"model": path}  # whatever its name
+    elif path.is_dir():
+        patterns = ("*.model", "*.py", "tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
+        files = {found.name: found for pattern in patterns for found in path.glob(pattern) if found.is_file()}
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = {name: try_to_load_from_cache(tokenizer_model, name) for name in _HUGGINGFACE_FILES}
+        files = {name: Path(found) for name, found in cached.items() if isinstance(found, str)}
+    digest = hashlib.sha256()
+    for name, found in sorted(files.items()):
+        digest.update(f"{name} {hashlib.sha256(found.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 _HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -396,9 +496,57 @@ _TOKENIZER_DEFAULTS = {
 }
 
 
+class ProgressLines:
+    """A progress bar for log files: a plain line on stderr now and then."""
+
+    def __init__(self, total: int, title: str, seconds: float = 30) -> None:
+        """Counts up to ``total`` bytes; a line at most every ``seconds``."""
+        self.total, self.title, self.seconds = total, title, seconds
+        self.done = 0
+        self.start = self.printed = time.monotonic()
+
+    def update(self, count: int) -> None:
+        """Adds bytes that are done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.printed < self.seconds or not self.done:
+            return
+        self.printed = now
+        elapsed = now - self.start
+        left = elapsed * max(0, self.total - self.done) / self.done
+        print(
+            f"{self.title}: {self.done / max(1, self.total):.1%}, {self.done / 1e6:,.0f} of "
+            f"{self.total / 1e6:,.0f} MB, {self.done / elapsed / 1e6:.1f} MB/s, {left / 60:,.1f} minutes left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Prints nothing: what follows says that it is done."""
+
+
+def progress_bar(total: int, title: str) -> Any:
+    """Bytes done of ``total``: a bar on a terminal, in a log file a line every half minute (both on stderr)."""
+    if not sys.stderr.isatty():
+        return ProgressLines(total, title)
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # no thread besides the workers' fork
+    return tqdm(total=total, unit="B", unit_scale=True, desc=title, file=sys.stderr, leave=False)
+
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents
 _TOKEN_DTYPES = {1: numpy.uint8, 2: numpy.int8, 3: numpy.int16, 4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
+
+
+def index_header(dtype: type, sequences: int) -> bytes:
+    """How an .idx begins that holds one sequence a document."""
+    code = next(code for code, known in _TOKEN_DTYPES.items() if known == dtype)
+    return _HEADER.pack(_MAGIC, 1, code, sequences, sequences + 1)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
-"""tools/train_tokenizer.py and tools/preprocess_data.py: exact text, exact documents, and one line for each mistake."""
+"""tools/train_tokenizer.py, preprocess_data.py, merge_data.py: exact text and documents, one line for each mistake."""
 
+import bz2
+import gzip
 import importlib.util
 import json
+import lzma
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +19,7 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa import data
+from megatron_moa import data, dataset_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
 
 train_tokenizer = load_tool("train_tokenizer")
 preprocess_data = load_tool("preprocess_data")
+merge_data = load_tool("merge_data")
 
 TEXTS = [
     "def f(x):\n\treturn x + 1\n\n\n",
@@ -241,6 +247,29 @@ def test_documents_are_read_back_by_megatron(corpus: Path, model: str, tmp_path:
     assert header[17] == 8  # uint16, which 700 tokens fit
 
 
+def test_speed_is_printed(corpus: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    preprocess(model, tmp_path / "d", "--input", corpus, "--glob", "**/*.py", "--workers", 2)
+    line = (
+        r"speed +([\d.]+) MB/s of text, [\d.]+ million tokens/s; ([\d.]+) MB/s per process, 2 busy (\d+)% of the time"
+    )
+    total, each, busy = map(float, re.search(line, capsys.readouterr().out).groups())
+    assert each == pytest.approx(total / 2, abs=0.1)
+    assert 0 < busy <= 100
+
+
+def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
+    with data.progress_bar(8_000_000, "tokenizing part 2 of 3") as bar:
+        for second in (10, 35, 40, 70):
+            now[0] = second
+            bar.update(1_000_000)
+    assert capsys.readouterr().err.splitlines() == [
+        "tokenizing part 2 of 3: 25.0%, 2 of 8 MB, 0.1 MB/s, 1.8 minutes left",
+        "tokenizing part 2 of 3: 50.0%, 4 of 8 MB, 0.1 MB/s, 1.2 minutes left",
+    ]
+
+
 def test_gpt_dataset_draws_the_same_tokens(corpus: Path, model: str, tmp_path: Path) -> None:
     """From text to a training sample: Megatron's GPTDataset yields pieces of the text, labels moved by one."""
     preprocess(model, tmp_path / "data", "--input", corpus, "--glob", "**/*.py")
@@ -311,6 +340,224 @@ def test_shuffled_documents_are_the_same_documents(model: str, tmp_path: Path) -
     assert sorted(shuffled) == sorted(ordered)
     assert not any(2 in document for document in ordered)
     assert [name for name in os.listdir(tmp_path) if "tmp" in name] == []
+
+
+def test_index_is_megatrons(tmp_path: Path) -> None:
+    with data.quiet_imports():
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    lengths = numpy.array([3, 1, 70_000, 2], dtype=numpy.int32)
+    for dtype in (numpy.uint16, numpy.int32):
+        builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=dtype)
+        for length in lengths:
+            builder.add_document(numpy.ones(length, dtype), [length])
+        builder.finalize(str(tmp_path / "a.idx"))
+        dataset_files.write_index(str(tmp_path / "b.idx"), dtype, lengths)
+        assert (tmp_path / "b.idx").read_bytes() == (tmp_path / "a.idx").read_bytes()
+
+
+def same_files(one: Path, other: Path) -> None:
+    for ending in (".bin", ".idx"):
+        assert Path(f"{one}{ending}").read_bytes() == Path(f"{other}{ending}").read_bytes()
+
+
+def merge(output: Path, *flags: str) -> None:
+    merge_data.main(["--output-prefix", str(output), *flags])
+
+
+@pytest.fixture
+def mixed(corpus: Path, tmp_path: Path) -> list[object]:
+    """Inputs of every kind: JSON lines, plain and compressed, and text files, empty ones at both ends."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_json_lines(folder, 100)
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress((folder / "1.jsonl").read_bytes()))
+    for i, words in enumerate((0, 400, 3, 0)):
+        (folder / f"{i}.txt").write_text("text without newline " * words)
+    return ["--input", folder, corpus, folder, "--glob", "**/[0-9]*"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 60])
+@pytest.mark.parametrize("shuffle", [[], ["--shuffle-documents", 5]])
+def test_parts_merge_to_what_one_process_writes(
+    parts: int, shuffle: list[object], mixed: list[object], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 3000)
+    monkeypatch.setattr(dataset_files, "SHUFFLE_BYTES", 4000)  # less than some documents have
+    preprocess(model, tmp_path / "whole", *mixed, *shuffle, "--workers", 1)
+    for number in range(parts, 0, -1):  # in any order
+        preprocess(model, tmp_path / "d", *mixed, *shuffle, "--workers", 1, "--part", f"{number}/{parts}")
+    sizes = [os.path.getsize(path) for path in tmp_path.glob("d.part-*.bin")]
+    if parts in (2, 5):
+        assert max(sizes) < 2 * sum(sizes) / parts
+    merge(tmp_path / "d")
+    same_files(tmp_path / "whole", tmp_path / "d")
+    assert len(list(tmp_path.glob("d.part-*"))) == 3 * parts
+    os.rename(tmp_path / "d.bin", tmp_path / "first.bin")
+    os.rename(tmp_path / "d.idx", tmp_path / "first.idx")
+    (tmp_path / "d.part-00001-of-00001x.bin").touch()  # no part
+    Path(f"{tmp_path}/d.part-00001-of-{parts:05}.bin.77.tmp").touch()  # what a killed run leaves
+    merge(tmp_path / "d", "--remove-parts")
+    same_files(tmp_path / "whole", tmp_path / "d")
+    assert [path.name for path in tmp_path.glob("d.part-*")] == ["d.part-00001-of-00001x.bin"]
+
+
+def test_two_nodes_write_what_one_process_does(model: str, tmp_path: Path) -> None:
+    """As srun starts them: two commands at a time, told apart by Slurm's variables alone."""
+    write_json_lines(tmp_path, 400)
+    inputs = ["--input", *(tmp_path / f"{i}.jsonl" for i in range(3)), "--shuffle-documents", 2]
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model, "--workers", 2]
+    started = [
+        subprocess.Popen(
+            command("preprocess_data", *inputs, *flags, "--output-prefix", tmp_path / "d", "--part", "slurm"),
+            env={**ENVIRONMENT, "SLURM_PROCID": str(node), "SLURM_STEP_NUM_TASKS": "2"},
+        )
+        for node in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    merge(tmp_path / "d", "--remove-parts")
+    preprocess(model, tmp_path / "whole", *inputs, "--workers", 1)
+    same_files(tmp_path / "whole", tmp_path / "d")
+
+
+def test_a_killed_part_is_made_again_alone(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json_lines(tmp_path, 200)
+    inputs = ["--input", *(tmp_path / f"{i}.jsonl" for i in range(3)), "--workers", 2]
+    preprocess(model, tmp_path / "whole", *inputs)
+    for number in (1, 3):
+        preprocess(model, tmp_path / "d", *inputs, "--part", f"{number}/3")
+    with monkeypatch.context() as killed:
+        killed.setattr(preprocess_data, "tokenize", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert "a worker was killed" in one_line(capsys, preprocess, model, tmp_path / "d", *inputs, "--part", "2/3")
+    line = one_line(capsys, merge, tmp_path / "d")
+    assert line.startswith(f"merge_data: error: --output-prefix {tmp_path / 'd'}: 1 of 3 parts missing (2); make each")
+    assert line.endswith("e.g. --part 2/3")
+    assert not (tmp_path / "d.bin").exists()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("d.part-*")}
+    assert len(times) == 6
+    for number in (1, 2, 3):
+        preprocess(model, tmp_path / "d", *inputs, "--part", f"{number}/3")
+        assert ("skipped  " in capsys.readouterr().out) == (number != 2)
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    merge(tmp_path / "d")
+    same_files(tmp_path / "whole", tmp_path / "d")
+
+
+def other_model(model: str, tmp_path: Path) -> str:
+    """A tokenizer whose file differs, although its ids are the same."""
+    Path(tmp_path / "other.model").write_bytes(Path(model).read_bytes() + bytes.fromhex("f2060161"))
+    sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/other.model")
+    return f"{tmp_path}/other.model"
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        (["--no-append-eod"], "append_eod"),
+        (["--shuffle-documents", 1], "shuffle_documents"),
+        (["--errors", "replace"], "errors"),
+        (["--tokenizer-model", "{other}"], "tokenizer"),
+        (["--input", "{tmp}/1.jsonl", "{tmp}/0.jsonl"], "input"),
+        ("touch", "input"),
+    ],
+)
+def test_parts_that_do_not_belong_together(
+    change: list[object] | str, differing: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json_lines(tmp_path, 30)
+    inputs = ["--input", tmp_path / "0.jsonl", tmp_path / "1.jsonl", "--workers", 1]
+    preprocess(model, tmp_path / "d", *inputs, "--part", "1/2")
+    if change == "touch":
+        os.utime(tmp_path / "1.jsonl", (1, 1))
+        changed = []
+    else:
+        names = {"{other}": other_model(model, tmp_path), "{tmp}": str(tmp_path)}
+        changed = [str(word) for word in change]
+        for name, value in names.items():
+            changed = [word.replace(name, value) for word in changed]
+    line = one_line(capsys, preprocess, model, tmp_path / "d", *inputs, *changed, "--part", "1/2")
+    assert f"is of a part made with another {differing}; choose another --output-prefix, or add --overwrite" in line
+    preprocess(model, tmp_path / "d", *inputs, *changed, "--part", "2/2")
+    line = one_line(capsys, merge, tmp_path / "d")
+    assert "d.part-00002-of-00002: does not belong to part 1, which was made with another " + differing + ";" in line
+    preprocess(model, tmp_path / "d", *inputs, *changed, "--part", "1/2", "--overwrite")
+    merge(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: os.truncate(f"{path}.bin", 10), ".bin: 10 bytes instead of "),
+        (lambda path: os.unlink(f"{path}.bin"), ".bin: 0 bytes instead of "),
+        (lambda path: os.truncate(f"{path}.idx", 34), ".idx: 34 bytes instead of "),
+        (lambda path: Path(f"{path}.json").write_text("{}"), ".json: not the manifest of a part"),
+        (lambda path: os.rename(f"{path}.json", str(path)[:-1] + "3.json"), "parts of divisions into 2 and 3; delete"),
+        (lambda path: os.unlink(f"{path}.json"), "1 of 2 parts missing (2)"),
+        (lambda path: [os.unlink(file) for file in path.parent.glob("d.part*")], "no finished part there; make them"),
+        (lambda path: (path.parent / "d.idx").touch(), "d.idx exists; choose another name or add --overwrite"),
+    ],
+)
+def test_damaged_parts_are_not_merged(
+    damage: object, expected: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json_lines(tmp_path, 30)
+    for number in (1, 2):
+        preprocess(model, tmp_path / "d", "--input", tmp_path / "0.jsonl", "--workers", 1, "--part", f"{number}/2")
+    damage(tmp_path / "d.part-00002-of-00002")
+    before = sorted(os.listdir(tmp_path))
+    assert expected in one_line(capsys, merge, tmp_path / "d", "--remove-parts")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_too_little_space_for_merging(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    preprocess(model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1, "--part", "1/1")
+    monkeypatch.setattr(merge_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    assert "GB are needed, 0.0 GB are free; free space" in one_line(capsys, merge, tmp_path / "d")
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "slurm"])
+def test_mistakes_in_the_part(part: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--part", part)
+    assert f"argument --part: {part}: " in line
+    assert ("start it with srun" if part == "slurm" else "K/N is wanted") in line
+
+
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_input(
+    ending: str,
+    compress: Callable[[bytes], bytes],
+    model: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 1000)  # less than some lines have
+    write_json_lines(tmp_path, 100)
+    (tmp_path / "a.txt").write_text("one document\nof two lines")
+    plain = [tmp_path / "0.jsonl", tmp_path / "2.jsonl", tmp_path / "a.txt"]
+    preprocess(model, tmp_path / "plain", "--input", *plain, "--workers", 1)
+    packed = [Path(f"{path}.{ending}") for path in plain]
+    for path, packed_path in zip(plain, packed, strict=True):
+        packed_path.write_bytes(compress(path.read_bytes()))
+    preprocess(model, tmp_path / "packed", "--input", *packed, "--workers", 2)
+    same_files(tmp_path / "plain", tmp_path / "packed")
+    line = one_line(capsys, train_tokenizer.main, ["--input", str(packed[0]), "--output", str(tmp_path / "t")])
+    assert f"--input {packed[0]}: compressed, and a sample is drawn from all over the text; decompress" in line
+    content = packed[1].read_bytes()
+    packed[1].write_bytes(content[: len(content) // 2])
+    line = one_line(capsys, preprocess, model, tmp_path / "x", "--input", *packed, "--workers", 1)
+    assert f"--input {packed[1]}: cut off or damaged (" in line
+    packed[1].write_bytes(compress(b'{"text": "a"}\n{"txt": "b"}\n'))
+    line = one_line(capsys, preprocess, model, tmp_path / "x", "--input", *packed, "--workers", 2)
+    assert f"--input {packed[1]}: line 2 has no key 'text' (it has 'txt')" in line
+    packed[1].write_text("not compressed")
+    line = one_line(capsys, preprocess, model, tmp_path / "x", "--input", *packed, "--workers", 1)
+    assert line.startswith(f"preprocess_data: error: --input {packed[1]}: ")
 
 
 def test_huggingface_folder(huggingface: Path, tmp_path: Path) -> None:
@@ -473,7 +720,7 @@ def test_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preprocess_data, "add_documents", full)
+    monkeypatch.setattr(dataset_files, "write_index", full)
     line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1)
     assert "d.bin: cannot be written (No space left on device)" in line
     assert os.listdir(tmp_path) == ["a.txt"]

@@ -6,13 +6,20 @@
 writes corpus.bin and corpus.idx; train on them with ``--data-path corpus``. A plain text file is one document, and so
 is each line of a JSON-lines file. Documents keep the order of the input, whatever the number of workers. Megatron takes
 the validation split from the end of that order: with --shuffle-documents it is a fair sample.
+
+Several machines share the work with --part K/N, or under Slurm
+
+    srun --nodes 8 --ntasks-per-node 1 python tools/preprocess_data.py … --part slurm
+
+and tools/merge_data.py puts the parts together, to the bytes that one process would have written. A part that was
+interrupted is made again alone; finished ones are skipped.
 """
 
 import argparse
 import ctypes
+import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import time
@@ -21,12 +28,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa import data
+from megatron_moa import data, dataset_files
+from megatron_moa.dataset_files import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "preprocess_data"
@@ -38,11 +46,16 @@ TOKENIZER_TYPES = (*data.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
 @dataclass(frozen=True)
 class Piece:
-    """The documents of a file that begin in the byte range ``[start, end)``."""
+    """The documents of a file whose text begins in the byte range ``[start, end)``.
+
+    ``lines`` holds that range of a compressed file of JSON lines: it cannot be read from its middle.
+    """
 
     file: data.TextFile
     start: int
     end: int
+    input_bytes: int  # of the file as it lies there
+    lines: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ class Settings:
 
     tokenizer: Any
     vocab_size: int
+    dtype: type  # of the tokens in the .bin
     eod: int | None
     json_key: str
     errors: str
@@ -58,13 +72,35 @@ class Settings:
 
 @dataclass
 class Batch:
-    """The documents of one task: their tokens end to end, and the length of each."""
+    """The documents of one task."""
 
-    tokens: numpy.ndarray
-    lengths: list[int]
+    tokens: numpy.ndarray  # of all documents, end to end, as they lie in the .bin
+    lengths: numpy.ndarray  # [documents], int32
     empty: int
     text_bytes: int
     input_bytes: int
+    seconds: float  # a worker's time for it
+
+
+@dataclass
+class Totals:
+    """What was written, and the time it took."""
+
+    lengths: list[numpy.ndarray] = field(default_factory=list)
+    empty: int = 0
+    text_bytes: int = 0
+    busy_seconds: float = 0.0  # of all workers together
+    seconds: float = 0.0
+
+    @property
+    def documents(self) -> int:
+        """How many have at least a token."""
+        return sum(len(lengths) for lengths in self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Of all documents."""
+        return sum(int(lengths.sum(dtype=numpy.int64)) for lengths in self.lengths)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,33 +140,105 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     group.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     group.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order")
-    group.add_argument("--workers", type=data.positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    group = parser.add_argument_group("work")
+    group.add_argument(
+        "--workers",
+        type=data.positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes on this machine; default: its cores",
+    )
+    group.add_argument(
+        "--part",
+        type=dataset_files.part_from_flag,
+        metavar="K/N",
+        help="do the K-th of N shares of the input, for tools/merge_data.py; slurm: the task of srun that this is",
+    )
     return parser.parse_args(argv)
 
 
 def preprocess(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
-    start = time.perf_counter()
-    files = data.find_text_files(args.input, args.glob, args.exclude, args.json_key)
-    targets = data.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
+    files = data.find_text_files(args.input, args.glob, args.exclude, args.json_key, compressed=True)
     data.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    tokenizer = data.build_tokenizer(args)
-    eod = end_of_document(tokenizer, args) if args.append_eod else None
-    settings = Settings(tokenizer, tokenizer.vocab_size, eod, args.json_key or "text", args.errors)
+    if args.part is not None:
+        preprocess_part(files, args)
+        return
+    targets = data.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
+    settings = worker_settings(args)
     with data.written_whole("--output-prefix", targets) as (bin_path, idx_path):
-        totals = write_dataset(files, settings, args, bin_path, idx_path)
-        if args.overwrite:  # Megatron finds these by name and would use them for the new documents
-            shutil.rmtree(os.path.join(args.output_prefix, "cache", "GPTDataset_indices"), ignore_errors=True)
-    documents, tokens = len(totals.lengths), sum(totals.lengths)
-    print(f"documents      {documents:,}")
-    print(f"tokens         {tokens:,}")
-    print(f"empty, skipped {totals.empty:,}")
-    print(f"packing        {totals.text_bytes / tokens:.2f} bytes per token")
-    print(f"written        {targets[0]}, {targets[1]} in {time.perf_counter() - start:.1f} s")
+        totals = write_dataset(list(pieces(files)), settings, args, bin_path, idx_path)
+        if args.overwrite:
+            dataset_files.drop_index_cache(args.output_prefix)
+    report(totals, args)
+    print(f"written        {targets[0]}, {targets[1]} in {totals.seconds:.1f} s")
     print(
         f"use it with    --data-path {args.output_prefix} --tokenizer-type {args.tokenizer_type} "
         f"--tokenizer-model {args.tokenizer_model}"
+    )
+
+
+def preprocess_part(files: Sequence[data.TextFile], args: argparse.Namespace) -> None:
+    """Writes a part and its manifest, unless it is finished already."""
+    part: Part = args.part
+    prefix = part.prefix(args.output_prefix)
+    decisive = decisive_settings(files, args)
+    data.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), overwrite=True)
+    if os.path.exists(f"{prefix}.json") and not args.overwrite:
+        manifest = Manifest.read(f"{prefix}.json")
+        if names := dataset_files.differing_settings(manifest.settings, decisive):
+            raise UserError(
+                f"--part {part.number}/{part.count}: {prefix}.json is of a part made with another {names}; choose "
+                "another --output-prefix, or add --overwrite"
+            )
+        manifest.check_files(prefix)
+        print(f"skipped        {prefix}: finished, {manifest.tokens:,} tokens; --overwrite makes it again")
+        return
+    settings = worker_settings(args)
+    targets = [prefix + ending for ending in dataset_files.PART_ENDINGS]
+    with data.written_whole("--output-prefix", targets) as (bin_path, idx_path, json_path):
+        share = list(pieces(files, *part.bounds(sum(file.size for file in files))))
+        totals = write_dataset(share, settings, args, bin_path, idx_path)
+        dtype = numpy.dtype(settings.dtype).name
+        manifest = Manifest(part.number, part.count, totals.documents, totals.tokens, dtype, decisive)
+        manifest.write(json_path)
+    report(totals, args)
+    print(f"written        {prefix} ({' '.join(dataset_files.PART_ENDINGS)}) in {totals.seconds:.1f} s")
+    print(f"next           when all {part.count} parts are there: merge_data.py --output-prefix {args.output_prefix}")
+
+
+def worker_settings(args: argparse.Namespace) -> Settings:
+    """Loads the tokenizer. Raises UserError."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    tokenizer = data.build_tokenizer(args)
+    from megatron.core.datasets.indexed_dataset import DType
+
+    eod = end_of_document(tokenizer, args) if args.append_eod else None
+    dtype = DType.optimal_dtype(tokenizer.vocab_size)
+    return Settings(tokenizer, tokenizer.vocab_size, dtype, eod, args.json_key or "text", args.errors)
+
+
+def decisive_settings(files: Sequence[data.TextFile], args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the documents and their order: parts belong together if these are equal."""
+    names = ("tokenizer_type", "tokenizer_hf_no_include_special_tokens", "append_eod", "shuffle_documents")
+    return {name: getattr(args, name) for name in (*names, "json_key", "errors")} | {
+        "tokenizer": data.tokenizer_digest(args.tokenizer_model),
+        "input": dataset_files.input_digest(files),
+    }
+
+
+def report(totals: Totals, args: argparse.Namespace) -> None:
+    """Prints what was made and how fast; MB are 10^6 bytes of text, decompressed and without JSON around it."""
+    rate = totals.text_bytes / totals.seconds / 1e6
+    busy = totals.busy_seconds / totals.seconds / args.workers
+    print(f"documents      {totals.documents:,}")
+    print(f"tokens         {totals.tokens:,}")
+    print(f"empty, skipped {totals.empty:,}")
+    if totals.tokens:
+        print(f"packing        {totals.text_bytes / totals.tokens:.2f} bytes per token")
+    print(
+        f"speed          {rate:.1f} MB/s of text, {totals.tokens / totals.seconds / 1e6:.2f} million tokens/s; "
+        f"{rate / args.workers:.2f} MB/s per process, {args.workers} busy {busy:.0%} of the time"
     )
 
 
@@ -149,81 +257,81 @@ def end_of_document(tokenizer: Any, args: argparse.Namespace) -> int:
 
 
 def write_dataset(
-    files: Sequence[data.TextFile], settings: Settings, args: argparse.Namespace, bin_path: str, idx_path: str
-) -> Batch:
-    """Tokenizes all documents into the two files and returns the totals."""
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
-    dtype = DType.optimal_dtype(settings.vocab_size)
-    totals = Batch(numpy.zeros(0, dtype), [], 0, 0, 0)
-    ordered_path = f"{bin_path}.ordered" if args.shuffle_documents is not None else bin_path
-    builder = IndexedDatasetBuilder(ordered_path, dtype=dtype)
+    work: Sequence[Piece], settings: Settings, args: argparse.Namespace, bin_path: str, idx_path: str
+) -> Totals:
+    """Tokenizes the documents of ``work`` into the two files; a part keeps their order, whatever the order wanted."""
+    seed = args.shuffle_documents if args.part is None else None
+    ordered_path = bin_path if seed is None else f"{bin_path}.ordered"
     try:
-        with progress_bar(sum(file.size for file in files)) as bar:
-            for batch in tokenized(tasks(files), settings, args.workers):
-                add_documents(builder, batch.tokens, batch.lengths)
-                totals.lengths += batch.lengths
-                totals.empty += batch.empty
-                totals.text_bytes += batch.text_bytes
-                bar.update(batch.input_bytes)
-        if not totals.lengths:
+        with open(ordered_path, "wb") as stream:
+            totals = write_tokens(work, settings, args, stream)
+        if not totals.documents and args.part is None:
             raise UserError(f"--input {' '.join(args.input)}: no document with text; give files that are not empty")
-        if args.shuffle_documents is not None:
-            builder.data_file.close()
-            builder = IndexedDatasetBuilder(bin_path, dtype=dtype)
-            totals.lengths = copy_shuffled(ordered_path, totals.lengths, args.shuffle_documents, builder)
-        builder.finalize(idx_path)
+        lengths = numpy.concatenate(totals.lengths) if totals.lengths else numpy.zeros(0, numpy.int32)
+        if seed is not None:
+            with open(bin_path, "wb") as stream:
+                lengths = dataset_files.shuffle_documents([ordered_path], settings.dtype, lengths, seed, stream)
+        dataset_files.write_index(idx_path, settings.dtype, lengths)
     finally:
-        builder.data_file.close()
         if ordered_path != bin_path and os.path.exists(ordered_path):
             os.unlink(ordered_path)
     return totals
 
 
-def add_documents(builder: Any, tokens: numpy.ndarray, lengths: Sequence[int]) -> None:
-    """Adds documents that lie end to end in ``tokens``."""
-    begin = 0
-    for length in lengths:
-        builder.add_document(tokens[begin : begin + length], [length])
-        begin += length
-
-
-def copy_shuffled(path: str, lengths: Sequence[int], seed: int, builder: Any) -> list[int]:
-    """Copies the documents of a .bin in a random order; returns their lengths in that order."""
-    tokens = numpy.memmap(path, builder.dtype, "r")
-    ends = numpy.cumsum(lengths, dtype=numpy.int64)
-    order = numpy.random.default_rng(seed).permutation(len(lengths))
-    for document in order:
-        length = lengths[document]
-        builder.add_document(tokens[ends[document] - length : ends[document]], [length])
-    return [lengths[document] for document in order]
-
-
-def progress_bar(total: int) -> Any:
-    """Bytes read, on stderr; in a log file a line every half minute."""
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # no thread besides the workers' fork
-    pace = {} if sys.stderr.isatty() else {"delay": 30, "mininterval": 30}
+def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Namespace, stream: BinaryIO) -> Totals:
+    """Writes the tokens of all documents in their order."""
+    totals = Totals()
+    start = time.perf_counter()
+    title = "tokenizing" if args.part is None else f"tokenizing part {args.part.number} of {args.part.count}"
     with signals_held():  # a half-built bar complains when it is deleted
-        return tqdm(total=total, unit="B", unit_scale=True, desc="tokenizing", file=sys.stderr, leave=False, **pace)
+        progress = data.progress_bar(sum(piece.input_bytes for piece in work), title)
+    with progress as bar:
+        for batch in tokenized(tasks(work), settings, args.workers):
+            batch.tokens.tofile(stream)
+            totals.lengths.append(batch.lengths)
+            totals.empty += batch.empty
+            totals.text_bytes += batch.text_bytes
+            totals.busy_seconds += batch.seconds
+            bar.update(batch.input_bytes)
+    totals.seconds = time.perf_counter() - start
+    return totals
 
 
-def tasks(files: Sequence[data.TextFile]) -> Iterator[list[Piece]]:
-    """Cuts the input into tasks of about TASK_BYTES: small files together, JSON lines by byte ranges."""
+def pieces(files: Sequence[data.TextFile], begin: int = 0, end: float = math.inf) -> Iterator[Piece]:
+    """What of the files lies between two bytes of all of them end to end. JSON lines are cut there and into pieces of
+    TASK_BYTES; any other file goes whole to where it begins.
+    """
+    offset = 0
+    for file in files:
+        if file.json_lines and not file.compressed:
+            last = int(min(max(0, end - offset), file.size))
+            for first in range(max(0, begin - offset), last, TASK_BYTES):
+                stop = min(first + TASK_BYTES, last)
+                yield Piece(file, first, stop, stop - first)
+        elif begin <= offset < end:
+            yield Piece(file, 0, file.size, file.size)
+        offset += file.size
+
+
+def tasks(work: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Puts pieces together to tasks of about TASK_BYTES; reads compressed JSON lines, which no worker can share."""
     task: list[Piece] = []
     size = 0
-    for file in files:
-        step = TASK_BYTES if file.json_lines else max(1, file.size)
-        for start in range(0, max(1, file.size), step):
-            end = min(start + step, file.size)
-            task.append(Piece(file, start, end))
-            size += end - start
+    for piece in work:
+        for part in decompressed(piece) if piece.file.json_lines and piece.file.compressed else (piece,):
+            task.append(part)
+            size += max(part.end - part.start, part.input_bytes)
             if size >= TASK_BYTES:
                 yield task
                 task, size = [], 0
     if task:
         yield task
+
+
+def decompressed(piece: Piece) -> Iterator[Piece]:
+    """The lines of a compressed file in pieces of about TASK_BYTES."""
+    for offset, lines, input_bytes in data.blocks_of_lines(piece.file.path, TASK_BYTES):
+        yield Piece(piece.file, offset, offset + len(lines), input_bytes, lines)
 
 
 def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> Iterator[Batch]:
@@ -293,6 +401,7 @@ def tokenize_in_worker(task: list[Piece]) -> Batch:
 
 def tokenize(task: list[Piece], settings: Settings) -> Batch:
     """The token ids of a task's documents, each with its end-of-document token."""
+    start = time.perf_counter()
     documents: list[numpy.ndarray] = []
     empty = text_bytes = 0
     for piece in task:
@@ -311,8 +420,10 @@ def tokenize(task: list[Piece], settings: Settings) -> Batch:
             f"--tokenizer-model: gives token {int(tokens.max())}, above its own vocabulary of {settings.vocab_size}; "
             "repair the tokenizer (its ids must have no holes)"
         )
-    input_bytes = sum(piece.end - piece.start for piece in task)
-    return Batch(tokens, [document.size for document in documents], empty, text_bytes, input_bytes)
+    lengths = numpy.array([document.size for document in documents], dtype=numpy.int32)
+    input_bytes = sum(piece.input_bytes for piece in task)
+    seconds = time.perf_counter() - start
+    return Batch(tokens.astype(settings.dtype), lengths, empty, text_bytes, input_bytes, seconds)
 
 
 def texts(piece: Piece, settings: Settings) -> Iterator[str]:
@@ -321,7 +432,11 @@ def texts(piece: Piece, settings: Settings) -> Iterator[str]:
     if not piece.file.json_lines:
         yield data.decode_text(data.read_bytes(path), path, 0, settings.errors)
         return
-    for offset, line in data.lines_between(path, piece.start, piece.end):
+    if piece.lines is None:
+        found = data.lines_between(path, piece.start, piece.end)
+    else:
+        found = data.lines_of(piece.lines, piece.start)
+    for offset, line in found:
         text = data.json_text(line, path, offset, settings.json_key, settings.errors)
         if text is not None:
             yield text
