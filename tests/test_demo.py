@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from megatron_moa.training_log import IterationLine, TrainingLog
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -24,67 +26,11 @@ def load_demo() -> ModuleType:
 
 demo = load_demo()
 
-ITERATION = (
-    " [2026-03-01 12:00:00.123456] iteration       20/     300 | consumed samples:          320 | "
-    "elapsed time per iteration (ms): 152.4 | learning rate: 1.333333E-03 | global batch size:    16 | "
-    "lm loss: 6.215430E+00 | loss scale: 1.0 | grad norm: 1.231 | number of skipped iterations:   0 | "
-    "number of nan iterations:   0 |"
-)
-VALIDATION = (
-    " validation loss at iteration 300 on validation set | lm loss value: 2.912345E+00 | lm loss PPL: 1.840000E+01 | "
-)
-PARAMETERS = " > number of parameters on (tensor, gtp_weight_remat, pipeline) model parallel rank (0, 0, 0): 1311872"
-
-
-def test_reads_iteration_line() -> None:
-    assert demo.parse_iteration(ITERATION) == demo.IterationLine(20, 300, 152.4, 6.21543)
-
-
-def test_iteration_line_may_lack_the_loss_or_hold_nan() -> None:
-    """Megatron leaves the loss out where every step since the last line was skipped."""
-    assert demo.parse_iteration(ITERATION.replace("lm loss: 6.215430E+00 | ", "")).loss is None
-    assert math.isnan(demo.parse_iteration(ITERATION.replace("6.215430E+00", "NAN")).loss)
-    assert math.isnan(demo.parse_iteration(ITERATION.replace("6.215430E+00", "nan")).loss)
-
-
-@pytest.mark.parametrize(
-    "line", ["", "Number of parameters in billions: 0.00", VALIDATION, PARAMETERS, "saving checkpoint at iteration 20"]
-)
-def test_other_lines_are_not_iterations(line: str) -> None:
-    assert demo.parse_iteration(line) is None
-
-
-def test_reads_validation_line() -> None:
-    assert demo.parse_validation(VALIDATION) == (300, 2.912345)
-    assert demo.parse_validation(VALIDATION.replace("validation set", "test set")) is None
-    assert demo.parse_validation(ITERATION) is None
-
-
-def test_reads_parameters() -> None:
-    assert demo.parse_parameters(PARAMETERS) == 1311872
-    assert demo.parse_parameters(ITERATION) is None
-
 
 def result(mixing: str, factor: float, loss: float, milliseconds: float = 100.0) -> object:
-    r = demo.Result(demo.Arm(mixing, factor), 2e-3 * factor, parameters=1000)
-    r.curve = [demo.IterationLine(5 * i, 50, 900.0 if i <= 2 else milliseconds, 7 - i / 10) for i in range(1, 11)]
-    r.validation = {50: loss}
-    return r
-
-
-def test_time_is_the_median_without_warm_up() -> None:
-    assert result("none", 1, 3.0, 120.0).milliseconds == 120.0
-    first = demo.Result(demo.Arm("none", 1), 1e-3, curve=[demo.IterationLine(1, 50, 900.0, 7.0)])
-    assert first.milliseconds == 900.0
-    assert math.isnan(demo.Result(demo.Arm("none", 1), 1e-3).milliseconds)
-
-
-def test_result_collects_what_the_log_says() -> None:
-    r = demo.Result(demo.Arm("moa", 1.5), 3e-3)
-    lines = [PARAMETERS, ITERATION, "noise", VALIDATION, VALIDATION.replace("validation set", "test set")]
-    assert [r.read(line) is not None for line in lines] == [False, True, False, False, False]
-    assert (r.parameters, r.final_validation, len(r.curve)) == (1311872, 2.912345, 1)
-    assert r.arm.name == "moa-1.5x"
+    curve = [IterationLine(5 * i, 50, 900.0 if i <= 2 else milliseconds, 7 - i / 10) for i in range(1, 11)]
+    log = TrainingLog(parameters=1000, iterations=curve, validation={50: loss})
+    return demo.Result(demo.Arm(mixing, factor), 2e-3 * factor, log)
 
 
 def test_table_compares_at_the_same_rate_and_verdict_takes_the_best() -> None:
@@ -188,7 +134,7 @@ class FakeDemo(demo.Demo):
 def test_all_arms_run_at_both_rates_where_there_is_time(tmp_path: Path) -> None:
     results = FakeDemo(tmp_path, milliseconds=1).train_all()
     assert [r.arm for r in results] == [*demo.FIRST_ARMS, *demo.SECOND_ARMS]
-    assert {r.final_validation for r in results} == {3.0}
+    assert {r.log.final_validation for r in results} == {3.0}
 
 
 def test_second_rate_is_left_out_as_a_whole_and_said_so(
@@ -205,7 +151,7 @@ def test_slow_machine_starts_anew_with_fewer_iterations(tmp_path: Path, capsys: 
     results = d.train_all()
     assert [r.arm for r in results] == list(demo.FIRST_ARMS)
     assert d.settings.iterations == 70  # (7 minutes / 2 rounds - 25 s to compile) / (2 s x 1.3), in tens
-    assert results[0].curve[-1].total == 70
+    assert results[0].log.iterations[-1].total == 70
     assert "2000 ms an iteration" in capsys.readouterr().out
 
 
@@ -218,7 +164,7 @@ def test_failure_of_one_run_ends_the_others(tmp_path: Path) -> None:
 
 def test_plot_survives_a_diverged_run(tmp_path: Path) -> None:
     results = [result("none", 1, 3.0), result("moa", 1, math.nan)]
-    results[1].curve = [demo.IterationLine(5, 50, 100.0, math.nan), demo.IterationLine(10, 50, 100.0, None)]
+    results[1].log.iterations = [IterationLine(5, 50, 100.0, math.nan), IterationLine(10, 50, 100.0, None)]
     demo.plot(results, demo.QUICK, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import queue
-import re
 import shlex
 import shutil
 import signal
@@ -30,53 +29,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from megatron_moa.training_log import TrainingLog
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "demo.json"  # tells a folder of ours, which a rerun may empty, from any other
 
 # Not in the text: Python's tests, installed packages, tables of data.
 LEFT_OUT = ["test/*", "*/test*/*", "*/idle_test/*", "*-packages/*", "encodings/*", "pydoc_data/*"]
-
-# Megatron's log, see training_log(), evaluate_and_print_results() and get_model() in megatron/training/training.py.
-NUMBER = r"([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))"
-ITERATION = re.compile(r" iteration +(\d+)/ *(\d+) \|")
-MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): " + NUMBER)
-LOSS = re.compile(r"\| lm loss: " + NUMBER, re.IGNORECASE)
-VALIDATION = re.compile(
-    r"validation loss at iteration (\d+) on validation set \| lm loss value: " + NUMBER, re.IGNORECASE
-)
-PARAMETERS = re.compile(r"> number of parameters on .*model parallel rank \(0, 0, 0\): (\d+)")
-
-
-@dataclass(frozen=True)
-class IterationLine:
-    """One line of Megatron's training log; ``loss`` is None where every step since the last line was skipped."""
-
-    iteration: int
-    total: int
-    milliseconds: float
-    loss: float | None
-
-
-def parse_iteration(line: str) -> IterationLine | None:
-    """The training log line in ``line``, or None if it is another kind of line."""
-    iteration, milliseconds, loss = ITERATION.search(line), MILLISECONDS.search(line), LOSS.search(line)
-    if iteration is None or milliseconds is None:
-        return None
-    return IterationLine(
-        int(iteration[1]), int(iteration[2]), float(milliseconds[1]), float(loss[1]) if loss is not None else None
-    )
-
-
-def parse_validation(line: str) -> tuple[int, float] | None:
-    """``(iteration, loss)`` of a validation line, or None; lines about the test set are not validation lines."""
-    match = VALIDATION.search(line)
-    return (int(match[1]), float(match[2])) if match is not None else None
-
-
-def parse_parameters(line: str) -> int | None:
-    """The number of parameters that Megatron prints when it has built the model, or None."""
-    match = PARAMETERS.search(line)
-    return int(match[1]) if match is not None else None
 
 
 @dataclass(frozen=True)
@@ -152,41 +111,17 @@ SECOND_ARMS = tuple(Arm(mixing, 1.5) for mixing in ("none", "la", "moa"))
 
 @dataclass
 class Result:
-    """What one run's log said."""
+    """A run and what its log said."""
 
     arm: Arm
     learning_rate: float
-    parameters: int | None = None
-    curve: list[IterationLine] = field(default_factory=list)
-    validation: dict[int, float] = field(default_factory=dict)
+    log: TrainingLog = field(default_factory=TrainingLog)
     seconds: float = 0.0
     startup: float = 0.0  # until the first line of the training log
 
     @property
     def title(self) -> str:
         return f"{self.arm.label:<6} lr {self.learning_rate:.1e}"
-
-    def read(self, line: str) -> IterationLine | None:
-        """Takes in one line of the log; returns it if it is a training line."""
-        if (parameters := parse_parameters(line)) is not None:
-            self.parameters = parameters
-        if (validation := parse_validation(line)) is not None:
-            self.validation[validation[0]] = validation[1]
-        step = parse_iteration(line)
-        if step is not None:
-            self.curve.append(step)
-        return step
-
-    @property
-    def final_validation(self) -> float:
-        """Validation loss after the last iteration; NaN if the log has none."""
-        return self.validation[max(self.validation)] if self.validation else math.nan
-
-    @property
-    def milliseconds(self) -> float:
-        """Median time of an iteration over the log's lines, its first fifth (warm-up) left out."""
-        steady = [step.milliseconds for step in self.curve[len(self.curve) // 5 :]]
-        return statistics.median(steady) if steady else math.nan
 
 
 class DemoError(RuntimeError):
@@ -441,10 +376,10 @@ class Demo:
             for line in lines:
                 if self.stop.is_set():
                     return
-                if line is not None and result.read(line) is not None and not result.startup:
+                if line is not None and result.log.read_line(line) is not None and not result.startup:
                     result.startup = time.monotonic() - start
         result.seconds = time.monotonic() - start
-        if not result.validation:
+        if not result.log.validation:
             raise DemoError(f"{shown_path(log)} has no validation loss; its last lines:\n{last_lines(log)}")
 
     def train_all(self) -> list[Result]:
@@ -483,8 +418,8 @@ class Demo:
                         result = running.pop(future)
                         future.result()
                         self.screen.line(
-                            f"  {result.title}   validation loss {result.final_validation:.4f}, "
-                            f"{result.milliseconds:.0f} ms an iteration, {elapsed(result.seconds)}"
+                            f"  {result.title}   validation loss {result.log.final_validation:.4f}, "
+                            f"{result.log.milliseconds:.0f} ms an iteration, {elapsed(result.seconds)}"
                         )
                     if calibrate:
                         calibrate = self.check_speed(results[0])
@@ -502,13 +437,13 @@ class Demo:
         left = 0.0
         for result in running:
             state = f"{result.arm.label} {result.learning_rate:g}"
-            if not result.curve:
+            if not result.log.iterations:
                 states.append(f"{state} starting")
                 continue
-            step = result.curve[-1]
+            step = result.log.iterations[-1]
             loss = math.nan if step.loss is None else step.loss
             states.append(f"{state} {step.iteration}/{total} loss {loss:.2f}")
-            left = max(left, (total - step.iteration) * result.milliseconds / 1000)
+            left = max(left, (total - step.iteration) * result.log.milliseconds / 1000)
             if not self.screen.live and step.iteration - shown_until.get(result.arm, 0) >= total / 4:
                 shown_until[result.arm] = step.iteration
                 self.screen.line(
@@ -521,12 +456,12 @@ class Demo:
     def check_speed(self, first: Result) -> bool:
         """Whether the speed is still unknown; raises :class:`TooSlow` once it is known to be too low."""
         total = self.settings.iterations
-        if not first.curve or first.curve[-1].iteration < max(20, total // 10):
+        if not first.log.iterations or first.log.iterations[-1].iteration < max(20, total // 10):
             return True
         rounds = math.ceil(len(FIRST_ARMS) / self.at_a_time)
-        run = first.startup + MIXTURE_EXTRA + total * first.milliseconds / 1000 * MIXTURE_FACTOR
+        run = first.startup + MIXTURE_EXTRA + total * first.log.milliseconds / 1000 * MIXTURE_FACTOR
         if self.spent() - first.startup + rounds * run > self.budget:
-            raise TooSlow(first.startup, first.milliseconds / 1000)
+            raise TooSlow(first.startup, first.log.milliseconds / 1000)
         return False
 
     def with_time_for(self, second: list[Arm], running: list[Result], results: list[Result]) -> list[Arm]:
@@ -570,26 +505,26 @@ def best_of(results: list[Result], mixing: str) -> Result:
     """The run of one arm with the lowest validation loss; one that diverged to NaN counts as the worst."""
 
     def order(result: Result) -> float:
-        return math.inf if math.isnan(result.final_validation) else result.final_validation
+        return math.inf if math.isnan(result.log.final_validation) else result.log.final_validation
 
     return min((r for r in results if r.arm.mixing == mixing), key=order)
 
 
 def table(results: list[Result]) -> str:
     """The runs as a text table; the last column compares with SwiGLU at the same learning rate."""
-    swiglu = {r.arm.factor: r.final_validation for r in results if r.arm.mixing == "none"}
+    swiglu = {r.arm.factor: r.log.final_validation for r in results if r.arm.mixing == "none"}
     rows = [("arm", "learning rate", "parameters", "validation loss", "ms per iteration", "to SwiGLU, same rate")]
     for r in results:
         same_rate = swiglu.get(r.arm.factor)
-        difference = "" if r.arm.mixing == "none" or same_rate is None else f"{r.final_validation - same_rate:+.4f}"
-        parameters = "?" if r.parameters is None else f"{r.parameters:,}"
+        difference = "" if r.arm.mixing == "none" or same_rate is None else f"{r.log.final_validation - same_rate:+.4f}"
+        parameters = "?" if r.log.parameters is None else f"{r.log.parameters:,}"
         rows.append(
             (
                 r.arm.label,
                 f"{r.learning_rate:.1e}",
                 parameters,
-                f"{r.final_validation:.4f}",
-                f"{r.milliseconds:.0f}",
+                f"{r.log.final_validation:.4f}",
+                f"{r.log.milliseconds:.0f}",
                 difference,
             )
         )
@@ -601,14 +536,14 @@ def table(results: list[Result]) -> str:
 def verdict(results: list[Result]) -> str:
     """The best run of each arm and the distance to SwiGLU's best, whoever is ahead."""
     best = {mixing: best_of(results, mixing) for mixing in ("none", "la", "moa")}
-    reference = best["none"].final_validation
+    reference = best["none"].log.final_validation
     lines = ["Best of each (nats per token, lower is better):"]
     for run in best.values():
-        text = f"  {run.arm.label:<6} {run.final_validation:.4f} at learning rate {run.learning_rate:.1e}"
+        text = f"  {run.arm.label:<6} {run.log.final_validation:.4f} at learning rate {run.learning_rate:.1e}"
         if run.arm.mixing != "none":
-            difference = run.final_validation - reference
+            difference = run.log.final_validation - reference
             side = "lower" if difference < 0 else "higher"
-            time_ratio = run.milliseconds / best["none"].milliseconds
+            time_ratio = run.log.milliseconds / best["none"].log.milliseconds
             text += f", {abs(difference):.4f} {side} than SwiGLU's, {time_ratio:.2f}x its time per iteration"
         lines.append(text)
     tries = len({r.arm.factor for r in results})
@@ -625,11 +560,11 @@ def save_results(results: list[Result], settings: Settings, seed: int, target: P
         {
             "arm": r.arm.label,
             "learning_rate": r.learning_rate,
-            "parameters": r.parameters,
-            "validation_loss": r.final_validation,
-            "ms_per_iteration": r.milliseconds,
+            "parameters": r.log.parameters,
+            "validation_loss": r.log.final_validation,
+            "ms_per_iteration": r.log.milliseconds,
             "seconds": round(r.seconds, 1),
-            "curve": [[step.iteration, step.loss] for step in r.curve],
+            "curve": [[step.iteration, step.loss] for step in r.log.iterations],
         }
         for r in results
     ]
@@ -650,7 +585,9 @@ def plot(results: list[Result], settings: Settings, target: Path) -> None:
     from matplotlib import pyplot
 
     colours = {"none": "#555555", "la": "#d9731a", "moa": "#1f5fb4"}
-    curves = {r.arm: [(step.iteration, step.loss) for step in r.curve if step.loss is not None] for r in results}
+    curves = {
+        r.arm: [(step.iteration, step.loss) for step in r.log.iterations if step.loss is not None] for r in results
+    }
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     lowest = math.inf
     for r in results:
@@ -661,8 +598,8 @@ def plot(results: list[Result], settings: Settings, target: Path) -> None:
         iterations, losses = [p[0] for p in points], smooth([p[1] for p in points])
         label = f"{r.arm.label}, learning rate {r.learning_rate:.1e}"
         left.plot(iterations, losses, label=label, **style)
-        left.plot(iterations[-1], r.final_validation, marker="o", color=style["color"], markersize=5)
-        lowest = min(lowest, *losses, r.final_validation)
+        left.plot(iterations[-1], r.log.final_validation, marker="o", color=style["color"], markersize=5)
+        lowest = min(lowest, *losses, r.log.final_validation)
         baseline = dict(curves.get(Arm("none", r.arm.factor), []))
         shared = [(i, loss - baseline[i]) for i, loss in points if i in baseline]
         if r.arm.mixing != "none" and shared:

@@ -19,10 +19,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from demo import LEFT_OUT, parse_iteration, parse_parameters, parse_validation
+from demo import LEFT_OUT
 
 from megatron_moa import measuring
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.training_log import TrainingLog
 
 PROGRAM = "gpu_report.py"
 END_OF_DOCUMENT = 256
@@ -65,20 +66,17 @@ def read_training(log: Path, arm: str) -> Record:
     Raises:
         UserError: no training in it.
     """
-    record: Record = {"arm": arm, "parameters": None, "curve": [], "validation_loss": None}
-    milliseconds = []
-    for line in log.read_text(errors="replace").splitlines():
-        if (parameters := parse_parameters(line)) is not None:
-            record["parameters"] = parameters
-        if (validation := parse_validation(line)) is not None:
-            record["validation_loss"] = validation[1]
-        if (step := parse_iteration(line)) is not None:
-            record["curve"].append([step.iteration, step.loss])
-            milliseconds.append(step.milliseconds)
-    if not milliseconds:
+    run = TrainingLog.read(log)
+    if not run.iterations:
         raise UserError(f"{log}: no line of a training; look into it for what went wrong")
-    steady = sorted(milliseconds[len(milliseconds) // 5 :])
-    return {**record, "ms": steady[len(steady) // 2], "iterations": record["curve"][-1][0]}
+    return {
+        "arm": arm,
+        "parameters": run.parameters,
+        "curve": [[step.iteration, step.loss] for step in run.iterations],
+        "validation_loss": run.final_validation if run.validation else None,
+        "ms": run.milliseconds,
+        "iterations": run.iterations[-1].iteration,
+    }
 
 
 def read_records(path: Path) -> list[Record]:

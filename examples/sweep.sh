@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# Trains a model with every mixture, learning rate and seed, one after the other, and prints one table of the results.
+#
+#   DATA_PATH=data/corpus TOKENIZER_MODEL=tokenizer.model MODEL=dense-134m examples/sweep.sh
+#   MODEL=dense-134m MIXINGS='none bi-sided' LRS='1e-3 2e-3' SEEDS=1 examples/sweep.sh --list
+#
+# --list     print the runs, one a line, and what is known of each
+# --run N    only the N-th of them, counted from 0: what an array job calls (examples/slurm/sweep.sbatch)
+# --table    only the table
+# flags      of pretrain_gpt_moa.py, for every run
+#
+# Variables: MODEL (dense-134m), MIXINGS (none la moa), LRS (5e-4 1e-3 2e-3), SEEDS (1 2 3), SWEEP_DIR (runs/sweep-MODEL), and
+# those of examples/pretrain.sh. Started again it goes on where it was: finished runs are left alone, a cut-off one goes on from its
+# last checkpoint. A run whose flags have changed since is refused. Learning rates are what arms must be compared at their
+# best of: an untuned comparison says nothing.
+set -euo pipefail
+
+fail() {
+    echo "sweep.sh: $1" >&2
+    exit 2
+}
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+MODEL=${MODEL:-dense-134m}
+read -ra MIXINGS <<<"${MIXINGS:-none la moa}"
+read -ra LRS <<<"${LRS:-5e-4 1e-3 2e-3}"
+read -ra SEEDS <<<"${SEEDS:-1 2 3}"
+SWEEP_DIR=${SWEEP_DIR:-runs/sweep-$(basename "$MODEL" .sh)}
+
+ACTION=all
+case ${1:-} in
+-h | --help)
+    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+--list | --table) ACTION=${1#--} && shift ;;
+--run)
+    [[ ${2:-} =~ ^[0-9]+$ ]] || fail "--run ${2:-}: give the number of a run, from 0; --list shows them"
+    ACTION=run ENTRY=$((10#$2))
+    shift 2
+    ;;
+esac
+
+# Learning rates outermost: after a third of the time there is a whole comparison.
+RUNS=()
+for lr in "${LRS[@]}"; do
+    for seed in "${SEEDS[@]}"; do
+        for mixing in "${MIXINGS[@]}"; do
+            RUNS+=("$mixing $lr $seed")
+        done
+    done
+done
+
+# folder MIXING LR SEED
+folder() { echo "$SWEEP_DIR/$1-lr$2-seed$3"; }
+
+# state FOLDER: finished, diverged, or how far it is. The log decides: exit code 0 is also that of a run stopped by a time limit of its own.
+state() {
+    local at
+    at=$(grep -oE 'iteration +[0-9]+/ *[0-9]+ \|' "$1/train.log" 2>/dev/null | tail -n 1 | tr -dc '0-9/')
+    if [ "$(cat "$1/exit_code" 2>/dev/null)" = 17 ]; then
+        echo diverged
+    elif [ -n "$at" ] && [ "${at%/*}" = "${at#*/}" ] && [ "$(cat "$1/exit_code")" = 0 ]; then
+        echo finished
+    else
+        echo "${at:+at $at}"
+    fi
+}
+
+# train MIXING LR SEED FLAGS...
+train() {
+    local run command code=0
+    run=$(folder "$1" "$2" "$3")
+    case $(state "$run") in finished | diverged) return 0 ;; esac
+    command=$(LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" --dry-run "${@:4}") || return 2
+    [[ $command != *"--data-path DATA_PATH "* ]] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote, or add --mock-data"
+    # Where it runs may change between two starts; what it trains may not.
+    command=${command#*pretrain_gpt_moa.py}
+    if [ -e "$run/command" ] && [ "$command" != "$(cat "$run/command")" ]; then
+        fail "$run: was begun with other flags ($(diff <(cat "$run/command") - <<<"$command" | grep -m 1 '^>' | tr -s ' \\>' ' ') is new); set another SWEEP_DIR, or delete that folder"
+    fi
+    mkdir -p "$run"
+    echo "$command" >"$run/command"
+    echo "> $run"
+    # In the background and waited for, so that a signal is passed on at once and the run can save.
+    LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" "${@:4}" >>"$run/train.log" 2>&1 &
+    CHILD=$!
+    wait "$CHILD" || code=$?
+    while [ -n "$STOPPED" ] && kill -0 "$CHILD" 2>/dev/null; do
+        code=0
+        wait "$CHILD" || code=$?
+    done
+    echo "$code" >"$run/exit_code"
+    case $code in
+    0) ;;
+    17) echo "> $run: diverged" ;;
+    *) echo "sweep.sh: $run: ended with exit code $code: $(tail -n 1 "$run/train.log")" >&2 ;;
+    esac
+    return "$code"
+}
+
+CHILD='' STOPPED=''
+stop() {
+    STOPPED=1
+    [ -z "$CHILD" ] || kill -s "$1" "$CHILD" 2>/dev/null || true
+}
+trap 'stop TERM' TERM INT
+trap 'stop USR2' USR2
+
+table() { "${PYTHON:-python}" "$ROOT/tools/tabulate_runs.py" "$SWEEP_DIR"; }
+
+case $ACTION in
+list)
+    for index in "${!RUNS[@]}"; do
+        read -ra run <<<"${RUNS[$index]}"
+        path=$(folder "${run[@]}")
+        printf '%3d  %-48s  %s\n' "$index" "$path" "$(state "$path")"
+    done
+    ;;
+table) table ;;
+run)
+    ((ENTRY < ${#RUNS[@]})) || fail "--run $ENTRY: there are ${#RUNS[@]} runs, 0 to $((${#RUNS[@]} - 1))"
+    read -ra run <<<"${RUNS[$ENTRY]}"
+    train "${run[@]}" "$@"
+    ;;
+all)
+    for entry in "${RUNS[@]}"; do
+        read -ra run <<<"$entry"
+        code=0
+        train "${run[@]}" "$@" || code=$?
+        case $code in 0 | 17) ;; *) exit "$code" ;; esac
+    done
+    table
+    ;;
+esac

@@ -1,0 +1,117 @@
+"""Reads the log that Megatron prints while it trains: what every tool that shows or compares finished runs starts from.
+
+The lines are those of training_log(), evaluate_and_print_results(), get_model() and _print_args() in megatron/training.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_NUMBER = r"([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))"
+_ITERATION = re.compile(r" iteration +(\d+)/ *(\d+) \|")
+_MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): " + _NUMBER)
+_LOSS = re.compile(r"\| lm loss: " + _NUMBER, re.IGNORECASE)
+_VALIDATION = re.compile(
+    r"validation loss at iteration (\d+) on validation set \| lm loss value: " + _NUMBER, re.IGNORECASE
+)
+_PARAMETERS = re.compile(r"> number of parameters on .*model parallel rank \(0, 0, 0\): (\d+)")
+_SETTING = re.compile(r"^\s+(\w+) \.{3,} (.*)$")
+
+
+@dataclass(frozen=True)
+class IterationLine:
+    """One line of Megatron's training log; ``loss`` is None where every step since the last line was skipped."""
+
+    iteration: int
+    total: int
+    milliseconds: float
+    loss: float | None
+
+
+def parse_iteration(line: str) -> IterationLine | None:
+    """The training log line in ``line``, or None if it is another kind of line."""
+    iteration, milliseconds, loss = _ITERATION.search(line), _MILLISECONDS.search(line), _LOSS.search(line)
+    if iteration is None or milliseconds is None:
+        return None
+    return IterationLine(
+        int(iteration[1]), int(iteration[2]), float(milliseconds[1]), float(loss[1]) if loss is not None else None
+    )
+
+
+def parse_validation(line: str) -> tuple[int, float] | None:
+    """``(iteration, loss)`` of a validation line, or None; lines about the test set are not validation lines."""
+    match = _VALIDATION.search(line)
+    return (int(match[1]), float(match[2])) if match is not None else None
+
+
+def parse_parameters(line: str) -> int | None:
+    """The number of parameters that Megatron prints when it has built the model, or None."""
+    match = _PARAMETERS.search(line)
+    return int(match[1]) if match is not None else None
+
+
+def parse_setting(line: str) -> tuple[str, str] | None:
+    """Name and value in a line of the list of arguments that a run begins with, or None."""
+    match = _SETTING.match(line)
+    return (match[1], match[2].strip()) if match is not None else None
+
+
+@dataclass
+class TrainingLog:
+    """What a log holds of a run, over all its starts.
+
+    Attributes:
+        settings: arguments of the last start, as Megatron prints them, by name.
+        parameters: of the first model-parallel rank; None if no model was built.
+        iterations: the training log's lines. What a later start did again stands for what it did before.
+        validation: loss by iteration.
+    """
+
+    settings: dict[str, str] = field(default_factory=dict)
+    parameters: int | None = None
+    iterations: list[IterationLine] = field(default_factory=list)
+    validation: dict[int, float] = field(default_factory=dict)
+
+    def read_line(self, line: str) -> IterationLine | None:
+        """Takes in one line; the step that it tells of, if it does."""
+        if (setting := parse_setting(line)) is not None:
+            self.settings[setting[0]] = setting[1]
+        elif (parameters := parse_parameters(line)) is not None:
+            self.parameters = parameters
+        elif (validation := parse_validation(line)) is not None:
+            self.validation[validation[0]] = validation[1]
+        elif (step := parse_iteration(line)) is not None:
+            while self.iterations and self.iterations[-1].iteration >= step.iteration:
+                self.iterations.pop()
+            self.iterations.append(step)
+            return step
+        return None
+
+    @classmethod
+    def read(cls, path: Path) -> TrainingLog:
+        """The log in a file."""
+        log = cls()
+        with path.open(errors="replace") as lines:
+            for line in lines:
+                log.read_line(line)
+        return log
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last iteration was reached."""
+        return bool(self.iterations) and self.iterations[-1].iteration == self.iterations[-1].total
+
+    @property
+    def final_validation(self) -> float:
+        """The last validation loss; NaN if the log has none."""
+        return self.validation[max(self.validation)] if self.validation else math.nan
+
+    @property
+    def milliseconds(self) -> float:
+        """Median time of an iteration over the log's lines, its first fifth (warm-up) left out; NaN without lines."""
+        steady = [step.milliseconds for step in self.iterations[len(self.iterations) // 5 :]]
+        return statistics.median(steady) if steady else math.nan

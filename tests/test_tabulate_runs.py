@@ -1,0 +1,101 @@
+"""tools/tabulate_runs.py: what it counts, what it refuses, what it says of rates that were not tuned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import tabulate_runs
+
+
+def write_log(folder: Path, *, loss: float, last: int = 40, total: int = 40, **settings: object) -> None:
+    """A log as a run would leave it."""
+    values = {"lr": 0.001, "seed": 1, "hidden_size": 64, "moa_mixing": "none", "moa_form": "auto", **settings}
+    lines = [f"  {name} ............ {value}" for name, value in values.items()]
+    for iteration in range(10, last + 1, 10):
+        lines.append(
+            f" [x] iteration {iteration:8d}/{total:8d} | elapsed time per iteration (ms): 20.0 | lm loss: 4.0E+00 |"
+        )
+    if last == total:
+        lines.append(f" validation loss at iteration {total} on validation set | lm loss value: {loss:.6E} |")
+    folder.mkdir(parents=True)
+    (folder / "train.log").write_text("\n".join(lines))
+
+
+def rows(text: str) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+
+
+def test_seeds_are_averaged_and_arms_compared_at_their_own_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moa = {"moa_mixing": "moa", "moa_form": "bi-sided"}
+    for rate, base, mixed in ((0.001, 3.4, 3.5), (0.002, 3.2, 3.1), (0.004, 3.3, 3.0)):
+        for seed, offset in ((1, 0.0), (2, 0.02)):
+            write_log(tmp_path / f"a{rate}{seed}", loss=base + offset, lr=rate, seed=seed)
+            write_log(tmp_path / f"b{rate}{seed}", loss=mixed + offset, lr=rate, seed=seed, **moa)
+    tabulate_runs.main([str(tmp_path)])
+    captured = capsys.readouterr()
+    table = rows(captured.out)
+    assert [row[0] for row in table[2:]] == ["none"] * 3 + ["moa"] * 3
+    assert table[3][1:5] == ["0.002", "1,2", "3.2100 *", "+- 0.0141"]
+    assert table[7][1:4] == ["0.004", "1,2", "3.0100 *"]
+    assert table[7][6] == "-0.2000"  # to 3.21, not to the baseline at the same rate
+    assert table[5][6] == "+0.3000"
+    assert "moa: best at the highest learning rate tried, 0.004; try a higher one" in captured.err
+    assert "none:" not in captured.err
+
+
+def test_arms_are_told_apart_by_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_log(tmp_path / "1", loss=3.0, moa_mixing="moa", moa_form="bi-sided", moa_gate="sigmoid")
+    write_log(tmp_path / "2", loss=3.1, moa_mixing="moa", moa_form="one-sided", moa_gate="sigmoid")
+    write_log(tmp_path / "3", loss=3.2, moa_form="auto", moa_gate="tanh")  # of a baseline the gate is no setting
+    tabulate_runs.main([str(tmp_path), "--csv"])
+    lines = [line.split(",") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines[1:]] == ["none", "moa bi-sided", "moa one-sided"]
+
+
+def test_unfinished_and_diverged_runs_are_named_and_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "done", loss=3.0)
+    write_log(tmp_path / "half", loss=2.0, last=20, seed=2)
+    write_log(tmp_path / "nan", loss=float("nan"), seed=3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "train.log").write_text("pretrain_gpt_moa.py: error: no\n")
+    tabulate_runs.main([str(tmp_path)])
+    captured = capsys.readouterr()
+    assert rows(captured.out)[2][2:4] == ["1", "3.0000 *"]
+    assert "half/train.log: at iteration 20 of 40" in captured.err
+    assert "nan/train.log: no finite validation loss" in captured.err
+    assert "empty/train.log: no training in it" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"hidden_size": 128, "seed": 2}, "has hidden_size 128, "),
+        ({}, "the same run as "),
+    ],
+)
+def test_what_does_not_belong_into_one_table_is_refused(
+    second: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "a", loss=3.0)
+    write_log(tmp_path / "b", loss=3.0, **second)
+    with pytest.raises(SystemExit) as caught:
+        tabulate_runs.main([str(tmp_path)])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_missing_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, message in ((tmp_path / "no", "there is no such file"), (tmp_path, "holds no train.log")):
+        with pytest.raises(SystemExit):
+            tabulate_runs.main([str(path)])
+        assert message in capsys.readouterr().err

@@ -1,0 +1,220 @@
+"""One table of finished runs: the best learning rate of each mixture, and its distance to the baseline at its own best.
+
+    python tools/tabulate_runs.py runs/sweep-dense-134m          every train.log below that folder
+    python tools/tabulate_runs.py runs/a/train.log runs/b/train.log --csv
+
+Runs that differ in the seed alone are one line: mean validation loss after the last iteration, and the standard
+deviation over seeds. Settings are read from the list of arguments that a run prints, not from names of folders. Runs
+that are not at their end, or have no finite validation loss, are listed on stderr and counted nowhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.training_log import TrainingLog
+
+PROGRAM = "tabulate_runs.py"
+# What names an arm; the rest of the settings must be the same in all runs.
+_ARM = ("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_amplitude", "moa_init_scale")
+# The size of a comparison: runs of different ones do not belong into one table.
+_SAME = ("num_layers", "hidden_size", "seq_length", "global_batch_size", "train_iters", "optimizer", "lr_decay_style")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A log, and the path it was found at."""
+
+    path: Path
+    log: TrainingLog
+
+    @property
+    def arm(self) -> tuple[str, ...]:
+        """The mixture's settings; for a baseline its name alone."""
+        values = tuple(self.log.settings.get(name, "") for name in _ARM)
+        return values[:1] if values[0] == "none" else values
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.log.settings["lr"])
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in their seed alone."""
+
+    arm: tuple[str, ...]
+    learning_rate: float
+    seeds: tuple[int, ...]
+    losses: tuple[float, ...]
+    milliseconds: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.losses)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over seeds; NaN for a single one."""
+        return statistics.stdev(self.losses) if len(self.losses) > 1 else math.nan
+
+
+def find_logs(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and every train.log below the folders named.
+
+    Raises:
+        UserError: no such path, or no log in it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            below = sorted(path.glob("**/train.log"))
+            if not below:
+                raise UserError(f"{path}: holds no train.log; give the folder of a sweep, or log files")
+            found += below
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: there is no such file or folder")
+    return found
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The complete runs, and a line on each of the others.
+
+    Raises:
+        UserError: runs of different models or budgets.
+    """
+    runs, others = [], []
+    for path in find_logs(paths):
+        run = Run(path, TrainingLog.read(path))
+        if not run.log.iterations or "lr" not in run.log.settings:
+            others.append(f"{path}: no training in it")
+        elif not run.log.complete:
+            step = run.log.iterations[-1]
+            others.append(f"{path}: at iteration {step.iteration} of {step.total}")
+        elif not math.isfinite(run.log.final_validation):
+            others.append(f"{path}: no finite validation loss; --eval-iters 0, or it diverged")
+        else:
+            runs.append(run)
+    for run in runs[1:]:
+        for name in _SAME:
+            first, value = (r.log.settings.get(name) for r in (runs[0], run))
+            if first != value:
+                raise UserError(f"{run.path}: has {name} {value}, {runs[0].path} has {first}; tabulate them apart")
+    return runs, others
+
+
+def lines_of(runs: Sequence[Run]) -> list[Line]:
+    """Runs by arm and learning rate, baselines first, arms in the order they were found."""
+    groups: dict[tuple[tuple[str, ...], float], dict[int, Run]] = {}
+    for run in runs:
+        group = groups.setdefault((run.arm, run.learning_rate), {})
+        seed = int(run.log.settings["seed"])
+        if seed in group:
+            raise UserError(f"{run.path}: the same run as {group[seed].path}; leave one out")
+        group[seed] = run
+    arms = list(dict.fromkeys(arm for arm, _ in groups))
+    arms.sort(key=lambda arm: arm[0] != "none")
+    return [
+        Line(
+            arm,
+            rate,
+            tuple(sorted(group)),
+            tuple(group[seed].log.final_validation for seed in sorted(group)),
+            statistics.median(run.log.milliseconds for run in group.values()),
+        )
+        for (arm, rate), group in sorted(groups.items(), key=lambda item: (arms.index(item[0][0]), item[0][1]))
+    ]
+
+
+def arm_names(lines: Sequence[Line]) -> dict[tuple[str, ...], str]:
+    """A name for each arm: its mixing, and what else tells it from the others."""
+    mixed = [arm for arm in dict.fromkeys(line.arm for line in lines) if len(arm) > 1]
+    differing = [index for index in range(1, len(_ARM)) if len({arm[index] for arm in mixed}) > 1]
+    return {
+        line.arm: " ".join([line.arm[0], *(line.arm[index] for index in differing if index < len(line.arm))])
+        for line in lines
+    }
+
+
+def best_of(lines: Sequence[Line]) -> dict[tuple[str, ...], Line]:
+    """Each arm's line of the lowest loss."""
+    return {
+        arm: min((line for line in lines if line.arm == arm), key=lambda line: line.mean) for arm in arm_names(lines)
+    }
+
+
+def untuned(lines: Sequence[Line]) -> list[str]:
+    """A line on each arm whose best learning rate is the lowest or highest tried: a better one may lie beyond."""
+    names = arm_names(lines)
+    notes = []
+    for arm, best in best_of(lines).items():
+        rates = [line.learning_rate for line in lines if line.arm == arm]
+        if len(rates) == 1:
+            notes.append(f"{names[arm]}: one learning rate tried; try others before comparing")
+        elif best.learning_rate in (min(rates), max(rates)):
+            end, beyond = ("lowest", "lower") if best.learning_rate == min(rates) else ("highest", "higher")
+            notes.append(
+                f"{names[arm]}: best at the {end} learning rate tried, {best.learning_rate:g}; try a {beyond} one"
+            )
+    return notes
+
+
+def rows_of(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """The table's cells, its header first."""
+    names = arm_names(lines)
+    baseline = best_of(lines).get(("none",))
+    rows = [("mixing", "learning rate", "seeds", "validation loss", "over seeds", "ms", "to the baseline's best")]
+    for line in lines:
+        difference = "" if baseline is None or line.arm == baseline.arm else f"{line.mean - baseline.mean:+.4f}"
+        rows.append(
+            (
+                names[line.arm],
+                f"{line.learning_rate:g}",
+                ",".join(map(str, line.seeds)),
+                f"{line.mean:.4f}" + (" *" if best_of(lines)[line.arm] is line else ""),
+                "" if math.isnan(line.spread) else f"+- {line.spread:.4f}",
+                f"{line.milliseconds:.0f}",
+                difference,
+            )
+        )
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a log file, or a folder with train.log below it"
+    )
+    parser.add_argument("--csv", action="store_true", help="comma-separated values instead of a markdown table")
+    options = parser.parse_args(argv)
+    with one_line_errors(PROGRAM):
+        runs, others = read_runs(options.runs)
+        lines = lines_of(runs)
+        rows = rows_of(lines) if lines else []
+        if options.csv:
+            csv.writer(sys.stdout).writerows(rows)
+        elif rows:
+            print("| " + " | ".join(rows[0]) + " |")
+            print("| " + " | ".join("---" for _ in rows[0]) + " |")
+            for row in rows[1:]:
+                print("| " + " | ".join(row) + " |")
+            print("\n* the best learning rate of each mixing")
+        for note in untuned(lines):
+            print(note, file=sys.stderr)
+        for line in others:
+            print(f"not counted: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
