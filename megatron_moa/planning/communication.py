@@ -1,0 +1,181 @@
+"""What a GPU sends in a step, over which wires, and how long a step takes.
+
+Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism, and docs/parallelism.md
+for the mixture's own messages. Times are volumes over the bandwidths of megatron_moa.hardware, which no network
+reaches, and a latency for each message: estimates to rank splits by, not measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megatron_moa.flops import Flops
+from megatron_moa.hardware import Gpu
+from megatron_moa.planning.memory import FLOAT32
+from megatron_moa.planning.model import Model, Split
+from megatron_moa.planning.parameters import Cut, layer_weights, stage_weights
+
+GPUS_PER_NODE = 8
+LATENCY = 15e-6  # seconds a message takes however small it is: assumed
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of message of a step, on the GPU that sends most.
+
+    Attributes:
+        kind: TP, PP, DP, EP or CP, and what is sent.
+        messages: collectives (or sends) a step.
+        bytes: that a GPU sends in all of them.
+        seconds: in all.
+        exposed: of these, seconds in which it computes nothing.
+    """
+
+    kind: str
+    messages: float
+    bytes: float
+    seconds: float
+    exposed: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a training step.
+
+    Attributes:
+        compute: of a GPU, if all had the same work and none waited; with what is recomputed.
+        bubble: waiting for other pipeline stages, the longest stage's surplus included.
+        traffic: messages, their exposed seconds the rest of the step.
+    """
+
+    compute: float
+    bubble: float
+    traffic: tuple[Traffic, ...]
+
+    @property
+    def exposed(self) -> float:
+        """Seconds of communication in which the GPU computes nothing."""
+        return sum(kind.exposed for kind in self.traffic)
+
+    @property
+    def seconds(self) -> float:
+        """All."""
+        return self.compute + self.bubble + self.exposed
+
+
+def step_time(model: Model, split: Split, flops: Flops, gpu: Gpu, mfu: float) -> Step:
+    """Time of a step.
+
+    Args:
+        flops: of one token.
+        mfu: share of the GPU's peak that it reaches while it computes.
+    """
+    peak = gpu.peak_flops["bf16" if model.element == 2 else "fp32"]
+    token = flops.total + recomputed_flops(model, split, flops)
+    compute = token * model.tokens_per_step / (split.gpus * peak * mfu)
+    m = split.micro_batches(model)
+    # The last stage has the logits besides its layers.
+    logits = 6 * model.padded_vocabulary(split.tp) * model.hidden / token
+    longest = (1 - logits) / split.pp + logits if split.pp > 1 else 1.0
+    in_turn = compute * split.pp * longest * (m + (split.pp - 1) / split.vpp) / m
+    return Step(compute, in_turn - compute, tuple(_traffic(model, split, gpu, compute / m)))
+
+
+def recomputed_flops(model: Model, split: Split, flops: Flops) -> float:
+    """Operations of one token that are done a second time in backward."""
+    if split.recompute == "full":
+        return flops.total / 3 - 2 * model.padded_vocabulary(split.tp) * model.hidden  # the logits are not
+    if split.recompute == "mixture":
+        return flops.mixture / 3
+    if split.recompute == "feed-forward":
+        return flops.mixture / 3 + 2 * _active_feed_forward(model)
+    return 0.0
+
+
+def _active_feed_forward(model: Model) -> float:
+    """Parameters of fc1, fc2, gates and routers that a token meets in all layers."""
+    total = 0.0
+    for is_moe in model.moe_layers:
+        for weight in layer_weights(model, is_moe):
+            if weight.name.startswith(("feed-forward fc", "shared expert fc")):
+                total += weight.elements
+            elif weight.cut is Cut.EXPERT:
+                total += weight.elements / model.experts.number * model.experts.topk
+    return total
+
+
+def _bandwidth(gpu: Gpu, stride: int, size: int) -> float:
+    """Bytes/s of a group of ranks so far apart: NVLink's if it lies in a node, else the network's."""
+    return gpu.nvlink_bandwidth if stride * size <= GPUS_PER_NODE else gpu.network_bandwidth
+
+
+def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -> Iterator[Traffic]:
+    """Ranks lie as Megatron places them: tensor-parallel ones side by side, then context-, data-parallel, stages."""
+    tp, pp, vpp, ep, cp = split.tp, split.pp, split.vpp, split.ep, split.cp
+    m = split.micro_batches(model)
+    h, e = model.hidden, model.element
+    t = model.sequence * split.micro_batch / cp
+    layers = model.layers / pp * m  # that a GPU passes in a step
+
+    def traffic(kind: str, messages: float, size: float, bandwidth: float, hidden: float = 0.0) -> Traffic:
+        seconds = size / bandwidth + messages * LATENCY
+        return Traffic(kind, messages, size, seconds, max(0.0, seconds - hidden))
+
+    if tp > 1:
+        # Gathers and scatters of [t, h] a layer around attention and dense feed-forward layer or shared expert, forward
+        # 2 a block, backward 2 and one more gather for the weight's gradient; of [t, n] for coefficients.
+        blocks = 2 if not model.experts or model.experts.shared_ffn else 1
+        again = {"full": 2 * blocks, "feed-forward": 2 * (blocks - 1)}.get(split.recompute, 0)
+        number = 5 * blocks + again
+        coefficients = 2 * FLOAT32 * model.coefficients * (blocks - 1) / (number * h)
+        size = t * h * (e + coefficients) * (tp - 1) / tp
+        # Embedding and logits: a scatter and a gather, and two gathers and a scatter, on the outer stages.
+        yield traffic("TP", number * layers + 5 * m, (number * layers + 5 * m) * size, _bandwidth(gpu, 1, tp))
+    if pp > 1:
+        # To and from the next stage in each direction; a send hides behind the computation of another micro-batch.
+        number = 2 * m * vpp
+        stride = split.gpus // pp
+        wire = gpu.nvlink_bandwidth if stride * pp <= GPUS_PER_NODE else gpu.network_bandwidth
+        yield traffic("PP", number, number * t / tp * h * e, wire, micro_batch_seconds if m > pp else 0.0)
+    if cp > 1:
+        # Keys and values to the next rank, cp - 1 times, and their gradients: a ring.
+        keys = 2 * t * model.groups * model.head_size * e / tp
+        yield traffic("CP", 3 * (cp - 1) * layers, 3 * (cp - 1) * layers * keys, _bandwidth(gpu, tp, cp))
+    if ep > 1:
+        # Every token's copies to its experts and back, forward and backward, but for those that stay.
+        moe = sum(model.moe_layers) / pp * m
+        number = 4 + 2 * (split.recompute in ("full", "feed-forward"))
+        size = t / tp * model.experts.topk * h * e * (ep - 1) / ep
+        yield traffic("EP", number * moe, number * moe * size, _bandwidth(gpu, 1, ep))
+    yield from _data_parallel(model, split, gpu, micro_batch_seconds, traffic)
+
+
+def _data_parallel(
+    model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float, traffic: Callable[..., Traffic]
+) -> Iterator[Traffic]:
+    """Once a step: gradients are summed behind the last micro-batch's backward (two thirds of its time), weights are
+    gathered behind the first one's forward.
+    """
+    groups = {
+        "DP": (split.dp * split.cp, split.tp, lambda weight: weight.cut is not Cut.EXPERT),
+        "DP of experts": (split.expert_dp, split.ep, lambda weight: weight.cut is Cut.EXPERT),
+    }
+    stages = [stage_weights(model, split, stage) for stage in {0, split.pp - 1}]
+    hidden = {"gradients": micro_batch_seconds * 2 / 3, "weights": micro_batch_seconds / 3}
+    for kind, (size, stride, belongs) in groups.items():
+        elements = max(
+            sum(number * weight.on_rank(split) for weight, number in weights.items() if belongs(weight))
+            for weights in stages
+        )
+        if size == 1 or not elements:
+            continue
+        wire = _bandwidth(gpu, stride, size)
+        share = (size - 1) / size
+        sums = [("gradients", model.gradient), ("weights", model.element)]
+        if not model.shards_optimizer:
+            sums = [("gradients", 2 * model.gradient)]  # an all-reduce: each sum is sent on to all
+        for name, width in sums:
+            sent = traffic(f"{kind}, {name}", 1, elements * width * share, wire, hidden[name])
+            hidden[name] = max(0.0, hidden[name] - sent.seconds)
+            yield sent

@@ -1,0 +1,97 @@
+"""From a recipe's flags to what the planner needs: parsed and validated by Megatron itself, for a world of any size."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.planning.model import Model, Split
+
+# What a split recomputes, as flags of pretrain_gpt_moa.py.
+_RECOMPUTE_FLAGS = {
+    "none": (),
+    "mixture": ("--moa-recompute",),
+    "full": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+}
+
+
+def split_environment(split: Split) -> dict[str, str]:
+    """The variables of examples/pretrain.sh that train with this split."""
+    variables = {"TP": split.tp, "PP": split.pp, "CP": split.cp, "EP": split.ep, "MICRO_BATCH_SIZE": split.micro_batch}
+    return {name: str(value) for name, value in variables.items()}
+
+
+def split_flags(split: Split, model: Model) -> list[str]:
+    """What this split needs beside :func:`split_environment`."""
+    flags = []
+    if split.vpp > 1:
+        flags += ["--num-virtual-stages-per-pipeline-rank", str(split.vpp)]
+    if split.recompute == "feed-forward":
+        modules = [name for name, is_moe in (("mlp", False), ("moe", True)) if is_moe in model.moe_layers]
+        return [*flags, "--recompute-granularity", "selective", "--recompute-modules", *modules]
+    return [*flags, *_RECOMPUTE_FLAGS[split.recompute]]
+
+
+@contextlib.contextmanager
+def _world(gpus: int, flags: Sequence[str]) -> Iterator[None]:
+    """Inside, Megatron finds this command line and this many ranks, and does not print; errors still come through."""
+    before, argv = dict(os.environ), sys.argv
+    os.environ.update(WORLD_SIZE=str(gpus), RANK="0", LOCAL_RANK="0")
+    sys.argv = ["pretrain_gpt_moa.py", *flags]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.argv = argv
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixingConfig | None]:
+    """Megatron's arguments for so many ranks, not validated yet, and the mixture.
+
+    Raises:
+        UserError: flags of the mixture that cannot be.
+        SystemExit: flags that cannot be parsed, after one line that says so.
+    """
+    from megatron.training.arguments import parse_args  # when megatron_moa.cpu has replaced what it must
+
+    from megatron_moa import checkpoint_guard
+    from megatron_moa.arguments import add_arguments, mixing_from_args
+
+    with _world(gpus, flags):
+        args = parse_args(lambda parser: checkpoint_guard.add_arguments(add_arguments(parser)))
+        mixing = mixing_from_args(args)
+    if mixing is not None:
+        args.bias_gelu_fusion = args.bias_swiglu_fusion = False  # as parse_arguments does
+    return args, mixing
+
+
+def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.Namespace:
+    """A copy that Megatron's validate_args has accepted, split over its world as the arguments say, or as given.
+
+    Raises:
+        UserError: what Megatron finds wrong.
+    """
+    from megatron.training.arguments import validate_args
+
+    from megatron_moa.arguments import megatron_checks
+
+    args = copy.deepcopy(args)
+    if split is not None:
+        args.tensor_model_parallel_size = split.tp
+        args.sequence_parallel = split.tp > 1
+        args.pipeline_model_parallel_size = split.pp
+        args.num_virtual_stages_per_pipeline_rank = split.vpp if split.vpp > 1 else None
+        args.expert_model_parallel_size = split.ep
+        args.context_parallel_size = split.cp
+        args.micro_batch_size = split.micro_batch
+    with _world(args.world_size, ()), megatron_checks():
+        validate_args(args)
+    return args

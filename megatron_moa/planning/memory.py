@@ -1,0 +1,272 @@
+"""Memory of a GPU by part: what lies there all the time, what a micro-batch leaves for its backward, and the peak.
+
+Activations are counted as this package's layers save them (megatron_moa.fused; docs/planning.md has the list),
+attention as a fused kernel, which keeps no s x s scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_moa.planning.model import Model, Split
+from megatron_moa.planning.parameters import Cut, Kind, Weights, stage_weights
+
+FLOAT32, INT64 = 4, 8
+GIBIBYTE = 2**30
+
+# Not counted by formulas, set aside: CUDA's context, cuBLAS's and NCCL's buffers, and what the caching allocator
+# cannot use of what it holds. Assumed, not measured.
+ALLOWANCE_BYTES = 4 * GIBIBYTE
+ALLOWANCE_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Software:
+    """Where kernels differ in what they keep.
+
+    Attributes:
+        fused_norm: RMSNorm keeps its input; torch's CPU one keeps that and the normalised input, both in float32.
+        fused_glu: the stock model's SwiGLU keeps fc1's output; unfused also both factors of its product.
+        foreach_adam: Adam takes the roots of all second moments before it uses the first (torch's, on a GPU).
+    """
+
+    fused_norm: bool = True
+    fused_glu: bool = True
+    foreach_adam: bool = True
+
+
+GPU = Software()
+CPU = Software(fused_norm=False, fused_glu=False, foreach_adam=False)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank of a pipeline stage.
+
+    Attributes:
+        weights: as the model computes with them.
+        gradients: summed over micro-batches.
+        optimizer: its copy of the weights and its moments.
+        activations: kept for backward, of all micro-batches in flight.
+        logits: what the loss holds at once, on the last stage.
+        workspace: what the backward of one layer, or the optimizer's step, holds beyond all that.
+        stage: the pipeline stage.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspace: float
+    stage: int
+
+    @property
+    def tensors(self) -> float:
+        """The peak: all parts, as they are there at once."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.workspace
+
+    @property
+    def allowance(self) -> float:
+        """Set aside for what is not counted, on a GPU."""
+        return ALLOWANCE_BYTES + ALLOWANCE_SHARE * self.tensors
+
+    @property
+    def total(self) -> float:
+        """The peak with the allowance."""
+        return self.tensors + self.allowance
+
+
+def peak(model: Model, split: Split, software: Software = GPU) -> Memory:
+    """Of the stage that needs most."""
+    # Those between have fewer micro-batches in flight than the first, and neither embedding nor logits.
+    layouts = {model.moe_layers[layer] for layer in range(model.layers)}
+    stages = range(split.pp) if len(layouts) > 1 else {0, split.pp - 1}
+    return max((stage_memory(model, split, stage, software) for stage in stages), key=lambda memory: memory.tensors)
+
+
+def stage_memory(model: Model, split: Split, stage: int, software: Software = GPU) -> Memory:
+    """Of a rank of one stage, at its peak.
+
+    The peak is one of three moments: the loss of the last micro-batch (all activations and the logits), the backward of
+    a layer (all activations and that layer's gradients), the optimizer's step (no activations).
+    """
+    weights = stage_weights(model, split, stage)
+    elements = sum(number * weight.on_rank(split) for weight, number in weights.items())
+    state, shard = _optimizer_state(model, split, weights)
+    activations = activations_in_flight(model, split, stage, software)
+    backward = max(_backward_workspace(model, split, is_moe, software) for is_moe in _kinds(model, split, stage))
+    logits = output = 0.0
+    if stage == split.pp - 1:
+        logits, output = _loss(model, split)
+    at_rest = model.element * elements + model.gradient * elements + state
+    step = FLOAT32 * (shard if software.foreach_adam else 2 * _largest(model, split, weights))
+    moments = {
+        activations + logits: (activations, logits, 0.0),
+        activations + output: (activations, 0.0, output),
+        activations + backward: (activations, 0.0, backward),
+        step: (0.0, 0.0, step),
+    }
+    kept, loss, workspace = moments[max(moments)]
+    assert at_rest >= 0
+    return Memory(
+        weights=model.element * elements,
+        gradients=model.gradient * elements,
+        optimizer=state,
+        activations=kept,
+        logits=loss,
+        workspace=workspace,
+        stage=stage,
+    )
+
+
+def _kinds(model: Model, split: Split, stage: int) -> set[bool]:
+    return {model.moe_layers[layer] for layer in split.layers(model, stage)}
+
+
+def _optimizer_state(model: Model, split: Split, weights: Weights) -> tuple[float, float]:
+    """Bytes of the optimizer's state on a rank, and elements of its share of the weights.
+
+    Adam: two moments; others keep one for matrices. A half-precision model has a float32 copy of its weights besides.
+    """
+    copy = FLOAT32 if model.element < FLOAT32 else 0
+    state = share = 0.0
+    for weight, number in weights.items():
+        own = number * weight.on_rank(split) / (weight.copies(split) if model.shards_optimizer else 1)
+        moments = 1 if model.optimizer != "adam" and weight.kind is Kind.MATRIX else 2
+        state += own * (copy + moments * FLOAT32)
+        share += own
+    return state, share
+
+
+def _largest(model: Model, split: Split, weights: Weights) -> float:
+    """Elements of the largest single tensor that Adam steps through."""
+    experts = model.experts.number if model.experts else 1
+    sizes = []
+    for weight in weights:
+        own = weight.on_rank(split) / (weight.copies(split) if model.shards_optimizer else 1)
+        sizes.append(own * split.ep / experts if weight.cut is Cut.EXPERT else own)
+    return max(sizes)
+
+
+def _loss(model: Model, split: Split) -> tuple[float, float]:
+    """Bytes that the loss holds, and then the output layer's backward.
+
+    Logits of the model's dtype become float32 probabilities, which become their gradient in place, which becomes the
+    model's dtype again.
+    """
+    tokens = _tokens(model, split)
+    width = model.padded_vocabulary(split.tp) / split.tp
+    half = model.element if model.element < FLOAT32 else 0
+    gradient = model.element * width * (tokens + model.hidden)  # of the logits, of the weight
+    return tokens * width * (FLOAT32 + half), gradient + model.element * tokens * model.hidden
+
+
+def _tokens(model: Model, split: Split) -> float:
+    """t: tokens of a micro-batch where the sequence is whole."""
+    return model.sequence * split.micro_batch / split.cp
+
+
+# Activations.
+
+
+def in_flight(model: Model, split: Split, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at most, in units of all its layers (Megatron's 1F1B schedules)."""
+    micro_batches = split.micro_batches(model)
+    if split.vpp == 1:
+        return min(micro_batches, split.pp - stage)
+    chunks = 2 * (split.pp - stage - 1) + (split.vpp - 1) * split.pp + 1
+    return min(micro_batches * split.vpp, chunks) / split.vpp
+
+
+def activations_in_flight(model: Model, split: Split, stage: int, software: Software = GPU) -> float:
+    """Bytes that a stage keeps for backward at most."""
+    layers = [kept(model, split, model.moe_layers[layer], software) for layer in split.layers(model, stage)]
+    held = in_flight(model, split, stage) * sum(layers)
+    if stage == split.pp - 1:
+        u = _tokens(model, split) / split.tp
+        held += _norm(model, u, software) + model.element * u * model.hidden  # the final norm and what it gives
+    return held
+
+
+def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> Mapping[str, float]:
+    """Bytes that one layer saves of one micro-batch, by part, nothing recomputed."""
+    h, e = model.hidden, model.element
+    t = _tokens(model, split)
+    u = t / split.tp
+    queries, keys = model.heads * model.head_size, model.groups * model.head_size
+    parts = {
+        "norms": 2 * _norm(model, u, software),
+        "norms' outputs": 2 * u * h * e,
+        # Rotated queries and keys, values, output; float32 sums of each head's softmax.
+        "attention": t * ((2 * queries + 2 * keys) * e + FLOAT32 * model.heads) / split.tp,
+    }
+    if not is_moe:
+        return {**parts, "feed-forward": _feed_forward(model, software, t, u, model.ffn / split.tp)}
+    experts = model.experts
+    routed = u * experts.topk  # token copies on a rank, if all experts get the same number
+    parts["router"] = u * (2 * FLOAT32 * experts.number + 2 * INT64 * experts.topk) + routed * (2 * INT64)
+    parts["dispatched tokens"] = routed * h * e
+    parts["experts"] = _feed_forward(model, software, routed, routed, experts.ffn, routed=True)
+    parts["experts"] += FLOAT32 * experts.number / split.ep * model.coefficients * h  # float32 gate matrices
+    if experts.shared_ffn:
+        parts["shared expert"] = _feed_forward(model, software, t, u, experts.shared_ffn / split.tp)
+        parts["shared expert"] += u * h * e * experts.shared_gate  # its output, times its gate
+    return parts
+
+
+def _norm(model: Model, u: float, software: Software) -> float:
+    if model.norm_vectors == 1 and not software.fused_norm:
+        return u * (2 * FLOAT32 * model.hidden + FLOAT32)
+    return u * (model.element * model.hidden + model.norm_vectors * FLOAT32)
+
+
+def _feed_forward(model: Model, software: Software, t: float, u: float, f: float, routed: bool = False) -> float:
+    """fc1's output, fc2's input, and 4 n a token for coefficients: once as the gates gave them, once gathered."""
+    unfused = model.mixing is None and model.gated and not software.fused_glu
+    widths = model.halves + 1 + (2 + routed) * unfused  # routed: its output before the router's probability, too
+    coefficients = FLOAT32 * model.coefficients * (t + (u if u != t else 0))
+    return t * f * widths * model.element + coefficients
+
+
+def kept(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> float:
+    """Bytes that one layer keeps of one micro-batch, with what the split recomputes."""
+    if split.recompute == "full":
+        return model.element * _tokens(model, split) / split.tp * model.hidden
+    return sum(saved(model, split, is_moe, software).values()) - _recomputed(model, split, is_moe, software)
+
+
+def _recomputed(model: Model, split: Split, is_moe: bool, software: Software) -> float:
+    """Bytes of one layer and micro-batch that come back in backward, and are there for this layer alone."""
+    parts = saved(model, split, is_moe, software)
+    if split.recompute == "full":
+        return sum(parts.values())
+    if split.recompute == "feed-forward":
+        return sum(size for name, size in parts.items() if name not in ("norms", "norms' outputs", "attention"))
+    if split.recompute == "mixture":
+        return model.element * _fc2_inputs(model, split, is_moe)
+    return 0.0
+
+
+def _fc2_inputs(model: Model, split: Split, is_moe: bool) -> float:
+    """Elements of the mixtures' outputs of one layer and micro-batch."""
+    t = _tokens(model, split)
+    if not is_moe:
+        return t * model.ffn / split.tp
+    experts = model.experts
+    return t / split.tp * (experts.topk * experts.ffn + experts.shared_ffn)
+
+
+def _backward_workspace(model: Model, split: Split, is_moe: bool, software: Software) -> float:
+    """Bytes of gradients while a feed-forward layer goes backward: of fc2's input, fc1's output and input, the layer's
+    output, and of one linear's weight before it is added to the sum; and what is recomputed for it.
+    """
+    h, e = model.hidden, model.element
+    t = _tokens(model, split)
+    if is_moe:
+        tokens, f, matrices = t / split.tp * model.experts.topk, model.experts.ffn, model.experts.number / split.ep
+    else:
+        tokens, f, matrices = t, model.ffn / split.tp, 1
+    gradients = tokens * ((model.halves + 1) * f + 2 * h) + matrices * model.halves * f * h
+    return e * gradients + _recomputed(model, split, is_moe, software)

@@ -1,0 +1,206 @@
+"""What is planned: the model and its training as Megatron's arguments say, and how both lie over GPUs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+
+# What the formulas do not have: (attribute of Megatron's arguments, flag).
+_REFUSED = (
+    ("multi_latent_attention", "--multi-latent-attention"),
+    ("mtp_num_layers", "--mtp-num-layers"),
+    ("moe_latent_size", "--moe-latent-size"),
+    ("attention_output_gate", "--attention-output-gate"),
+    ("hybrid_layer_pattern", "--hybrid-layer-pattern"),
+    ("heterogeneous_layers_config_path", "--heterogeneous-layers-config-path"),
+    ("pipeline_model_parallel_layout", "--pipeline-model-parallel-layout"),
+    ("decoder_first_pipeline_num_layers", "--decoder-first-pipeline-num-layers"),
+    ("decoder_last_pipeline_num_layers", "--decoder-last-pipeline-num-layers"),
+    ("account_for_embedding_in_pipeline_split", "--account-for-embedding-in-pipeline-split"),
+    ("account_for_loss_in_pipeline_split", "--account-for-loss-in-pipeline-split"),
+    ("fp8", "--fp8-format"),
+    ("fp16", "--fp16"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp"),
+    ("use_torch_fsdp2", "--use-torch-fsdp2"),
+)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The feed-forward part of a MoE layer: routed experts, and a shared one of width ``shared_ffn`` (0: none)."""
+
+    number: int
+    topk: int
+    ffn: int
+    shared_ffn: int
+    shared_gate: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """A GPT model's shape, and what its training is asked to do.
+
+    Attributes:
+        head_size: of queries, keys and values; ``groups`` key heads serve ``heads`` query heads.
+        gated: fc1 has two halves.
+        norm_vectors: 1 for RMSNorm, 2 for LayerNorm.
+        positions: learned positions; 0 for rotary ones.
+        vocabulary: padded to a multiple of ``vocabulary_multiple`` times the tensor-parallel size.
+        moe_layers: whether each layer is one of experts.
+        mixing: None for the stock model.
+        element: bytes of a weight and of an activation, 2 or 4.
+        gradient: bytes of a gradient, as it is summed.
+        optimizer: ``adam``, or Megatron's name of another.
+        shards_optimizer: whether data-parallel ranks share its state out.
+        sequence: tokens of a sample.
+        global_batch: samples a step.
+        iterations: steps.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    groups: int
+    head_size: int
+    ffn: int
+    gated: bool
+    norm_vectors: int
+    linear_bias: bool
+    qkv_bias: bool
+    qk_norm: bool
+    positions: int
+    tied: bool
+    vocabulary: int
+    vocabulary_multiple: int
+    experts: Experts | None
+    moe_layers: tuple[bool, ...]
+    mixing: MixingConfig | None
+    element: int
+    gradient: int
+    optimizer: str
+    shards_optimizer: bool
+    sequence: int
+    global_batch: int
+    iterations: int
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, mixing: MixingConfig | None) -> Model:
+        """From Megatron's parsed and validated arguments.
+
+        Raises:
+            UserError: a setting that the plan's formulas do not have.
+        """
+        for name, flag in _REFUSED:
+            if getattr(args, name, None):
+                raise UserError(f"{flag}: the planner has no formulas for it; drop it to plan without")
+        if not args.vocab_size:
+            raise UserError("--vocab-size: not given; add it, or --mock-data for the recipe's own")
+        experts = None
+        moe_layers = (False,) * args.num_layers
+        if args.num_experts:
+            experts = Experts(
+                number=args.num_experts,
+                topk=args.moe_router_topk,
+                ffn=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+                shared_ffn=args.moe_shared_expert_intermediate_size or 0,
+                shared_gate=bool(args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size),
+            )
+            frequency = args.moe_layer_freq
+            if isinstance(frequency, int):
+                moe_layers = tuple(layer % frequency == 0 for layer in range(args.num_layers))
+            else:
+                moe_layers = tuple(bool(is_moe) for is_moe in frequency)
+        return cls(
+            layers=args.num_layers,
+            hidden=args.hidden_size,
+            heads=args.num_attention_heads,
+            groups=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+            head_size=args.kv_channels,
+            ffn=args.ffn_hidden_size,
+            gated=args.swiglu,
+            norm_vectors=1 if args.normalization == "RMSNorm" else 2,
+            linear_bias=args.add_bias_linear,
+            qkv_bias=args.add_bias_linear or args.add_qkv_bias,
+            qk_norm=args.qk_layernorm,
+            positions=args.max_position_embeddings if args.position_embedding_type == "learned_absolute" else 0,
+            tied=not args.untie_embeddings_and_output_weights,
+            vocabulary=args.vocab_size,
+            vocabulary_multiple=args.make_vocab_size_divisible_by,
+            experts=experts,
+            moe_layers=moe_layers,
+            mixing=mixing,
+            element=2 if args.bf16 else 4,
+            gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
+            optimizer=args.optimizer,
+            shards_optimizer=args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer,
+            sequence=args.seq_length,
+            global_batch=args.global_batch_size,
+            iterations=args.train_iters,
+        )
+
+    def padded_vocabulary(self, tp: int) -> int:
+        """V over p tensor-parallel ranks."""
+        multiple = self.vocabulary_multiple * tp
+        return -(-self.vocabulary // multiple) * multiple
+
+    @property
+    def coefficients(self) -> int:
+        """n of a feed-forward layer or expert whose coefficients depend on the token; 0 for LA and the stock model."""
+        return self.mixing.num_coefficients if self.mixing and self.mixing.mixing == "moa" else 0
+
+    @property
+    def halves(self) -> int:
+        """Width of fc1's output over f."""
+        return 2 if self.gated else 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all GPUs."""
+        return self.global_batch * self.sequence
+
+
+RECOMPUTE = ("none", "mixture", "feed-forward", "full")
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a training lies over GPUs.
+
+    Attributes:
+        tp: tensor-parallel ranks, with sequence parallelism where there are several.
+        pp: pipeline stages; ``vpp`` virtual ones on each.
+        ep: expert-parallel ranks; expert tensor parallelism is 1.
+        cp: context-parallel ranks.
+        recompute: ``none``; ``mixture``: --moa-recompute; ``feed-forward``: those layers; ``full``: all layers.
+    """
+
+    gpus: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    cp: int = 1
+    micro_batch: int = 1
+    recompute: str = "none"
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.gpus // (self.tp * self.pp * self.cp)
+
+    @property
+    def expert_dp(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.gpus // (self.pp * self.ep)
+
+    def micro_batches(self, model: Model) -> int:
+        """m, of a step on each rank."""
+        return model.global_batch // (self.dp * self.micro_batch)
+
+    def layers(self, model: Model, stage: int) -> list[int]:
+        """Numbers of a stage's layers: one run of them, or every pp-th of shorter runs with virtual stages."""
+        run = model.layers // (self.pp * self.vpp)
+        return [(chunk * self.pp + stage) * run + layer for chunk in range(self.vpp) for layer in range(run)]

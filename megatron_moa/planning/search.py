@@ -1,0 +1,253 @@
+"""Splits over GPUs: which can be, which fit, and which is fastest."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.flops import Flops, flops_per_token
+from megatron_moa.hardware import Gpu
+from megatron_moa.planning.communication import GPUS_PER_NODE, Step, step_time
+from megatron_moa.planning.memory import GIBIBYTE, Memory, peak
+from megatron_moa.planning.model import RECOMPUTE, Model, Split
+
+_KEPT = 10  # best splits that are looked at closer
+_MOST_GPUS = 1 << 16  # where the search for a number of GPUs that fits ends
+
+FLAGS = {
+    "tp": "--tp",
+    "pp": "--pp",
+    "vpp": "--vpp",
+    "ep": "--ep",
+    "cp": "--cp",
+    "micro_batch": "--micro-batch-size",
+    "recompute": "--recompute",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A split with what it needs."""
+
+    split: Split
+    memory: Memory
+    step: Step
+
+
+def divisors(number: int, most: int) -> list[int]:
+    """All up to ``most``, in order."""
+    return [value for value in range(1, min(number, most) + 1) if number % value == 0]
+
+
+# Which can be.
+
+
+def check(model: Model, split: Split) -> None:
+    """Refuses a split that cannot be built, by the first rule that it breaks.
+
+    Raises:
+        UserError: with the nearest values that keep the rule.
+    """
+    for name, works, why in _rules(model, split):
+        value = getattr(split, name)
+        if not works(value):
+            raise UserError(f"{FLAGS[name]} {value}: {why}; {_nearest(name, value, works)}")
+
+
+def _rules(model: Model, split: Split) -> Iterator[tuple[str, Callable[[int], bool], str]]:
+    """For each number of a split, what it must fulfil with the others as they are, and what that says."""
+    gpus, experts = split.gpus, model.experts
+    widths = [model.heads, model.groups, model.sequence]
+    said = f"does not divide the {model.heads} attention heads"
+    if model.groups != model.heads:
+        said += f" and {model.groups} key heads"
+    if not all(model.moe_layers):
+        widths.append(model.ffn)
+        said += f", feed-forward width {model.ffn}"
+    if experts and experts.shared_ffn:
+        widths.append(experts.shared_ffn)
+        said += f", shared expert's width {experts.shared_ffn}"
+    yield "tp", lambda tp: all(width % tp == 0 for width in widths), said
+    yield "tp", lambda tp: gpus % tp == 0, f"does not divide {gpus} GPUs"
+    yield "pp", lambda pp: model.layers % pp == 0, f"does not divide the {model.layers} layers"
+    stages = split.tp * split.cp
+    yield "pp", lambda pp: gpus % (stages * pp) == 0, f"times {stages} ranks (TP, CP) does not divide {gpus} GPUs"
+    yield "cp", lambda cp: model.sequence % (2 * cp) == 0 or cp == 1, f"2 CP does not divide {model.sequence} tokens"
+    others = split.tp * split.pp
+    yield "cp", lambda cp: gpus % (others * cp) == 0, f"times {others} ranks (TP, PP) does not divide {gpus} GPUs"
+    if split.vpp > 1:
+        run = model.layers // split.pp
+        yield "vpp", lambda vpp: vpp == 1 or split.pp > 1, "virtual stages need --pp 2 or more"
+        yield "vpp", lambda vpp: run % vpp == 0, f"does not divide the {run} layers of a stage"
+    if experts is None:
+        yield "ep", lambda ep: ep == 1, "this model has no experts"
+    else:
+        said = f"there are {experts.number} experts, which it must divide"
+        yield "ep", lambda ep: experts.number % ep == 0, said
+        stage = gpus // split.pp
+        yield "ep", lambda ep: stage % ep == 0, f"does not divide the {stage} ranks of a stage"
+    batch, ranks = model.global_batch, split.dp
+    said = f"times {ranks} data-parallel ranks does not divide the global batch of {batch}"
+    yield "micro_batch", lambda size: batch % (ranks * size) == 0, said
+    if split.vpp > 1:
+        micro_batches = split.micro_batches(model)
+        said = f"{micro_batches} micro-batches are no multiple of {split.pp} stages"
+        yield "vpp", lambda vpp: vpp == 1 or micro_batches % split.pp == 0, said
+
+
+def _nearest(name: str, value: int, works: Callable[[int], bool]) -> str:
+    below = next((number for number in range(min(value, 4096) - 1, 0, -1) if works(number)), None)
+    above = next((number for number in range(value + 1, min(4 * value, 4096) + 1) if works(number)), None)
+    near = [f"{FLAGS[name]} {number}" for number in (below, above) if number is not None]
+    if not near:
+        return "take fewer GPUs (--gpus), or a larger batch (GLOBAL_BATCH_SIZE)"
+    return f"take {' or '.join(near)}"
+
+
+# Which fit, and how fast they are.
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans of one model on one kind of GPU.
+
+    Attributes:
+        flops: of one token, by the number of tensor-parallel ranks: the vocabulary's padding hangs on it.
+        mfu: see :func:`megatron_moa.planning.communication.step_time`.
+        micro_batch: the recipe's; the search takes it, or halves of it.
+        accepts: a further check of a split, Megatron's own.
+    """
+
+    model: Model
+    gpu: Gpu
+    flops: Callable[[int], Flops]
+    mfu: float
+    micro_batch: int
+    accepts: Callable[[Split], bool]
+
+    def plan(self, split: Split) -> Plan:
+        """What a split needs, whether it fits or not."""
+        step = step_time(self.model, split, self.flops(split.tp), self.gpu, self.mfu)
+        return Plan(split, peak(self.model, split), step)
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether it leaves the allowance."""
+        return plan.memory.total <= self.gpu.memory_bytes
+
+    def search(self, gpus: int, fixed: Mapping[str, int | str]) -> list[Plan]:
+        """All that can be and fit, the fastest first; of each TP, PP, EP, CP the best only.
+
+        Args:
+            fixed: attributes of :class:`Split` that are given.
+
+        Raises:
+            UserError: nothing can be, or nothing fits.
+        """
+        splits = list(self._candidates(gpus, fixed))
+        if not splits:
+            self._explain(gpus, fixed)
+        plans = [self.plan(split) for split in splits]
+        found = self._ranked(plan for plan in plans if self.fits(plan))
+        if not found:
+            raise UserError(self._too_little(plans, gpus, fixed))
+        return found
+
+    def _ranked(self, plans: Iterable[Plan]) -> list[Plan]:
+        """Sorted by time to a thousandth; where that is the same, less split, less recomputed, larger micro-batches."""
+
+        def order(plan: Plan) -> tuple[float, ...]:
+            split = plan.split
+            ranks = split.tp * split.pp * split.cp * split.ep
+            kind = RECOMPUTE.index(split.recompute)
+            return float(f"{plan.step.seconds:.3g}"), ranks, split.vpp, kind, -split.micro_batch
+
+        best: dict[tuple[int, ...], Plan] = {}
+        for plan in sorted(plans, key=order):
+            split = plan.split
+            key = (split.tp, split.pp, split.ep, split.cp)
+            if key not in best and self.accepts(split):
+                best[key] = plan
+            if len(best) == _KEPT:
+                break
+        return list(best.values())
+
+    def _candidates(self, gpus: int, fixed: Mapping[str, int | str]) -> Iterator[Split]:
+        """What is not given: TP within a node, stages of whole layers, halves of the micro-batch."""
+        model = self.model
+
+        def choices(name: str, values: Iterable[int | str]) -> Iterable[int | str]:
+            return (fixed[name],) if name in fixed else values
+
+        halves = [self.micro_batch >> shift for shift in range(self.micro_batch.bit_length())]
+        recompute = [kind for kind in RECOMPUTE if model.mixing is not None or kind != "mixture"]
+        for tp in choices("tp", divisors(model.heads, min(gpus, GPUS_PER_NODE))):
+            for pp in choices("pp", divisors(model.layers, gpus // tp)):
+                for ep in choices("ep", divisors(model.experts.number, gpus // pp) if model.experts else (1,)):
+                    for vpp in choices("vpp", divisors(model.layers // pp, 8) if pp > 1 else (1,)):
+                        for micro_batch in choices("micro_batch", halves):
+                            split = Split(gpus, tp, pp, vpp, ep, fixed.get("cp", 1), micro_batch)
+                            if not _works(model, split):
+                                continue
+                            for kind in choices("recompute", recompute):
+                                yield dataclasses.replace(split, recompute=kind)
+
+    def _explain(self, gpus: int, fixed: Mapping[str, int | str]) -> None:
+        """Raises for the first number given that cannot be by itself, else for the whole."""
+        alone = {name: value for name, value in fixed.items() if name not in ("recompute", "micro_batch")}
+        check(self.model, Split(gpus, **{**alone, "micro_batch": fixed.get("micro_batch", 1)}))
+        raise UserError(
+            f"--gpus {gpus}: no split can be, with {self.model.layers} layers, {self.model.heads} heads and a global "
+            f"batch of {self.model.global_batch}; {self._nearest_gpus(gpus, fixed)}"
+        )
+
+    def _nearest_gpus(self, gpus: int, fixed: Mapping[str, int | str]) -> str:
+        near = [
+            number
+            for number in (*range(gpus - 1, 0, -1), *range(gpus + 1, 2 * gpus))
+            if next(self._candidates(number, fixed), None) is not None
+        ]
+        return f"take --gpus {near[0]}" if near else "take a larger batch (GLOBAL_BATCH_SIZE)"
+
+    def _too_little(self, plans: list[Plan], gpus: int, fixed: Mapping[str, int | str]) -> str:
+        """The least that is needed here, and the nearest thing that fits."""
+        least = min(plans, key=lambda plan: plan.memory.total)
+        has = self.gpu.memory_bytes / GIBIBYTE
+        text = (
+            f"--gpus {gpus}: too little memory, at least {least.memory.total / GIBIBYTE:.1f} GiB are needed on a GPU, "
+            f"and a {self.gpu.name} has {has:.1f}; "
+        )
+        for name in ("recompute", "micro_batch", "ep", "tp", "pp"):
+            freed = {other: value for other, value in fixed.items() if other != name}
+            if name in fixed and (found := self._fitting(gpus, freed)):
+                return text + f"{FLAGS[name]} {getattr(found.split, name)} fits"
+        number = gpus
+        while (number := 2 * number) <= _MOST_GPUS:
+            if self._fitting(number, fixed):
+                return text + f"--gpus {number} fits"
+        return text + "no number of GPUs fits; shorten SEQ_LENGTH or take a GPU with more memory"
+
+    def _fitting(self, gpus: int, fixed: Mapping[str, int | str]) -> Plan | None:
+        plans = self._ranked(plan for plan in map(self.plan, self._candidates(gpus, fixed)) if self.fits(plan))
+        return plans[0] if plans else None
+
+
+def _works(model: Model, split: Split) -> bool:
+    return all(works(getattr(split, name)) for name, works, _ in _rules(model, split))
+
+
+def flops_by_tp(args: argparse.Namespace, mixing: MixingConfig | None) -> Callable[[int], Flops]:
+    """FLOPs of one token by the number of tensor-parallel ranks, each counted once."""
+
+    @functools.cache
+    def flops(tp: int) -> Flops:
+        own = copy.copy(args)
+        own.tensor_model_parallel_size = tp
+        return flops_per_token(own, mixing)
+
+    return flops
