@@ -28,13 +28,14 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import checkpoint_guard, cpu, nonfinite, optimizer
+from megatron_moa import checkpoint_guard, cpu, flops, index_cache, nonfinite, optimizer
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.faults import catch_stop_signals, exit_codes, hold_timeout
 from megatron_moa.model import model_config_from_args, report_mixture
 from megatron_moa.monitor import CoefficientMonitor
+from megatron_moa.progress import Progress
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _SPIKE = 10  # --check-for-spiky-loss: a loss this many times the largest seen
@@ -115,8 +116,8 @@ def forward_step(
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    if monitor is not None:
-        monitor.begin_microbatch(get_args().curr_iteration) if model.training else monitor.pause()
+    if monitor is not None and model.training:
+        monitor.begin_microbatch(get_args().curr_iteration)
     run = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
     output = run(
         batch["tokens"],
@@ -168,7 +169,7 @@ def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tu
 
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0("> building train, validation and test datasets ...")
-    return BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config).build()
+    return index_cache.build(BlendedMegatronDatasetBuilder(dataset, num_samples, reads_data, config))
 
 
 datasets_provider.is_distributed = True  # Megatron then calls it on every rank
@@ -187,29 +188,28 @@ def check(args: argparse.Namespace) -> None:
 def main() -> None:
     """Parses, checks, builds and trains."""
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
-    monitor = None
     with one_line_errors("pretrain_gpt_moa.py"):
         cpu.prepare()
         args, mixing = parse_arguments(check)
         checkpoint_guard.install(args)
         optimizer.install(args)
+        flops.install(args, mixing)
         model_config = model_config_from_args(args, mixing)
         stop = catch_stop_signals(args)
         model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing))
         model_config.post_wrap_hooks.append(nonfinite.attach)
+        monitor = None
         if args.moa_log_interval:
             monitor = CoefficientMonitor(mixing, args.moa_log_interval)
             model_config.post_wrap_hooks.append(monitor.attach)
-        model_config.post_wrap_hooks.append(hold_timeout)  # last: the others make groups
-        with exit_codes(stop):
+        model_config.post_wrap_hooks.append(hold_timeout)  # last: a hook may make a group
+        with exit_codes(stop), Progress(args, monitor):
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 datasets_provider,
                 ModelType.encoder_or_decoder,
                 partial(forward_step, monitor=monitor),
             )
-    if monitor is not None:
-        monitor.close()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_moa import checkpoint_guard, cpu, optimizer, optimizer_resharding, random_states
+from megatron_moa import checkpoint_guard, cpu, optimizer, optimizer_resharding, progress, random_states
 from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import (
     AMPLITUDES,
@@ -112,12 +112,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="every N iterations log mean and standard deviation over tokens of the coefficients; 0 is never",
+        help="every N iterations log mean and standard deviation over tokens of the coefficients, also to TensorBoard "
+        "and W&B; 0 is never",
     )
     cpu.set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
     _mend_help(parser)
     return parser
+
+
+def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds every flag of ours to Megatron's parser: the mixture's, those of checkpoints and of watching."""
+    return progress.add_arguments(checkpoint_guard.add_arguments(add_arguments(parser)))
 
 
 def _mend_help(parser: argparse.ArgumentParser) -> None:
@@ -259,8 +265,9 @@ def parse_arguments(
     from megatron.training.checkpointing import load_args_from_checkpoint
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(lambda parser: checkpoint_guard.add_arguments(add_arguments(parser)))
+    args = parse_args(add_all_arguments)
     checkpoint_guard.check_arguments(args)
+    progress.check_arguments(args)
     saved = None
     checkpoint = checkpoint_guard.find_checkpoint(args)
     if checkpoint is not None:
@@ -301,7 +308,8 @@ def parse_arguments(
     optimizer_resharding.install()
     random_states.keep_every_ranks()
     random_states.check_saved(args, saved)
-    set_global_variables(args)
+    with progress.wandb_errors(args):
+        set_global_variables(args)
     return args, mixing
 
 

@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.training import get_tensorboard_writer
 from torch import Tensor
 
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
 from megatron_moa.experts import MixedSharedExpertMLP
-
-
-@dataclass
-class _Pending:
-    iteration: int
-    sums: Tensor  # [rows, 2, n, 3] on the CPU, being reduced
-    work: torch.distributed.Work
+from megatron_moa.progress import write_scalars
 
 
 class CoefficientMonitor:
     """Records coefficients during every ``interval``-th iteration and logs their statistics over all ranks.
 
-    The reduction is asynchronous, over a gloo group of its own: on pipeline stages the same iteration begins at
-    different times, so a blocking one at its beginning would wait for ranks that wait for this one. What is recorded
-    in an iteration is therefore logged when the next iteration has begun, by the last rank (which has TensorBoard).
+    They are summed and logged at the iteration's end (megatron_moa.progress), where all ranks meet; the last rank,
+    which has TensorBoard and W&B, logs.
     """
 
     def __init__(self, mixing: MixingConfig, interval: int) -> None:
         self.mixing = mixing
         self.interval = interval
-        self._iteration = -1
-        self._recording = False
-        self._pending: list[_Pending] = []
+        self._recorded: int | None = None  # the iteration that is being recorded
 
     def attach(self, models: list[MegatronModule]) -> list[MegatronModule]:
         """Finds the coefficients' modules; a post-wrap hook, so it returns the models as they came."""
-        self._group = torch.distributed.new_group(backend="gloo")
         self._decoder_layers = models[0].config.num_layers
         mtp_layers = models[0].config.mtp_num_layers or 0
         # Sum, sum of squares and count; row: decoder layer, then MTP layer; column: dense or routed, and shared.
@@ -63,50 +51,29 @@ class CoefficientMonitor:
 
     def begin_microbatch(self, iteration: int) -> None:
         """Called before each training forward; ``iteration`` counts from 0, as in ``args.curr_iteration``."""
-        if iteration == self._iteration:
+        if self._recorded is not None or (iteration + 1) % self.interval:
             return
-        self._log_pending()
-        self._stop_recording()
-        self._iteration = iteration
-        if (iteration + 1) % self.interval == 0:
-            self._recording = True
-            self._sums.zero_()
-            for module, observer in self._observed:
-                module.observer = observer
+        self._recorded = iteration + 1
+        self._sums.zero_()
+        for module, observer in self._observed:
+            module.observer = observer
 
-    def pause(self) -> None:
-        """Called before each forward that is not training: validation tokens are not recorded."""
+    def end_iteration(self) -> None:
+        """Logs what was recorded, if this iteration was; all ranks call it, before anything else runs forward."""
+        if self._recorded is None:
+            return
         for module, _ in self._observed:
             module.observer = None
-
-    def close(self) -> None:
-        """Logs what the last iteration recorded; all ranks call it, after training."""
-        if torch.distributed.is_initialized():
-            self._log_pending()
-            self._stop_recording()
-            self._log_pending()
-
-    def _stop_recording(self) -> None:
-        if not self._recording:
-            return
-        self._recording = False
-        self.pause()
-        sums = self._sums.cpu()
-        work = torch.distributed.all_reduce(sums, group=self._group, async_op=True)
-        self._pending.append(_Pending(self._iteration + 1, sums, work))
-
-    def _log_pending(self) -> None:
-        for pending in self._pending:
-            pending.work.wait()
-            if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-                self._log(pending.iteration, pending.sums)
-        self._pending.clear()
+        torch.distributed.all_reduce(self._sums)
+        if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            self._log(self._recorded, self._sums.cpu())
+        self._recorded = None
 
     def _log(self, iteration: int, sums: Tensor) -> None:
-        writer = get_tensorboard_writer()
         total, squares, count = sums.unbind(-1)  # [rows, 2, n] each
         mean = total / count
         std = (squares / count - mean.square()).clamp_min(0).sqrt()
+        scalars = {}
         for row, column in count[..., 0].nonzero().tolist():
             mtp = row >= self._decoder_layers
             label = f"mtp layer {row - self._decoder_layers + 1}" if mtp else f"layer {row + 1}"
@@ -115,11 +82,10 @@ class CoefficientMonitor:
             for index, name in enumerate(self.mixing.coefficient_names):
                 m, s = mean[row, column, index].item(), std[row, column, index].item()
                 cells.append(f"{name} {m:.4f} +- {s:.4f}")
-                if writer is not None:
-                    tag = f"moa/{label.replace(' ', '_')}/{name}"
-                    writer.add_scalar(f"{tag}/mean", m, iteration)
-                    writer.add_scalar(f"{tag}/std", s, iteration)
+                tag = f"moa/{label.replace(' ', '_')}/{name}"
+                scalars |= {f"{tag}/mean": m, f"{tag}/std": s}
             print(f" coefficients at iteration {iteration} | {label} | {' | '.join(cells)}", flush=True)
+        write_scalars(scalars, iteration)
 
 
 def _accumulate(target: Tensor, coefficients: Tensor) -> None:

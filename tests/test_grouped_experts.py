@@ -213,7 +213,7 @@ def test_coefficients_are_observed_expert_by_expert() -> None:
         monitor.begin_microbatch(0)
         logits_of(model)
         sums[grouped] = monitor._sums.clone()
-        monitor.pause()
+        monitor.end_iteration()
         logits_of(model)
         assert torch.equal(monitor._sums, sums[grouped])
     assert sums[True][:, 0, :, 2].unique().tolist() == [32]  # 16 tokens, two experts each

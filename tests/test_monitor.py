@@ -7,18 +7,12 @@ import re
 import pytest
 import torch
 
-from megatron_moa import monitor as monitor_module
 from megatron_moa.config import MixingConfig
 from megatron_moa.mlp import MixedMLP
 from megatron_moa.monitor import CoefficientMonitor
 from tests.layers import build_model, logits_of, make_config, moe_settings
 
 pytestmark = pytest.mark.usefixtures("megatron")
-
-
-@pytest.fixture(autouse=True)
-def _no_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor_module, "get_tensorboard_writer", lambda: None)
 
 
 def logged(text: str, label: str) -> dict[str, tuple[float, float]]:
@@ -41,12 +35,11 @@ def test_mean_and_deviation_are_those_of_the_recorded_iteration(capsys: pytest.C
         for _ in range(2):  # micro-batches
             monitor.begin_microbatch(iteration)
             logits_of(model)
-        monitor.pause()  # validation between iterations is not recorded
+        recorded = torch.cat(list(seen)).flatten(0, 1)
+        monitor.end_iteration()
         with torch.no_grad():
             layers[1].coefficients.weight.mul_(1.5)
-        recorded = torch.cat(list(seen)).flatten(0, 1) if iteration == 3 else None
-        logits_of(model)
-    monitor.close()
+        logits_of(model)  # validation between iterations is not recorded
     printed = capsys.readouterr().out
     assert {int(i) for i in re.findall(r"at iteration (\d+)", printed)} == {2, 4}
     values = logged(printed.split("at iteration 4", 1)[1].join(["at iteration 4", ""]), "layer 2")
@@ -64,7 +57,7 @@ def test_shared_experts_have_lines_of_their_own_and_la_has_no_spread(capsys: pyt
     monitor.attach([model])
     monitor.begin_microbatch(0)
     logits_of(model)
-    monitor.close()
+    monitor.end_iteration()
     printed = capsys.readouterr().out
     for label in ("layer 1", "layer 1 shared expert", "layer 2", "layer 2 shared expert"):
         assert logged(printed, label)["linear.tanh"] == (0.5, 0.0)
