@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LEAKY_RELU_SLOPE = 0.01
+from megatron_moa.reference import LEAKY_RELU_SLOPE
+
 _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.errors import UserError
+from megatron_moa.reference import DEFINITIONS
 
 MIXINGS = ("la", "moa")
 FORMS = ("type1", "one-sided", "bi-sided", "quadratic")
@@ -36,7 +36,7 @@ class MixingConfig:
     Attributes:
         mixing: ``moa``, coefficients from token-dependent gates, or ``la``, coefficients that are free parameters.
         form: ``type1``, ``one-sided``, ``bi-sided`` or ``quadratic``; the last three need a gated linear unit.
-        activations: names from :data:`megatron_moa.activations.ACTIVATIONS`, in order; empty means the default
+        activations: names from :data:`megatron_moa.reference.DEFINITIONS`, in order; empty means the default
             dictionary of the form.
         gate: the gates' nonlinearity psi (MoA).
         gate_bias: whether gates have a bias b_k (MoA).
@@ -87,8 +87,8 @@ class MixingConfig:
 
     def _check_activations(self) -> None:
         for position, name in enumerate(self.activations):
-            if name not in ACTIVATIONS:
-                raise UserError(f"--moa-activations {name}: unknown; choose from {', '.join(ACTIVATIONS)}")
+            if name not in DEFINITIONS:
+                raise UserError(f"--moa-activations {name}: unknown; choose from {', '.join(DEFINITIONS)}")
             if name in self.activations[:position]:
                 raise UserError(f"--moa-activations {name}: named twice; name each activation once")
 

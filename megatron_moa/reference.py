@@ -1,19 +1,22 @@
 """The mixture in plain PyTorch: the paper's equations (arXiv 2605.26647), and the specification of every backend.
 
-Notation of docs/mixture.md: K activations sigma_k, n coefficients, h the model's width, f the FFN's.
+Exported models carry this file, so it needs nothing but PyTorch (megatron_moa/hf). Notation of docs/mixture.md: K
+activations sigma_k, n coefficients, h the model's width, f the FFN's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa.activations import LEAKY_RELU_SLOPE
-from megatron_moa.config import MixingConfig
-from megatron_moa.grouped import group_sizes
+if TYPE_CHECKING:
+    from megatron_moa.config import MixingConfig
+
+LEAKY_RELU_SLOPE = 0.01
 
 # The dictionary in PyTorch's own functions: what megatron_moa.activations is held to.
 DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,13 +80,19 @@ def gate_coefficients(
         return torch.cat(
             [
                 gate_coefficients(rows, weight[group], mixing, _of(bias, group), _of(amplitude, group), scale)
-                for group, rows in enumerate(x.split(group_sizes(group_ends)))
+                for group, rows in enumerate(x.split(_sizes(group_ends)))
             ]
         )
     dtype = torch.promote_types(weight.dtype, torch.float32)
     bias, amplitude = (None if tensor is None else tensor.to(dtype) for tensor in (bias, amplitude))
     coefficients = gate(F.linear(x.to(dtype), weight.to(dtype), bias), mixing, amplitude)
     return coefficients if scale is None else coefficients * scale
+
+
+def _sizes(group_ends: Tensor) -> list[int]:
+    from megatron_moa.grouped import group_sizes  # here: an exported model has no groups and carries no such file
+
+    return group_sizes(group_ends)
 
 
 def _of(tensor: Tensor | None, group: int) -> Tensor | None:
@@ -140,7 +149,7 @@ def mixed_activation(
     Half precision is computed in float32 and rounded once, at the end, as every backend must.
     """
     if group_ends is not None:
-        sizes = torch.tensor(group_sizes(group_ends), device=coefficients.device)
+        sizes = torch.tensor(_sizes(group_ends), device=coefficients.device)
         coefficients = coefficients.repeat_interleave(sizes, dim=0)  # [groups, n] -> [tokens, n]
     compute_dtype = torch.promote_types(preactivation.dtype, torch.float32)
     z = preactivation.to(compute_dtype)
