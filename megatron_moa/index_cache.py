@@ -1,0 +1,111 @@
+"""Megatron's index cache: which documents make up which sample, built by the first rank and read by all the others.
+
+A run that finds the cache builds nothing. Megatron names its files by a digest of what they depend on: the data's paths
+and the tokenizer's as they were typed, the number of samples, split, sequence length and seed. docs/data.md, "The index
+cache".
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.training import get_args
+
+from megatron_moa.errors import UserError
+from megatron_moa.faults import report
+
+_ARRAYS = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
+_BLEND_ARRAYS = ("description.txt", "dataset_index.npy", "dataset_sample_index.npy")
+
+
+def cache_files(datasets: Any) -> tuple[list[str], int]:
+    """The cache's files behind what Megatron's builder returned, and the number of indices that it keeps in none.
+
+    Megatron caches nothing for mock data, and for a blend only under --data-cache-path.
+
+    Args:
+        datasets: a dataset, a blend, a list of them, or None where this rank reads no data.
+    """
+    if datasets is None:
+        return [], 0
+    if isinstance(datasets, list | tuple):
+        found = [cache_files(dataset) for dataset in datasets]
+        return [path for files, _ in found for path in files], sum(uncached for _, uncached in found)
+    blended = isinstance(datasets, BlendedDataset)
+    files, uncached = cache_files(datasets.datasets) if blended else ([], 0)
+    folder, kind = datasets.config.path_to_cache, type(datasets).__name__
+    if folder is None and not blended and not datasets.config.mock:
+        folder = os.path.join(datasets.dataset.path_prefix, "cache", f"{kind}_indices")
+    if not folder:
+        return files, uncached + 1
+    split = datasets.split if blended else datasets.index_split
+    name = os.path.join(folder, f"{datasets.unique_description_hash}-{kind}-{split.name}-")
+    return [*files, *(name + array for array in (_BLEND_ARRAYS if blended else _ARRAYS))], uncached
+
+
+def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
+    """Megatron's ``builder.build()``; a cache that a node does not see and data that would run out are one line.
+
+    All ranks call it. The first one prints what it found in the cache and what it built.
+
+    Returns:
+        training, validation and test datasets, None where there is none.
+
+    Raises:
+        UserError: data without weights are too few for the run.
+        SystemExit: code 2, on a rank whose node does not see the cache.
+    """
+    first = int(os.environ.get("RANK", "0")) == 0
+    before = _names_in_cache(builder.config) if first else set()
+    try:
+        datasets = builder.build()
+    except FileNotFoundError as error:
+        if first or not str(error.filename).endswith("_index.npy"):
+            raise
+        report(
+            f"error: {error.filename}: the first rank has this part of the index cache, this node has not; give "
+            "--data-cache-path a folder that all nodes see, or build the cache on every node beforehand with "
+            "tools/build_cache.py"
+        )
+        raise SystemExit(2) from None
+    _check_enough(datasets, builder)
+    if first and not builder.config.mock:
+        files, uncached = cache_files(datasets)
+        built = [path for path in files if os.path.abspath(path) not in before]
+        rest = f", and {uncached} kept in none: a blend's needs --data-cache-path" if uncached else ""
+        if built:
+            print(f"index cache: {len(built)} of {len(files)} files built{rest}", flush=True)
+        else:
+            print(f"index cache: all {len(files)} files found, none built{rest}", flush=True)
+    return datasets
+
+
+def _names_in_cache(config: Any) -> set[str]:
+    """The paths of all files in the folders that Megatron may read the cache from."""
+    if config.path_to_cache:
+        folders = {config.path_to_cache}
+    else:
+        blends = [config.blend, *(config.blend_per_split or ())]
+        prefixes = {prefix for blend in blends if blend is not None for prefix in blend[0]}
+        folders = {os.path.join(prefix, "cache", "GPTDataset_indices") for prefix in prefixes}
+    return {
+        os.path.join(os.path.abspath(folder), name)
+        for folder in folders
+        if os.path.isdir(folder)
+        for name in os.listdir(folder)
+    }
+
+
+def _check_enough(datasets: Sequence[Any], builder: BlendedMegatronDatasetBuilder) -> None:
+    """Megatron repeats a single dataset, and those of a blend with weights, as often as needed; without weights it goes
+    once through each, and a longer run would end in the middle.
+    """
+    for dataset, wanted, name in zip(datasets, builder.sizes, ("training", "validation", "test"), strict=True):
+        unused = name == "training" and get_args().skip_train
+        if isinstance(dataset, BlendedDataset) and not unused and wanted is not None and len(dataset) < wanted:
+            raise UserError(
+                f"the {name} data, named without weights, are read once: {len(dataset):,} samples, and the run draws "
+                f"{wanted:,}; give each a weight (tools/blend.py), or shorten the run"
+            )
