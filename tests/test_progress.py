@@ -257,6 +257,8 @@ def test_two_stages_and_then_two_data_parallel_ranks_that_go_on(tmp_path: Path) 
         assert value == pytest.approx(peak * written["speed/mfu"][iteration], rel=1e-5)
     assert sorted(written["progress/hours-left"]) == [2, 4, 6, 8, 10]
     assert written["progress/hours-left"][10] == 0
+    table = (ROOT / "docs" / "watching.md").read_text()
+    assert not [name for name in written if not name.endswith(" vs samples") and f"`{name}`" not in table]
     # Megatron's names, among them the validation after training, which would be lost without a flush.
     assert sorted(written["lm loss"]) == list(range(1, 11))
     assert sorted(written["lm loss validation"]) == [4, 8, 10]
