@@ -138,6 +138,7 @@ def without_data() -> list[str]:
         ([*SWIGLU, "--no-such-flag", "3"], ["--no-such-flag"]),
         ([*SWIGLU, "--num-attention-heads", "5"], ["num_attention_heads"]),
         ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),
+        ([*SWIGLU, "--save", "/tmp/nowhere"], ["--save /tmp/nowhere", "add --save-interval N"]),
         ([*SWIGLU, "--sft"], ["--sft", "drop the flag"]),
         ([*SWIGLU, "--spec", "megatron_moa.layer_specs", "moa_layer_spec"], ["--spec", "--moa-mixing"]),
         ([*SWIGLU, "--use-checkpoint-args"], ["--use-checkpoint-args", "--load"]),
