@@ -127,11 +127,11 @@ def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -
         # 2 a block, backward 2 and one more gather for the weight's gradient; of [t, n] for coefficients.
         blocks = 2 if not model.experts or model.experts.shared_ffn else 1
         again = {"full": 2 * blocks, "feed-forward": 2 * (blocks - 1)}.get(split.recompute, 0)
-        number = 5 * blocks + again
-        coefficients = 2 * FLOAT32 * model.coefficients * (blocks - 1) / (number * h)
-        size = t * h * (e + coefficients) * (tp - 1) / tp
         # Embedding and logits: a scatter and a gather, and two gathers and a scatter, on the outer stages.
-        yield traffic("TP", number * layers + 5 * m, (number * layers + 5 * m) * size, _bandwidth(gpu, 1, tp))
+        number = (5 * blocks + again) * layers + 5 * m
+        gates = (2 + (again > 0)) * (blocks - 1) * layers * (model.coefficients > 0)
+        size = t * (number * h * e + gates * model.coefficients * FLOAT32) * (tp - 1) / tp
+        yield traffic("TP", number + gates, size, _bandwidth(gpu, 1, tp))
     if pp > 1:
         # To and from the next stage in each direction; a send hides behind the computation of another micro-batch.
         number = 2 * m * vpp

@@ -74,7 +74,7 @@ def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixingCo
 
 
 def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.Namespace:
-    """A copy that Megatron's validate_args has accepted, split over its world as the arguments say, or as given.
+    """A copy that Megatron's validate_args has accepted, split as the arguments say, or as given.
 
     Raises:
         UserError: what Megatron finds wrong.
@@ -85,6 +85,7 @@ def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.
 
     args = copy.deepcopy(args)
     if split is not None:
+        args.world_size = split.gpus
         args.tensor_model_parallel_size = split.tp
         args.sequence_parallel = split.tp > 1
         args.pipeline_model_parallel_size = split.pp

@@ -95,21 +95,19 @@ def stage_memory(model: Model, split: Split, stage: int, software: Software = GP
     weights = stage_weights(model, split, stage)
     elements = sum(number * weight.on_rank(split) for weight, number in weights.items())
     state, shard = _optimizer_state(model, split, weights)
-    activations = activations_in_flight(model, split, stage, software)
+    layers = activations_in_flight(model, split, stage, software)
     backward = max(_backward_workspace(model, split, is_moe, software) for is_moe in _kinds(model, split, stage))
-    logits = output = 0.0
+    final = logits = output = 0.0
     if stage == split.pp - 1:
-        logits, output = _loss(model, split)
-    at_rest = model.element * elements + model.gradient * elements + state
+        final, logits, output = _head(model, split, software)
     step = FLOAT32 * (shard if software.foreach_adam else 2 * _largest(model, split, weights))
     moments = {
-        activations + logits: (activations, logits, 0.0),
-        activations + output: (activations, 0.0, output),
-        activations + backward: (activations, 0.0, backward),
+        layers + final + logits: (layers + final, logits, 0.0),
+        layers + final + output: (layers + final, 0.0, output),
+        layers + backward: (layers, 0.0, backward),
         step: (0.0, 0.0, step),
     }
     kept, loss, workspace = moments[max(moments)]
-    assert at_rest >= 0
     return Memory(
         weights=model.element * elements,
         gradients=model.gradient * elements,
@@ -150,17 +148,19 @@ def _largest(model: Model, split: Split, weights: Weights) -> float:
     return max(sizes)
 
 
-def _loss(model: Model, split: Split) -> tuple[float, float]:
-    """Bytes that the loss holds, and then the output layer's backward.
+def _head(model: Model, split: Split, software: Software) -> tuple[float, float, float]:
+    """Bytes on the last stage: kept of the final norm; then what the loss holds; then the output layer's backward.
 
     Logits of the model's dtype become float32 probabilities, which become their gradient in place, which becomes the
     model's dtype again.
     """
     tokens = _tokens(model, split)
+    u = tokens / split.tp
+    final = _norm(model, u, software) + model.element * u * model.hidden  # its input, and the output layer's
     width = model.padded_vocabulary(split.tp) / split.tp
     half = model.element if model.element < FLOAT32 else 0
     gradient = model.element * width * (tokens + model.hidden)  # of the logits, of the weight
-    return tokens * width * (FLOAT32 + half), gradient + model.element * tokens * model.hidden
+    return final, tokens * width * (FLOAT32 + half), gradient + model.element * tokens * model.hidden
 
 
 def _tokens(model: Model, split: Split) -> float:
@@ -181,13 +181,9 @@ def in_flight(model: Model, split: Split, stage: int) -> float:
 
 
 def activations_in_flight(model: Model, split: Split, stage: int, software: Software = GPU) -> float:
-    """Bytes that a stage keeps for backward at most."""
+    """Bytes that a stage's layers keep for backward at most."""
     layers = [kept(model, split, model.moe_layers[layer], software) for layer in split.layers(model, stage)]
-    held = in_flight(model, split, stage) * sum(layers)
-    if stage == split.pp - 1:
-        u = _tokens(model, split) / split.tp
-        held += _norm(model, u, software) + model.element * u * model.hidden  # the final norm and what it gives
-    return held
+    return in_flight(model, split, stage) * sum(layers)
 
 
 def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> Mapping[str, float]:
@@ -240,8 +236,8 @@ def kept(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> 
 def _recomputed(model: Model, split: Split, is_moe: bool, software: Software) -> float:
     """Bytes of one layer and micro-batch that come back in backward, and are there for this layer alone."""
     parts = saved(model, split, is_moe, software)
-    if split.recompute == "full":
-        return sum(parts.values())
+    if split.recompute == "full":  # all but the input, which is kept
+        return sum(parts.values()) - kept(model, split, is_moe, software)
     if split.recompute == "feed-forward":
         return sum(size for name, size in parts.items() if name not in ("norms", "norms' outputs", "attention"))
     if split.recompute == "mixture":
@@ -259,14 +255,20 @@ def _fc2_inputs(model: Model, split: Split, is_moe: bool) -> float:
 
 
 def _backward_workspace(model: Model, split: Split, is_moe: bool, software: Software) -> float:
-    """Bytes of gradients while a feed-forward layer goes backward: of fc2's input, fc1's output and input, the layer's
-    output, and of one linear's weight before it is added to the sum; and what is recomputed for it.
+    """Bytes that a feed-forward layer's backward holds beyond what forward saved, at its peak, and what is recomputed.
+
+    Always there is the gradient of the layer's output. The peak is at fc2 (gradients of its input and weight), at the
+    mixture (of fc1's output, and of fc2's input in place of that), or at fc1 (of its weight and input; all that the
+    activation step saved is gone). A weight's gradient is made whole, and then added to the sum.
     """
-    h, e = model.hidden, model.element
+    h = model.hidden
     t = _tokens(model, split)
     if is_moe:
         tokens, f, matrices = t / split.tp * model.experts.topk, model.experts.ffn, model.experts.number / split.ep
     else:
         tokens, f, matrices = t, model.ffn / split.tp, 1
-    gradients = tokens * ((model.halves + 1) * f + 2 * h) + matrices * model.halves * f * h
-    return e * gradients + _recomputed(model, split, is_moe, software)
+    fc2 = tokens * f + matrices * f * h
+    mixture = model.halves * tokens * f
+    fc1 = matrices * model.halves * f * h + tokens * h - tokens * f
+    gradients = tokens * h + max(fc2, mixture, fc1)
+    return model.element * gradients + _recomputed(model, split, is_moe, software)

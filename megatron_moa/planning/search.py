@@ -48,16 +48,18 @@ def divisors(number: int, most: int) -> list[int]:
 # Which can be.
 
 
-def check(model: Model, split: Split) -> None:
-    """Refuses a split that cannot be built, by the first rule that it breaks.
-
-    Raises:
-        UserError: with the nearest values that keep the rule.
-    """
-    for name, works, why in _rules(model, split):
+def problems(model: Model, split: Split) -> dict[str, str]:
+    """What keeps a split from being built: the attribute, and a line with the nearest values that would not."""
+    found: dict[str, str] = {}
+    rules = list(_rules(model, split))
+    for name, works, why in rules:
         value = getattr(split, name)
-        if not works(value):
-            raise UserError(f"{FLAGS[name]} {value}: {why}; {_nearest(name, value, works)}")
+        if name in found or works(value):
+            continue
+        every = [other for named, other, _ in rules if named == name]
+        near = _nearest(name, value, lambda number, every=every: all(works(number) for works in every))
+        found[name] = f"{FLAGS[name]} {value}: {why}; {near}"
+    return found
 
 
 def _rules(model: Model, split: Split) -> Iterator[tuple[str, Callable[[int], bool], str]]:
@@ -92,11 +94,11 @@ def _rules(model: Model, split: Split) -> Iterator[tuple[str, Callable[[int], bo
         yield "ep", lambda ep: experts.number % ep == 0, said
         stage = gpus // split.pp
         yield "ep", lambda ep: stage % ep == 0, f"does not divide the {stage} ranks of a stage"
-    batch, ranks = model.global_batch, split.dp
+    batch, ranks = model.global_batch, max(split.dp, 1)
     said = f"times {ranks} data-parallel ranks does not divide the global batch of {batch}"
     yield "micro_batch", lambda size: batch % (ranks * size) == 0, said
     if split.vpp > 1:
-        micro_batches = split.micro_batches(model)
+        micro_batches = batch // (ranks * split.micro_batch)
         said = f"{micro_batches} micro-batches are no multiple of {split.pp} stages"
         yield "vpp", lambda vpp: vpp == 1 or micro_batches % split.pp == 0, said
 
@@ -106,7 +108,7 @@ def _nearest(name: str, value: int, works: Callable[[int], bool]) -> str:
     above = next((number for number in range(value + 1, min(4 * value, 4096) + 1) if works(number)), None)
     near = [f"{FLAGS[name]} {number}" for number in (below, above) if number is not None]
     if not near:
-        return "take fewer GPUs (--gpus), or a larger batch (GLOBAL_BATCH_SIZE)"
+        return "take another number of GPUs (--gpus), or a larger batch (GLOBAL_BATCH_SIZE)"
     return f"take {' or '.join(near)}"
 
 
@@ -198,21 +200,22 @@ class Planner:
                                 yield dataclasses.replace(split, recompute=kind)
 
     def _explain(self, gpus: int, fixed: Mapping[str, int | str]) -> None:
-        """Raises for the first number given that cannot be by itself, else for the whole."""
-        alone = {name: value for name, value in fixed.items() if name not in ("recompute", "micro_batch")}
-        check(self.model, Split(gpus, **{**alone, "micro_batch": fixed.get("micro_batch", 1)}))
+        """Raises for the first number given that cannot be, else for the whole."""
+        found = problems(self.model, Split(gpus, **fixed))
+        for name in fixed:
+            if name in found:
+                raise UserError(found[name])
         raise UserError(
             f"--gpus {gpus}: no split can be, with {self.model.layers} layers, {self.model.heads} heads and a global "
             f"batch of {self.model.global_batch}; {self._nearest_gpus(gpus, fixed)}"
         )
 
     def _nearest_gpus(self, gpus: int, fixed: Mapping[str, int | str]) -> str:
-        near = [
-            number
-            for number in (*range(gpus - 1, 0, -1), *range(gpus + 1, 2 * gpus))
-            if next(self._candidates(number, fixed), None) is not None
-        ]
-        return f"take --gpus {near[0]}" if near else "take a larger batch (GLOBAL_BATCH_SIZE)"
+        for distance in range(1, gpus):
+            for number in (gpus - distance, gpus + distance):
+                if next(self._candidates(number, fixed), None) is not None:
+                    return f"take --gpus {number}"
+        return "take a larger batch (GLOBAL_BATCH_SIZE)"
 
     def _too_little(self, plans: list[Plan], gpus: int, fixed: Mapping[str, int | str]) -> str:
         """The least that is needed here, and the nearest thing that fits."""
