@@ -274,7 +274,7 @@ def _without_surrogates(text: str, path: str, offset: int, errors: str) -> str:
 def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool) -> list[str]:
     """The files a prefix stands for; raises UserError if they cannot or must not be written."""
     for ending in endings:
-        if prefix.endswith(ending):
+        if ending and prefix.endswith(ending):
             raise UserError(f"{flag} {prefix}: a prefix without ending is wanted: {flag} {prefix.removesuffix(ending)}")
     # Megatron itself makes a folder PREFIX/cache, so that alone is no mistake
     is_folder = os.path.isdir(prefix) and not os.path.isdir(os.path.join(prefix, "cache"))
@@ -647,7 +647,7 @@ def check_dataset(
         parts = {TRAIN: (0, index.sequences)}
         needs_training = True
     else:
-        parts = _split_bounds(split, index.sequences)
+        parts = split_bounds(split, index.sequences)
     if needs_training and TRAIN not in parts:
         raise UserError(f"--split {split}: gives nothing to training; use e.g. --split 99,1,0")
     for name, (begin, end) in parts.items():
@@ -667,9 +667,10 @@ def check_dataset(
             )
 
 
-def _split_bounds(split: str, sequences: int) -> dict[str, tuple[int, int]]:
+def split_bounds(split: str, sequences: int) -> dict[str, tuple[int, int]]:
     """The first and last-plus-one sequence of each part with a share, by Megatron's own arithmetic."""
-    from megatron.core.datasets import blended_megatron_dataset_config as megatron
+    with quiet_imports():
+        from megatron.core.datasets import blended_megatron_dataset_config as megatron
 
     try:
         with numpy.errstate(invalid="raise", divide="raise"):
@@ -799,27 +800,51 @@ def check_data_arguments(args: argparse.Namespace) -> None:
     vocab_size = build_tokenizer(args).vocab_size
     cache_path, cache_folders = getattr(args, "data_cache_path", None), set()
     for source in sources:
-        for prefix in source.prefixes:
+        for where, prefix in source.prefixes:
             if prefix.startswith(("s3://", "msc://")):
                 continue
             if source.part == TRAIN or evaluates:
                 length = sequence_length
             else:
                 length = 0  # not drawn from, but Megatron opens it and needs a token
-            check_dataset(prefix, length, source.split, evaluates, source.flag, needs_training=not skips_training)
-            check_token_ids(prefix, vocab_size, source.flag)
-            check_index_cache(prefix, cache_path, source.flag)
+            check_dataset(prefix, length, source.split, evaluates, where, needs_training=not skips_training)
+            check_token_ids(prefix, vocab_size, where)
+            check_index_cache(prefix, cache_path, where)
             cache_folders.add(_cache_folder(prefix, cache_path))
+        if not evaluates and len(source.prefixes) > 1:
+            _check_unused_parts(source)
+    if evaluates:
+        _check_validation(sources)
     for folder in sorted(cache_folders):
         check_cached_arrays(folder)
 
 
+def _check_validation(sources: Sequence["_Source"]) -> None:
+    """Megatron evaluates at the end at the latest, and without validation data the run would be lost there."""
+    split = sources[0].split
+    if split is None and not any(source.part == VALIDATION for source in sources):
+        raise UserError("--valid-data-path is missing: a part for validation; add it, or use --eval-iters 0")
+    if split is not None and VALIDATION not in split_bounds(split, 1):
+        raise UserError(f"--split {split}: leaves nothing to validation; use e.g. --split 99,1,0, or --eval-iters 0")
+
+
+def _check_unused_parts(source: "_Source") -> None:
+    """Without an evaluation Megatron builds no sample of a blend's validation part, and cannot load that."""
+    if source.split is None and source.part != TRAIN:
+        where = source.prefixes[0][0].removesuffix(":")
+        raise UserError(f"{where}: with --eval-iters 0 Megatron cannot load a {source.part} blend; leave it out")
+    if source.split is not None and set(split_bounds(source.split, 1)) - {TRAIN}:
+        raise UserError(
+            f"--split {source.split}: with --eval-iters 0 Megatron cannot load a blend's validation and test parts; "
+            "use --split 1,0,0"
+        )
+
+
 @dataclass(frozen=True)
 class _Source:
-    """A flag, the dataset prefixes it names, how they are split, and what they serve first."""
+    """The datasets that serve one purpose first, and how they are split (None: not at all)."""
 
-    flag: str
-    prefixes: list[str]
+    prefixes: list[tuple[str, str]]  # where each was named (a flag; a file and its line), and the prefix
     split: str | None
     part: str
 
@@ -845,62 +870,108 @@ def _data_sources(args: argparse.Namespace) -> list[_Source]:
     split = getattr(args, "split", None)
     if shared:
         if given["data_path"] is not None:
-            words, flag = given["data_path"], "--data-path"
+            prefixes = _prefixes("--data-path", given["data_path"])
             split = split or "969, 30, 1"  # what Megatron falls back to
         else:
-            words, flag = _read_text("--data-args-path", given["data_args_path"]).split(), "--data-args-path"
+            prefixes = read_blend_file("--data-args-path", given["data_args_path"])
             if split is None:
-                raise UserError(f"{flag} {given['data_args_path']}: needs shares; add e.g. --split 99,1,0")
-        return [_Source(flag, _prefixes(flag, words), split, TRAIN)]
+                raise UserError(f"--data-args-path {given['data_args_path']}: needs shares; add e.g. --split 99,1,0")
+        return [_Source(prefixes, split, TRAIN)]
     if split is not None:
         raise UserError(f"--split {split}: contradicts {_flag(kinds[0][0])}, which names each part; drop --split")
     if per_split:
-        named, label = _per_split_file(given["per_split_data_args_path"]), "--per-split-data-args-path"
-        lists = {part: (label, named.get(key)) for part, key in zip((TRAIN, VALIDATION, TEST), _KEYS, strict=True)}
+        named = read_blends_file("--per-split-data-args-path", given["per_split_data_args_path"])
+        missing = f"--per-split-data-args-path {given['per_split_data_args_path']}: names no training data; add some"
     else:
-        lists = {
-            part: (f"--{key}-data-path", given[f"{key}_data_path"])
-            for part, key in zip((TRAIN, VALIDATION, TEST), _KEYS, strict=True)
-        }
-    if lists[TRAIN][1] is None and not getattr(args, "skip_train", False):
-        raise UserError(f"{lists[TRAIN][0]} names no training data; add --train-data-path PREFIX")
-    return [
-        _Source(flag, _prefixes(flag, words), None, part) for part, (flag, words) in lists.items() if words is not None
-    ]
+        flags = {part: f"--{key}-data-path" for part, key in _KEYS.items()}
+        lists = {part: given[f"{key}_data_path"] for part, key in _KEYS.items()}
+        named = {part: _prefixes(flags[part], words) for part, words in lists.items() if words is not None}
+        missing = "--train-data-path names no training data; add --train-data-path PREFIX"
+    if TRAIN not in named and not getattr(args, "skip_train", False):
+        raise UserError(missing)
+    return [_Source(prefixes, None, part) for part, prefixes in named.items()]
 
 
-_KEYS = ("train", "valid", "test")
+_KEYS = {TRAIN: "train", VALIDATION: "valid", TEST: "test"}
 
 
 def _flag(attribute: str) -> str:
     return "--" + attribute.replace("_", "-")
 
 
-def _prefixes(flag: str, words: Sequence[str]) -> list[str]:
-    """The prefixes among weights and prefixes, read as Megatron reads them."""
-    from megatron.core.datasets.utils import get_blend_from_list
-
+def _prefixes(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
+    """The prefixes among a flag's weights and prefixes, each with the flag."""
     if not words:
         raise UserError(f"{flag}: names no data; add a prefix made by tools/preprocess_data.py")
+    return _without_weights([(flag, word) for word in words], flag, f"{flag} {' '.join(words)}:")
+
+
+def read_blend_file(flag: str, path: str) -> list[tuple[str, str]]:
+    """The prefixes of a blend file (words: prefixes, or a weight before each), each with its place in the file.
+
+    Raises:
+        UserError: the file cannot be read or is empty, a weight is missing or none, with the line.
+    """
+    lines = _read_text(flag, path).splitlines()
+    words = [(f"{flag} {path}, line {i}:", word) for i, line in enumerate(lines, 1) for word in line.split()]
+    for where, word in words:
+        if word.startswith("#"):
+            raise UserError(f"{where} {word}: no comments, Megatron reads each word as a weight or a prefix; drop it")
+    if not words:
+        raise UserError(f"{flag} {path}: the file is empty; write one with tools/blend.py")
+    return _without_weights(words, flag)
+
+
+def read_blends_file(flag: str, path: str) -> dict[str, list[tuple[str, str]]]:
+    """The same for a JSON object of blends for train, valid and test (null: none), by the part they serve."""
     try:
-        prefixes, weights = get_blend_from_list(list(words))
-    except AssertionError:
-        prefixes, weights = [], None
-    if not prefixes or (weights is None and len(words) > 1 and any(_is_number(word) for word in words)):
+        named = json.loads(_read_text(flag, path))
+        lists = {part: named[key] for part, key in _KEYS.items()}
+    except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(
-            f"{flag} {' '.join(words)}: give prefixes, or a weight before each, e.g. {flag} 0.7 web 0.3 code"
-        )
-    if weights is not None and (min(weights) < 0 or sum(weights) <= 0):
-        raise UserError(f"{flag} {' '.join(words)}: the weights must be positive; change or drop them")
-    return prefixes
+            f"{flag} {path}: not a JSON object with the keys train, valid and test; write one, with null for a part "
+            "without data"
+        ) from None
+    blends = {}
+    for part, given in lists.items():
+        where = f"{flag} {path}, {_KEYS[part]}:"
+        words = given.split() if isinstance(given, str) else given
+        if words is None:
+            continue
+        if not isinstance(words, list) or not all(isinstance(word, str | int | float) for word in words) or not words:
+            raise UserError(f"{where} {given!r}: neither null nor a blend; write weights and prefixes, or null")
+        blends[part] = _without_weights([(where, str(word)) for word in words], flag)
+    return blends
 
 
-def _is_number(word: str) -> bool:
+def _without_weights(words: Sequence[tuple[str, str]], flag: str, shown: str = "") -> list[tuple[str, str]]:
+    """The prefixes of a blend, where all or none have a weight before them, as Megatron reads it.
+
+    Args:
+        words: where each word stands, and the word.
+        shown: what a message begins with, instead of the place and the word.
+    """
+    weights = [_as_number(word) for _, word in words]
+    if len(words) == 1 or not any(weight is not None for weight in weights):
+        return list(words)
+    for i, ((where, word), weight) in enumerate(zip(words, weights, strict=True)):
+        is_last_weight = weight is not None and i == len(words) - 1
+        if (weight is None) == (i % 2 == 0) or is_last_weight:
+            example = f"{flag} 0.7 web 0.3 code" if shown else "0.7 web 0.3 code"
+            raise UserError(f"{shown or f'{where} {word}:'} give prefixes, or a weight before each, e.g. {example}")
+    for (where, word), weight in zip(words[::2], weights[::2], strict=True):
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{shown or f'{where} {word}:'} the weights must be positive; change or drop them")
+    if not sum(weights[::2]):
+        raise UserError(f"{shown or f'{words[0][0]}'} the weights must be positive, not all 0; change or drop them")
+    return list(words[1::2])
+
+
+def _as_number(word: str) -> float | None:
     try:
-        float(word)
+        return float(word)
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _read_text(flag: str, path: str) -> str:
@@ -909,17 +980,3 @@ def _read_text(flag: str, path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{flag} {path}: {reason}; check the path") from None
-
-
-def _per_split_file(path: str) -> dict[str, list[str] | None]:
-    try:
-        named = json.loads(_read_text("--per-split-data-args-path", path))
-        lists = {key: named[key].split() if isinstance(named[key], str) else named[key] for key in _KEYS}
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"--per-split-data-args-path {path}: not a JSON object with the keys train, valid and test; write one, "
-            "with null for a part without data"
-        ) from None
-    return lists

@@ -112,7 +112,7 @@ def test_splits_are_megatrons(split: str, documents: int, tmp_path: Path) -> Non
     """Documents of 33 tokens and sequences of 32 + 1: one sample a document, so the sample counts tell the bounds."""
     prefix = make_dataset(tmp_path / "d", [33] * documents)
     data.check_dataset(prefix, 32, split, needs_validation=True)
-    bounds = data._split_bounds(split, documents)
+    bounds = data.split_bounds(split, documents)
     expected = [bounds.get(name) for name in (data.TRAIN, data.VALIDATION, data.TEST)]
     sizes = [0 if bound is None else bound[1] - bound[0] for bound in expected]
     found = megatron_sizes(prefix, 32, split, sizes, tmp_path / "cache")
@@ -170,7 +170,7 @@ def test_validation_is_checked_only_if_needed(tmp_path: Path) -> None:
     data.check_dataset(prefix, 64, "95,5,0", needs_validation=False)
     with pytest.raises(UserError, match=r"20 tokens in the validation split.* give it a larger share .*--eval-iters 0"):
         data.check_dataset(prefix, 64, "95,5,0", needs_validation=True)
-    data.check_dataset(prefix, 64, "1,0,0", needs_validation=True)  # Megatron then validates nothing
+    data.check_dataset(prefix, 64, "1,0,0", needs_validation=True)  # check_data_arguments refuses it
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "1,2,3,4", "1..2,3"])
@@ -369,6 +369,87 @@ def test_bad_arguments(given: dict[str, object], expected: str, model: str, tmp_
         data.check_data_arguments(arguments(model, **{key: fill(value) for key, value in given.items()}))
     assert fill(expected) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "list: the file is empty; write one with tools/blend.py"),
+        ("\n \n", "list: the file is empty; write one with tools/blend.py"),
+        ("# web\n{a}", "list, line 1: #: no comments, Megatron reads each word as a weight or a prefix; drop it"),
+        ("0.5 {a}\n0.5 {tmp}/web\n", "list, line 2: {tmp}/web: no file {tmp}/web.bin; check the path"),
+        ("{a}\n\n{tmp}/web\n", "list, line 3: {tmp}/web: no file {tmp}/web.bin; check the path"),
+        ("0.5 {a}\nhalf {a}", "list, line 2: half: give prefixes, or a weight before each, e.g. 0.7 web 0.3 code"),
+        ("0.5 {a}\n{a}\n0.3 {a}", "list, line 2: {a}: give prefixes, or a weight before each"),
+        ("0.5 {a}\n\n0.5", "list, line 3: 0.5: give prefixes, or a weight before each"),
+        ("0.5 {a}\nnan {a}", "list, line 2: nan: the weights must be positive; change or drop them"),
+        ("inf {a}\n1 {a}", "list, line 1: inf: the weights must be positive"),
+        ("0.5 {a} -1 {a}", "list, line 1: -1: the weights must be positive"),
+        ("0 {a} 0 {a}", "list, line 1: the weights must be positive, not all 0"),
+        ("1 {a} 1 {few}", "list, line 1: {few}: its 20 documents leave none to the validation part of --split 99,1,0"),
+        ("1 {a}\n1 {big}", "list, line 2: {big}: holds the token 400, but the tokenizer has"),
+    ],
+)
+def test_mistakes_in_a_blend_file(content: str, expected: str, model: str, tmp_path: Path) -> None:
+    names = {
+        "{few}": make_dataset(tmp_path / "few", [100] * 20),
+        "{big}": make_dataset(tmp_path / "big", [1000] * 600, highest=400),
+        "{a}": make_dataset(tmp_path / "a", [100] * 600),
+        "{tmp}": str(tmp_path),
+    }
+    for name, path in names.items():
+        content, expected = content.replace(name, path), expected.replace(name, path)
+    (tmp_path / "list").write_text(content)
+    with pytest.raises(UserError) as error:
+        data.check_data_arguments(arguments(model, data_args_path=f"{tmp_path}/list", split="99,1,0"))
+    assert str(error.value).startswith(f"--data-args-path {tmp_path}/{expected}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "not a JSON object with the keys train, valid and test; write one, with null for a part without data"),
+        ('["{a}"]', "not a JSON object with the keys"),
+        ('{"train": "{a}", "valid": null}', "not a JSON object with the keys"),
+        ('{"train": null, "valid": "{a}", "test": null}', "names no training data; add some"),
+        ('{"train": "{a}", "valid": {}, "test": null}', "valid: {}: neither null nor a blend; write weights and pre"),
+        ('{"train": "{a}", "valid": [], "test": null}', "valid: []: neither null nor a blend"),
+        ('{"train": "{a}", "valid": "1 {a} x {a}", "test": null}', "valid: x: give prefixes, or a weight before each"),
+        ('{"train": "{a}", "valid": ["{tmp}/no"], "test": null}', "valid: {tmp}/no: no file {tmp}/no.bin; check the"),
+    ],
+)
+def test_mistakes_in_a_file_of_blends(content: str, expected: str, model: str, tmp_path: Path) -> None:
+    for name, path in {"{a}": make_dataset(tmp_path / "a", [100] * 600), "{tmp}": str(tmp_path)}.items():
+        content, expected = content.replace(name, path), expected.replace(name, path)
+    (tmp_path / "list").write_text(content)
+    with pytest.raises(UserError) as error:
+        data.check_data_arguments(arguments(model, per_split_data_args_path=f"{tmp_path}/list"))
+    assert str(error.value).startswith(f"--per-split-data-args-path {tmp_path}/list")
+    assert expected in str(error.value)
+
+
+def test_evaluation_needs_validation_data(model: str, tmp_path: Path) -> None:
+    """Megatron would train to the end and fall over there."""
+    prefix = make_dataset(tmp_path / "a", [100] * 600)
+    for split in ("1,0,0", "90,0,10"):
+        with pytest.raises(UserError, match=f"^--split {split}: leaves nothing to validation; .* or --eval-iters 0$"):
+            data.check_data_arguments(arguments(model, data_path=[prefix], split=split))
+        data.check_data_arguments(arguments(model, data_path=[prefix], split=split, eval_iters=0))
+    with pytest.raises(UserError, match=r"^--valid-data-path is missing: .* or use --eval-iters 0$"):
+        data.check_data_arguments(arguments(model, train_data_path=[prefix], test_data_path=[prefix]))
+
+
+def test_blends_that_are_not_evaluated(model: str, tmp_path: Path) -> None:
+    """Megatron's loader asserts that there are samples to read, and of such a blend none are built."""
+    blend = ["1", make_dataset(tmp_path / "a", [100] * 600), "2", make_dataset(tmp_path / "b", [100] * 600)]
+    with pytest.raises(UserError, match=r"^--split 99,1,0: with --eval-iters 0 .* use --split 1,0,0$"):
+        data.check_data_arguments(arguments(model, data_path=blend, split="99,1,0", eval_iters=0))
+    with pytest.raises(UserError, match=r"^--valid-data-path: with --eval-iters 0 .* leave it out$"):
+        data.check_data_arguments(arguments(model, train_data_path=blend, valid_data_path=blend, eval_iters=0))
+    data.check_data_arguments(arguments(model, data_path=blend, split="1,0,0", eval_iters=0))
+    data.check_data_arguments(arguments(model, train_data_path=blend, valid_data_path=blend[1:2], eval_iters=0))
+    data.check_data_arguments(arguments(model, data_path=blend, split="99,1,0"))
 
 
 def test_stale_index_cache(model: str, tmp_path: Path) -> None:

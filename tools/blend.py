@@ -1,0 +1,129 @@
+"""Writes a blend file: how much of a training's data each dataset gives.
+
+    python tools/blend.py --data web code books --temperature 2 --tokens 26e9 --output blend.txt
+
+weighs the datasets by their tokens to the power 1/2, shows how often 26 billion tokens go through each, and writes what
+--data-args-path of pretrain_gpt_moa.py reads. --weights gives the weights instead. With --valid (and --test) the file
+is JSON for --per-split-data-args-path, and every dataset of --data serves training alone.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+
+from megatron_moa import data
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "blend"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags, shows the blend and writes it."""
+    args = parse_arguments(argv)
+    with one_line_errors(PROGRAM):
+        blend(args)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags of this tool."""
+    parser = OneLineParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", nargs="+", required=True, metavar="PREFIX", help="datasets of preprocess_data.py")
+    parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="of each dataset; any scale")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="without --weights: tokens to the power 1/T; 1 (default) by size, large: all alike",
+    )
+    parser.add_argument("--split", metavar="SHARES", help="as in training (99,1,0): its first share can be trained on")
+    parser.add_argument("--valid", nargs="+", metavar="PREFIX", help="datasets for validation, by their tokens")
+    parser.add_argument("--test", nargs="+", metavar="PREFIX", help="datasets for the test, by their tokens")
+    parser.add_argument("--tokens", type=float, metavar="N", help="of the training: shows the epochs, e.g. 26e9")
+    parser.add_argument("--output", metavar="FILE", help="the blend file; without it nothing is written")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    return parser.parse_args(argv)
+
+
+def blend(args: argparse.Namespace) -> None:
+    """Everything after the flags. Raises UserError."""
+    separate = bool(args.valid or args.test)
+    if separate and args.split is not None:
+        raise UserError(f"--split {args.split}: contradicts --valid and --test, which name those parts; drop one")
+    split = None if separate else args.split or "99,1,0"
+    sizes = [training_tokens(prefix, split) for prefix in args.data]
+    weights = blend_weights(args, sizes)
+    show(args, sizes, weights)
+    words = [word for weight, prefix in zip(weights, args.data, strict=True) for word in (f"{weight:.6g}", prefix)]
+    if separate:
+        parts = {"train": words, "valid": by_tokens("--valid", args.valid), "test": by_tokens("--test", args.test)}
+        text, flags = json.dumps(parts, indent=1) + "\n", "--per-split-data-args-path {}"
+    else:
+        lines = [f"{weight} {prefix}\n" for weight, prefix in zip(words[::2], words[1::2], strict=True)]
+        text, flags = "".join(lines), f"--data-args-path {{}} --split {split}"
+    if args.output is None:
+        return
+    targets = data.check_output("--output", args.output, ("",), args.overwrite)
+    with data.written_whole("--output", targets) as (path,), open(path, "w") as stream:
+        stream.write(text)
+    print(f"written        {args.output}")
+    print(f"use it with    {flags.format(args.output)} --data-cache-path FOLDER")
+
+
+def training_tokens(prefix: str, split: str | None) -> int:
+    """Tokens of a dataset's training part; without a split of all of it. Raises UserError."""
+    index = data.read_index(prefix, "--data")
+    if len(prefix.split()) != 1:
+        raise UserError(f"--data {prefix!r}: a blend file is made of words; give the dataset a name without spaces")
+    if split is None:
+        return index.tokens
+    tokens = index.tokens_between(*data.split_bounds(split, index.sequences).get(data.TRAIN, (0, 0)))
+    if not tokens:
+        raise UserError(f"--split {split}: leaves nothing of {prefix} to training; use e.g. --split 99,1,0")
+    return tokens
+
+
+def blend_weights(args: argparse.Namespace, sizes: Sequence[int]) -> list[float]:
+    """The weights, with the sum 1. Raises UserError."""
+    if args.weights is None:
+        temperature = 1.0 if args.temperature is None else args.temperature
+        if not temperature > 0:
+            raise UserError(f"--temperature {temperature:g}: a number above 0 is wanted; 1 weighs by tokens")
+        given = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
+    else:
+        given, shown = args.weights, " ".join(f"{weight:g}" for weight in args.weights)
+        if args.temperature is not None:
+            raise UserError(f"--temperature {args.temperature:g}: has no effect with --weights; drop one of the two")
+        if len(given) != len(sizes):
+            raise UserError(f"--weights {shown}: {len(given)} weights for {len(sizes)} datasets; give one for each")
+        if not all(0 < weight < math.inf for weight in given):
+            raise UserError(f"--weights {shown}: must be above 0; leave a dataset out that shall give nothing")
+    return [weight / sum(given) for weight in given]
+
+
+def by_tokens(flag: str, prefixes: Sequence[str] | None) -> list[str] | None:
+    """A part's datasets, each with its tokens as its weight. Raises UserError."""
+    if prefixes is None:
+        return None
+    return [word for prefix in prefixes for word in (str(data.read_index(prefix, flag).tokens), prefix)]
+
+
+def show(args: argparse.Namespace, sizes: Sequence[int], weights: Sequence[float]) -> None:
+    """Prints a line for each dataset; an epoch is once through its training part."""
+    budget = args.tokens
+    if budget is not None and not 0 < budget < math.inf:
+        raise UserError(f"--tokens {budget:g}: a number above 0 is wanted, e.g. 26e9")
+    width = max(7, *map(len, args.data))
+    drawn = "" if budget is None else f"{'drawn':>20}{'epochs':>9}"
+    print(f"{'dataset':{width}}{'training tokens':>20}{'weight':>9}{drawn}")
+    for prefix, size, weight in zip(args.data, sizes, weights, strict=True):
+        drawn = "" if budget is None else f"{round(weight * budget):>20,}{weight * budget / size:>9.2f}"
+        print(f"{prefix:{width}}{size:>20,}{weight:>9.4f}{drawn}")
+    if budget is not None:
+        print(f"{'total':{width}}{sum(sizes):>20,}{1:>9.4f}{round(budget):>20,}{budget / sum(sizes):>9.2f}")
+
+
+if __name__ == "__main__":
+    main()
