@@ -30,12 +30,12 @@ def curve(tokens: list[float], values: list[float]) -> Curve:
     return Curve(np.array(tokens, float), np.arange(len(tokens), dtype=float), np.array(values, float))
 
 
-def test_smoothing_is_a_running_mean_that_narrows_to_the_ends(plot: ModuleType) -> None:
+def test_smoothing_is_a_running_mean_over_what_there_is(plot: ModuleType) -> None:
     line = curve(list(range(10)), [0, 0, 0, 0, 10, 0, 0, 0, 0, 5])
-    assert plot.smoothed(line, 0.4).values == pytest.approx([0, 0, 2, 2, 2, 2, 2, 1, 5 / 3, 5])
+    assert plot.smoothed(line, 0.4).values == pytest.approx([0, 0, 2, 2, 2, 2, 2, 1, 5 / 4, 5 / 3])
     assert plot.smoothed(line, 0.0) is line
     straight = curve(list(range(10)), list(range(10)))
-    assert plot.smoothed(straight, 0.9).values == pytest.approx(straight.values)
+    assert plot.smoothed(straight, 0.4).values[2:-2] == pytest.approx(straight.values[2:-2])
 
 
 def test_seeds_are_put_at_the_places_that_all_reach(plot: ModuleType) -> None:

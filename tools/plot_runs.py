@@ -47,15 +47,14 @@ class Arm:
 
 
 def smoothed(curve: Curve, part: float) -> Curve:
-    """The curve's running mean over a part of its points, centred, over fewer at its ends; part 0 leaves it."""
+    """The curve's running mean over a part of its points, centred, over what there is of that at its ends."""
     half = int(part * len(curve) / 2)
     if half < 1:
         return curve
     sums = np.concatenate([[0.0], np.cumsum(curve.values)])
-    index = np.arange(len(curve))
-    reach = np.minimum(np.minimum(index, len(curve) - 1 - index), half)
-    values = (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
-    return Curve(curve.tokens, curve.seconds, values)
+    first = np.maximum(np.arange(len(curve)) - half, 0)
+    last = np.minimum(np.arange(len(curve)) + half + 1, len(curve))
+    return Curve(curve.tokens, curve.seconds, (sums[last] - sums[first]) / (last - first))
 
 
 def stacked(curves: Sequence[Curve], along: str, grid: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -267,7 +266,7 @@ def draw_difference(page: Page, arms: Sequence[Arm], baseline: Arm, part: float)
 def draw_coefficients(page: Page, arm: Arm, statistics: Statistics) -> None:
     """Mean and standard deviation over tokens of each coefficient in each layer, as two maps."""
     rows, columns = statistics.mean.shape
-    width = min(16.0, 3.0 + 0.6 * columns)
+    width = 3.0 + (0.6 if columns <= 20 else 0.4) * columns
     figure, panels = plt.subplots(1, 2, figsize=(width, 2.2 + 0.24 * rows), sharey=True)
     for axes, title, values in zip(
         panels, ("mean over tokens", "standard deviation"), (statistics.mean, statistics.std), strict=True
@@ -279,7 +278,7 @@ def draw_coefficients(page: Page, arm: Arm, statistics: Statistics) -> None:
                 color = "white" if value < middle else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6, color=color)
         axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(columns), statistics.names, rotation=90, fontsize=8 if columns <= 20 else 5)
+        axes.set_xticks(range(columns), statistics.names, rotation=90, fontsize=8 if columns <= 20 else 6)
         every = -(-rows // 40)
         axes.set_yticks(range(0, rows, every), statistics.layers[::every], fontsize=8)
         figure.colorbar(image, ax=axes, fraction=0.05)
