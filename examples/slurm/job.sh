@@ -10,8 +10,6 @@
 #   SOCKET_IFNAME    the network interface of NCCL's and gloo's sockets
 : "${SCRIPT:?}" "${MEGATRON_MOA_DIR:?}"
 ARGUMENTS=("$@") # the script's own
-# shellcheck source=examples/slurm/await.sh
-source "$MEGATRON_MOA_DIR/examples/slurm/await.sh"
 
 say() { echo "$SCRIPT: $1" >&2; }
 
@@ -29,16 +27,16 @@ MAX_STARTS=${MAX_STARTS:-3}
 # Why the training was told to stop: limit (time is nearly up: go on later) or user (stay away).
 STOPPED='' STEP=''
 stop() {
-    STOPPED=${STOPPED:-$1} SIGNALLED=1
+    [ -n "$STOPPED" ] || say "$2"
+    STOPPED=${STOPPED:-$1}
     # srun passes it on to every node. It would take SIGTERM for itself and kill them.
     [ -z "$STEP" ] || kill -s USR2 "$STEP" 2>/dev/null || true
 }
-trap 'stop limit' USR2
-trap 'stop user' TERM
+trap 'stop limit "the time limit is near: saving"' USR2
+trap 'stop user "told to end: saving"' TERM
 
 # run_job RUN_DIR COMMAND…: runs the command once on every node, and ends or continues the job as it says
 run_job() {
-    local code=0
     RUN_DIR=$1
     shift
     [[ $RUN_DIR != *[[:space:]]* ]] || fail "RUN_DIR $RUN_DIR: has a space; take a name without"
@@ -47,16 +45,16 @@ run_job() {
         fail "CHAIN=1: SBATCH_ARGS is not set; set it to the options you gave sbatch, which the successor needs, too"
     LOGS=$RUN_DIR/slurm/$JOB-${SLURM_RESTART_COUNT:-0}
     mkdir -p "$LOGS"
-    rm -f "$LOGS"/*/exit_code # of a cluster whose ids began anew
     count_start
     avoid_excluded
     set_environment
     say "job $JOB, start $((${SLURM_RESTART_COUNT:-0} + 1)), from iteration $BEGAN_AT: ${NODES[*]}; logs of ranks in $LOGS"
     if [ "${DOCTOR:-0}" = 1 ]; then
-        step "${PYTHON:-python}" -m megatron_moa.doctor || code=$?
+        step "${PYTHON:-python}" -m megatron_moa.doctor
+        [ "$(exit_codes | sort -u)" = 0 ] || conclude
     fi
-    ((code != 0)) || step "$@" || code=$?
-    conclude "$code"
+    step "$@"
+    conclude
 }
 
 # The iteration of the latest checkpoint: what progress is measured by.
@@ -107,10 +105,13 @@ set_environment() {
     fi
 }
 
-# step COMMAND…: once on every node; returns srun's exit code, the largest of the nodes'
+# step COMMAND…: once on every node
 step() {
-    [ -z "$STOPPED" ] || return 75 # as if it had saved at once
-    local mounts=$PWD:$PWD,$MEGATRON_MOA_DIR:$MEGATRON_MOA_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    rm -f "$LOGS"/*/exit_code
+    [ -z "$STOPPED" ] || return 0
+    local mounts=$PWD:$PWD
+    [ "$MEGATRON_MOA_DIR" = "$PWD" ] || mounts+=,$MEGATRON_MOA_DIR:$MEGATRON_MOA_DIR
+    mounts+=${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     # When the first node has ended, what has not followed after five minutes never will.
     local srun=(srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --wait=300)
     ((NNODES == 1)) || srun+=(--label)
@@ -121,36 +122,48 @@ step() {
     *.sif) srun+=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$CONTAINER") ;;
     *) srun+=(--container-image="$CONTAINER" --container-mounts="$mounts" --container-workdir="$PWD") ;;
     esac
-    "${srun[@]}" bash "$MEGATRON_MOA_DIR/examples/slurm/node.sh" "$LOGS" "$@" &
+    "${srun[@]}" python3 "$MEGATRON_MOA_DIR/examples/slurm/node.py" "$LOGS" "$@" &
     STEP=$!
-    await "$STEP"
+    # A signal interrupts the wait, after which its exit code means nothing; the nodes' files say how it ended.
+    while kill -0 "$STEP" 2>/dev/null; do wait "$STEP" || true; done
 }
 
-# conclude CODE: ends the job, or lets it go on later. docs/reliability.md has the exit codes.
-conclude() {
-    local node code final='' failed=()
+# The nodes' exit codes, in their order; none for a node that was ended by srun, or is gone.
+exit_codes() {
+    local node
     for node in "${NODES[@]}"; do
-        code=$(cat "$LOGS/$node/exit_code" 2>/dev/null || echo none) # none: ended by srun, or gone
-        case $code in
-        2 | 17) final=$code ;;
-        0 | 75 | 76 | none) ;;
-        *) failed+=("$node") ;;
+        cat "$LOGS/$node/exit_code" 2>/dev/null || echo none
+    done
+}
+
+# conclude: ends the job, or lets it go on later. docs/reliability.md has the exit codes.
+conclude() {
+    local codes index final='' failed=() failed_code='' lost='' stopped=''
+    mapfile -t codes < <(exit_codes)
+    for index in "${!NODES[@]}"; do
+        case ${codes[$index]} in
+        0) ;;
+        2 | 17) final=${codes[$index]} ;;
+        75) stopped=75 ;;
+        76 | none) lost=76 ;;
+        *) failed+=("${NODES[$index]}") failed_code=${codes[$index]} ;;
         esac
     done
     if [ -n "$final" ]; then
         say "exit code $final: another start would end the same way; see above, and $LOGS"
         exit "$final"
     fi
-    [ "$1" != 0 ] || exit 0
+    local code=${failed_code:-${lost:-$stopped}} # who lost another says less than who failed
+    [ -n "$code" ] || exit 0
     if [ "$STOPPED" = user ]; then
         say "stopped at iteration $(saved_iteration); the same sbatch line goes on from there"
-        exit "$1"
+        exit 75
     fi
     if [ ${#failed[@]} = 1 ] && [ ${#NODES[@]} -gt 1 ] && [ -n "${EXCLUDE_FILE:-}" ]; then
-        say "${failed[0]} failed alone (exit code $(cat "$LOGS/${failed[0]}/exit_code")): added to EXCLUDE_FILE $EXCLUDE_FILE"
+        say "${failed[0]} failed alone (exit code $code): added to EXCLUDE_FILE $EXCLUDE_FILE"
         echo "${failed[0]}" >>"$EXCLUDE_FILE"
     fi
-    again "$1" "exit code $1 at iteration $(saved_iteration)"
+    again "$code" "exit code $code at iteration $(saved_iteration)"
 }
 
 # again CODE WHY: requeues the job or submits its successor, if that is not in vain; ends this one
