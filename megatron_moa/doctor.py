@@ -789,6 +789,7 @@ def examine(seconds: float, save: str | None = None) -> Report:
 def smoke() -> Finding:
     """Trains a tiny mixture for five steps, as a user would, on one GPU or the CPU."""
     from megatron_moa.tiny import SWIGLU, TINY
+    from megatron_moa.training_log import parse_iteration
 
     script = ROOT / "pretrain_gpt_moa.py"
     name = "five steps"
@@ -802,7 +803,8 @@ def smoke() -> Finding:
         flags = [*TINY, *SWIGLU, "--moa-mixing", "moa", "--train-iters", "5"]
         code, log = _run([sys.executable, str(script), *flags], _SMOKE_SECONDS, environment, folder)
     seconds = time.monotonic() - start
-    losses = [float(loss) for loss in re.findall(r"iteration +\d+/.*?lm loss: ([0-9.E+-]+|nan|inf)", log)]
+    steps = [step for step in map(parse_iteration, log.splitlines()) if step is not None]
+    losses = [step.loss for step in steps if step.loss is not None]
     if code == 0 and len(losses) == 5 and losses[-1] < losses[0]:
         return Finding(name, OK, f"loss {losses[0]:.4f} -> {losses[-1]:.4f}, {seconds:.0f} s with the start")
     why = f"no end within {_SMOKE_SECONDS} s" if code is None else f"exit code {code}"

@@ -285,8 +285,9 @@ def test_smoke_shows_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert finding.state == "missing"
     assert "exit code 1" in finding.text
     assert finding.text.endswith("RuntimeError: out of luck")
-    (tmp_path / "pretrain_gpt_moa.py").write_text("print(' iteration 1/ 5 | lm loss: 4.1E+00 |')")
-    assert "not five that go down" in doctor.smoke().text
+    line = " iteration 1/ 5 | elapsed time per iteration (ms): 9.0 | lm loss: 4.1E+00 |"
+    (tmp_path / "pretrain_gpt_moa.py").write_text(f"print('{line}')")
+    assert "losses 4.1000: not five that go down" in doctor.smoke().text
 
 
 @pytest.mark.distributed

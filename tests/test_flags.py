@@ -68,3 +68,14 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "No such file or directory; name a file in a folder that is there" in line
+
+
+def test_troubleshooting_names_what_is_there(document: str) -> None:
+    """Its flags of ours, tools, scripts and documents exist."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    flags = set(re.findall(r"--moa-[a-z-]+", text))
+    assert len(flags) >= 8
+    assert [flag for flag in sorted(flags) if f"`{flag}`" not in document] == []
+    paths = set(re.findall(r"\b(?:tools|docs|examples)/[\w/.-]+\.(?:py|md|sh|sbatch)\b", text))
+    assert len(paths) > 8
+    assert [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
