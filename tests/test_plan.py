@@ -136,6 +136,7 @@ TRAININGS = {
         "--moa-mixing none --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "full",
     ),
+    "dense, dropout": ("--moa-mixing none --hidden-dropout 0.1", "none"),
     "MoE, SwiGLU, bf16": (f"--moa-mixing none --bf16 {EXPERTS}", "none"),
     "MoE, MoA": (f"--moa-form one-sided --moa-activations identity silu relu {EXPERTS}", "none"),
 }
@@ -187,6 +188,8 @@ def test_memory_is_that_of_a_training(name: str, tmp_path: Path) -> None:
     code, log = launch.launch(measure, arguments, 1, ROOT)
     assert code == 0, log[-4000:]
     found = json.loads(results.read_text())
+    whole, step = found["planned"] / found["whole"], found["planned step"] / found["step"]
+    print(f"{name}: {found['whole'] / 1e6:.1f} MB, planned {whole:.3f} of it; {found['step'] / 1e6:.1f}, {step:.3f}")
     assert found["planned"] == pytest.approx(found["whole"], rel=TOLERANCE), found
     assert found["planned step"] == pytest.approx(found["step"], rel=TOLERANCE), found
 
@@ -360,6 +363,7 @@ MISTAKES = {
     "divide the global batch of 512; take --micro-batch-size 32 or --micro-batch-size 64",
     "dense-2b none --gpus 8 --gpu h100 --recompute mixture": "MIXING none has no mixture",
     "dense-2b --gpus 8 --gpu h100 -- --tensor-model-parallel-size 2": "chosen here by --tp",
+    "dense-2b --gpus 8 --gpu h100 -- --optimizer sgd": "--optimizer sgd: the planner has no formulas for it; take adam",
     "dense-2b --gpus 8 --gpu h100 -- --mtp-num-layers 1": "--mtp-num-layers: the planner has no formulas",
 }
 

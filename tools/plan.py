@@ -325,6 +325,8 @@ def full(report: Report) -> str:
         "",
         command(report),
     ]
+    if plan.split.cp > 1:
+        lines.append("# context parallelism needs Transformer Engine's attention")
     return "\n".join(lines)
 
 
@@ -346,7 +348,6 @@ def record(report: Report) -> Mapping[str, Any]:
             **dataclasses.asdict(plan),
             "memory_total": plan.memory.total,
             "seconds": plan.step.seconds,
-            "fast": plan is report.best,
         }
         for plan in report.plans
     ]

@@ -126,13 +126,13 @@ def _kinds(model: Model, split: Split, stage: int) -> set[bool]:
 def _optimizer_state(model: Model, split: Split, weights: Weights) -> tuple[float, float]:
     """Bytes of the optimizer's state on a rank, and elements of its share of the weights.
 
-    Adam: two moments; others keep one for matrices. A half-precision model has a float32 copy of its weights besides.
+    Adam keeps two moments, Muon one of matrices. A half-precision model has a float32 copy of its weights besides.
     """
     copy = FLOAT32 if model.element < FLOAT32 else 0
     state = share = 0.0
     for weight, number in weights.items():
         own = number * weight.on_rank(split) / (weight.copies(split) if model.shards_optimizer else 1)
-        moments = 1 if model.optimizer != "adam" and weight.kind is Kind.MATRIX else 2
+        moments = 1 if model.optimizer == "muon" and weight.kind is Kind.MATRIX else 2
         state += own * (copy + moments * FLOAT32)
         share += own
     return state, share
@@ -186,6 +186,9 @@ def activations_in_flight(model: Model, split: Split, stage: int, software: Soft
     return in_flight(model, split, stage) * sum(layers)
 
 
+_OUTSIDE_FEED_FORWARD = ("norms", "norms' outputs", "attention", "dropout")
+
+
 def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> Mapping[str, float]:
     """Bytes that one layer saves of one micro-batch, by part, nothing recomputed."""
     h, e = model.hidden, model.element
@@ -198,6 +201,8 @@ def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) ->
         # Rotated queries and keys, values, output; float32 sums of each head's softmax.
         "attention": t * ((2 * queries + 2 * keys) * e + FLOAT32 * model.heads) / split.tp,
     }
+    if model.dropout:
+        parts["dropout"] = 2 * u * h  # a byte an element, after attention and after the feed-forward layer
     if not is_moe:
         return {**parts, "feed-forward": _feed_forward(model, software, t, u, model.ffn / split.tp)}
     experts = model.experts
@@ -239,7 +244,7 @@ def _recomputed(model: Model, split: Split, is_moe: bool, software: Software) ->
     if split.recompute == "full":  # all but the input, which is kept
         return sum(parts.values()) - kept(model, split, is_moe, software)
     if split.recompute == "feed-forward":
-        return sum(size for name, size in parts.items() if name not in ("norms", "norms' outputs", "attention"))
+        return sum(size for name, size in parts.items() if name not in _OUTSIDE_FEED_FORWARD)
     if split.recompute == "mixture":
         return model.element * _fc2_inputs(model, split, is_moe)
     return 0.0
@@ -265,10 +270,12 @@ def _backward_workspace(model: Model, split: Split, is_moe: bool, software: Soft
     t = _tokens(model, split)
     if is_moe:
         tokens, f, matrices = t / split.tp * model.experts.topk, model.experts.ffn, model.experts.number / split.ep
+        gathered = 0.0
     else:
         tokens, f, matrices = t, model.ffn / split.tp, 1
+        gathered = t * h if split.tp > 1 else 0.0  # fc1's input, again, of the whole sequence
     fc2 = tokens * f + matrices * f * h
     mixture = model.halves * tokens * f
-    fc1 = matrices * model.halves * f * h + tokens * h - tokens * f
+    fc1 = matrices * model.halves * f * h + tokens * h + gathered - tokens * f
     gradients = tokens * h + max(fc2, mixture, fc1)
     return model.element * gradients + _recomputed(model, split, is_moe, software)

@@ -27,6 +27,8 @@ _REFUSED = (
     ("use_torch_fsdp2", "--use-torch-fsdp2"),
 )
 
+OPTIMIZERS = ("adam", "muon")
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -47,13 +49,14 @@ class Model:
         head_size: of queries, keys and values; ``groups`` key heads serve ``heads`` query heads.
         gated: fc1 has two halves.
         norm_vectors: 1 for RMSNorm, 2 for LayerNorm.
+        dropout: of hidden states; attention's keeps nothing in fused kernels.
         positions: learned positions; 0 for rotary ones.
         vocabulary: padded to a multiple of ``vocabulary_multiple`` times the tensor-parallel size.
         moe_layers: whether each layer is one of experts.
         mixing: None for the stock model.
         element: bytes of a weight and of an activation, 2 or 4.
         gradient: bytes of a gradient, as it is summed.
-        optimizer: ``adam``, or Megatron's name of another.
+        optimizer: one of :data:`OPTIMIZERS`.
         shards_optimizer: whether data-parallel ranks share its state out.
         sequence: tokens of a sample.
         global_batch: samples a step.
@@ -68,6 +71,7 @@ class Model:
     ffn: int
     gated: bool
     norm_vectors: int
+    dropout: bool
     linear_bias: bool
     qkv_bias: bool
     qk_norm: bool
@@ -98,6 +102,10 @@ class Model:
                 raise UserError(f"{flag}: the planner has no formulas for it; drop it to plan without")
         if not args.vocab_size:
             raise UserError("--vocab-size: not given; add it, or --mock-data for the recipe's own")
+        if args.optimizer not in OPTIMIZERS:
+            raise UserError(
+                f"--optimizer {args.optimizer}: the planner has no formulas for it; take {' or '.join(OPTIMIZERS)}"
+            )
         experts = None
         moe_layers = (False,) * args.num_layers
         if args.num_experts:
@@ -122,6 +130,7 @@ class Model:
             ffn=args.ffn_hidden_size,
             gated=args.swiglu,
             norm_vectors=1 if args.normalization == "RMSNorm" else 2,
+            dropout=args.hidden_dropout > 0,
             linear_bias=args.add_bias_linear,
             qkv_bias=args.add_bias_linear or args.add_qkv_bias,
             qk_norm=args.qk_layernorm,
