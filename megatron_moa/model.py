@@ -60,6 +60,7 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixingConfig | None
     """Megatron's ``gpt_config_from_args`` with the mixture, and ``--recompute-modules moe_act`` for its experts.
 
     Megatron 0.19.2 admits moe_act for grouped experts only; MixedMLP serves it, so Megatron's check does not see it.
+    And it drops ``--rope-scaling-factor``: whatever is given, a model gets 8.
 
     Raises:
         UserError: settings of Megatron's that contradict each other, or would be ignored.
@@ -77,6 +78,7 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixingConfig | None
     check_recompute(config.transformer, modules)
     if mixing is not None and mixing.recompute:
         check_recompute_mixture(config.transformer, modules)
+    config.rope_scaling_factor = args.rope_scaling_factor
     config.mixing = mixing
     return config
 

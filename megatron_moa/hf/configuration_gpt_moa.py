@@ -1,0 +1,125 @@
+"""Configuration of GPTMoAForCausalLM: GPT models, dense and MoE, whose feed-forward layers mix activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+NORMALIZATIONS = ("RMSNorm", "LayerNorm")
+POSITIONS = ("rope", "learned_absolute", "none")
+ROUTER_SCORES = ("softmax", "sigmoid")
+
+
+class GPTMoAConfig(PreTrainedConfig):
+    """Settings of a model as Megatron trained it.
+
+    Args:
+        vocab_size: entries of embedding and output layer, without what only padded them in training.
+        hidden_size: h.
+        intermediate_size: f of dense feed-forward layers.
+        num_key_value_heads: groups of grouped-query attention; default: as many as heads.
+        head_dim: default: hidden_size / num_attention_heads.
+        normalization: ``RMSNorm`` or ``LayerNorm``.
+        position_embedding_type: ``rope``, ``learned_absolute`` or ``none``.
+        rope_parameters: transformers' own; ``partial_rotary_factor`` among them.
+        attention_bias, attention_output_bias, mlp_bias: biases of q, k, v; of attention's output; of feed-forward
+            layers.
+        qk_norm: whether queries and keys are normalised per head.
+        gated: whether feed-forward layers have two branches (SwiGLU's place).
+        mixing: settings of the mixture as :class:`megatron_moa.config.MixingConfig` takes them; None for the fixed
+            activation ``hidden_act`` (docs/mixture.md).
+        mixing_scale: whether gates have a constant factor (``--moa-init-scale swiglu``).
+        mixing_backend: ``eager``, ``compile``, ``triton`` or ``auto``, where megatron_moa is installed; None: ``auto``
+            on GPUs, ``eager`` elsewhere.
+        num_experts: routed experts of a MoE layer; 0 for a dense model.
+        num_experts_per_tok: how many of them a token is sent to.
+        moe_layers: for each layer, whether it is one of experts; default: all or none.
+        moe_intermediate_size: f of a routed expert.
+        shared_expert_intermediate_size: f of the shared expert; 0 for none.
+        shared_expert_gate: whether a sigmoid gate scales the shared expert's output.
+        router_score: ``softmax`` or ``sigmoid``.
+        router_pre_softmax: softmax over all experts before the choice; else over those chosen.
+        router_scaling_factor: multiplies the probabilities.
+        router_bias: whether experts are chosen with a bias that their probabilities do not have.
+        router_float32: whether the router's product is computed in float32.
+    """
+
+    model_type = "gpt_moa"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # For tensor parallelism (transformers' own and vLLM's): both branches are cut alike, the mixture needs no message.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    normalization: str = "RMSNorm"
+    norm_eps: float = 1e-5
+    position_embedding_type: str = "rope"
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    gated: bool = True
+    hidden_act: str = "silu"
+    mixing: dict[str, Any] | None = None
+    mixing_scale: bool = False
+    mixing_backend: str | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_layers: list[bool] | None = None
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    shared_expert_gate: bool = False
+    router_score: str = "softmax"
+    router_pre_softmax: bool = False
+    router_scaling_factor: float = 1.0
+    router_bias: bool = False
+    router_float32: bool = False
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.moe_layers is None:
+            self.moe_layers = [self.num_experts > 0] * self.num_hidden_layers
+        if self.position_embedding_type == "rope" and self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        for name, legal in (
+            ("normalization", NORMALIZATIONS),
+            ("position_embedding_type", POSITIONS),
+            ("router_score", ROUTER_SCORES),
+        ):
+            if getattr(self, name) not in legal:
+                raise ValueError(f"{name} {getattr(self, name)!r}: unknown; one of {', '.join(legal)}")
+        if len(self.moe_layers) != self.num_hidden_layers:
+            raise ValueError(f"moe_layers: {len(self.moe_layers)} entries for {self.num_hidden_layers} layers")
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["GPTMoAConfig"]

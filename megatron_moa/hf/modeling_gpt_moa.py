@@ -1,0 +1,444 @@
+"""GPT models, dense and MoE, whose feed-forward layers mix activations, for Hugging Face transformers.
+
+The same function as the Megatron model it was trained as. Tensors lie as transformers has them, [b, s, h]; equations
+of the mixture are in reference.py (docs/mixture.md of the project). With megatron_moa installed its fused kernels
+compute the mixture, otherwise the reference does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_gpt_moa import GPTMoAConfig
+
+try:
+    from megatron_moa.config import MixingConfig
+    from megatron_moa.functional import gate_coefficients, mixed_activation
+except ImportError:  # a folder that stands alone: an export
+    from .config import MixingConfig
+    from .reference import gate_coefficients, mixed_activation
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) times a weight, inside in float32; over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def build_norm(config: GPTMoAConfig, size: int) -> nn.Module:
+    """The normalization that the configuration names."""
+    if config.normalization == "RMSNorm":
+        return RMSNorm(size, config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions, of all kinds that transformers knows (``rope_parameters``)."""
+
+    def __init__(self, config: GPTMoAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        compute = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            compute = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = compute(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: GPTMoAConfig, **kwargs: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies [d/2], d the part of a head that is rotated, and the factor on cosines and sines."""
+        size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, size, 2, dtype=torch.float) / size
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [b, s, d] in x's dtype for position_ids [b, s]."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [b, heads, s, head size] with its first d entries rotated, the two halves of them as pairs."""
+    size = cos.shape[-1]
+    rotated, rest = x[..., :size], x[..., size:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain PyTorch, with the arguments and results of transformers' attention functions."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class GPTMoAAttention(nn.Module):
+    """Causal self-attention with grouped queries."""
+
+    def __init__(self, config: GPTMoAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        h, width = config.hidden_size, config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(h, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(h, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(h, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, h, bias=config.attention_output_bias)
+        self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[b, s, h] -> [b, s, h], and the attention's weights where the implementation gives them."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape)  # [b, s, heads, head size]
+        key = self.k_proj(hidden_states).view(shape)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)  # [b, heads, s, head size]
+        if position_embeddings is not None:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class MixtureCoefficients(nn.Module):
+    """The mixing coefficients of a feed-forward layer or an expert: gates (MoA) or parameters (LA)."""
+
+    def __init__(self, config: GPTMoAConfig, mixing: MixingConfig) -> None:
+        super().__init__()
+        self.mixing = mixing
+        n = mixing.num_coefficients
+        moa = mixing.mixing == "moa"
+        self.value = None if moa else nn.Parameter(torch.empty(n))
+        self.weight = nn.Parameter(torch.empty(n, config.hidden_size)) if moa else None
+        self.bias = nn.Parameter(torch.empty(n)) if moa and mixing.gate_bias else None
+        self.amplitude = nn.Parameter(torch.empty(n)) if moa and mixing.amplitude == "learned" else None
+        self.scale = nn.Buffer(torch.ones(1)) if moa and config.mixing_scale else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., n] float32 for hidden_states [..., h]; [n] for LA."""
+        if self.value is not None:
+            return self.value.float()
+        return gate_coefficients(hidden_states, self.weight, self.mixing, self.bias, self.amplitude, self.scale)
+
+
+class GPTMoAMLP(nn.Module):
+    """A feed-forward layer, or an expert of a MoE layer: mixed, or with a fixed activation."""
+
+    def __init__(self, config: GPTMoAConfig, width: int) -> None:
+        super().__init__()
+        h = config.hidden_size
+        self.gate_proj = nn.Linear(h, width, bias=config.mlp_bias) if config.gated else None
+        self.up_proj = nn.Linear(h, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, h, bias=config.mlp_bias)
+        self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
+        self.mixing = None if config.mixing is None else _mixing_config(config)
+        self.coefficients = None if self.mixing is None else MixtureCoefficients(config, self.mixing)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """[..., h] -> [..., h]; ``scale`` [...], a router's probabilities, multiplies the input of down_proj."""
+        if self.mixing is None:
+            activated = self.activation(self.up_proj(x) if self.gate_proj is None else self.gate_proj(x))
+            if self.gate_proj is not None:
+                activated = activated * self.up_proj(x)
+            if scale is not None:
+                activated = (activated * scale.unsqueeze(-1)).to(x.dtype)
+        else:
+            preactivation = self.up_proj(x)
+            if self.gate_proj is not None:  # the activated branch first
+                preactivation = torch.cat((self.gate_proj(x), preactivation), dim=-1)
+            activated = mixed_activation(preactivation, self.coefficients(x), _on_device(self.mixing, x), None, scale)
+        output = F.linear(activated, self.down_proj.weight) if scale is not None else self.down_proj(activated)
+        if scale is not None and self.down_proj.bias is not None:
+            output = output + self.down_proj.bias * scale.unsqueeze(-1).to(output.dtype)  # as the expert's output
+        return output
+
+
+def _mixing_config(config: GPTMoAConfig) -> MixingConfig:
+    settings = {**config.mixing, "activations": tuple(config.mixing["activations"])}
+    return MixingConfig(**settings, backend=config.mixing_backend or "auto")
+
+
+def _on_device(mixing: MixingConfig, x: Tensor) -> MixingConfig:
+    """Compiling costs more than it saves where the lengths change from call to call, so CPUs have to be told to."""
+    if mixing.backend == "auto" and x.device.type == "cpu":
+        object.__setattr__(mixing, "backend", "eager")
+    return mixing
+
+
+class GPTMoASparseMLP(nn.Module):
+    """A MoE layer: every token goes to its experts, and through the shared one."""
+
+    def __init__(self, config: GPTMoAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        # Of the choice alone, not of the probabilities; in float32 as it was trained.
+        self.router_bias = nn.Buffer(torch.zeros(config.num_experts)) if config.router_bias else None
+        self.experts = nn.ModuleList(GPTMoAMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = GPTMoAMLP(config, shared) if shared else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities and numbers of each token's experts, [t, k] each, for tokens [t, h]."""
+        config = self.config
+        dtype = torch.float32 if config.router_float32 else tokens.dtype
+        logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype))
+        k = config.num_experts_per_tok
+        if config.router_score == "sigmoid":
+            scores = logits.float().sigmoid()
+            chosen = (scores if self.router_bias is None else scores + self.router_bias).topk(k, dim=-1).indices
+            probabilities = scores.gather(-1, chosen)
+            if k > 1:
+                probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + 1e-20)
+        elif config.router_pre_softmax:
+            probabilities, chosen = logits.softmax(-1, dtype=torch.float32).topk(k, dim=-1)
+        else:
+            probabilities, chosen = logits.topk(k, dim=-1)
+            probabilities = probabilities.softmax(-1, dtype=torch.float32)
+        return (probabilities * config.router_scaling_factor).to(logits.dtype), chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, s, h] -> [b, s, h]"""
+        tokens = x.reshape(-1, x.shape[-1])  # [t, h]
+        probabilities, chosen = self.route(tokens)
+        output = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, column = (chosen == number).nonzero(as_tuple=True)
+            if rows.numel():
+                output.index_add_(0, rows, expert(tokens[rows], probabilities[rows, column]))
+        if self.shared_expert is not None:
+            shared = self.shared_expert(tokens)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(tokens).sigmoid()
+            output = output + shared
+        return output.view_as(x)
+
+
+class GPTMoADecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward part, each behind a norm and with a residual connection."""
+
+    def __init__(self, config: GPTMoAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = build_norm(config, config.hidden_size)
+        self.self_attn = GPTMoAAttention(config, layer_idx)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        is_moe = config.moe_layers[layer_idx]
+        self.mlp = GPTMoASparseMLP(config) if is_moe else GPTMoAMLP(config, config.intermediate_size)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """[b, s, h] -> [b, s, h]; arguments of :class:`GPTMoAAttention`."""
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class GPTMoAPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know."""
+
+    config: GPTMoAConfig
+    config_class = GPTMoAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPTMoADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": GPTMoADecoderLayer, "attentions": GPTMoAAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MixtureCoefficients):
+            for name, value in (("value", 0.5), ("amplitude", 0.5), ("bias", 0.0), ("scale", 1.0)):
+                if getattr(module, name) is not None:
+                    nn.init.constant_(getattr(module, name), value)
+            if module.weight is not None:
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class GPTMoAModel(GPTMoAPreTrainedModel):
+    """The decoder without the output layer."""
+
+    def __init__(self, config: GPTMoAConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        learned = config.position_embedding_type == "learned_absolute"
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
+        self.rotary_emb = RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
+        self.layers = nn.ModuleList(GPTMoADecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = build_norm(config, config.hidden_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [b, s, h] behind the last norm, for input_ids [b, s] or inputs_embeds [b, s, h]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(position_ids)
+        position_embeddings = None if self.rotary_emb is None else self.rotary_emb(hidden_states, position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
+    """The language model: ``labels`` give a loss, :meth:`generate` text."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+
+    def __init__(self, config: GPTMoAConfig) -> None:
+        super().__init__(config)
+        self.model = GPTMoAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [b, s, vocabulary], of the last ``logits_to_keep`` positions if given; the loss of labels [b, s]."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["GPTMoAForCausalLM", "GPTMoAModel", "GPTMoAPreTrainedModel"]

@@ -1,0 +1,137 @@
+"""From the arguments a model was trained with to the configuration of the transformers model that computes the same."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
+
+# Arguments that change the model's function, and the value at which the transformers model computes the same.
+_ONLY = {
+    "multi_latent_attention": False,
+    "attention_output_gate": False,
+    "apply_layernorm_1p": False,
+    "apply_residual_connection_post_layernorm": False,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "qk_l2_norm": False,
+    "softmax_scale": None,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "rotary_interleaved": False,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_latent_size": None,
+    "moe_apply_probs_on_input": False,
+    "moe_expert_capacity_factor": None,
+    "experimental_attention_variant": None,
+}
+
+
+def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, vocab_size: int) -> GPTMoAConfig:
+    """The configuration.
+
+    Args:
+        args: Megatron's, as a checkpoint holds them and :func:`megatron_moa.checkpoint.load_model` gives them.
+        mixing: the mixture, None for a fixed activation.
+        vocab_size: the tokenizer's, without padding.
+
+    Raises:
+        UserError: a setting that the transformers model does not have.
+    """
+    for name, value in _ONLY.items():
+        if getattr(args, name, value) != value:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: the transformers model has no such thing; this "
+                "checkpoint cannot be exported"
+            )
+    if args.position_embedding_type not in POSITIONS:
+        raise UserError(
+            f"--position-embedding-type {args.position_embedding_type}: the transformers model has "
+            f"{', '.join(POSITIONS)}"
+        )
+    return GPTMoAConfig(
+        vocab_size=vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.ffn_hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        head_dim=args.kv_channels,
+        max_position_embeddings=args.max_position_embeddings,
+        normalization=args.normalization,
+        norm_eps=args.layernorm_epsilon,
+        position_embedding_type=args.position_embedding_type,
+        rope_parameters=_rope(args) if args.position_embedding_type == "rope" else None,
+        attention_bias=args.add_bias_linear or args.add_qkv_bias,
+        attention_output_bias=args.add_bias_linear,
+        mlp_bias=args.add_bias_linear,
+        qk_norm=args.qk_layernorm,
+        gated=args.swiglu,
+        hidden_act="silu" if args.swiglu else "gelu",
+        mixing=None if mixing is None else mixing_settings(mixing),
+        mixing_scale=mixing is not None and mixing.mixing == "moa" and _has_scale(mixing),
+        tie_word_embeddings=not args.untie_embeddings_and_output_weights,
+        initializer_range=args.init_method_std,
+        **(_experts(args) if args.num_experts else {}),
+    )
+
+
+def mixing_settings(mixing: MixingConfig) -> dict[str, Any]:
+    """What decides the mixture's function, as config.json holds it."""
+    settings = {"mixing": mixing.mixing, "form": mixing.form, "activations": list(mixing.activations)}
+    if mixing.mixing == "moa":
+        settings |= {"gate": mixing.gate, "gate_bias": mixing.gate_bias, "amplitude": mixing.amplitude}
+    return settings
+
+
+def _has_scale(mixing: MixingConfig) -> bool:
+    """Whether gates carry a constant factor (megatron_moa.coefficients)."""
+    return mixing.init_scale == "swiglu" and mixing.amplitude == "fixed"
+
+
+def _rope(args: argparse.Namespace) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rotary_base)}
+    if args.rotary_percent != 1.0:
+        rope["partial_rotary_factor"] = args.rotary_percent
+    if args.use_rope_scaling:
+        # Megatron's RotaryEmbedding._apply_scaling: LLaMA 3's, its other numbers fixed.
+        rope |= {
+            "rope_type": "llama3",
+            "factor": args.rope_scaling_factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    elif args.rotary_seq_len_interpolation_factor is not None:
+        rope |= {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
+    return rope
+
+
+def _experts(args: argparse.Namespace) -> dict[str, Any]:
+    if args.moe_router_load_balancing_type in ("sinkhorn", ["sinkhorn"]):
+        raise UserError("--moe-router-load-balancing-type sinkhorn: the transformers model has no such router")
+    if args.moe_router_score_function not in ROUTER_SCORES:
+        raise UserError(
+            f"--moe-router-score-function {args.moe_router_score_function}: the transformers model has "
+            f"{' and '.join(ROUTER_SCORES)}"
+        )
+    frequency = args.moe_layer_freq
+    if isinstance(frequency, int):
+        frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
+    return {
+        "num_experts": args.num_experts,
+        "num_experts_per_tok": args.moe_router_topk,
+        "moe_layers": [bool(is_moe) for is_moe in frequency],
+        "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
+        "shared_expert_gate": args.moe_shared_expert_gate,
+        "router_score": args.moe_router_score_function,
+        "router_pre_softmax": args.moe_router_pre_softmax,
+        "router_scaling_factor": args.moe_router_topk_scaling_factor or 1.0,
+        "router_bias": args.moe_router_enable_expert_bias,
+        "router_float32": args.moe_router_dtype is not None,
+    }
