@@ -306,6 +306,13 @@ def test_a_given_split_is_kept_and_the_command_trains_with_it() -> None:
     assert words[words.index("examples/pretrain.sh") :][:3] == ["examples/pretrain.sh", "dense-2b", "la"]
 
 
+def test_the_command_has_as_many_processes_as_gpus() -> None:
+    for gpus in (6, 8, 12, 24):
+        words = plan.command(make(*f"gpt2-124m --gpus {gpus} --gpu h100".split())).split()
+        variables = dict(word.split("=") for word in words if "=" in word)
+        assert int(variables["NPROC_PER_NODE"]) * int(variables.get("NNODES", 1)) == gpus
+
+
 def test_time_and_cost_follow_from_the_step() -> None:
     report = make("dense-0.5b", "none", "--gpus", "8", "--gpu", "h100", "--mfu", "0.5", "--dollars-per-gpu-hour", "2")
     step, model = report.best.step, report.model

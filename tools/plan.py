@@ -193,16 +193,20 @@ def make(options: argparse.Namespace) -> Report:
     return Report(options, model, count(model, plans[0].split.tp), planner, plans)
 
 
+def gpus_of_a_node(gpus: int) -> int:
+    """As many as a node has, where that makes nodes alike."""
+    return max(search.divisors(gpus, GPUS_PER_NODE))
+
+
 def command(report: Report) -> str:
     """What trains with the best split."""
     options, split = report.options, report.best.split
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     variables |= {name: value for name, value in inputs.split_environment(split).items() if value != "1"}
     variables["MICRO_BATCH_SIZE"] = str(split.micro_batch)
-    nodes = -(-options.gpus // GPUS_PER_NODE)
-    variables["NPROC_PER_NODE"] = str(min(options.gpus, GPUS_PER_NODE))
-    if nodes > 1:
-        variables["NNODES"] = str(nodes)
+    variables["NPROC_PER_NODE"] = str(gpus_of_a_node(options.gpus))
+    if options.gpus > GPUS_PER_NODE:
+        variables["NNODES"] = str(options.gpus // gpus_of_a_node(options.gpus))
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     words += ["examples/pretrain.sh", shlex.quote(options.recipe), options.mixing]
     return " ".join([*words, *map(shlex.quote, [*inputs.split_flags(split, report.model), *options.further])])
@@ -325,6 +329,8 @@ def full(report: Report) -> str:
         "",
         command(report),
     ]
+    if options.gpus > GPUS_PER_NODE:
+        lines.append("# on every node, with NODE_RANK and MASTER_ADDR; or by examples/slurm")
     if plan.split.cp > 1:
         lines.append("# context parallelism needs Transformer Engine's attention")
     return "\n".join(lines)

@@ -211,10 +211,10 @@ class Planner:
         )
 
     def _nearest_gpus(self, gpus: int, fixed: Mapping[str, int | str]) -> str:
-        for distance in range(1, gpus):
-            for number in (gpus - distance, gpus + distance):
-                if next(self._candidates(number, fixed), None) is not None:
-                    return f"take --gpus {number}"
+        for number in sorted(range(1, 2 * gpus), key=lambda number: abs(number - gpus)):
+            whole_nodes = number % GPUS_PER_NODE == 0 or GPUS_PER_NODE % number == 0
+            if whole_nodes and next(self._candidates(number, fixed), None) is not None:
+                return f"take --gpus {number}"
         return "take a larger batch (GLOBAL_BATCH_SIZE)"
 
     def _too_little(self, plans: list[Plan], gpus: int, fixed: Mapping[str, int | str]) -> str:
