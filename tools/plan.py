@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import shlex
@@ -375,7 +376,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Plans, prints."""
     with one_line_errors(PROGRAM):
         options = parse(sys.argv[1:] if argv is None else argv)
-        warnings.filterwarnings("ignore")  # what is not installed here says nothing about where it will run
+        # What this machine does not have says nothing about where the training will run.
+        warnings.filterwarnings("ignore")
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):
             cpu.prepare()
         report = make(options)

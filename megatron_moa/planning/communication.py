@@ -133,11 +133,12 @@ def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -
         size = t * (number * h * e + gates * model.coefficients * FLOAT32) * (tp - 1) / tp
         yield traffic("TP", number + gates, size, _bandwidth(gpu, 1, tp))
     if pp > 1:
-        # To and from the next stage in each direction; a send hides behind the computation of another micro-batch.
+        # To and from the next stage in each direction; a send hides behind the computation of another micro-batch,
+        # but while the pipeline fills and empties.
         number = 2 * m * vpp
         stride = split.gpus // pp
         wire = gpu.nvlink_bandwidth if stride * pp <= GPUS_PER_NODE else gpu.network_bandwidth
-        yield traffic("PP", number, number * t / tp * h * e, wire, micro_batch_seconds if m > pp else 0.0)
+        yield traffic("PP", number, number * t / tp * h * e, wire, micro_batch_seconds * max(0, m - pp))
     if cp > 1:
         # Keys and values to the next rank, cp - 1 times, and their gradients: a ring.
         keys = 2 * t * model.groups * model.head_size * e / tp
