@@ -7,7 +7,7 @@ cache".
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -54,25 +54,25 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
         training, validation and test datasets, None where there is none.
 
     Raises:
-        UserError: data without weights are too few for the run.
+        UserError: data without weights are too few for the run; the run may not build the cache, and it is not there.
         SystemExit: code 2, on a rank whose node does not see the cache.
     """
     first = int(os.environ.get("RANK", "0")) == 0
     before = _names_in_cache(builder.config) if first else set()
     try:
         datasets = builder.build()
-    except FileNotFoundError as error:
-        if first or not str(error.filename).endswith("_index.npy"):
+    except Exception as error:  # on the first rank Megatron puts an exception without a type around it
+        missing = error if isinstance(error, FileNotFoundError) else error.__cause__
+        if not isinstance(missing, FileNotFoundError) or not str(missing.filename).endswith("_index.npy"):
             raise
-        report(
-            f"error: {error.filename}: the first rank has this part of the index cache, this node has not; give "
-            "--data-cache-path a folder that all nodes see, or build the cache on every node beforehand with "
-            "tools/build_cache.py"
-        )
-        raise SystemExit(2) from None
+        _leave_without(missing.filename, first)
+    files, uncached = cache_files(datasets)
+    if builder.config.defer_npy_index_mmap:  # opened when the first sample is drawn
+        for path in files:
+            if not os.path.isfile(path):
+                _leave_without(path, first)
     _check_enough(datasets, builder)
     if first and not builder.config.mock:
-        files, uncached = cache_files(datasets)
         built = [path for path in files if os.path.abspath(path) not in before]
         rest = f", and {uncached} kept in none: a blend's needs --data-cache-path" if uncached else ""
         if built:
@@ -80,6 +80,20 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
         else:
             print(f"index cache: all {len(files)} files found, none built{rest}", flush=True)
     return datasets
+
+
+def _leave_without(path: str, first: bool) -> NoReturn:
+    """Ends this rank for want of a file of the cache, in one line."""
+    if first:  # which builds what is missing, unless it was told not to
+        raise UserError(
+            f"--dataloader-fast-cache-load, --dataloader-defer-npy-index-mmap: {path} is not there; build the index "
+            "cache beforehand with tools/build_cache.py, or drop the flags"
+        )
+    report(
+        f"error: {path}: the first rank has this part of the index cache, this node has not; give --data-cache-path a "
+        "folder that all nodes see, or build the cache on every node beforehand with tools/build_cache.py"
+    )
+    raise SystemExit(2)
 
 
 def _names_in_cache(config: Any) -> set[str]:

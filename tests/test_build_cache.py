@@ -107,6 +107,7 @@ def test_other_flags_need_another_cache(place: Path) -> None:
     assert FOUND.format(4) in build(place, 1, *flags)
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_the_world_counts_where_it_decides_the_batch(place: Path) -> None:
     """Without --global-batch-size it is the micro-batches of all ranks."""
@@ -184,3 +185,12 @@ def test_a_cache_that_one_node_does_not_see(place: Path) -> None:
     )
     assert len(re.findall(expected, log.log)) == 1
     assert "Traceback" not in log.log
+
+
+@pytest.mark.parametrize("flag", ["--dataloader-fast-cache-load", "--dataloader-defer-npy-index-mmap"])
+def test_a_cache_that_must_be_there(flag: str, place: Path) -> None:
+    flags = ["--train-data-path", "a", "--eval-iters", 0, "--data-cache-path", "cache", flag]
+    log = train(place, *flags, code=2)
+    assert re.search(rf"error: .*{flag}.*: cache/[\w.-]+ is not there; build the index cache beforehand", log)
+    assert "Traceback" not in log
+    assert BUILT.format(4, 4) in build(place, 1, *flags)
