@@ -332,7 +332,7 @@ def test_what_is_printed() -> None:
     assert "unmeasured" in text
     assert plan.command(report) in text
     lines = plan.brief(report).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["# Hardware", "# Duration", "# Cost"]
+    assert [line.split(":")[0] for line in lines] == ["# Parameters", "# Hardware", "# Duration", "# Cost"]
     assert all(len(line) < 160 for line in lines)
     assert json.loads(json.dumps(plan.record(report)))["parameters"]["total"] == 549_925_376
 

@@ -16,9 +16,11 @@ import pytest
 from megatron_moa.training_log import TrainingLog
 from tests import launch
 from tests.training import ROOT, Run
+from tools import plan
 
 MODELS = sorted(path.stem for path in (ROOT / "examples" / "models").glob("*.sh"))
 MIXINGS = ("none", "la", "moa")
+PLANNED = ("# Parameters: ", "# Hardware: ", "# Duration: ", "# Cost: ")
 DATA = {"DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer.model"}
 
 # A model of the same kind, narrow and shallow.
@@ -85,6 +87,16 @@ def test_budget_and_schedule_follow_the_models_file(model: str) -> None:
     assert int(value(words, "--lr-warmup-iters")) == pytest.approx(iterations / 50, abs=1)
     assert float(value(words, "--min-lr")) == pytest.approx(float(value(words, "--lr")) / 10)
     assert int(value(words, "--hidden-size")) == 64 * int(value(words, "--num-attention-heads"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_header_says_what_the_planner_says(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    header = (ROOT / f"examples/models/{model}.sh").read_text().split("source ")[0].splitlines()
+    (command,) = (line for line in header if "tools/plan.py" in line)
+    plan.main(shlex.split(command.partition("tools/plan.py")[2]))
+    assert capsys.readouterr().out.splitlines() == [line for line in header if line.startswith(PLANNED)]
+    (watch,) = (line for line in header if line.startswith("# Watch: "))
+    assert "validation loss" in "".join(header[header.index(watch) :])
 
 
 @pytest.mark.slow

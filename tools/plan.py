@@ -2,7 +2,7 @@
 
     python tools/plan.py moe-2b --gpus 64 --gpu h200                 # the mixture's plan: searches splits, ranks them
     python tools/plan.py dense-2b none --gpus 8 --gpu h100 --tp 2    # the baseline's, TP given
-    python tools/plan.py dense-1.3b --gpus 8 --gpu h100 --brief      # three lines, for a recipe's header
+    python tools/plan.py dense-1.3b --gpus 8 --gpu h100 --brief      # four lines, for a recipe's header
     TOKENS=100000000000 python tools/plan.py dense-2b --gpus 128 --gpu b200 -- --seq-length 4096
 
 RECIPE is a file of examples/models/ without its .sh, or the path of one; MIXING as in examples/pretrain.sh (default
@@ -95,7 +95,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--dollars-per-gpu-hour", type=price, metavar="X", help="default: megatron_moa/hardware.py's")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--brief", action="store_true", help="hardware, duration, cost: for a recipe's header")
+    output.add_argument(
+        "--brief", action="store_true", help="parameters, hardware, duration, cost: for a recipe's header"
+    )
     output.add_argument("--json", action="store_true", help="everything as one JSON object")
     options = parser.parse_args(argv)
     options.further = further
@@ -230,10 +232,17 @@ def duration(hours: float) -> str:
 
 def brief(report: Report) -> str:
     """Comment lines for a recipe's header."""
-    gpus = report.options.gpus
-    tokens = report.model.iterations * report.model.tokens_per_step
+    gpus, model = report.options.gpus, report.model
+    tokens = model.iterations * model.tokens_per_step
+    parameters = count(model)
+    stock, active = parameters.total - parameters.mixture, parameters.active - parameters.active_mixture
+    mixture = f"; the mixture adds {parameters.mixture:,}, {100 * parameters.mixture / stock:.2f} %"
     return "\n".join(
         [
+            f"# Parameters: {stock:,}"
+            + (f", {active:,} of them for a token" if model.experts else "")
+            + (mixture if model.mixing else "")
+            + f"; vocabulary {model.padded_vocabulary(1):,}.",
             f"# Hardware: {gpus} x {report.planner.gpu.name}; {describe(report.best.split)}; "
             f"{gib(report.best.memory.total)} GiB a GPU.",
             f"# Duration: {duration(report.hours)} for {tokens / 1e9:.3g} billion tokens, estimated at "

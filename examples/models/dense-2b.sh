@@ -1,4 +1,16 @@
 # shellcheck shell=bash disable=SC2034
+# Dense 2B: h 2048, 32 heads of 64, 28 layers, f 4h.
+# Width and depth are this project's choice, in the proportions of the smaller models.
+#
+#     python tools/plan.py dense-2b moa --gpus 64 --gpu h100 --mfu 0.4 --brief
+#
+# Parameters: 2,085,210,112; the mixture adds 802,816, 0.04 %; vocabulary 50,304.
+# Hardware: 64 x H100 SXM 80 GB; TP 1, PP 1, DP 64, micro-batch 4; 37.5 GiB a GPU.
+# Duration: 5.54 hours for 40 billion tokens, estimated at 40 % MFU while computing (40 % overall).
+# Cost: 354 GPU hours, about $886.
+# Watch: the gradient norm, falling to below 1 after the warm-up; validation loss against the baseline's at the same
+# tokens, each at its own best rate; coefficients by layer (moa/... in TensorBoard).
+
 # shellcheck source=examples/families/llama.sh
 source "${BASH_SOURCE[0]%/*}/../families/llama.sh"
 

@@ -1,4 +1,16 @@
 # shellcheck shell=bash disable=SC2034
+# GPT-2-like 124M, the size of GPT-2 small: h 768, 12 heads of 64, 12 layers, f 4h. Its mixture is Type I.
+# Tokens, batch and rate are this project's choice.
+#
+#     python tools/plan.py gpt2-124m moa --gpus 8 --gpu h100 --mfu 0.25 --brief
+#
+# Parameters: 124,475,904; the mixture adds 55,296, 0.04 %; vocabulary 50,304.
+# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 14.5 GiB a GPU.
+# Duration: 16.8 minutes for 2.5 billion tokens, estimated at 25 % MFU while computing (25 % overall).
+# Cost: 2.25 GPU hours, about $6.
+# Watch: the gradient norm; validation loss against the baseline's at the same tokens, each at its own best rate.
+# The fixed activation is GELU in its exact form, GPT-2's own is the tanh approximation.
+
 # shellcheck source=examples/families/gpt2.sh
 source "${BASH_SOURCE[0]%/*}/../families/gpt2.sh"
 
