@@ -25,7 +25,8 @@ if ! { command -v slurmctld && command -v slurmd && command -v munged; } >/dev/n
     [ "$(id -u)" = 0 ] || fail 69 "Slurm is not installed: as root, apt-get install slurm-wlm munge"
     command -v apt-get >/dev/null || fail 69 "Slurm is not installed, and there is no apt-get: install Slurm and munge"
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; } >"$FOLDER/install.log" 2>&1 ||
+    { timeout 60 apt-get update && timeout 120 apt-get install -y --no-install-recommends slurm-wlm munge; } \
+        >"$FOLDER/install.log" 2>&1 </dev/null ||
         fail 69 "Slurm could not be installed: $(tail -n 1 "$FOLDER/install.log")"
 fi
 
@@ -87,8 +88,8 @@ slurmctld -f "$SLURM_CONF" || undo "slurmctld does not start"
 for node in n1 n2; do
     slurmd -f "$SLURM_CONF" -N "$node" || undo "slurmd of $node does not start"
 done
-for ((second = 0; second < 60; second++)); do
-    [ "$(sinfo --noheader --Node --format %t 2>/dev/null)" != $'idle\nidle' ] || exit 0
+for ((attempt = 0; attempt < 30; attempt++)); do
+    [ "$(timeout 5 sinfo --noheader --Node --format %t 2>/dev/null)" != $'idle\nidle' ] || exit 0
     sleep 1
 done
-undo "the nodes are not idle after 60 seconds"
+undo "the nodes do not become idle"

@@ -11,10 +11,10 @@ export SLURM_CONF=$FOLDER/slurm.conf
 
 # Jobs first, while someone is there who can end them.
 if [ -e "$FOLDER/slurmctld.pid" ]; then
-    scancel --signal=KILL --full --state=RUNNING --quiet 2>/dev/null || true
-    scancel --state=PENDING --quiet 2>/dev/null || true
+    timeout 10 scancel --signal=KILL --full --state=RUNNING --quiet 2>/dev/null || true
+    timeout 10 scancel --state=PENDING --quiet 2>/dev/null || true
     for ((second = 0; second < 20; second++)); do
-        [ -n "$(squeue --noheader 2>/dev/null)" ] || break
+        [ -n "$(timeout 10 squeue --noheader 2>/dev/null)" ] || break
         sleep 1
     done
 fi
