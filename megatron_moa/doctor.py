@@ -46,6 +46,7 @@ PYTHON = (3, 12)
 MEGATRON = "0.19.2"
 TORCH = "2.11.0"
 OLDEST_TORCH = (2, 6)
+TRITON = "3.6.0"
 EMERGING_OPTIMIZERS = "0.3.0"
 
 OK, FALLS_BACK, CHECK, MISSING = "ok", "falls back", "check", "missing"
@@ -471,9 +472,9 @@ def judge_triton(facts: Facts, gpu: bool, interpreted: bool) -> Finding:
     if not facts or "error" in facts:
         why = f"cannot be imported: {facts['error']}" if facts else "not installed"
         text = f"{why}: the mixture runs {'in eager PyTorch' if gpu else 'by torch.compile'}"
-        return Finding("Triton", FALLS_BACK, text, "pip install triton==3.6.0" if gpu else "")
+        return Finding("Triton", FALLS_BACK, text, f"pip install triton=={TRITON}" if gpu else "")
     if interpreted and gpu:
-        text = f"{facts['version']}, but TRITON_INTERPRET=1 runs kernels in the interpreter, thousands of times slower"
+        text = f"{facts['version']}, but TRITON_INTERPRET=1 runs kernels in the interpreter, far slower"
         return Finding("Triton", CHECK, text, "unset TRITON_INTERPRET")
     if interpreted:
         return Finding("Triton", OK, f"{facts['version']}, in its interpreter (TRITON_INTERPRET=1): for tests")
@@ -516,7 +517,9 @@ def judge_environment(environment: dict, torch: Facts, launched: bool) -> list[F
             text = f"{connections or 'not set'}: tensor and context parallelism need 1, before the processes start"
             found.append(Finding(name, CHECK, text, "export CUDA_DEVICE_MAX_CONNECTIONS=1 (not with FSDP)"))
     threads = environment.get("OMP_NUM_THREADS")
-    text = f"{threads or 'not set'}; torch takes {torch.get('threads', 'unknown')} threads"
+    text = threads or "not set"
+    if "threads" in torch:
+        text += f"; torch takes {torch['threads']} threads"
     if threads is None:
         text += ", under a launcher with several processes 1 each"
     found.append(Finding("OMP_NUM_THREADS", OK, text))
@@ -573,7 +576,9 @@ def ask_driver(seconds: float = 30) -> Facts:
 def check_compiler(gpu: bool) -> list[Finding]:
     """A C++ compiler and Python's headers, by compiling what torch.compile would: an extension of one line."""
     use = "Triton's launchers need a C compiler" if gpu else "torch.compile needs a C++ compiler"
-    fallback = "kernels fail at the first step" if gpu else "the mixture runs in eager PyTorch, about twice as slow"
+    fallback = (
+        "kernels fail at the first step" if gpu else "the mixture runs in eager PyTorch, slower and with more memory"
+    )
     kind = "C" if gpu else "C++"
     variable, names = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++"))
     candidates = [os.environ.get(variable), *names]
@@ -672,7 +677,7 @@ def check_limits() -> list[Finding]:
         limit = min((int(value) for value in limits if value.strip().isdigit()), default=total)
         if limit < total:
             text += f", the container's limit is {limit / _GIB:.1f}"
-        remedy = "a process imports torch and Megatron into about 1 GiB; the model comes on top"
+        remedy = "torch and Megatron alone take 0.7 GiB a process; the model comes on top"
         little = min(free, limit) < 4 * _GIB
         found.append(Finding("memory", CHECK, text, remedy) if little else Finding("memory", OK, text))
     return found
@@ -860,9 +865,14 @@ def main(argv: list[str] | None = None) -> int:
         if options.smoke or options.save:
             _fail("--nccl: runs on every rank and alone; drop --smoke and --save")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a time-out is a page of C++ frames
-        from megatron_moa import network
+        try:
+            from megatron_moa import network
+        except ImportError as error:
+            _fail(f"--nccl: torch cannot be imported ({error}); run it without --nccl, which says what is missing")
+        from megatron_moa.errors import one_line_errors
 
-        return network.main(options.timeout, options.json)
+        with one_line_errors(PROGRAM):
+            return network.main(options.timeout, options.json)
     report = examine(options.timeout, options.save)
     if options.smoke and report.can_start:
         report = Report(report.findings, report.uses, smoke())

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_moa import cpu
+from megatron_moa.errors import UserError
 
 MIB = 2**20
 SIZES = {"nccl": (1 * MIB, 16 * MIB, 256 * MIB, 1024 * MIB), "gloo": (MIB // 16, 1 * MIB, 16 * MIB)}  # bytes
@@ -58,14 +59,16 @@ class _Ranks:
 
     Args:
         seconds: how long to wait for another rank.
+
+    Raises:
+        UserError: variables of a launcher that are missing or no numbers.
     """
 
     def __init__(self, seconds: float) -> None:
         cpu.single_process_environment()
-        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.rank, self.size, self.local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
         self.timeout = timedelta(seconds=seconds)
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
         # Under torchrun its agent has the store, else the first rank.
         hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
@@ -107,6 +110,20 @@ class _Ranks:
         keys = [f"doctor/{key}/{rank}" for rank in range(self.size)]
         self.store.wait(keys, self.timeout)
         return [json.loads(self.store.get(name)) for name in keys]
+
+
+def _variable(name: str, default: str | None = None) -> str:
+    value = os.environ.get(name, default)
+    if value is None:
+        raise UserError(f"{name} is not set, but other variables of a launcher are: start with megatron_moa.launch")
+    return value
+
+
+def _number(name: str, default: str | None = None) -> int:
+    value = _variable(name, default)
+    if not value.isdecimal():
+        raise UserError(f"{name} {value}: not a number; start with megatron_moa.launch, which sets it")
+    return int(value)
 
 
 def main(seconds: float, as_json: bool) -> int:

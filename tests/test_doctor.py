@@ -60,6 +60,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_versions_are_those_of_the_set_up(packaging_arguments: dict, pins: dict[str, str]) -> None:
     assert pins["megatron-core"] == doctor.MEGATRON
     assert pins["torch"] == doctor.TORCH
+    assert pins["triton"] == doctor.TRITON
     assert pins["emerging-optimizers"] == doctor.EMERGING_OPTIMIZERS
     assert packaging_arguments["python_requires"] == f">={'.'.join(map(str, doctor.PYTHON))}"
     ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, packaging_arguments["install_requires"])}
@@ -317,6 +318,21 @@ def test_ranks_that_do_not_come(rank: str, text: str) -> None:
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert text in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "text"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT x: not a number"),
+    ],
+)
+def test_variables_of_no_launcher_are_one_line(variables: dict[str, str], text: str) -> None:
+    result = run("--nccl", **variables)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert text in result.stderr
 
 
 def test_ranks_that_cannot_work_together() -> None:
