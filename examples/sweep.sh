@@ -90,6 +90,8 @@ train() {
         code=0
         wait "$CHILD" || code=$?
     done
+    # Where a signal interrupts bash's wait just as the run ends, bash gives the signal's code or -1 for the run's.
+    [ -z "$STOPPED" ] || case $code in 140 | 143 | 255) code=75 ;; esac
     echo "$code" >"$run/exit_code"
     case $code in
     0) ;;

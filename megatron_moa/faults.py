@@ -50,7 +50,8 @@ class StopSignals:
         self._saves = args.save is not None
         self._received = False
         self.agreed = False  # whether any rank had one when all asked for the last time
-        for number in {*STOP_SIGNALS, args.exit_signal}:
+        self._numbers = {*STOP_SIGNALS, args.exit_signal}
+        for number in self._numbers:
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -58,6 +59,11 @@ class StopSignals:
             self._received = True
             then = "saves after this iteration and leaves" if self._saves else "leaves after this iteration, unsaved,"
             report(f"{signal.Signals(number).name} received: {then} with exit code {EXIT_SAVED_ON_SIGNAL}")
+
+    def ignore_from_now(self) -> None:
+        """For a rank that is done: Python gives signals their default back while it shuts down, and would be killed."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
     def signals_received(self) -> list[bool]:
         """Whether any rank has received one; all ranks call it, after each iteration.
@@ -121,6 +127,9 @@ def exit_codes(stop: StopSignals | None) -> Iterator[None]:
         )
         sys.stdout.flush()
         os._exit(EXIT_LOST_RANK)
+    finally:
+        if stop is not None:
+            stop.ignore_from_now()
 
 
 def _lost_rank(error: RuntimeError) -> bool:

@@ -289,6 +289,26 @@ def test_launcher_forwards_signals_and_passes_the_code_on(tmp_path, number):
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_signal_to_a_process_that_shuts_down_changes_nothing(number):
+    """Python gives every handler's signal its default back before the process is gone."""
+    ending = "sys.exit(0)" if number == signal.SIGTERM else "pass"
+    program = (
+        "import os, sys\n"
+        "from types import SimpleNamespace\n"
+        "from megatron_moa import faults\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        f"        kill(pid, {int(number)})\n"
+        "sys.last = Last()  # deleted after the handlers\n"
+        "stop = faults.StopSignals(SimpleNamespace(save=None, exit_signal=15))\n"
+        "with faults.exit_codes(stop):\n"
+        f"    {ending}\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_no_handler_without_its_flag():
     from megatron_moa.faults import catch_stop_signals
 
