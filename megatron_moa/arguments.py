@@ -303,6 +303,7 @@ def parse_arguments(
     if saved is not None:
         check_saved_settings(args, saved, checkpoint)
         optimizer.check_saved_optimizer(args, saved, checkpoint)
+        optimizer.check_saved_schedule(args, saved, checkpoint)
         optimizer_resharding.check_saved_split(args, saved, checkpoint)
     args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
     optimizer_resharding.install()

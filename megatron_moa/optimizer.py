@@ -94,6 +94,49 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
             )
 
 
+def check_saved_schedule(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Raises UserError if the checkpoint's learning rate and weight decay go by another schedule than the run's.
+
+    Megatron 0.19.2 has an assertion for it once everything is built, which names no flag. Arguments are those of
+    :func:`check_saved_optimizer`.
+    """
+    if not loads_optimizer(args, saved, checkpoint):
+        return
+    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+        return
+    theirs = _schedule(saved)
+    for flag, (value, meaning) in _schedule(args).items():
+        saved_flag, (saved_value, saved_meaning) = flag, theirs.get(flag, (None, None))
+        if saved_value is None:  # iterations here, samples there
+            saved_flag = next(name for name in theirs if name.split("_")[:-1] == flag.split("_")[:-1])
+            saved_value, saved_meaning = theirs[saved_flag]
+        if meaning != saved_meaning:
+            differs, saved_differs = as_typed(flag, value), as_typed(saved_flag, saved_value)
+            if value == saved_value:  # as many iterations, of another size
+                differs = as_typed("global_batch_size", args.global_batch_size)
+                saved_differs = as_typed("global_batch_size", saved.global_batch_size)
+            raise UserError(
+                f"{differs}: the schedule to go on with has {saved_differs} ({checkpoint}); give that, or add "
+                "--override-opt-param-scheduler to follow the new one, --use-checkpoint-opt-param-scheduler the old one"
+            )
+
+
+def _schedule(args: argparse.Namespace) -> dict[str, tuple[object, object]]:
+    """What Megatron's schedule is made of, by flag: as given, and what it means (lengths in samples)."""
+    in_samples = bool(args.train_samples)
+    unit, samples = ("samples", 1) if in_samples else ("iters", args.global_batch_size)
+    length = getattr(args, f"train_{unit}")
+    decay = getattr(args, f"lr_decay_{unit}") or length
+    warmup = getattr(args, f"lr_warmup_{unit}")
+    schedule = {f"train_{unit}": (length, length * samples), f"lr_decay_{unit}": (decay, decay * samples)}
+    if args.lr_warmup_fraction is not None:
+        warmup = args.lr_warmup_fraction * decay
+    schedule[f"lr_warmup_{unit}"] = (warmup, warmup * samples)
+    for name in ("lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"):
+        schedule[name] = (getattr(args, name), getattr(args, name))
+    return schedule
+
+
 def install(args: argparse.Namespace) -> None:
     """Lets Megatron's training loop follow this module's flags; before ``pretrain``.
 

@@ -18,7 +18,7 @@ from megatron_moa.arguments import mixing_from_args, restore_model_flags
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.optimizer import check_saved_optimizer
+from megatron_moa.optimizer import check_saved_optimizer, check_saved_schedule
 from megatron_moa.recording import Piece, Record
 from tests import launch
 from tests.layers import build_model, make_config
@@ -413,6 +413,57 @@ def test_another_optimizers_state_is_refused(given: dict[str, Any], text: str) -
     check_saved_optimizer(argparse.Namespace(**args), saved, Checkpoint("--load", Path("folder"), None))
 
 
+_SCHEDULE = {
+    "train_iters": 100,
+    "train_samples": None,
+    "lr_decay_iters": None,
+    "lr_decay_samples": None,
+    "lr_warmup_iters": 10,
+    "lr_warmup_samples": 0,
+    "lr_warmup_fraction": None,
+    "lr_decay_style": "cosine",
+    "start_weight_decay": 0.1,
+    "end_weight_decay": 0.1,
+    "weight_decay_incr_style": "constant",
+    "global_batch_size": 4,
+    "override_opt_param_scheduler": False,
+    "use_checkpoint_opt_param_scheduler": False,
+}
+_IN_SAMPLES = {"train_iters": None, "train_samples": 400, "lr_warmup_iters": 0, "lr_warmup_samples": 40}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, None),
+        ({"lr_decay_iters": 100}, None),
+        (_IN_SAMPLES, None),
+        ({"lr_warmup_iters": 0, "lr_warmup_fraction": 0.1}, None),
+        ({"train_iters": 120}, "--train-iters 120: the schedule to go on with has --train-iters 100"),
+        ({"lr_decay_iters": 90}, "--lr-decay-iters 90: the schedule to go on with has --lr-decay-iters 100"),
+        ({"lr_warmup_iters": 5}, "--lr-warmup-iters 5: the schedule to go on with has --lr-warmup-iters 10"),
+        ({"lr_decay_style": "WSD"}, "--lr-decay-style WSD: the schedule to go on with has --lr-decay-style cosine"),
+        ({"end_weight_decay": 0.2}, "--end-weight-decay 0.2: the schedule to go on with has --end-weight-decay 0.1"),
+        ({"global_batch_size": 8}, "--global-batch-size 8: the schedule to go on with has --global-batch-size 4"),
+        (
+            {**_IN_SAMPLES, "train_samples": 500},
+            "--train-samples 500: the schedule to go on with has --train-iters 100",
+        ),
+    ],
+)
+def test_another_schedule_is_refused(given: dict[str, Any], text: str | None) -> None:
+    saved, checkpoint = argparse.Namespace(**_LOADED, **_SCHEDULE), Checkpoint("--load", Path("folder"), 10)
+    args = {**_LOADED, **_SCHEDULE, **given}
+    if text is None:
+        check_saved_schedule(argparse.Namespace(**args), saved, checkpoint)
+        return
+    with pytest.raises(UserError, match=re.escape(text)) as error:
+        check_saved_schedule(argparse.Namespace(**args), saved, checkpoint)
+    assert "--override-opt-param-scheduler" in str(error.value)
+    for remedy in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "no_load_optim"):
+        check_saved_schedule(argparse.Namespace(**{**args, remedy: True}), saved, checkpoint)
+
+
 def test_a_refused_checkpoint_is_one_line(tmp_path: Path) -> None:
     save = ["--save", tmp_path, "--save-interval", "1"]
     train(*BASE, "--train-iters", "1", *save)
@@ -421,3 +472,6 @@ def test_a_refused_checkpoint_is_one_line(tmp_path: Path) -> None:
     assert run.returncode == 2
     assert "Traceback" not in run.log
     assert "error: --moa-gate-lr-scale 2.0: the optimizer to load has " in run.log.splitlines()[-1]
+    run = train(*BASE, "--train-iters", "2", "--load", tmp_path, check=False)
+    assert run.returncode == 2
+    assert "error: --train-iters 2: the schedule to go on with has --train-iters 1 " in run.log.splitlines()[-1]

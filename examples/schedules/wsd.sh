@@ -1,6 +1,7 @@
 # shellcheck shell=bash disable=SC2034
-# Warm-up, stable, decay: constant after the warm-up until the last DECAY_PERCENT of the iterations, then linearly down to MIN_LR. Going on
-# from a checkpoint of the stable phase with more TOKENS gives every longer budget for the price of its own decay.
+# Warm-up, stable, decay: constant after the warm-up until the last DECAY_PERCENT (20) of the iterations, then
+# linearly down to MIN_LR. Going on from a checkpoint of the stable phase with more TOKENS (a copy of it as RUN_DIR/checkpoints, and
+# --override-opt-param-scheduler) gives a longer budget for the price of its own decay.
 SCHEDULE_ARGS=(
     --lr-decay-style WSD
     --lr-wsd-decay-style linear
