@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -124,7 +125,7 @@ def layer_spec(config: Any, mixing: MixingConfig | None, vp_stage: int | None = 
     return dataclasses.replace(
         block,
         layer_specs=[_mixed_layer(layer, mixing, config) for layer in block.layer_specs],
-        layer_norm=_without_apex(block.layer_norm),
+        layer_norm=_final_norm(block.layer_norm, config),
     )
 
 
@@ -288,6 +289,15 @@ def _with_norm_before_mlp(submodules: Any) -> Any:
 def _without_apex(module: Any) -> Any:
     """Megatron's plain-torch norm refuses sequence parallelism, its attention keeps s x s scores: ours do neither."""
     return {WrappedTorchNorm: TorchNorm, DotProductAttention: TorchAttention}.get(module, module)
+
+
+def _final_norm(module: Any, config: TransformerConfig) -> Any:
+    """Behind the last layer. Megatron 0.19.2 takes Apex's there where Apex is and Transformer Engine is not, also for
+    RMSNorm, which Apex's refuses.
+    """
+    if module is FusedLayerNorm and config.normalization != "LayerNorm":
+        return TorchNorm
+    return _without_apex(module)
 
 
 def _swap_slots(submodules: Any) -> Any:

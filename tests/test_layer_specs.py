@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -17,7 +19,7 @@ from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
 from megatron_moa.mlp import MixedMLP
 from megatron_moa.model import check_mixture, measure_mixture
 from megatron_moa.torch_grouped import TorchGroupedMLP
-from megatron_moa.torch_modules import TorchAttention
+from megatron_moa.torch_modules import TorchAttention, TorchNorm
 from tests.layers import build_model, logits_of, make_config, moe_settings
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -174,6 +176,16 @@ def test_what_grouped_experts_do_not_serve_is_refused(
     config.moe_grouped_gemm = False
     if mixing is None:
         layer_spec(config, mixing)
+
+
+@pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", TorchNorm), ("LayerNorm", FusedLayerNorm)])
+def test_with_apex_alone_the_final_norm_is_one_that_can_be(
+    normalization: str, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apex's norm, which Megatron then takes behind the last layer, refuses RMSNorm."""
+    monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)  # what it is where Apex can be imported
+    config = make_config(normalization=normalization)
+    assert layer_spec(config, None).layer_norm is expected
 
 
 def test_transformer_engine_that_is_not_there_is_refused() -> None:
