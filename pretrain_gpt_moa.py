@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from megatron_moa import quiet  # noqa: F401  before Megatron
+
+# isort: split
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder

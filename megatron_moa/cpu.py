@@ -19,7 +19,6 @@ The replacements last as long as the process.
 import argparse
 import contextlib
 import functools
-import logging
 import os
 import pkgutil
 import random
@@ -27,7 +26,6 @@ import runpy
 import socket
 import sys
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -36,6 +34,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_moa import quiet
 from megatron_moa.errors import UserError, fail, one_line_errors
 
 _enabled = False
@@ -498,18 +497,6 @@ def _allow_no_cuda() -> None:
     initialize_megatron.__defaults__ = (True, *others)
 
 
-def _quiet() -> None:
-    """Silences what is to be expected here: no Apex, no Transformer Engine, one generator for both streams."""
-    warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is) not installed")
-    warnings.filterwarnings("ignore", message=r"Only transformer-engine>=.* supports MoE experts")
-    warnings.filterwarnings("ignore", message=r"'pin_memory' argument is set as true but no accelerator is found")
-    warnings.filterwarnings("ignore", message=r"When using async grad allreduce it is recommended to set")
-    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: "No CUDA runtime is found" not in r.msg)
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
-        lambda r: "CPU RNG state changed within GPU RNG context" not in r.msg
-    )
-
-
 def skip_dataset_compile() -> None:
     """Skips building Megatron's data set helpers where they are there already; needed on GPUs too.
 
@@ -645,7 +632,7 @@ def enable() -> bool:
     if _enabled:
         return True
     _print_rank_0("No CUDA device found: Megatron runs on CPU over gloo.")
-    _quiet()
+    quiet.expect_no_gpu()
     import megatron.training.training  # noqa: F401
 
     _keep_compiler_rules()

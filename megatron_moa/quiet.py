@@ -1,0 +1,27 @@
+"""Silences what torch and Megatron warn of on a machine without a GPU, a dozen lines while they are imported: that there
+is none, no Apex, no Transformer Engine, one generator for both streams of random numbers.
+
+Importing this module does it where there is no GPU, so a script imports it before Megatron. What there is and what runs
+fall back to, ``python -m megatron_moa.doctor`` says.
+"""
+
+import logging
+import warnings
+
+import torch
+
+
+def expect_no_gpu() -> None:
+    """Adds the filters; again, where something has taken them away (pytest does)."""
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and Apex are|Apex is) not installed")
+    warnings.filterwarnings("ignore", message=r"Only transformer-engine>=.* supports MoE experts")
+    warnings.filterwarnings("ignore", message=r"'pin_memory' argument is set as true but no accelerator is found")
+    warnings.filterwarnings("ignore", message=r"When using async grad allreduce it is recommended to set")
+    logging.getLogger("torch.utils.cpp_extension").addFilter(lambda r: "No CUDA runtime is found" not in r.msg)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda r: "CPU RNG state changed within GPU RNG context" not in r.msg
+    )
+
+
+if not torch.cuda.is_available():
+    expect_no_gpu()
