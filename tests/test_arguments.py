@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_gpt_moa
-from megatron_moa import functional
+from megatron_moa import checkpoint_guard, functional
 from megatron_moa.arguments import add_arguments, mixing_from_args, restore_model_flags
 from megatron_moa.config import GATED_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
@@ -105,6 +105,14 @@ def failing_run(
     return run
 
 
+def test_saving_needs_an_interval() -> None:
+    """Megatron has an assertion without a text for it."""
+    parser = checkpoint_guard.add_arguments(argparse.ArgumentParser())
+    args = argparse.Namespace(**vars(parser.parse_args([])), save="folder", save_interval=None, ckpt_step=None)
+    with pytest.raises(UserError, match="--save folder: says where, not when; add --save-interval N"):
+        checkpoint_guard.check_arguments(args)
+
+
 def test_help_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -138,7 +146,6 @@ def without_data() -> list[str]:
         ([*SWIGLU, "--no-such-flag", "3"], ["--no-such-flag"]),
         ([*SWIGLU, "--num-attention-heads", "5"], ["num_attention_heads"]),
         ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),
-        ([*SWIGLU, "--save", "/tmp/nowhere"], ["--save /tmp/nowhere", "add --save-interval N"]),
         ([*SWIGLU, "--sft"], ["--sft", "drop the flag"]),
         ([*SWIGLU, "--spec", "megatron_moa.layer_specs", "moa_layer_spec"], ["--spec", "--moa-mixing"]),
         ([*SWIGLU, "--use-checkpoint-args"], ["--use-checkpoint-args", "--load"]),
