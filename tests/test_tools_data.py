@@ -731,6 +731,14 @@ def test_a_killed_worker_is_one_line(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "a.txt").write_text("text")
+    start = preprocess_data.start_worker
+
+    def start_deaf(settings: object) -> None:
+        """As a worker is that was just forked: the pool's SIGTERM is lost on it."""
+        start(settings)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(preprocess_data, "start_worker", start_deaf)
     monkeypatch.setattr(preprocess_data, "tokenize", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 2)
     assert "--workers 2: a worker was killed, probably for memory; use fewer workers" in line

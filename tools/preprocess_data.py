@@ -352,6 +352,8 @@ def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> 
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # the pool sends SIGTERM, which a process that was just forked can lose, and waits for ever
         raise UserError(f"--workers {workers}: a worker was killed, probably for memory; use fewer workers") from None
     finally:
         with signals_held():
