@@ -443,12 +443,8 @@ def judge_transformer_engine(facts: Facts, gpu: bool) -> Finding:
     return Finding(name, OK, f"{facts['version']}, a layer of it ran")
 
 
-def judge_apex(facts: Facts, gpu: bool, transformer_engine: bool) -> Finding:
-    """NVIDIA's Apex, or what goes by its name.
-
-    Args:
-        transformer_engine: whether runs use that, which then brings its own norms.
-    """
+def judge_apex(facts: Facts, gpu: bool) -> Finding:
+    """NVIDIA's Apex, or what goes by its name."""
     if not facts:
         text = "not installed: norms and Adam are Transformer Engine's or PyTorch's"
         remedy = "optional: from source, https://github.com/NVIDIA/apex (PyPI's apex is another project)"
@@ -457,13 +453,9 @@ def judge_apex(facts: Facts, gpu: bool, transformer_engine: bool) -> Finding:
         text = f"cannot be used: {facts['error']}"
         return Finding("Apex", CHECK, text, "compile it anew against this torch, or pip uninstall apex")
     if not facts["nvidia"]:
-        # `import apex` is all that Megatron asks before it builds Apex's norm.
-        text = "a package apex that is not NVIDIA's: Megatron takes it for NVIDIA's and fails at the model's last norm"
-        return Finding("Apex", MISSING, text, "pip uninstall apex")
-    if not transformer_engine:
-        # As of 0.19.2 the norm after the last layer is then Apex's whatever --normalization says; it asserts LayerNorm.
-        text = "NVIDIA's, with its kernels; without Transformer Engine Megatron builds its norm, which is no RMSNorm"
-        return Finding("Apex", CHECK, text, "pip uninstall apex, or --normalization LayerNorm")
+        # `import apex` is all that Megatron itself asks before it builds Apex's norm.
+        text = "a package apex that is not NVIDIA's; nothing of it is used here, Megatron's own script fails with it"
+        return Finding("Apex", CHECK, text, "pip uninstall apex")
     return Finding("Apex", OK, "NVIDIA's, with its kernels")
 
 
@@ -777,7 +769,7 @@ def examine(seconds: float, save: str | None = None) -> Report:
         *judge_cuda(torch, ask_driver(), environment),
         *judge_megatron(found["megatron"]),
         judge_transformer_engine(found["transformer_engine"], gpu),
-        judge_apex(found["apex"], gpu, bool(found["megatron"].get("te"))),
+        judge_apex(found["apex"], gpu),
         judge_triton(found["triton"], gpu, environment.get("TRITON_INTERPRET") == "1"),
         judge_emerging_optimizers(found["emerging_optimizers"]),
         *check_compiler(gpu),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions import fused_layer_norm
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -287,7 +288,12 @@ def _with_norm_before_mlp(submodules: Any) -> Any:
 
 
 def _without_apex(module: Any) -> Any:
-    """Megatron's plain-torch norm refuses sequence parallelism, its attention keeps s x s scores: ours do neither."""
+    """Megatron's plain-torch norm refuses sequence parallelism, its attention keeps s x s scores: ours do neither.
+
+    Megatron 0.19.2 takes Apex's norm wherever a package of that name can be imported, PyPI's other one included.
+    """
+    if module is FusedLayerNorm and not fused_layer_norm.HAVE_FUSED_LAYER_NORM:
+        return TorchNorm
     return {WrappedTorchNorm: TorchNorm, DotProductAttention: TorchAttention}.get(module, module)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.fusions import fused_layer_norm
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
@@ -178,14 +179,17 @@ def test_what_grouped_experts_do_not_serve_is_refused(
         layer_spec(config, mixing)
 
 
-@pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", TorchNorm), ("LayerNorm", FusedLayerNorm)])
+@pytest.mark.parametrize(
+    ("normalization", "nvidias", "expected"),
+    [("RMSNorm", True, TorchNorm), ("LayerNorm", True, FusedLayerNorm), ("LayerNorm", False, TorchNorm)],
+)
 def test_with_apex_alone_the_final_norm_is_one_that_can_be(
-    normalization: str, expected: type, monkeypatch: pytest.MonkeyPatch
+    normalization: str, nvidias: bool, expected: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Apex's norm, which Megatron then takes behind the last layer, refuses RMSNorm."""
-    monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)  # what it is where Apex can be imported
-    config = make_config(normalization=normalization)
-    assert layer_spec(config, None).layer_norm is expected
+    """Apex's norm, which Megatron then takes behind the last layer, refuses RMSNorm; another project's has none."""
+    monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)  # what it is where some apex can be imported
+    monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", nvidias)
+    assert layer_spec(make_config(normalization=normalization), None).layer_norm is expected
 
 
 def test_transformer_engine_that_is_not_there_is_refused() -> None:
