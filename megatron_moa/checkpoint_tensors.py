@@ -1,0 +1,459 @@
+"""Reading torch_dist checkpoints tensor by tensor: without Megatron, without a model, without trusting the files.
+
+A checkpoint's ``.metadata`` and the settings in it are pickles, which can run what they like when they are read. Here
+they cannot: classes they name are not loaded. What a checkpoint needs gets a :class:`StandIn`, anything else is an
+error. Tensors are read by torch's own restricted reader, each chunk from its own bytes of its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_moa.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+OPTIMIZER = ("optimizer.", "chained_")  # how the keys of its state start
+_EXTRA_STATE = "_extra_state"  # Transformer Engine's; empty in checkpoints of local layers
+_COMMON_STATE = "common_state/shard_0_1"  # Megatron's settings, iteration, schedule
+_LEGACY_COMMON_STATE = "common.pt"  # where they were before megatron-core 0.19
+
+# What torch.distributed.checkpoint writes into .metadata.
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+}
+# Classes beside Megatron's own (enumerations) whose objects stand among the settings.
+_SETTINGS_CLASSES = ("signal.Signals", "pathlib.PosixPath", "types.SimpleNamespace")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and where it lies.
+
+    Attributes:
+        offset: of its first element in the tensor.
+        shape: its size along each axis.
+        file: name of the file in the checkpoint's folder.
+        position: of its first byte there.
+        length: in bytes, with what torch.save writes around the elements.
+    """
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    position: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a checkpoint says of a tensor: shape, dtype and the chunks that make it up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+
+class StandIn:
+    """In place of an object whose class is not loaded: the class's name (``path``), what it was made of (``args``) and
+    its attributes.
+    """
+
+    path = ""
+
+    def __new__(cls, *args: object) -> StandIn:
+        """Takes whatever the real class would be given."""
+        self = super().__new__(cls)
+        self.args = args
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        """Attributes as pickle has them; another state, such as a tuple, becomes the attribute ``state``."""
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
+    def __repr__(self) -> str:
+        attributes = {name: value for name, value in self.__dict__.items() if name != "args"}
+        shown = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in attributes.items())]
+        return f"{self.path.rpartition('.')[2]}({', '.join(shown)})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StandIn) and (self.path, self.__dict__) == (other.path, other.__dict__)
+
+    def __hash__(self) -> int:
+        return hash((self.path, self.args))
+
+
+def _stand_in(path: str) -> type[StandIn]:
+    return type(path.rpartition(".")[2], (StandIn,), {"path": path})
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes stand-ins of the classes .metadata needs, and refuses all others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What pickle calls for every class and function a file names."""
+        if name in _METADATA_CLASSES.get(module, ()):
+            return _stand_in(f"{module}.{name}")
+        if module == "torch" and name == "Size":
+            return torch.Size
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it names {f'{module}.{name}'!r}, which no checkpoint needs")
+
+    def persistent_load(self, pid: object) -> Any:
+        """References out of the file: .metadata has none."""
+        raise pickle.UnpicklingError("it refers to something outside")
+
+
+class CheckpointTensors:
+    """The tensors of one checkpoint, whatever split it was saved under.
+
+    Args:
+        folder: of one iteration, ``iter_NNNNNNN`` (or ``release``), in the format torch_dist.
+
+    Attributes:
+        folder: as given.
+        tensors: what there is of each, by the checkpoint's names. Parameters of layers that are alike are one tensor
+            there, with an axis of layers in front, ``decoder.layers.mlp.linear_fc2.weight`` [layers, h, f]; those of
+            experts have one of experts, too.
+
+    Raises:
+        UserError: not such a folder, or a damaged or hostile ``.metadata``: whatever is wrong, nothing has been run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._check_format()
+        index = self._read_index()
+        self.tensors: dict[str, TensorInfo] = {}
+        self._bytes: dict[str, Chunk] = {}
+        self._sizes: dict[str, int] = {}
+        try:
+            self._take(index)
+        except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise self._damaged(f"is not what torch.distributed.checkpoint writes ({_one_line(error)})") from None
+
+    # Opening.
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.folder / '.metadata'}: {what}; take a whole checkpoint from a source you trust")
+
+    def _check_format(self) -> None:
+        path = self.folder / "metadata.json"
+        try:
+            backend = json.loads(path.read_text())["sharded_backend"]
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder}: no torch_dist checkpoint there (metadata.json is missing); give a folder that a "
+                "training with --ckpt-format torch_dist saved"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: cannot be read ({_one_line(error)}); take a whole checkpoint") from None
+        if backend != "torch_dist":
+            raise UserError(f"{self.folder}: is of the format {backend!r}; only torch_dist is read here")
+
+    def _read_index(self) -> Any:
+        path = self.folder / ".metadata"
+        try:
+            with open(path, "rb") as stream:
+                return _MetadataUnpickler(stream).load()
+        except FileNotFoundError:
+            raise UserError(f"{path}: is missing, the checkpoint was not written to its end; take another") from None
+        # A damaged pickle raises whatever it likes.
+        except Exception as error:
+            raise self._damaged(f"cannot be read ({_one_line(error)})") from None
+
+    def _take(self, index: Any) -> None:
+        """Fills the tables from .metadata; whatever is not as it must be raises one of the errors __init__ expects."""
+        places: dict[tuple[str, tuple[int, ...] | None], StandIn] = {}
+        for place, where in index.storage_data.items():
+            offset = getattr(place, "offset", None)
+            places[place.fqn, None if offset is None else _size(offset)] = where
+        for key, entry in index.state_dict_metadata.items():
+            if not isinstance(key, str) or not key.isprintable():
+                raise ValueError(f"a tensor is named {key!r}")
+            kind = entry.path.rpartition(".")[2]
+            if kind == "BytesStorageMetadata":
+                self._bytes[key] = self._chunk((), (), places[key, None])
+            elif kind == "TensorStorageMetadata":
+                self.tensors[key] = self._tensor(key, entry, places)
+            else:
+                raise ValueError(f"{key} is a {kind}")
+
+    def _tensor(self, key: str, entry: Any, places: dict) -> TensorInfo:
+        shape, dtype = _size(entry.size), entry.properties.state[0]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} is of dtype {dtype!r}")
+        chunks = []
+        for chunk in entry.chunks:
+            offset, size = _size(chunk.offsets), _size(chunk.sizes)
+            if len(offset) != len(shape) or len(size) != len(shape):
+                raise ValueError(f"a chunk of {key} has {len(size)} axes, not {len(shape)}")
+            if any(first + length > whole for first, length, whole in zip(offset, size, shape, strict=True)):
+                raise ValueError(f"a chunk of {key} reaches out of the tensor")
+            chunks.append(self._chunk(offset, size, places[key, offset]))
+            # Else a small file could ask for any amount of memory.
+            if math.prod(size) * dtype.itemsize > chunks[-1].length:
+                raise ValueError(f"a chunk of {key} has more elements than bytes in its file")
+        return TensorInfo(shape, dtype, tuple(chunks))
+
+    def _chunk(self, offset: tuple[int, ...], shape: tuple[int, ...], where: Any) -> Chunk:
+        name, position, length = where.relative_path, where.offset, where.length
+        if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or name == "..":
+            raise self._damaged(f"names the file {name!r}, which does not lie in the checkpoint's folder")
+        if getattr(where, "transform_descriptors", None):
+            raise self._damaged("says that tensors are compressed, which Megatron's are not")
+        if name not in self._sizes:
+            path = self.folder / name
+            if not path.is_file():
+                raise UserError(f"{path}: is missing; take a whole checkpoint")
+            self._sizes[name] = path.stat().st_size
+        position, length = _size((position, length))
+        if position + length > self._sizes[name]:
+            raise UserError(
+                f"{self.folder / name}: has {self._sizes[name]} bytes, .metadata promises {position + length}; it was "
+                "cut off: take a whole checkpoint"
+            )
+        return Chunk(offset, shape, name, position, length)
+
+    # Reading.
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Names and sizes in bytes of the files that hold something."""
+        return dict(self._sizes)
+
+    def keys_of_bytes(self) -> list[str]:
+        """Names of what is there beside tensors, for :meth:`bytes`."""
+        return list(self._bytes)
+
+    def read(self, key: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A box of a tensor, by default all of it; only chunks that overlap it are read.
+
+        Args:
+            offset: of the box, one number an axis.
+            shape: of the box.
+
+        Raises:
+            UserError: no such tensor; chunks that leave a part of the box out, or are not what .metadata says.
+        """
+        info = self._info(key)
+        offset = tuple(offset if offset is not None else (0 for _ in info.shape))
+        if shape is None:
+            shape = tuple(whole - first for whole, first in zip(info.shape, offset, strict=True))
+        assert len(offset) == len(shape) == len(info.shape)
+        assert all(o >= 0 and o + s <= w for o, s, w in zip(offset, shape, info.shape, strict=True)), (key, shape)
+        result = torch.empty(shape, dtype=info.dtype)
+        covered = torch.zeros(shape, dtype=torch.bool)
+        for chunk in info.chunks:
+            if (chunk.offset, chunk.shape) == (offset, tuple(shape)):
+                return self._load(key, info, chunk)
+            here, there = [], []  # the overlap, as seen from the box and from the chunk
+            for first, length, other, size in zip(offset, shape, chunk.offset, chunk.shape, strict=True):
+                start, end = max(first, other), min(first + length, other + size)
+                here.append(slice(start - first, end - first))
+                there.append(slice(start - other, end - other))
+                if end <= start:
+                    break
+            else:
+                result[tuple(here)] = self._load(key, info, chunk)[tuple(there)]
+                covered[tuple(here)] = True
+        if not covered.all():
+            raise self._damaged(f"lacks chunks of {key}")
+        return result
+
+    def bytes(self, key: str) -> bytes:
+        """What is stored under a name that is no tensor's, as torch.save wrote it.
+
+        Raises:
+            UserError: no such name.
+        """
+        if key not in self._bytes:
+            raise UserError(f"{self.folder}: has no {key!r}; take a checkpoint saved by Megatron 0.19 or this project")
+        return self._raw(self._bytes[key])
+
+    def _info(self, key: str) -> TensorInfo:
+        if key not in self.tensors:
+            raise UserError(f"{self.folder}: has no tensor {key}; load it with the settings it was saved with")
+        return self.tensors[key]
+
+    def _raw(self, chunk: Chunk) -> bytes:
+        path = self.folder / chunk.file
+        try:
+            with open(path, "rb") as stream:
+                stream.seek(chunk.position)
+                raw = stream.read(chunk.length)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); take a whole checkpoint") from None
+        if len(raw) != chunk.length:
+            raise UserError(f"{path}: was cut off while it was read; take a whole checkpoint")
+        return raw
+
+    def _load(self, key: str, info: TensorInfo, chunk: Chunk) -> Tensor:
+        tensor = _load_archive(self._raw(chunk), f"{self.folder / chunk.file}: {key}")
+        found = (tuple(tensor.shape), tensor.dtype) if type(tensor) is Tensor else type(tensor).__name__
+        if found != (chunk.shape, info.dtype):
+            raise UserError(
+                f"{self.folder / chunk.file}: has {found} for {key}, .metadata promises {(chunk.shape, info.dtype)}; "
+                "take a whole checkpoint"
+            )
+        return tensor
+
+    # Settings.
+
+    @cached_property
+    def common_state(self) -> dict[str, Any]:
+        """What Megatron keeps beside tensors: ``args``, ``iteration``, ``optimizer`` (its settings), ….
+
+        Objects of Megatron's own classes are :class:`StandIn`.
+
+        Raises:
+            UserError: it is not there, damaged or hostile.
+        """
+        legacy = self.folder / _LEGACY_COMMON_STATE
+        if legacy.is_file():
+            raw, where = legacy.read_bytes(), str(legacy)
+        else:
+            raw, where = self.bytes(_COMMON_STATE), f"{self.folder}: common_state"
+        state = _load_archive(raw, where, settings=True)
+        if isinstance(state, list) and len(state) == 1:
+            state = state[0]  # Megatron's wrapping
+        if not isinstance(state, dict):
+            raise UserError(f"{where}: is a {type(state).__name__}, not Megatron's state; take a whole checkpoint")
+        return state
+
+    @property
+    def args(self) -> argparse.Namespace:
+        """The settings it was saved with.
+
+        Raises:
+            UserError: as :attr:`common_state`, or it holds none.
+        """
+        args = self.common_state.get("args")
+        if not isinstance(args, argparse.Namespace):
+            raise UserError(f"{self.folder}: holds no settings; take a checkpoint saved by a training")
+        return args
+
+
+def _size(values: Any) -> tuple[int, ...]:
+    values = tuple(values)
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{values!r} are no sizes")
+    return values
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:200] if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text[:200]}"
+
+
+def _load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
+    """What torch.save wrote, by torch's restricted reader.
+
+    Args:
+        where: for the message.
+        settings: whether a namespace of settings may be in it.
+
+    Raises:
+        UserError: it is damaged, or names a class or function that has no place in it.
+    """
+    stand_ins: list[Any] = []
+    try:
+        for path in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw)):
+            if settings and path == "argparse.Namespace":
+                stand_ins.append(argparse.Namespace)
+            elif settings and (path.startswith("megatron.") or path in _SETTINGS_CLASSES):
+                stand_ins.append((_stand_in(path), path))
+            else:
+                raise pickle.UnpicklingError(f"it names {path!r}, which no checkpoint needs")
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    # A damaged archive raises whatever it likes.
+    except Exception as error:
+        problem = _one_line(error)
+    raise UserError(f"{where}: cannot be read ({problem}); take a whole checkpoint from a source you trust")
+
+
+def model_tensors(folder: Path, model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter and buffer of a model from a checkpoint, one after the other: never more than one is in memory.
+
+    Where a tensor lies in the checkpoint is asked of the model itself (``sharded_state_dict``), so that the names, the
+    layout and the dtype are Megatron's for every kind of layer.
+
+    Args:
+        folder: as for :class:`CheckpointTensors`.
+        model: the whole model, on one process; on the meta device it takes no memory.
+
+    Yields:
+        Its name in ``model.state_dict()``, and the tensor. Embedding and output layer have as many rows as they have
+        in the checkpoint, where the vocabulary may be padded to another size than the model's.
+
+    Raises:
+        UserError: a tensor that the checkpoint or the model lacks, or that has another shape there; before any is
+            yielded.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    checkpoint = CheckpointTensors(folder)
+    metadata = dict(checkpoint.common_state.get("content_metadata") or {})
+    wanted = {
+        # A factory's tensor lies in the checkpoint as several (the halves of a gated fc1).
+        name: (entry.build(), entry.merge_fn) if isinstance(entry, ShardedTensorFactory) else (entry, None)
+        for name, entry in model.sharded_state_dict(metadata=metadata).items()
+        if not name.endswith(_EXTRA_STATE)
+    }
+    names = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    assert names == set(wanted), names.symmetric_difference(wanted)
+    parts = [part for entry, _ in wanted.values() for part in nested_values([entry])]
+    for part in parts:
+        assert isinstance(part, ShardedTensor), part
+        shape, other = checkpoint._info(part.key).shape, tuple(part.global_shape)
+        rows = part.prepend_axis_num + 1 if part.allow_shape_mismatch else 0
+        if len(shape) != len(other) or shape[rows:] != other[rows:]:
+            raise UserError(f"{folder}: {part.key} is {shape} there and {other} in the model; take its own settings")
+    surplus = {key for key in checkpoint.tensors if not key.startswith(OPTIMIZER) and not key.endswith(_EXTRA_STATE)}
+    if surplus := sorted(surplus - {part.key for part in parts}):
+        raise UserError(f"{folder}: has {len(surplus)} tensors that the model lacks ({', '.join(surplus[:3])})")
+
+    def read(part: ShardedTensor) -> Tensor:
+        shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+        if part.allow_shape_mismatch:
+            axis = part.prepend_axis_num
+            shape = (*shape[:axis], checkpoint.tensors[part.key].shape[axis], *shape[axis + 1 :])
+        return checkpoint.read(part.key, tuple(part.global_offset), shape).reshape(shape[part.prepend_axis_num :])
+
+    for name, (entry, merge) in wanted.items():
+        tensors = dict_list_map_outplace(read, [entry])[0]
+        yield name, tensors if merge is None else merge(tensors)
