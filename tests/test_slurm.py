@@ -44,7 +44,7 @@ FLAGS = (
 ).split()
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], what: str, seconds: float = 270) -> None:
     """Waits for it."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -129,6 +129,7 @@ def program(folder: Path, lines: str) -> str:
     return str(path)
 
 
+@pytest.mark.timeout(900)  # two starts and a minute of Slurm's, on a machine that may have much else to do
 def test_requeued_at_the_time_limit_it_ends_as_an_uninterrupted_run(slurm: Slurm, tmp_path: Path) -> None:
     job = slurm.train("--nodes=2", "--time=1", flags=tuple(FLAGS), **SMALL)
 
