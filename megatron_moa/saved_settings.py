@@ -70,7 +70,7 @@ def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, ch
     if saved_mixing == "none" and mixing != "none":
         raise UserError(
             f"{checkpoint}: has stock {_stock_activation(saved)} layers, which have no coefficients for --moa-mixing "
-            f"{mixing}; convert it to a mixture first (docs/checkpoints.md), or take --moa-mixing none"
+            f"{mixing}; convert it with tools/convert_mixing.py first (docs/upcycling.md), or take --moa-mixing none"
         )
     names = ["moa_mixing"]
     if mixing != "none":

@@ -128,7 +128,7 @@ def test_a_stock_checkpoint_must_be_converted(swiglu: bool, name: str) -> None:
     saved = namespace(swiglu=swiglu)
     for setting in [key for key in SETTINGS if key.startswith("moa_")]:
         delattr(saved, setting)
-    with pytest.raises(UserError, match=f"has stock {name} layers.*convert it.*docs/checkpoints.md"):
+    with pytest.raises(UserError, match=f"has stock {name} layers.*convert it.*docs/upcycling.md"):
         check_saved_settings(namespace(swiglu=swiglu), saved, CHECKPOINT)
 
 

@@ -1,0 +1,483 @@
+"""From one mixture to another that computes the same function: a trained model goes on with more to learn.
+
+A stock layer is the mixture of one activation: SwiGLU is LA, one-sided, over {silu} with the coefficient 1. So every
+conversion is one between mixtures, and each coefficient of the result is a product of some of the source's: of one that
+is kept, of two (c_kl = c_k d_l), of none (the constant 1, the identity in the linear branch), or it is 0, where the
+result has an activation that the source lacks (docs/upcycling.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP
+from megatron.core.utils import unwrap_model
+from megatron.training import checkpointing
+from torch import Tensor
+
+from megatron_moa.checkpoint import LoadedModel, load_model
+from megatron_moa.checkpoint_files import TRACKER, write_manifest
+from megatron_moa.checkpoint_guard import check_tensors, find_checkpoint, read_saved_settings
+from megatron_moa.coefficients import Coefficients, FreeCoefficients
+from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.model import MixedGPTModelBuilder, model_config_from_args
+from megatron_moa.saved_settings import FORMAT_VERSION, as_typed
+
+# Where each coefficient of a result comes from: indices of the source's to multiply, () for 1, None for 0.
+Origins = list[tuple[int, ...] | None]
+
+# What a form can become. The linear branch starts as the identity; a product of sums is a sum of products.
+_BECOMES = {
+    "type1": ("type1",),
+    "one-sided": ("one-sided", "bi-sided", "quadratic"),
+    "bi-sided": ("bi-sided", "quadratic"),
+    "quadratic": ("quadratic",),
+}
+
+# Stock activations that no dictionary has, by the setting of Megatron's that asks for them, with its neutral value.
+_NO_MIXTURE = {"quick_geglu": False, "glu_linear_offset": 0.0, "activation_func_clamp_value": None}
+
+
+# Settings.
+
+
+def stock_as_mixture(saved: argparse.Namespace) -> MixingConfig:
+    """The mixture of one activation that a stock model of these saved args is.
+
+    Megatron's GELU is the exact one, but where it is fused with the addition of a bias
+    (``megatron.core.fusions.fused_bias_gelu``) it is the tanh approximation.
+
+    Raises:
+        UserError: an activation that no dictionary has.
+    """
+    for name, neutral in _NO_MIXTURE.items():
+        value = getattr(saved, name, neutral)
+        if value != neutral:
+            raise UserError(
+                f"--load: the checkpoint was trained with {as_typed(name, value)}, which no mixture starts as; "
+                "SwiGLU, GELU and squared ReLU can be converted"
+            )
+    if not saved.swiglu and getattr(saved, "use_te_activation_func", False):
+        raise UserError(
+            "--load: the checkpoint was trained with --use-te-activation-func, whose result without --swiglu cannot be "
+            "compared here; train without that flag"
+        )
+    form, activation = "type1", "gelu"
+    if saved.swiglu:
+        form, activation = "one-sided", "silu"
+    elif getattr(saved, "squared_relu", False):
+        activation = "relu2"
+    elif _fused_gelu(saved):
+        activation = "gelu_tanh"
+    return MixingConfig(mixing="la", form=form, activations=(activation,), initial_coefficients=(1.0,))
+
+
+def _fused_gelu(saved: argparse.Namespace) -> bool:
+    return not saved.swiglu and saved.add_bias_linear and getattr(saved, "bias_gelu_fusion", False)
+
+
+def target_mixing(
+    source: MixingConfig,
+    mixing: str,
+    form: str | None = None,
+    activations: Sequence[str] = (),
+    gate: str | None = None,
+    gate_bias: bool = False,
+    stock: bool = False,
+) -> MixingConfig:
+    """The mixture to convert to: what is not given is the source's (of a stock one, the default of training).
+
+    Gates of the result have learned amplitudes: those are what makes it start as another function than its gates.
+
+    Args:
+        source: the mixture there is (:func:`stock_as_mixture`).
+        mixing: ``la`` or ``moa``.
+        form: of the result.
+        activations: all of the result's.
+        gate: of a MoA.
+        gate_bias: of a MoA; gates that have one keep it.
+        stock: the source is :func:`stock_as_mixture`'s.
+
+    Raises:
+        UserError: no such mixture, or none that computes the same function.
+    """
+    form = form or (source.form if not stock else "bi-sided" if source.gated else "type1")
+    if not activations:
+        activations = _default_dictionary(source) if stock else source.activations
+    is_moa = mixing == "moa"
+    if source.mixing == "moa" and is_moa:
+        gate, gate_bias = gate or source.gate, gate_bias or source.gate_bias
+    try:
+        target = dataclasses.replace(
+            source,
+            mixing=mixing,
+            form=form,
+            activations=tuple(activations),
+            gate=gate or "sigmoid",
+            gate_bias=gate_bias,
+            amplitude="learned" if is_moa else "fixed",
+            initial_coefficients=(1.0,),
+            freeze=False,  # it is converted to learn
+        )
+    except UserError as error:  # names the flags of training
+        raise UserError(str(error).replace("--moa-", "--")) from None
+    _check_exact(source, target)
+    start = [_gate_factor(source)] * source.num_coefficients if _fixed_gates(source) else list(source.start_values())
+    values = start_amplitudes(torch.tensor(start, dtype=torch.float64), origins(source, target))
+    return dataclasses.replace(target, initial_coefficients=tuple(values.tolist()))
+
+
+def _default_dictionary(source: MixingConfig) -> tuple[str, ...]:
+    """Training's, of which GELU's tanh approximation takes the exact one's place where that is the source's."""
+    if source.activations == ("gelu_tanh",):
+        return tuple("gelu_tanh" if name == "gelu" else name for name in TYPE1_DICTIONARY)
+    return GATED_DICTIONARY if source.gated else TYPE1_DICTIONARY
+
+
+def _check_exact(source: MixingConfig, target: MixingConfig) -> None:
+    """Raises UserError unless the target can compute every function of the source's."""
+    forms = _BECOMES[source.form]
+    if target.form not in forms:
+        raise UserError(
+            f"--form {target.form}: the checkpoint's form is {source.form}, which can become {', '.join(forms)}"
+        )
+    missing = [name for name in source.activations if name not in target.activations]
+    if source.form == "one-sided" and target.form != "one-sided" and "identity" not in target.activations:
+        missing.append("identity")  # what the linear branch has been
+    if missing:
+        raise UserError(
+            f"--activations {' '.join(target.activations)}: {', '.join(missing)} must be among them for the same "
+            "function; add what is missing"
+        )
+    if source.mixing == "la":
+        return
+    gates = f"{source.gate} gates of {source.amplitude} amplitude"
+    if target.mixing == "la":
+        raise UserError(
+            f"--mixing la: the checkpoint has {gates}, which depend on the token, and LA's coefficients do not; take "
+            "--mixing moa"
+        )
+    if _fixed_gates(source) and source.gate == "tanh":
+        raise UserError(
+            f"--mixing moa: the checkpoint has {gates}, which no learned amplitude times (1 + tanh) equals; only "
+            "sigmoid and softmax gates of fixed amplitude, or learned amplitudes, can be converted"
+        )
+    if target.gate != source.gate:
+        raise UserError(f"--gate {target.gate}: the checkpoint has {gates}; leave that as it is, without --gate")
+    if (source.form, target.form) == ("bi-sided", "quadratic"):
+        raise UserError(
+            "--form quadratic: the checkpoint's bi-sided gates would have to become products of two gates, which one "
+            "gate cannot be; only LA's or a one-sided MoA's coefficients can, or keep --form bi-sided"
+        )
+    if source.gate == "softmax" and target.softmax_size != source.softmax_size:
+        raise UserError(
+            f"--activations {' '.join(target.activations)} --form {target.form}: softmax over {target.softmax_size} "
+            f"entries where the checkpoint's is over {source.softmax_size}; keep its form and activations"
+        )
+
+
+def _fixed_gates(mixing: MixingConfig) -> bool:
+    return mixing.mixing == "moa" and mixing.amplitude == "fixed"
+
+
+def _gate_factor(mixing: MixingConfig) -> float:
+    """The amplitude a for which a psi_hat is psi; for gates whose psi_hat has no offset."""
+    slope, offset = mixing.psi_hat
+    assert offset == 0
+    return 1 / slope
+
+
+# Coefficients.
+
+
+def origins(source: MixingConfig, target: MixingConfig) -> Origins:
+    """Where each of the target's n coefficients comes from, in their order; for mixtures that
+    :func:`target_mixing` admits.
+    """
+    if source.form == "quadratic":
+        pairs = [(first, second) for first in source.activations for second in source.activations]
+        kept = {pair: (index,) for index, pair in enumerate(pairs)}
+        return [kept.get((first, second)) for first in target.activations for second in target.activations]
+    activated = {name: (index,) for index, name in enumerate(source.activations)}
+    linear: dict[str, tuple[int, ...]] = {"identity": ()}
+    if source.form == "bi-sided":
+        linear = {name: (source.num_activations + index,) for index, name in enumerate(source.activations)}
+    first = [activated.get(name) for name in target.activations]
+    second = [linear.get(name) for name in target.activations]
+    if target.form == "bi-sided":
+        return first + second
+    if target.form == "quadratic":
+        return [None if row is None or column is None else row + column for row in first for column in second]
+    return first
+
+
+def start_amplitudes(source: Tensor, origins: Origins) -> Tensor:
+    """The target's coefficients (or amplitudes) from the source's.
+
+    Args:
+        source: [n].
+        origins: one of each of the target's n'.
+
+    Returns:
+        [n'], source's dtype.
+    """
+    values = [source.new_zeros(()) if origin is None else source[list(origin)].prod() for origin in origins]
+    return torch.stack(values)
+
+
+def _kept_rows(source: Tensor | None, into: Tensor, origins: Origins) -> None:
+    """Gate weights [n, h] or biases [n]: a kept gate's row, 0 for every other, where psi_hat then is 1."""
+    into.zero_()
+    if source is None:
+        return
+    for row, origin in enumerate(origins):
+        if origin:
+            (index,) = origin  # a product of two gates was refused
+            into[row] = source[index]
+
+
+@torch.no_grad()
+def fill(target: Coefficients, source: Coefficients | None, origins: Origins) -> None:
+    """Gives a layer (an expert) the coefficients with which it computes what the source's does.
+
+    Args:
+        target: filled.
+        source: None for a stock layer's single coefficient 1.
+        origins: of :func:`origins`.
+    """
+    weight = bias = None
+    if source is None:
+        amplitude = torch.ones(1, device=next(target.parameters()).device)
+    elif isinstance(source, FreeCoefficients):
+        amplitude = source.value
+    else:
+        weight, bias, amplitude = source.weight, source.bias, source.amplitude
+        if amplitude is None:
+            scale = source._buffers.get("scale", weight.new_ones(1))  # of --moa-init-scale swiglu
+            amplitude = (scale * _gate_factor(source.mixing)).expand(weight.shape[0])
+    amplitude = start_amplitudes(amplitude.float(), origins)
+    if isinstance(target, FreeCoefficients):
+        target.value.copy_(amplitude)
+        return
+    target.amplitude.copy_(amplitude)
+    _kept_rows(weight, target.weight, origins)
+    if target.bias is not None:
+        _kept_rows(bias, target.bias, origins)
+
+
+# Models.
+
+
+def mixture_flags(target: MixingConfig) -> dict[str, Any]:
+    """Megatron's args that a checkpoint of this mixture carries (megatron_moa.arguments.MODEL_FLAGS)."""
+    return {
+        "moa_mixing": target.mixing,
+        "moa_form": target.form,
+        "moa_activations": list(target.activations),
+        "moa_gate": target.gate,
+        "moa_gate_bias": target.gate_bias,
+        "moa_amplitude": target.amplitude,
+        "moa_init_scale": target.init_scale,
+        "moa_la_init": list(target.initial_coefficients),
+        "moa_freeze_gates": target.freeze,
+        "squared_relu": False,  # the mixture has it as relu2
+        "bias_gelu_fusion": False,
+        "bias_swiglu_fusion": False,
+    }
+
+
+@torch.no_grad()
+def convert_model(loaded: LoadedModel, source: MixingConfig, target: MixingConfig) -> GPTModel:
+    """The model of the new mixture. It takes the source's tensors, which has none afterwards: one of each in memory."""
+    args = copy.copy(loaded.args)
+    vars(args).update(mixture_flags(target), perform_initialization=False)
+    config = model_config_from_args(args, dataclasses.replace(target, backend="eager"))
+    models = MixedGPTModelBuilder(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    result, origin = unwrap_model(models[0]).eval(), unwrap_model(loaded.model)
+    modules = dict(origin.named_modules())
+    mine = {name: module for name, module in result.named_modules() if isinstance(module, Coefficients)}
+    for name, module in mine.items():
+        fill(module, modules.get(name), origins(source, target))
+    theirs, ours = _other_tensors(origin), _other_tensors(result)
+    differing = theirs.keys() ^ ours.keys()
+    assert not differing, f"tensors of one of the two models only: {sorted(differing)}"
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape, name
+        tensor.data, theirs[name].data = theirs[name].data, tensor.new_empty(0)
+    return result
+
+
+def _other_tensors(model: GPTModel) -> dict[str, Tensor]:
+    """All parameters and buffers but the coefficients'."""
+    own = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, Coefficients)
+        for tensor in (*module.parameters(), *module.buffers())
+    }
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor for name, tensor in tensors if id(tensor) not in own}
+
+
+@torch.no_grad()
+def logits(model: GPTModel, tokens: Tensor, vocab_size: int) -> Tensor:
+    """[b, t, vocabulary] float32 for tokens [b, t], one sequence after the other."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    rows = [model(row.unsqueeze(0), positions, None)[..., :vocab_size].float().cpu() for row in tokens]
+    return torch.cat(rows)
+
+
+# Files.
+
+
+def save_release(model: GPTModel, args: argparse.Namespace, root: Path) -> Path:
+    """Writes a checkpoint without iteration, optimizer or random states: Megatron's ``release``, from which a run
+    starts at iteration 0. The model's parameters get the dtype they were trained in (``args.params_dtype``).
+
+    Args:
+        args: what the checkpoint carries.
+        root: as ``--save`` names it.
+
+    Returns:
+        The checkpoint's own folder.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(args.params_dtype)
+    folder = root / "release"
+    folder.mkdir(parents=True)
+    metadata = _sharding(args)
+    state = {
+        "args": args,
+        "checkpoint_version": 3.0,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "model": model.sharded_state_dict(metadata=metadata),
+    }
+    content = checkpointing._clean_metadata_for_serialization(metadata)
+    dist_checkpointing.save(state, str(folder), content_metadata=content)
+    write_manifest(folder)
+    (root / TRACKER).write_text("release")
+    return folder
+
+
+def read_back(model: GPTModel, args: argparse.Namespace, folder: Path) -> None:
+    """Loads what :func:`save_release` wrote into the model, as float32, over whatever it held."""
+    for parameter in model.parameters():
+        parameter.data.fill_(math.nan)  # what is not in the files shows
+    state = model.sharded_state_dict(metadata=_sharding(args))
+    check_tensors(state, str(folder))
+    state = dist_checkpointing.load({"model": state}, str(folder))["model"]
+    model.load_state_dict(state)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
+
+
+def _sharding(args: argparse.Namespace) -> dict[str, Any]:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return checkpointing._build_sharded_state_dict_metadata(args, dp_cp_group=group)
+
+
+# The whole of it.
+
+_SEQUENCES, _LENGTH = 2, 512  # of the random tokens that are compared; at most the model's sequence length
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What was done, and how equal the two models are.
+
+    Attributes:
+        source: None for stock feed-forward layers.
+        target: the new mixture.
+        difference: the largest of two logits on the same tokens, in float32, over the source's largest logit.
+        same_top1: the share of positions where both have the same likeliest token.
+        positions: how many were compared.
+    """
+
+    source: MixingConfig | None
+    target: MixingConfig
+    difference: float
+    same_top1: float
+    positions: int
+
+
+def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_settings: Any) -> Conversion:
+    """Writes the checkpoint of the new mixture and compares it, as it lies on disk, with the one it comes from.
+
+    Args:
+        load: what training's ``--save`` named.
+        root: where to write, as ``--save`` names it; not there yet.
+        megatron_flags: further ones, such as ``--tokenizer-model``.
+        target_settings: ``mixing`` and others, of :func:`target_mixing`.
+
+    Raises:
+        UserError: nothing to load, or nothing it can become.
+    """
+    loaded = load_model(load, megatron_flags)
+    if loaded.args.params_dtype != torch.float32:
+        raise UserError("--bf16, --fp16: models are compared in fp32; drop the flag, the checkpoint keeps its dtype")
+    _, saved = read_saved_settings(loaded.args, find_checkpoint(loaded.args))
+    stock = loaded.mixing is None
+    source = stock_as_mixture(saved) if stock else loaded.mixing
+    target = target_mixing(source, stock=stock, **target_settings)
+    if target == loaded.mixing:
+        raise UserError(f"--load {load}: is that already ({target.describe()}); there is nothing to convert")
+
+    _compute_as_trained(loaded.model, saved)
+    vocab_size, length = loaded.tokenizer.vocab_size, min(_LENGTH, loaded.args.seq_length)
+    tokens = torch.randint(vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(1))
+    tokens = tokens.to(next(loaded.model.parameters()).device)
+    print(f"> computing logits of {load}", flush=True)
+    expected = logits(loaded.model, tokens, vocab_size)
+    print(f"> converting to {target.describe()}", flush=True)
+    model = convert_model(loaded, source, target)
+    args = _args_of_new_run(saved, target)
+    print("> writing", flush=True)
+    folder = save_release(model, args, root)
+    print("> reading back and computing logits", flush=True)
+    read_back(model, args, folder)
+    actual = logits(model, tokens, vocab_size)
+    return Conversion(
+        source=loaded.mixing,
+        target=target,
+        difference=((actual - expected).abs().max() / expected.abs().max()).item(),
+        same_top1=(actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        positions=tokens.numel(),
+    )
+
+
+def _compute_as_trained(model: GPTModel, saved: argparse.Namespace) -> None:
+    """The mixture by its reference; and GELU as it was in training, if this machine's defaults do not fuse it."""
+    for module in model.modules():
+        if isinstance(getattr(module, "mixing", None), MixingConfig):
+            module.mixing = dataclasses.replace(module.mixing, backend="eager")
+        elif isinstance(module, MLP):
+            module.config.bias_activation_fusion = _fused_gelu(saved)
+
+
+def _args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:
+    """The source's saved args with the new mixture, before any training."""
+    args = copy.copy(saved)
+    vars(args).update(
+        mixture_flags(target),
+        moa_format_version=FORMAT_VERSION,
+        ckpt_format="torch_dist",
+        iteration=0,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        skipped_train_samples=0,
+    )
+    return args

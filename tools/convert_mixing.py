@@ -1,0 +1,114 @@
+"""Turns a trained model into one with a richer mixture of activations that computes the same function.
+
+    python tools/convert_mixing.py --load runs/swiglu --out runs/start --mixing moa --form bi-sided
+
+A stock SwiGLU, GELU or squared-ReLU model becomes LA or MoA, LA becomes MoA, one-sided becomes bi-sided or quadratic,
+and a dictionary grows (docs/upcycling.md has the table). The result is a checkpoint from which training starts at
+iteration 0 with a new optimizer. Its logits are compared with the source's; further Megatron flags may follow
+(``--tokenizer-model FILE`` for a tokenizer that has moved).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from megatron_moa.config import FORMS, GATES, MIXINGS
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+_NAME = "convert_mixing.py"
+
+
+def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and what is left for Megatron."""
+    parser = OneLineParser(
+        _NAME, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="what training's --save named")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="to write to; not there, or empty")
+    parser.add_argument("--mixing", required=True, choices=MIXINGS, help="of the result")
+    parser.add_argument("--form", choices=FORMS, help="default: the checkpoint's; of a stock one bi-sided or type1")
+    parser.add_argument("--activations", nargs="+", default=(), metavar="NAME", help="all of the result's dictionary")
+    parser.add_argument("--gate", choices=GATES, help="of a MoA; default: the checkpoint's, else sigmoid")
+    parser.add_argument("--gate-bias", action="store_true", help="gates get a bias, started at 0")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="T",
+        help="largest difference of logits over the largest logit; default 1e-5",
+    )
+    flags, rest = parser.parse_known_args(argv)
+    if not flags.tolerance > 0:
+        raise UserError(f"--tolerance {flags.tolerance:g}: give a number above 0, such as 1e-5")
+    return flags, rest
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where the checkpoint is written until it is complete and compared: beside ``--out``, on the same disk.
+
+    Raises:
+        UserError: something is at ``--out``, or nothing can be written there.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"--out {out}: is not empty; name a folder that is not there")
+    unfinished = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to ({error.strerror}); name a folder elsewhere") from error
+    return unfinished
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Converts, compares, prints, and leaves with 1, and without a result, if the models differ."""
+    with one_line_errors(_NAME):
+        flags, megatron_flags = parse_flags(argv)
+        unfinished = unfinished_folder(flags.out)
+        try:
+            # Imported after the flags are read: it takes seconds.
+            from megatron_moa import quiet  # noqa: F401  before Megatron
+
+            # isort: split
+            from megatron_moa.upcycling import convert
+
+            with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
+                done = convert(
+                    flags.load,
+                    unfinished,
+                    megatron_flags,
+                    mixing=flags.mixing,
+                    form=flags.form,
+                    activations=flags.activations,
+                    gate=flags.gate,
+                    gate_bias=flags.gate_bias,
+                )
+            source = "stock feed-forward layers" if done.source is None else done.source.describe()
+            print(f"> from {source}\n> to {done.target.describe()}")
+            print(
+                f"> largest difference of logits {done.difference:.2e} of the largest logit, "
+                f"top-1 agreement {100 * done.same_top1:.2f} % of {done.positions} positions"
+            )
+            if not done.difference <= flags.tolerance:  # NaN too
+                print(
+                    f"{_NAME}: error: the models differ by more than --tolerance {flags.tolerance:g}; nothing was "
+                    "written",
+                    file=sys.stderr,
+                )
+                raise SystemExit(1)
+            unfinished.rename(flags.out)  # over an empty folder, too
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    print(
+        f"> wrote {flags.out}; train it from iteration 0 with a new optimizer, adding data, schedule and split:\n"
+        f"  python pretrain_gpt_moa.py --pretrained-checkpoint {flags.out} --use-checkpoint-args "
+        "--load RUN --save RUN --save-interval N …"
+    )
+
+
+if __name__ == "__main__":
+    main()
