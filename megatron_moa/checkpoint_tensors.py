@@ -13,6 +13,7 @@ import json
 import math
 import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -354,6 +355,18 @@ class CheckpointTensors:
         return state
 
     @property
+    def content_metadata(self) -> dict[str, Any]:
+        """How Megatron laid the tensors out, what it gives to ``sharded_state_dict``; empty where it does not say.
+
+        Raises:
+            UserError: as :attr:`common_state`.
+        """
+        metadata = self.common_state.get("content_metadata") or {}
+        if not isinstance(metadata, dict):
+            raise UserError(f"{self.folder}: its content_metadata is a {type(metadata).__name__}; take another")
+        return metadata
+
+    @property
     def args(self) -> argparse.Namespace:
         """The settings it was saved with.
 
@@ -378,6 +391,18 @@ def _one_line(error: BaseException) -> str:
     return text[:200] if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text[:200]}"
 
 
+@contextmanager
+def _no_classes_admitted() -> Iterator[None]:
+    """Inside, torch's reader admits no class but its own: Megatron, once imported, admits more for the process."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def _load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
     """What torch.save wrote, by torch's restricted reader.
 
@@ -388,17 +413,18 @@ def _load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
     Raises:
         UserError: it is damaged, or names a class or function that has no place in it.
     """
-    stand_ins: list[Any] = []
     try:
-        for path in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw)):
-            if settings and path == "argparse.Namespace":
-                stand_ins.append(argparse.Namespace)
-            elif settings and (path.startswith("megatron.") or path in _SETTINGS_CLASSES):
-                stand_ins.append((_stand_in(path), path))
-            else:
-                raise pickle.UnpicklingError(f"it names {path!r}, which no checkpoint needs")
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        with _no_classes_admitted():
+            stand_ins: list[Any] = []
+            for path in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw)):
+                if settings and path == "argparse.Namespace":
+                    stand_ins.append(argparse.Namespace)
+                elif settings and (path.startswith("megatron.") or path in _SETTINGS_CLASSES):
+                    stand_ins.append((_stand_in(path), path))
+                else:
+                    raise pickle.UnpicklingError(f"it names {path!r}, which no checkpoint needs")
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     # A damaged archive raises whatever it likes.
     except Exception as error:
         problem = _one_line(error)
@@ -427,11 +453,10 @@ def model_tensors(folder: Path, model: GPTModel) -> Iterator[tuple[str, Tensor]]
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     checkpoint = CheckpointTensors(folder)
-    metadata = dict(checkpoint.common_state.get("content_metadata") or {})
     wanted = {
         # A factory's tensor lies in the checkpoint as several (the halves of a gated fc1).
         name: (entry.build(), entry.merge_fn) if isinstance(entry, ShardedTensorFactory) else (entry, None)
-        for name, entry in model.sharded_state_dict(metadata=metadata).items()
+        for name, entry in model.sharded_state_dict(metadata=dict(checkpoint.content_metadata)).items()
         if not name.endswith(_EXTRA_STATE)
     }
     names = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
