@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from megatron.training.initialize import initialize_megatron
 
 from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
-from megatron_moa.checkpoint_guard import check_before_setup, strict_loading
+from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.checkpoint_guard import check_before_setup, find_checkpoint, read_saved_settings, strict_loading
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.model import MixedGPTModelBuilder, check_mixture, model_config_from_args
+from megatron_moa.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,59 @@ class LoadedModel:
     iteration: int
 
 
+@dataclass(frozen=True)
+class PreparedCheckpoint:
+    """A checkpoint whose settings have been read and whose files have been checked, before any weights are.
+
+    Attributes:
+        args: Megatron's args, the model's settings as in the checkpoint.
+        saved: the args it was saved with.
+        checkpoint: where it is.
+        config: what a model of it is built from.
+        tokenizer: the one it was trained with.
+    """
+
+    args: argparse.Namespace
+    saved: argparse.Namespace
+    checkpoint: Checkpoint
+    config: MixedGPTModelConfig
+    tokenizer: Any
+
+    def build_empty(self) -> GPTModel:
+        """The model on the meta device: names and shapes, no memory. Grouped experts are there one by one."""
+        config = copy.copy(self.config)
+        config.transformer = copy.copy(config.transformer)
+        # Megatron's layers leave the device to torch then, and start nothing.
+        config.transformer.use_cpu_initialization = True
+        config.transformer.perform_initialization = False
+        config.transformer.moe_grouped_gemm = False
+        with torch.device("meta"):
+            return MixedGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+    def load(self) -> LoadedModel:
+        """Builds the model and loads its weights."""
+        models = MixedGPTModelBuilder(self.config).build_distributed_models(
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+        )
+        check_mixture(models, self.config.mixing)
+        with strict_loading(models):
+            iteration, _ = load_checkpoint(models, None, None)
+        model = unwrap_model(models[0]).eval()
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+        return LoadedModel(models[0].eval(), self.args, self.config.mixing, self.tokenizer, iteration)
+
+
 def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
     """Loads a checkpoint, saved under any split, into this one process.
+
+    Args and errors as :func:`prepare_checkpoint`.
+    """
+    return prepare_checkpoint(folder, megatron_flags).load()
+
+
+def prepare_checkpoint(folder: str, megatron_flags: Sequence[str] = ()) -> PreparedCheckpoint:
+    """Reads a checkpoint's settings, checks its files, and sets Megatron up for it in this one process; once a process.
 
     Args:
         folder: what training's ``--save`` named.
@@ -76,16 +129,9 @@ def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
     config = model_config_from_args(args, mixing)
     tokenizer = get_tokenizer()
     check_before_setup(args, tokenizer.vocab_size)
-    models = MixedGPTModelBuilder(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
-    check_mixture(models, mixing)
-    with strict_loading(models):
-        iteration, _ = load_checkpoint(models, None, None)
-    model = unwrap_model(models[0]).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    return LoadedModel(models[0].eval(), args, mixing, tokenizer, iteration)
+    checkpoint = find_checkpoint(args)
+    _, saved = read_saved_settings(args, checkpoint)
+    return PreparedCheckpoint(args, saved, checkpoint, config, tokenizer)
 
 
 @torch.inference_mode()

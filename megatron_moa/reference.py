@@ -90,7 +90,7 @@ def gate_coefficients(
 
 
 def _sizes(group_ends: Tensor) -> list[int]:
-    from megatron_moa.grouped import group_sizes  # here: an exported model has no groups and carries no such file
+    from megatron_moa.grouped import group_sizes  # here: grouped experts alone need it
 
     return group_sizes(group_ends)
 

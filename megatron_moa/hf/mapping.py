@@ -6,7 +6,7 @@ then those of the group's key and value; ``linear_fc1`` of a gated layer the act
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,8 +137,10 @@ def _join_qkv(config: GPTMoAConfig) -> Callable[[tuple[Tensor, ...]], Tensor]:
     return join
 
 
-def to_hf(state: Mapping[str, Tensor], config: GPTMoAConfig) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the transformers model from those of the whole Megatron model.
+def to_hf(
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: GPTMoAConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of the transformers model from those of the whole Megatron model, one of these at a time.
 
     Args:
         state: Megatron's, vocabulary padded or not; ``_extra_state`` is passed over.
@@ -146,18 +148,25 @@ def to_hf(state: Mapping[str, Tensor], config: GPTMoAConfig) -> Iterator[tuple[s
     Raises:
         UserError: a parameter that is missing, of another shape, or that the table does not have.
     """
-    left = {name for name in state if not name.endswith("_extra_state")}
-    for entry in entries(config):
-        if entry.megatron not in left:
-            raise UserError(f"{entry.megatron}: not in the checkpoint; its settings promise it")
-        left.remove(entry.megatron)
-        tensor = state[entry.megatron]
-        if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    table = {entry.megatron: entry for entry in entries(config)}
+    surplus = []
+    for name, tensor in state.items() if isinstance(state, Mapping) else state:
+        if name.endswith("_extra_state"):
+            continue
+        entry = table.pop(name, None)
+        if entry is None:
+            surplus.append(name)
+            continue
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            if tensor.shape[0] < config.vocab_size:
+                raise UserError(f"{name}: {tensor.shape[0]} rows, for a vocabulary of {config.vocab_size} tokens")
             tensor = tensor[: config.vocab_size]
         yield from zip(entry.hf, entry.split(tensor), strict=True)
-    if left:
+    if table:
+        raise UserError(f"{next(iter(table))}: not in the checkpoint; its settings promise it")
+    if surplus:
         raise UserError(
-            f"{', '.join(sorted(left)[:5])}: {len(left)} parameters that a {config.model_type} model has not"
+            f"{', '.join(sorted(surplus)[:5])}: {len(surplus)} parameters that a {config.model_type} model has not"
         )
 
 

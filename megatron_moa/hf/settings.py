@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from transformers import LlamaConfig
+
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
@@ -78,6 +80,32 @@ def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, voca
         initializer_range=args.init_method_std,
         **(_experts(args) if args.num_experts else {}),
     )
+
+
+def why_not_llama(config: GPTMoAConfig) -> str | None:
+    """What keeps a model from being a LlamaForCausalLM, in words that follow its name; None if it is one."""
+    reasons = {
+        "its activations are mixed": config.mixing is not None,
+        "it has experts": config.num_experts > 0,
+        "its feed-forward layers have no gate": not config.gated,
+        f"its norms are {config.normalization}": config.normalization != "RMSNorm",
+        f"its positions are {config.position_embedding_type}": config.position_embedding_type != "rope",
+        "it rotates a part of each head": (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0,
+        "it normalises queries and keys": config.qk_norm,
+        "queries, keys and values have biases, the output has none": config.attention_bias
+        != config.attention_output_bias,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def llama_config(config: GPTMoAConfig) -> LlamaConfig:
+    """The same model as transformers' own class, where :func:`why_not_llama` is None; names of weights are the same."""
+    same = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+        "max_position_embeddings rope_parameters attention_bias mlp_bias hidden_act tie_word_embeddings "
+        "initializer_range bos_token_id eos_token_id pad_token_id"
+    ).split()
+    return LlamaConfig(rms_norm_eps=config.norm_eps, **{name: getattr(config, name) for name in same})
 
 
 def mixing_settings(mixing: MixingConfig) -> dict[str, Any]:

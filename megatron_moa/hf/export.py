@@ -1,0 +1,407 @@
+"""Writes a checkpoint as a Hugging Face folder that stands alone, and compares the two models' logits."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from megatron_moa import __version__
+from megatron_moa.checkpoint import PreparedCheckpoint
+from megatron_moa.checkpoint_tensors import model_tensors
+from megatron_moa.curves import read_course
+from megatron_moa.errors import UserError
+from megatron_moa.hf.mapping import entries, to_hf
+from megatron_moa.hf.settings import config_from_args, llama_config, why_not_llama
+from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
+
+TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
+_CHECKED_TOKENS = 256  # a row, at most: logits of a large vocabulary take memory
+_CODE = Path(__file__).parent
+_AUTO = {
+    "AutoConfig": "configuration_gpt_moa.GPTMoAConfig",
+    "AutoModel": "modeling_gpt_moa.GPTMoAModel",
+    "AutoModelForCausalLM": "modeling_gpt_moa.GPTMoAForCausalLM",
+}
+
+
+class VerificationError(Exception):
+    """The exported model does not compute what the checkpoint's does."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of the checkpoint's model and the exported one on the same tokens, both in float32.
+
+    Attributes:
+        difference: the largest, relative to the largest logit.
+        agreement: share of the positions at which both have the same likeliest token.
+        tokens: how many positions.
+    """
+
+    difference: float
+    agreement: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference of logits {self.difference:.1e} of the largest logit, same likeliest token at "
+            f"{self.agreement:.2%} of {self.tokens} positions"
+        )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        architecture: the model's class.
+        reason: why it is this project's class and not transformers' own; None if it is not.
+        parameters, bytes, shards, dtype: of the weights.
+        tokenizer: whether there is one in the folder.
+    """
+
+    architecture: str
+    reason: str | None
+    parameters: int
+    bytes: int
+    shards: int
+    dtype: torch.dtype
+    tokenizer: bool
+
+    def facts(self) -> dict[str, str]:
+        """For reading, by name."""
+        why = f"a plain LlamaForCausalLM would not do: {self.reason}" if self.reason else "no custom code"
+        return {
+            "class": f"{self.architecture} ({why})",
+            "parameters": f"{self.parameters:,}",
+            "weights": f"{str(self.dtype).removeprefix('torch.')}, {self.bytes / 1e6:,.1f} MB in {self.shards} file"
+            + ("s" if self.shards > 1 else ""),
+            "tokenizer": "exported" if self.tokenizer else "NOT IN THIS FOLDER",
+        }
+
+
+@contextmanager
+def written_folder(flag: str, target: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside the target, which is renamed at the end; if anything goes wrong none remains.
+
+    Raises:
+        UserError: the target is a file or a folder with something in it, or cannot be written.
+    """
+    target = target.absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        what = "a folder that is not empty" if target.is_dir() else "a file"
+        raise UserError(f"{flag} {target}: is {what}; name a new folder")
+    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{flag} {target}: cannot be written ({reason}); free space or choose another place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def export(
+    prepared: PreparedCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int, with_tokenizer: bool
+) -> Exported:
+    """Writes everything but the model card; never more than one shard and one of Megatron's tensors is in memory.
+
+    Args:
+        prepared: the checkpoint.
+        folder: exists, empty.
+        dtype: of the weights; None for the checkpoint's.
+        max_shard_bytes: a larger single tensor is a shard of its own.
+        with_tokenizer: whether to export the tokenizer.
+
+    Raises:
+        UserError: a setting, a tensor or a tokenizer that cannot be exported.
+    """
+    tokenizer = prepared.tokenizer
+    config = config_from_args(prepared.args, prepared.config.mixing, tokenizer.vocab_size)
+    for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
+        setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
+    has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder)
+    weights = ShardWriter(folder, max_shard_bytes)
+    tensors = to_hf(model_tensors(prepared.checkpoint.path, prepared.build_empty()), config)
+    weights.write(_converted(tensors, dtype), sum(len(entry.hf) for entry in entries(config)))
+    reason = why_not_llama(config)
+    final = llama_config(config) if reason is None else config
+    final.dtype = weights.dtype
+    final.architectures = ["GPTMoAForCausalLM" if reason else "LlamaForCausalLM"]
+    if reason:
+        final.auto_map = dict(_AUTO)
+        for name, text in code_files().items():
+            (folder / name).write_text(text)
+    final.save_pretrained(folder)
+    tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**tokens).save_pretrained(folder)
+    return Exported(
+        final.architectures[0],
+        reason,
+        weights.parameters,
+        weights.bytes,
+        weights.shards,
+        weights.dtype,
+        has_tokenizer,
+    )
+
+
+def _token(tokenizer: Any, name: str, vocab_size: int) -> int | None:
+    try:
+        number = getattr(tokenizer, name)
+    except (AttributeError, NameError, NotImplementedError, TypeError):  # libraries differ in what they lack
+        return None
+    return number if isinstance(number, int) and 0 <= number < vocab_size else None
+
+
+def _converted(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        # Buffers keep their precision: an expert bias is a sum of small steps.
+        is_buffer = name.endswith(("router_bias", "coefficients.scale"))
+        # A copy of its own: safetensors takes no two views of one tensor.
+        target = tensor.dtype if dtype is None or is_buffer else dtype
+        yield name, tensor.detach().to(target, copy=True, memory_format=torch.contiguous_format)
+
+
+@dataclass
+class ShardWriter:
+    """Writes tensors as safetensors files of bounded size, and their index where there are several.
+
+    Attributes:
+        folder: where to.
+        max_bytes: of a shard.
+        parameters, bytes, shards: of what was written.
+        dtype: of the first tensor, the embedding.
+    """
+
+    folder: Path
+    max_bytes: int
+    parameters: int = 0
+    bytes: int = 0
+    shards: int = 0
+    dtype: torch.dtype | None = None
+    _shard: dict[str, Tensor] = field(default_factory=dict)
+    _names: list[list[str]] = field(default_factory=list)
+
+    def write(self, tensors: Iterable[tuple[str, Tensor]], count: int) -> None:
+        """All of them, with a line that says how far it is; ``count`` is how many there will be."""
+        size = 0
+        interval = 0.5 if sys.stderr.isatty() else 30
+        with tqdm(total=count, unit=" tensors", desc="exported", mininterval=interval, leave=True) as progress:
+            for name, tensor in tensors:
+                self.dtype = self.dtype or tensor.dtype
+                if self._shard and size + tensor.nbytes > self.max_bytes:
+                    self._flush()
+                    size = 0
+                self._shard[name] = tensor
+                size += tensor.nbytes
+                self.bytes += tensor.nbytes
+                self.parameters += tensor.numel()
+                progress.set_postfix_str(f"{self.bytes / 1e6:,.1f} MB", refresh=False)
+                progress.update()
+        self._flush()
+        self.shards = len(self._names)
+        if self.shards == 1:
+            (self.folder / "0.safetensors").rename(self.folder / "model.safetensors")
+            return
+        files = {}
+        for number, names in enumerate(self._names):
+            file = f"model-{number + 1:05d}-of-{self.shards:05d}.safetensors"
+            (self.folder / f"{number}.safetensors").rename(self.folder / file)
+            files |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(files.items()))}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        file = self.folder / f"{len(self._names)}.safetensors"  # how many there will be shows at the end
+        save_file(self._shard, file, metadata={"format": "pt"})
+        self._names.append(list(self._shard))
+        self._shard = {}
+
+
+def code_files() -> dict[str, str]:
+    """The Python files of an export, by name: the model's and those of this package that it uses, all in one folder."""
+    files: dict[str, str] = {}
+    pending = ["modeling_gpt_moa"]
+    while pending:
+        name = pending.pop()
+        if f"{name}.py" in files:
+            continue
+        own = (_CODE / f"{name}.py").is_file()
+        text = ((_CODE if own else _CODE.parent) / f"{name}.py").read_text()
+        if not own:  # the model's own files prefer an installed megatron_moa
+            text = re.sub(r"^(\s*from )megatron_moa\.", r"\1.", text, flags=re.MULTILINE)
+        files[f"{name}.py"] = text
+        pending += re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE)
+    return files
+
+
+# Verification.
+
+
+def checked_tokens(prepared: PreparedCheckpoint, seed: int = 1234) -> Tensor:
+    """What both models are given: [b, s], two rows of random tokens, and two of text where there is a tokenizer."""
+    vocabulary, length = prepared.tokenizer.vocab_size, min(prepared.args.seq_length, _CHECKED_TOKENS)
+    tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
+    if prepared.args.tokenizer_type != "NullTokenizer":
+        text = prepared.tokenizer.tokenize(SAMPLE)
+        while len(text) < 2 * length:
+            text = text + text
+        tokens = torch.cat((tokens, torch.tensor(text[: 2 * length]).view(2, length)))
+    return tokens
+
+
+def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype | None) -> Comparison:
+    """Compares the exported model, in a process without megatron_moa, to the checkpoint's; one after the other.
+
+    Args:
+        folder: the export.
+        rounded_to: the dtype that was asked for: the checkpoint's weights are rounded to it, too.
+
+    Raises:
+        VerificationError: the export cannot be loaded, or differs by more than :data:`TOLERANCE`.
+    """
+    tokens = checked_tokens(prepared)
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"tokens": tokens}, given)
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-I", str(_CODE / "standalone.py"), *map(str, (folder, given, result))]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise VerificationError(f"the exported model cannot be loaded without megatron_moa: {last}")
+        logits = load_file(result)["logits"]
+    if prepared.config.mixing is not None:  # the specification, whatever the run computed with
+        prepared.config.mixing = replace(prepared.config.mixing, backend="eager")
+    loaded = prepared.load()
+    vocabulary = prepared.tokenizer.vocab_size
+    if rounded_to is not None:
+        for parameter in loaded.model.parameters():
+            parameter.data = parameter.data.to(rounded_to).float()
+    device = next(loaded.model.parameters()).device
+    positions = torch.arange(tokens.shape[1], device=device)[None]
+    with torch.inference_mode():
+        expected = torch.cat(
+            [loaded.model(row[None].to(device), positions, None)[..., :vocabulary].float().cpu() for row in tokens]
+        )
+    del loaded
+    gc.collect()
+    comparison = Comparison(
+        difference=((logits - expected).abs().max() / expected.abs().max()).item(),
+        agreement=(logits.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        tokens=tokens.numel(),
+    )
+    if not comparison.difference <= TOLERANCE:  # NaN, too
+        raise VerificationError(f"{comparison}; at most {TOLERANCE:.0e} is allowed")
+    return comparison
+
+
+# Model card.
+
+
+def validation_loss(saved: argparse.Namespace, root: Path) -> float | None:
+    """The last validation loss up to the checkpoint, in nats a token, from the TensorBoard files or the log of its run,
+    in the folder of checkpoints or the one around it; None where neither tells it.
+    """
+    tokens = getattr(saved, "consumed_train_samples", 0) * saved.seq_length
+    for folder in (root, root.parent):
+        try:
+            curve = read_course(folder).validation
+        except UserError:
+            continue  # no run's log there
+        before = curve.values[curve.tokens <= tokens]
+        if len(before):
+            return float(before[-1])
+    return None
+
+
+def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comparison: Comparison | None) -> str:
+    """README.md of the folder.
+
+    Args:
+        name: the folder's, as a title.
+        exported: what :func:`export` wrote.
+        comparison: None if there was none.
+    """
+    saved, mixing = prepared.saved, prepared.config.mixing
+    loss = validation_loss(saved, prepared.checkpoint.root)
+    rows = {
+        **exported.facts(),
+        "iteration": "released" if prepared.checkpoint.iteration is None else f"{prepared.checkpoint.iteration:,}",
+        "tokens trained on": f"{getattr(saved, 'consumed_train_samples', 0) * saved.seq_length:,}",
+        "validation loss": "not recorded" if loss is None else f"{loss:.4f} nats a token, the last one measured",
+        "logits against training's": "NOT VERIFIED" if comparison is None else str(comparison),
+    }
+    if mixing is None:
+        mixture = {"mixing": "none: " + ("SwiGLU" if saved.swiglu else "GELU")}
+    else:
+        mixture = {"mixing": mixing.mixing, "form": mixing.form, "activations": " ".join(mixing.activations)}
+        if mixing.mixing == "moa":
+            mixture |= {"gate": mixing.gate, "gate bias": mixing.gate_bias, "amplitude": mixing.amplitude}
+        mixture["scale at the start"] = mixing.init_scale
+    data = {
+        f"--{flag.replace('_', '-')}": value if not isinstance(value, list) else " ".join(map(str, value))
+        for flag in (
+            *("data_path", "train_data_path", "valid_data_path", "data_args_path", "mock_data", "split"),
+            *("seq_length", "global_batch_size", "train_iters", "train_samples", "optimizer", "lr", "seed"),
+        )
+        if (value := getattr(saved, flag, None)) not in (None, False, [])
+    }
+    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if exported.tokenizer else [])]
+    remote = ", trust_remote_code=True" if exported.reason else ""
+    usage = [f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})']
+    if exported.tokenizer:
+        usage.append('tokenizer = AutoTokenizer.from_pretrained("FOLDER")')
+    tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixing.mixing] if mixing else [])))
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+{tags}
+---
+
+# {name}
+
+A GPT model pretrained with megatron_moa {__version__}{"" if mixing is None else _EXPLANATION}.
+
+    from transformers import {", ".join(classes)}
+
+    {f"{chr(10)}    ".join(usage)}
+
+{_table("model", rows)}
+{_table("feed-forward layers", mixture)}
+{_table("trained with", data)}"""
+
+
+_EXPLANATION = """, whose feed-forward layers mix activation functions
+(mixture of activations, arXiv 2605.26647). `reference.py` has the equations; with megatron_moa installed its fused
+kernels compute them"""
+
+
+def _table(title: str, rows: dict[str, object]) -> str:
+    cells = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |\n" for name, value in rows.items())
+    return f"| {title} | |\n| --- | --- |\n{''.join(cells)}"

@@ -1,0 +1,321 @@
+"""tools/convert_to_hf.py: the folder stands alone, computes what the checkpoint does, and tokenizes as training did."""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from megatron_moa.errors import UserError
+from megatron_moa.hf import export
+from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.export import ShardWriter, code_files, written_folder
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+from megatron_moa.hf.settings import llama_config, why_not_llama
+from megatron_moa.hf.tokenizer import SAMPLE, _from_sentencepiece
+from tests import launch
+from tests.training import MOE, ROOT, SWIGLU, TINY
+from tools.convert_to_hf import PROGRAM, parse_flags, size
+
+EAGER = ["--moa-backend", "eager"]
+SPLIT = "--tensor-model-parallel-size 2 --sequence-parallel".split()
+STAGES = "--pipeline-model-parallel-size 2".split()
+EXPERTS = [*MOE, *"--expert-model-parallel-size 2 --expert-tensor-parallel-size 1".split()]
+SIGMOID = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32".split()
+GPT2 = "--position-embedding-type learned_absolute --normalization LayerNorm --ffn-hidden-size 48".split()
+
+# Flags, processes, and the class of the export.
+CASES: dict[str, tuple[list[str], int, str]] = {
+    "moa": ([*SWIGLU, "--moa-mixing", "moa", *EAGER], 1, "GPTMoAForCausalLM"),
+    "MoE, la, TP 2, PP 2, EP 2": (
+        [*SWIGLU, *EXPERTS, *SPLIT, *STAGES, "--moa-mixing", "la", *EAGER],
+        4,
+        "GPTMoAForCausalLM",
+    ),
+    "moa, GPT-2-like, biases, tied, PP 2": ([*GPT2, *STAGES, "--moa-mixing", "moa", *EAGER], 2, "GPTMoAForCausalLM"),
+    "la quadratic, TP 2": (
+        [*SWIGLU, *SPLIT, *"--moa-mixing la --moa-form quadratic".split(), *EAGER],
+        2,
+        "GPTMoAForCausalLM",
+    ),
+    "MoE, moa, shared expert": (
+        [*SWIGLU, *MOE, "--moe-shared-expert-intermediate-size", "32", "--moa-mixing", "moa", *EAGER],
+        1,
+        "GPTMoAForCausalLM",
+    ),
+    "MoE, grouped experts, bf16": (
+        [*SWIGLU, *MOE, *SIGMOID, *"--moe-grouped-gemm --bf16 --moa-mixing moa".split(), *EAGER],
+        1,
+        "GPTMoAForCausalLM",
+    ),
+    "stock, biases, tied, TP 2": ([*SWIGLU, *SPLIT, "--moa-mixing", "none"], 2, "LlamaForCausalLM"),
+}
+SELECTION = ("moa", "MoE, la, TP 2, PP 2, EP 2", "stock, biases, tied, TP 2")
+WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weights"
+
+
+def train_sentencepiece(path: Path, kind: str = "bpe", **settings: object) -> sentencepiece.SentencePieceProcessor:
+    """A model of 1200 tokens of this project's sources, as tools/train_tokenizer.py makes them."""
+    lines = [line for source in sorted((ROOT / "megatron_moa").glob("*.py")) for line in source.read_text().split("\n")]
+    model = io.BytesIO()
+    defaults = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    defaults |= {"allow_whitespace_only_pieces": True, "split_digits": True, "byte_fallback": True}
+    defaults |= {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=1200, **{**defaults, **settings}
+    )
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def convert(folder: Path, *flags: str | Path) -> tuple[int, str]:
+    """Exit code and output of the tool."""
+    return launch.launch(launch.script, (str(ROOT / "tools" / PROGRAM), list(map(str, flags))), 1, folder)
+
+
+STRANGER = """
+import json, sys
+sys.modules["megatron_moa"] = None
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+tokens = torch.arange(12).view(2, 6)
+with torch.no_grad():
+    logits = model(tokens).logits
+hidden = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)(tokens).last_hidden_state
+generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False)
+print(json.dumps({"class": type(model).__name__, "module": type(model).__module__, "logits": logits.tolist(),
+                  "hidden": list(hidden.shape), "generated": generated.tolist()}))
+"""
+
+
+def as_a_stranger(folder: Path, scratch: Path) -> dict:
+    """What a process sees in which megatron_moa cannot be imported."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", STRANGER, str(folder)]
+    result = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.full][case in SELECTION :]) for case in CASES])
+def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) -> None:
+    flags, processes, architecture = CASES[case]
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    train_sentencepiece(tmp_path / "tok.model")
+    flags = [
+        *(flag for flag in TINY if not ("biases, tied" in case and flag in (WITH_BIASES, TIED))),
+        *flags,
+        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tmp_path / "tok.model")),
+        # Large initial weights, so that a wrong factor or order shows in the logits.
+        *"--init-method-std 0.3 --train-iters 2 --save-interval 2 --save".split(),
+        str(checkpoint),
+    ]
+    code, log = launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), flags), processes, tmp_path)
+    assert code == 0, log[-3000:]
+    code, log = convert(tmp_path, "--load", checkpoint, "--out", out, "--max-shard-size", "100KB")
+    assert code == 0, log[-3000:]
+    assert "verified    largest difference" in log
+    assert not list(tmp_path.glob("out.partial*"))
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == [architecture]
+    assert config["vocab_size"] == 1200  # 1216 with padding
+    assert config["dtype"] == ("bfloat16" if "bf16" in case else "float32")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    weights = {}
+    for file in sorted(set(index["weight_map"].values())):
+        shard = load_file(out / file)
+        assert sum(tensor.nbytes for tensor in shard.values()) <= 100_000 or len(shard) == 1
+        weights |= shard
+    assert weights.keys() == index["weight_map"].keys()
+    assert ("lm_head.weight" in weights) == ("tied" not in case)
+    assert weights["model.embed_tokens.weight"].shape[0] == 1200
+
+    seen = as_a_stranger(out, tmp_path)
+    assert seen["class"] == architecture
+    assert seen["hidden"] == [2, 6, 32]
+    model = GPTMoAForCausalLM if architecture.startswith("GPTMoA") else LlamaForCausalLM
+    ours = model.from_pretrained(out, dtype=torch.float32).eval()
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        logits = ours(tokens).logits
+        generated = ours.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False)
+    assert logits.std() > 0.5
+    torch.testing.assert_close(torch.tensor(seen["logits"]), logits, atol=1e-4, rtol=1e-4)
+    assert seen["generated"] == generated.tolist()
+    assert ours.generation_config.eos_token_id == 2
+
+    card = (out / "README.md").read_text()
+    for text in ("| iteration | 2 |", "| tokens trained on | 256 |", "| --seq-length | 32 |", "same likeliest token"):
+        assert text in card
+    assert ("trust_remote_code" in card) == architecture.startswith("GPTMoA")
+
+    if case == "moa":  # the same checkpoint, further
+        check_mistakes(checkpoint, out, tmp_path)
+
+
+def check_mistakes(checkpoint: Path, out: Path, folder: Path) -> None:
+    """A wrong result, an iteration and a file that are not there, a hostile file: one line, and nothing is written."""
+    new = folder / "new"
+    code, log = launch.launch(export_wrongly, (["--load", str(checkpoint), "--out", str(new)],), 1, folder)
+    assert code == 1, log[-3000:]
+    assert "largest difference" in log
+    assert "is allowed; nothing was written" in log
+    code, log = convert(folder, "--load", checkpoint, "--out", new, "--iteration", "7")
+    assert code == 2
+    assert "--iteration 7: is not in" in log
+    code, log = convert(folder, "--load", checkpoint, "--out", out)
+    assert code == 2
+    assert "is a folder that is not empty" in log
+    metadata = checkpoint / "iter_0000002" / ".metadata"
+    metadata.write_bytes(b"cposix\nsystem\n(S'touch hostile'\ntR.")
+    code, log = convert(folder, "--load", checkpoint, "--out", new)
+    assert code == 2
+    assert "posix.system" in log
+    assert not (folder / "hostile").exists()
+    assert not list(folder.glob("new*"))
+
+
+def export_wrongly(flags: list[str]) -> None:
+    """Runs in a process of its own: the tool, with one number of one layer changed on the way."""
+    from tools import convert_to_hf
+
+    converted = export._converted
+
+    def changed(tensors, dtype):
+        for name, tensor in converted(tensors, dtype):
+            if name == "model.layers.1.mlp.down_proj.weight":
+                tensor[0, 0] += 0.1
+            yield name, tensor
+
+    export._converted = changed
+    convert_to_hf.main(flags)
+
+
+# The pieces.
+
+
+@pytest.mark.parametrize("settings", [{}, {"user_defined_symbols": ["<|x|>", "foo bar"]}, {"add_dummy_prefix": True}])
+def test_tokenizer_gives_the_same_ids(settings: dict, tmp_path: Path) -> None:
+    trained = train_sentencepiece(tmp_path / "tok.model", **settings)
+    _from_sentencepiece(tmp_path / "tok.model", 128).save_pretrained(tmp_path / "out")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    source = (ROOT / "megatron_moa" / "data.py").read_text()
+    draw = random.Random(1)
+    texts = [SAMPLE, source, "<s>a</s> <pad><unk><0x41>", "", " ", "foo bar<|x|>", "a" * 50 + " " * 50]
+    texts += [source[start : start + draw.randrange(200)] for start in draw.sample(range(len(source)), 200)]
+    texts += ["".join(draw.choices("aab  =-_.\n\te<s>/1é日🙂▁", k=draw.randrange(60))) for _ in range(300)]
+    for text in texts:
+        ids = trained.encode(text)
+        assert exported.encode(text, add_special_tokens=False) == ids, repr(text)
+        assert exported.encode(text) == ids  # nothing is put around it
+        assert exported.decode(ids) == trained.decode(ids), repr(text)
+    assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (1, 2, 3)
+    assert exported.encode("a</s>", split_special_tokens=False)[-1] == 2
+    assert len(exported) == trained.get_piece_size()
+
+
+def test_code_needs_no_megatron_moa() -> None:
+    files = code_files()
+    assert {"modeling_gpt_moa.py", "configuration_gpt_moa.py", "reference.py", "config.py"} <= set(files)
+    for name, text in files.items():
+        tree = ast.parse(text)
+        tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or id(node) in tried:
+                continue
+            assert node.level or not node.module.startswith("megatron"), f"{name}: {node.module}"
+            assert not node.level or f"{node.module}.py" in files, f"{name}: {node.module}"
+
+
+def test_shards_are_bounded_and_hold_everything(tmp_path: Path) -> None:
+    tensors = {f"t{n}": torch.full((n + 1, 10), float(n)) for n in range(6)}  # 40 to 240 bytes
+    writer = ShardWriter(tmp_path, 200)
+    writer.write(iter(tensors.items()), len(tensors))
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-{n + 1:05d}-of-{writer.shards:05d}.safetensors" for n in range(writer.shards)]
+    shards = {file: load_file(tmp_path / file) for file in files}
+    assert [sorted(shard) for shard in shards.values()] == [["t0", "t1"], ["t2"], ["t3"], ["t4"], ["t5"]]
+    for name, tensor in tensors.items():
+        assert torch.equal(shards[index["weight_map"][name]][name], tensor)
+    assert index["metadata"]["total_size"] == writer.bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    with pytest.raises(ZeroDivisionError), written_folder("--out", target) as partial:
+        (partial / "file").write_text(f"half {1 // 0}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+    with written_folder("--out", target) as partial:
+        (partial / "file").write_text("whole")
+        assert not list(target.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+    for wrong in (target, target / "file"):
+        with pytest.raises(UserError, match=r"--out .*: is a "), written_folder("--out", wrong):
+            pass
+
+
+PLAIN = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2}
+PLAIN |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "norm_eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
+    ],
+)
+def test_stock_models_are_llamas(settings: dict) -> None:
+    torch.manual_seed(3)
+    config = GPTMoAConfig(**PLAIN, **settings, initializer_range=0.3)
+    assert why_not_llama(config) is None
+    model = GPTMoAForCausalLM(config).eval()
+    llama = LlamaForCausalLM(llama_config(config)).eval()
+    llama.load_state_dict(model.state_dict())
+    tokens = torch.randint(67, (2, 9), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(llama(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mixing": {"mixing": "la", "form": "bi-sided", "activations": ["silu", "relu"]}},
+        {"num_experts": 4},
+        {"gated": False},
+        {"normalization": "LayerNorm"},
+        {"position_embedding_type": "learned_absolute"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        {"qk_norm": True},
+        {"attention_bias": True},
+    ],
+)
+def test_what_is_no_llama_says_why(settings: dict) -> None:
+    assert why_not_llama(GPTMoAConfig(**PLAIN, **settings))
+
+
+def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [size(text) for text in ("5GB", "1.5 mb", "300", "7KB")] == [5 * 10**9, 1_500_000, 300, 7000]
+    for wrong in (["--max-shard-size", "big"], ["--iteration", "0"], ["--dtype", "int8"]):
+        with pytest.raises(SystemExit) as caught:
+            parse_flags(["--load", "a", "--out", "b", *wrong])
+        assert caught.value.code == 2
+        assert wrong[1] in capsys.readouterr().err

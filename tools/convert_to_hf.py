@@ -1,0 +1,119 @@
+"""Writes a checkpoint as a Hugging Face folder that needs nothing of this project.
+
+    python tools/convert_to_hf.py --load runs/demo/moa --out exports/moa
+
+The checkpoint may be of any split; settings and tokenizer come from it, further Megatron flags may follow
+(``--tokenizer-model FILE`` for one that has moved). The folder appears when it is complete and its logits equal the
+checkpoint's in float32. Exit codes: 1 if they do not, 2 for a mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+from pathlib import Path
+
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "convert_to_hf.py"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def size(text: str) -> int:
+    """An argparse type: ``500MB``, ``5GB``, or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B)?", text.upper())
+    if match is None or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"a size such as 500MB or 5GB is wanted, not {text}")
+    return max(1, int(float(match[1]) * _UNITS[match[2] or ""]))
+
+
+def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and what is left for Megatron."""
+    parser = OneLineParser(
+        PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
+    parser.add_argument("--iteration", type=int, metavar="N", help="which checkpoint; default: the latest")
+    parser.add_argument(
+        "--dtype",
+        choices=["checkpoint", "float32", "bfloat16", "float16"],
+        default="checkpoint",
+        help="of the weights; default: as they are in the checkpoint",
+    )
+    parser.add_argument(
+        "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (default 5GB)"
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
+    flags, rest = parser.parse_known_args(argv)
+    if flags.iteration is not None and flags.iteration < 1:
+        parser.error(f"--iteration {flags.iteration}: a number above 0 is wanted")
+    return flags, rest
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepares, writes, compares, renames."""
+    with one_line_errors(PROGRAM):
+        flags, megatron_flags = parse_flags(argv)
+        # Imported after the flags are read: it takes seconds.
+        try:
+            from megatron_moa.hf import export
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
+        import torch
+
+        from megatron_moa.checkpoint import prepare_checkpoint
+
+        check_files(Path(flags.load), flags.iteration)
+        # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
+        megatron_flags = ["--transformer-impl", "local", *megatron_flags]
+        if flags.iteration is not None:
+            megatron_flags += ["--ckpt-step", str(flags.iteration)]
+        dtype = None if flags.dtype == "checkpoint" else getattr(torch, flags.dtype)
+        target = Path(flags.out)
+        try:
+            with export.written_folder("--out", target) as partial:
+                with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+                    prepared = prepare_checkpoint(flags.load, megatron_flags)
+                    exported = export.export(prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer)
+                    comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
+                card = export.model_card(prepared, target.resolve().name, exported, comparison)
+                (partial / "README.md").write_text(card)
+        except export.VerificationError as error:
+            print(f"{PROGRAM}: error: --load {flags.load}: {error}; nothing was written", file=sys.stderr)
+            raise SystemExit(1) from None
+    for name, fact in exported.facts().items():
+        print(f"{name:<11} {fact}")
+    if comparison is None:
+        print(f"WARNING: --no-verify: NOBODY HAS COMPARED {target} TO THE CHECKPOINT", file=sys.stderr)
+    else:
+        print(f"verified    {comparison}")
+    print(f"written     {target}")
+
+
+def check_files(root: Path, iteration: int | None) -> None:
+    """Reads what is pickled in a checkpoint by rules that admit no code, before Megatron reads it without any.
+
+    Raises:
+        UserError: no such iteration; a damaged or hostile file.
+    """
+    from megatron_moa.checkpoint_files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
+    from megatron_moa.checkpoint_tensors import CheckpointTensors
+
+    try:
+        checkpoint = Checkpoint("--load", root, iteration or read_tracker(root))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--load {root}: no checkpoint there; give the folder that training's --save named") from None
+    except DamagedCheckpoint as error:
+        raise UserError(f"--load {root}: {error}; give --iteration N") from None
+    if not checkpoint.path.is_dir():
+        there = ", ".join(map(str, saved_iterations(root))) or "none"
+        raise UserError(f"--iteration {iteration}: is not in {root}; complete checkpoints there: {there}")
+    _ = CheckpointTensors(checkpoint.path).args
+
+
+if __name__ == "__main__":
+    main()
