@@ -12,11 +12,13 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +74,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of a tensor: shape, dtype and the chunks that make it up."""
+    """What a checkpoint says of a tensor: shape, dtype and the chunks that make it up, in order of their offsets."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -82,6 +84,15 @@ class TensorInfo:
     def numel(self) -> int:
         """How many elements it has."""
         return math.prod(self.shape)
+
+    @cached_property
+    def _reach(self) -> int:
+        return max((chunk.shape[0] for chunk in self.chunks), default=0)
+
+    def chunks_near(self, first: int, length: int) -> Sequence[Chunk]:
+        """Those that may have elements in these places of the first axis: of layers and experts there are thousands."""
+        start = bisect_left(self.chunks, first - self._reach + 1, key=lambda chunk: chunk.offset[0])
+        return self.chunks[start : bisect_left(self.chunks, first + length, key=lambda chunk: chunk.offset[0])]
 
 
 class StandIn:
@@ -101,6 +112,7 @@ class StandIn:
         """Attributes as pickle has them; another state, such as a tuple, becomes the attribute ``state``."""
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
+    @recursive_repr()
     def __repr__(self) -> str:
         attributes = {name: value for name, value in self.__dict__.items() if name != "args"}
         shown = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in attributes.items())]
@@ -227,7 +239,7 @@ class CheckpointTensors:
             # Else a small file could ask for any amount of memory.
             if math.prod(size) * dtype.itemsize > chunks[-1].length:
                 raise ValueError(f"a chunk of {key} has more elements than bytes in its file")
-        return TensorInfo(shape, dtype, tuple(chunks))
+        return TensorInfo(shape, dtype, tuple(sorted(chunks, key=lambda chunk: chunk.offset)))
 
     def _chunk(self, offset: tuple[int, ...], shape: tuple[int, ...], where: Any) -> Chunk:
         name, position, length = where.relative_path, where.offset, where.length
@@ -277,7 +289,7 @@ class CheckpointTensors:
         assert all(o >= 0 and o + s <= w for o, s, w in zip(offset, shape, info.shape, strict=True)), (key, shape)
         result = torch.empty(shape, dtype=info.dtype)
         covered = torch.zeros(shape, dtype=torch.bool)
-        for chunk in info.chunks:
+        for chunk in info.chunks_near(offset[0], shape[0]) if shape else info.chunks:
             if (chunk.offset, chunk.shape) == (offset, tuple(shape)):
                 return self._load(key, info, chunk)
             here, there = [], []  # the overlap, as seen from the box and from the chunk
@@ -374,7 +386,7 @@ class CheckpointTensors:
             UserError: as :attr:`common_state`, or it holds none.
         """
         args = self.common_state.get("args")
-        if not isinstance(args, argparse.Namespace):
+        if not isinstance(args, argparse.Namespace) or not all(isinstance(name, str) for name in vars(args)):
             raise UserError(f"{self.folder}: holds no settings; take a checkpoint saved by a training")
         return args
 
@@ -387,7 +399,8 @@ def _size(values: Any) -> tuple[int, ...]:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    # No line break and nothing else that moves a terminal's cursor: a file may have put it there.
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(error).split()))
     return text[:200] if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text[:200]}"
 
 

@@ -14,6 +14,7 @@ from megatron_moa.config import MixingConfig
 from megatron_moa.reference import gate_coefficients
 from tests.checkpoints import COMMON, Hostile, append, archive, change_metadata, write_checkpoint
 from tests.training import SWIGLU, train
+from tools import inspect_checkpoint
 from tools.inspect_checkpoint import difference, kind_of, main
 
 LAYERS = "decoder.layers."
@@ -285,6 +286,15 @@ def test_difference_of_what_is_not_finite() -> None:
     assert difference(torch.empty(0), torch.empty(0)) == (0.0, 0.0)
 
 
+def test_difference_is_found_in_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_checkpoint, "_PART", 4)
+    zeros = torch.zeros(3, 3)
+    for position in range(9):
+        other = zeros.clone()
+        other.view(-1)[position] = -2.0
+        assert difference(zeros, other) == (2.0, 1.0)
+
+
 # Mistakes, damage, mischief.
 
 
@@ -297,6 +307,19 @@ def test_mistakes(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "no such folder" in error_of(capsys, moe, "--diff", tmp_path / "nowhere")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("soon")
     assert "holds 'soon' instead of an iteration" in error_of(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a\0b"])
+def test_manifest_that_leaves_its_folder(name: str, moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (moe / "manifest.json").write_text(json.dumps({"files": {name: {"size": 1, "crc32": ""}}}))
+    assert "which does not lie in its folder" in error_of(capsys, moe)
+
+
+def test_settings_without_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    endless: list = []
+    endless.append(endless)
+    folder = write_checkpoint(tmp_path / "endless", moe_tensors(), {**SETTINGS, "blend": endless})
+    assert "without end" in error_of(capsys, folder)
 
 
 @pytest.mark.parametrize("place", ["settings", "tensor"])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_moa import reference
 from megatron_moa.checkpoint_files import (
+    MANIFEST,
     DamagedCheckpoint,
     check_files,
     iteration_folder,
@@ -39,6 +40,7 @@ from megatron_moa.measuring import table
 from megatron_moa.saved_settings import as_typed
 
 PROGRAM = "inspect_checkpoint.py"
+_PART = 1 << 22  # elements compared at a time
 KINDS = ("embedding", "attention", "feed-forward", "experts", "norms", "mixture", "other")
 _MIXTURE = "moa_mixing moa_form moa_activations moa_gate moa_gate_bias moa_amplitude moa_init_scale moa_freeze_gates"
 _SHAPE = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization
@@ -85,6 +87,13 @@ def open_checkpoint(path: Path, iteration: int | None) -> CheckpointTensors:
         folder = _folder_of(path, iteration)
     try:
         manifest = read_manifest(folder) or {}
+        for name in manifest:
+            if (
+                not name.isprintable()
+                or not (folder / name).absolute().is_relative_to(folder.absolute())
+                or ".." in name
+            ):
+                raise UserError(f"{folder / MANIFEST}: names the file {name!r}, which does not lie in its folder")
         check_files(folder, manifest, manifest, checksums=False)
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; take a whole checkpoint") from None
@@ -358,12 +367,16 @@ class Difference:
 
 def difference(first: Tensor, second: Tensor) -> tuple[float, float]:
     """Largest absolute and relative difference of two tensors of one shape; equal infinities and NaNs do not differ."""
-    if first.numel() == 0:
-        return 0.0, 0.0
-    first, second = first.double(), second.double()
-    same = (first == second) | (first.isnan() & second.isnan())
-    absolute = (first - second).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
-    largest = torch.stack((first, second)).nan_to_num().abs().max().item()
+    absolute = largest = 0.0
+    # In parts: an embedding in float64, twice, is more memory than the rest of this program.
+    for one, two in zip(first.flatten().split(_PART), second.flatten().split(_PART), strict=True):
+        if one.numel() == 0:
+            continue
+        one, two = one.double(), two.double()
+        same = (one == two) | (one.isnan() & two.isnan())
+        apart = (one - two).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf)
+        absolute = max(absolute, apart.max().item())
+        largest = max(largest, one.nan_to_num().abs().max().item(), two.nan_to_num().abs().max().item())
     return absolute, absolute / largest if largest else absolute and math.inf
 
 
@@ -428,7 +441,10 @@ def report_difference(compared: dict[str, Any]) -> str:
     ]
     lines.append(f"optimizer's state: {' | '.join(compared['optimizer'])} (not compared)")
     if compared["settings"]:
-        rows = ([name, *(_printable(str(value)) for value in pair)] for name, pair in compared["settings"].items())
+        rows = (
+            [_printable(name), *(_printable(str(value)) for value in pair)]
+            for name, pair in compared["settings"].items()
+        )
         lines += ["", table(("setting", "first", "second"), rows)]
     for name in ("first", "second"):
         lines += [f"only in the {name}: {key}" for key in compared[f"only_in_{name}"]]
@@ -460,10 +476,13 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(PROGRAM):
         flags = parse_flags(argv)
         checkpoint = open_checkpoint(flags.checkpoint, flags.iteration)
-        if flags.diff is None:
-            result = describe(checkpoint)
-        else:
-            result = compare(checkpoint, open_checkpoint(flags.diff, flags.diff_iteration))
+        try:
+            if flags.diff is None:
+                result = describe(checkpoint)
+            else:
+                result = compare(checkpoint, open_checkpoint(flags.diff, flags.diff_iteration))
+        except RecursionError:
+            raise UserError(f"{checkpoint.folder}: has settings within settings without end; take another") from None
     if flags.json:
         print(json.dumps(result, indent=1))
     else:
