@@ -301,12 +301,14 @@ def test_difference_is_found_in_every_part(monkeypatch: pytest.MonkeyPatch) -> N
 def test_mistakes(moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such folder" in error_of(capsys, tmp_path / "nowhere")
     assert "names no latest checkpoint" in error_of(capsys, tmp_path)
-    assert "--iteration 3: no such checkpoint" in error_of(capsys, tmp_path, "--iteration", "3")
+    assert "--iteration 3: names" in error_of(capsys, tmp_path, "--iteration", "3")
     assert "is the folder of one checkpoint" in error_of(capsys, moe, "--iteration", "3")
     assert "--diff-iteration 3: of which checkpoint?" in error_of(capsys, moe, "--diff-iteration", "3")
     assert "no such folder" in error_of(capsys, moe, "--diff", tmp_path / "nowhere")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("soon")
     assert "holds 'soon' instead of an iteration" in error_of(capsys, tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
+    assert f"iteration.txt: names {tmp_path / 'release'}, which is not there" in error_of(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a\0b"])

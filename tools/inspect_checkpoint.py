@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_moa import reference
 from megatron_moa.checkpoint_files import (
     MANIFEST,
+    TRACKER,
     DamagedCheckpoint,
     check_files,
     iteration_folder,
@@ -101,19 +102,18 @@ def open_checkpoint(path: Path, iteration: int | None) -> CheckpointTensors:
 
 
 def _folder_of(root: Path, iteration: int | None) -> Path:
-    there = ", ".join(map(str, saved_iterations(root))) or "none"
+    there = f"complete ones there: {', '.join(map(str, saved_iterations(root))) or 'none'}"
+    named = f"--iteration {iteration}" if iteration is not None else f"{root / TRACKER}"
     if iteration is None:
         try:
             iteration = read_tracker(root)
         except FileNotFoundError:
-            raise UserError(
-                f"{root}: names no latest checkpoint; complete ones there: {there} (--iteration takes one)"
-            ) from None
+            raise UserError(f"{root}: names no latest checkpoint; {there} (--iteration takes one)") from None
         except DamagedCheckpoint as error:
-            raise UserError(f"{root}: {error}; complete ones there: {there} (--iteration takes one)") from None
+            raise UserError(f"{root}: {error}; {there} (--iteration takes one)") from None
     folder = root / "release" if iteration is None else iteration_folder(root, iteration)
     if not folder.is_dir():
-        raise UserError(f"--iteration {iteration}: no such checkpoint in {root}; complete ones there: {there}")
+        raise UserError(f"{named}: names {folder}, which is not there; {there}")
     return folder
 
 
