@@ -25,9 +25,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing
 from torch import Tensor
 
-from megatron_moa.checkpoint import LoadedModel, load_model
+from megatron_moa.checkpoint import LoadedModel, prepare_checkpoint
 from megatron_moa.checkpoint_files import TRACKER, write_manifest
-from megatron_moa.checkpoint_guard import check_tensors, find_checkpoint, read_saved_settings
+from megatron_moa.checkpoint_guard import check_tensors
 from megatron_moa.coefficients import Coefficients, FreeCoefficients
 from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
@@ -426,16 +426,19 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
     Raises:
         UserError: nothing to load, or nothing it can become.
     """
-    loaded = load_model(load, megatron_flags)
-    if loaded.args.params_dtype != torch.float32:
+    prepared = prepare_checkpoint(load, megatron_flags)
+    if prepared.args.params_dtype != torch.float32:
         raise UserError("--bf16, --fp16: models are compared in fp32; drop the flag, the checkpoint keeps its dtype")
-    _, saved = read_saved_settings(loaded.args, find_checkpoint(loaded.args))
-    stock = loaded.mixing is None
-    source = stock_as_mixture(saved) if stock else loaded.mixing
+    mixing, saved = prepared.config.mixing, prepared.saved
+    stock = mixing is None
+    source = stock_as_mixture(saved) if stock else mixing
     target = target_mixing(source, stock=stock, **target_settings)
-    if target == loaded.mixing:
-        raise UserError(f"--load {load}: is that already ({target.describe()}); there is nothing to convert")
+    if target == mixing:
+        raise UserError(
+            f"--load {load}: is {target.describe()} already; ask for another --form, --activations or --gate-bias"
+        )
 
+    loaded = prepared.load()
     _compute_as_trained(loaded.model, saved)
     vocab_size, length = loaded.tokenizer.vocab_size, min(_LENGTH, loaded.args.seq_length)
     tokens = torch.randint(vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(1))
@@ -451,7 +454,7 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
     read_back(model, args, folder)
     actual = logits(model, tokens, vocab_size)
     return Conversion(
-        source=loaded.mixing,
+        source=mixing,
         target=target,
         difference=((actual - expected).abs().max() / expected.abs().max()).item(),
         same_top1=(actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_moa import cpu, reference, upcycling
+from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.upcycling import Conversion, origins, start_amplitudes, stock_as_mixture, target_mixing
@@ -223,6 +224,13 @@ def _run(target: object, *arguments: object, code: int = 0) -> str:
     return log
 
 
+def _others(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's model but its coefficients."""
+    stored = CheckpointTensors(folder)
+    left_out = re.compile(r"optimizer\.|chained_|rng_state|.*\.coefficients\.|.*_extra_state")
+    return {key: stored.read(key) for key in stored.tensors if not left_out.match(key)}
+
+
 def _wrongly(flags: list[str]) -> None:
     """The tool with a mistake of one part in a thousand in every coefficient."""
     right = upcycling.start_amplitudes
@@ -257,6 +265,12 @@ def test_converted_checkpoint_goes_on_from_the_same_loss(case: str, tmp_path: Pa
     assert difference < 1e-5
     assert "top-1 agreement 100.00 % of 64 positions" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+    before, after = _others(source / "iter_0000002"), _others(out / "release")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype == (torch.bfloat16 if case == "bf16" else torch.float32), key
+        assert torch.equal(tensor, after[key]), key
 
     go_on = ["--use-checkpoint-args", "--train-iters", "3", *(["--bf16"] if case == "bf16" else [])]
     processes, split = (2, ["--tensor-model-parallel-size", "2"]) if case == _OFTEN[0] else (1, [])
