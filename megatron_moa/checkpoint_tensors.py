@@ -239,6 +239,8 @@ class CheckpointTensors:
             # Else a small file could ask for any amount of memory.
             if math.prod(size) * dtype.itemsize > chunks[-1].length:
                 raise ValueError(f"a chunk of {key} has more elements than bytes in its file")
+        if sum(math.prod(chunk.shape) for chunk in chunks) < math.prod(shape):
+            raise self._damaged(f"lacks chunks of {key}")
         return TensorInfo(shape, dtype, tuple(sorted(chunks, key=lambda chunk: chunk.offset)))
 
     def _chunk(self, offset: tuple[int, ...], shape: tuple[int, ...], where: Any) -> Chunk:
@@ -266,10 +268,6 @@ class CheckpointTensors:
     def files(self) -> dict[str, int]:
         """Names and sizes in bytes of the files that hold something."""
         return dict(self._sizes)
-
-    def keys_of_bytes(self) -> list[str]:
-        """Names of what is there beside tensors, for :meth:`bytes`."""
-        return list(self._bytes)
 
     def read(self, key: str, offset: tuple[int, ...] | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
         """A box of a tensor, by default all of it; only chunks that overlap it are read.

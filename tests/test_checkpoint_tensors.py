@@ -177,6 +177,22 @@ def _lacks_a_chunk(folder: Path, marker: Path) -> None:
     change_metadata(folder, lambda index: index.state_dict_metadata[WEIGHT].chunks.pop(1))
 
 
+def _is_said_to_be_huge(folder: Path, marker: Path) -> None:
+    change_metadata(
+        folder, lambda index: setattr(index.state_dict_metadata[WEIGHT], "size", torch.Size([2, 3, 10**15]))
+    )
+
+
+def _has_a_chunk_twice(folder: Path, marker: Path) -> None:
+    """In place of another: there are as many elements as there must be."""
+
+    def change(index: Metadata) -> None:
+        chunks = index.state_dict_metadata[WEIGHT].chunks
+        chunks[1] = chunks[0]
+
+    change_metadata(folder, change)
+
+
 def _escape_in_a_name(folder: Path, marker: Path) -> None:
     change_metadata(
         folder, lambda index: index.state_dict_metadata.update({"a\x1b[2J\n": index.state_dict_metadata.pop(WEIGHT)})
@@ -217,6 +233,8 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "more elements than bytes": (_claims_more_elements, r"more elements than bytes"),
     "a chunk out of its tensor": (_reaches_out, r"reaches out of the tensor"),
     "a chunk too few": (_lacks_a_chunk, r"lacks chunks of decoder"),
+    "a chunk twice": (_has_a_chunk_twice, r"lacks chunks of decoder"),
+    "a tensor that is said to be huge": (_is_said_to_be_huge, r"lacks chunks of decoder"),
     "an escape sequence in a name": (_escape_in_a_name, r"a tensor is named 'a\\x1b\[2J\\n'"),
     "another format": (_other_format, r"'zarr'; only torch_dist"),
     "no .metadata": (_unlink(".metadata"), r"was not written to its end"),
@@ -285,21 +303,20 @@ def compare(one: str, others: list[str], results: str) -> None:
             shutil.rmtree(copy)
         return "none"
 
-    def rename(index: Metadata, new: str, keep: bool) -> None:
-        entries, key = index.state_dict_metadata, "decoder.final_layernorm.weight"
-        entries[new] = entries[key]
+    norm = "decoder.final_layernorm.weight"
+
+    def copy_entry(index: Metadata, source: str, target: str) -> None:
+        index.state_dict_metadata[target] = index.state_dict_metadata[source]
         for place, where in list(index.storage_data.items()):
-            if place.fqn == key:
-                index.storage_data[MetadataIndex(new, place.offset)] = where
-        if not keep:
-            del entries[key]
+            if place.fqn == source:
+                index.storage_data[MetadataIndex(target, place.offset)] = where
 
-    def lengthen(index: Metadata) -> None:
-        index.state_dict_metadata["decoder.final_layernorm.weight"].size = torch.Size([33])
+    def take_away(index: Metadata) -> None:
+        del index.state_dict_metadata[norm]
 
-    report["missing"] = error_after(lambda index: rename(index, "optimizer.norm", keep=False))
-    report["surplus"] = error_after(lambda index: rename(index, "decoder.third_norm.weight", keep=True))
-    report["shape"] = error_after(lengthen)
+    report["missing"] = error_after(take_away)
+    report["surplus"] = error_after(lambda index: copy_entry(index, norm, "decoder.third_norm.weight"))
+    report["shape"] = error_after(lambda index: copy_entry(index, "embedding.word_embeddings.weight", norm))
     Path(results).write_text(json.dumps(report))
 
 
@@ -329,7 +346,7 @@ def test_a_split_checkpoint_is_what_megatron_loads_of_a_whole_one(tmp_path: Path
     assert report["equal"] == [True, True]
     assert "has no tensor decoder.final_layernorm.weight" in report["missing"]
     assert "has 1 tensors that the model lacks (decoder.third_norm.weight)" in report["surplus"]
-    assert "decoder.final_layernorm.weight is (33,) there and (32,) in the model" in report["shape"]
+    assert "decoder.final_layernorm.weight is (64, 32) there and (32,) in the model" in report["shape"]
 
 
 @pytest.mark.slow
