@@ -9,11 +9,13 @@ import os
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from megatron.core.tokenizers import MegatronTokenizer
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -23,7 +25,7 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.export import ShardWriter, code_files, written_folder
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.settings import llama_config, why_not_llama
-from megatron_moa.hf.tokenizer import SAMPLE, _from_sentencepiece
+from megatron_moa.hf.tokenizer import SAMPLE, _from_sentencepiece, export_tokenizer
 from tests import launch
 from tests.training import MOE, ROOT, SWIGLU, TINY
 from tools.convert_to_hf import PROGRAM, parse_flags, size
@@ -228,6 +230,50 @@ def test_tokenizer_gives_the_same_ids(settings: dict, tmp_path: Path) -> None:
     assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (1, 2, 3)
     assert exported.encode("a</s>", split_special_tokens=False)[-1] == 2
     assert len(exported) == trained.get_piece_size()
+
+
+def test_tokenizers_of_all_kinds(tmp_path: Path) -> None:
+    """Exported, or refused by name; an exported one can be trained with and is exported as the same again."""
+
+    def exported(kind: str, path: Path | None, library: str, out: Path, **settings: object) -> bool:
+        args = Namespace(tokenizer_type=kind, tokenizer_model=path and str(path), seq_length=64)
+        tokenizer = MegatronTokenizer.from_pretrained(args.tokenizer_model, {"library": library}, **settings)
+        return export_tokenizer(tokenizer, args, out)
+
+    trained, one, two = tmp_path / "tok.model", tmp_path / "one", tmp_path / "two"
+    train_sentencepiece(trained)
+    assert exported("SentencePieceTokenizer", trained, "sentencepiece", one)
+    assert exported("HuggingFaceTokenizer", one, "huggingface", two, include_special_tokens=True)
+    assert AutoTokenizer.from_pretrained(two).encode(SAMPLE) == AutoTokenizer.from_pretrained(one).encode(SAMPLE)
+    assert not exported("NullTokenizer", None, "null-text", tmp_path / "three", vocab_size=50)
+    # Of words, which transformers has not.
+    train_sentencepiece(tmp_path / "words.model", "word", byte_fallback=False, hard_vocab_limit=False)
+    with pytest.raises(UserError, match=r"words\.model: neither BPE nor unigram; add --no-tokenizer"):
+        exported("SentencePieceTokenizer", tmp_path / "words.model", "sentencepiece", tmp_path / "four")
+    # The file was replaced by another tokenizer's.
+    tokenizer = MegatronTokenizer.from_pretrained(str(trained), {"library": "sentencepiece"})
+    train_sentencepiece(trained, normalization_rule_name="nfkc", remove_extra_whitespaces=True)
+    args = Namespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(trained), seq_length=64)
+    with pytest.raises(UserError, match=r"tok\.model: exported it would give other ids than in training, from token"):
+        export_tokenizer(tokenizer, args, tmp_path / "five")
+
+
+def test_card_knows_the_last_validation_loss(tmp_path: Path) -> None:
+    log = "  seq_length ...................................... 32\n"
+    for n in range(1, 41):
+        log += (
+            f" [2026-11-24 10:00:{n:02d}.000000] iteration {n:8d}/      40 | consumed samples: {4 * n:12d} | elapsed "
+        )
+        log += f"time per iteration (ms): 10.0 | global batch size: 4 | lm loss: {3 - n / 100:.6E} | \n"
+        if n % 10 == 0:
+            log += f" validation loss at iteration {n} on validation set | lm loss value: {3 + n / 100:.6E} | \n"
+    (tmp_path / "train.log").write_text(log)
+    saved = Namespace(seq_length=32, consumed_train_samples=4 * 25)
+    assert export.validation_loss(saved, tmp_path / "checkpoints") == pytest.approx(3.2)  # of iteration 20
+    assert export.validation_loss(saved, tmp_path) == pytest.approx(3.2)
+    assert export.validation_loss(saved, tmp_path / "a" / "checkpoints") is None
+    saved.consumed_train_samples = 4 * 5
+    assert export.validation_loss(saved, tmp_path) is None
 
 
 def test_code_needs_no_megatron_moa() -> None:
