@@ -28,6 +28,17 @@ def one_line_errors(program: str) -> Iterator[None]:
         fail(program, str(error))
 
 
+@contextmanager
+def one_line_ending(program: str, left: str) -> Iterator[None]:
+    """:func:`one_line_errors`, and Ctrl-C in one line that says what was left, exit code 130."""
+    try:
+        with one_line_errors(program):
+            yield
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted, {left}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser that answers a wrong flag in one line, without the usage text."""
 

@@ -32,6 +32,7 @@ from typing import Any
 
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.layer_pattern import moe_layers
 
 _FORWARD_AND_BACKWARD = 3
 _MULTIPLY_ADD = 2
@@ -126,12 +127,7 @@ def _feed_forwards(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 def _moe_pattern(args: argparse.Namespace) -> list[bool]:
     """Whether each layer is one of experts; those of multi-token prediction come last and are as the last one is."""
-    if args.num_experts is None:
-        pattern = [False] * args.num_layers
-    elif isinstance(args.moe_layer_freq, int):
-        pattern = [layer % args.moe_layer_freq == 0 for layer in range(args.num_layers)]
-    else:
-        pattern = [bool(is_moe) for is_moe in args.moe_layer_freq]
+    pattern = moe_layers(args)
     return pattern + [pattern[-1]] * (args.mtp_num_layers or 0)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_moa import data, dataset_files
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "merge_data"
 
@@ -25,12 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and merges."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up
-    try:
-        with one_line_errors(PROGRAM):
-            merge(args)
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted, nothing written, the parts are as they were", file=sys.stderr)
-        raise SystemExit(130) from None
+    with one_line_ending(PROGRAM, "nothing written, the parts are as they were"):
+        merge(args)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

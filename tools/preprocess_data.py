@@ -35,7 +35,7 @@ import numpy
 
 from megatron_moa import data, dataset_files
 from megatron_moa.dataset_files import Manifest, Part
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "preprocess_data"
 TASK_BYTES = 1 << 20  # text a worker gets at once: about half a second of work
@@ -107,12 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, tokenizes, writes PREFIX.bin and PREFIX.idx."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up
-    try:
-        with one_line_errors(PROGRAM):
-            preprocess(args)
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
-        raise SystemExit(130) from None
+    with one_line_ending(PROGRAM, "nothing written"):
+        preprocess(args)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

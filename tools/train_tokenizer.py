@@ -16,13 +16,12 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moa import data
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "train_tokenizer"
 BLOCK_BYTES = 1 << 18  # what one draw takes from a file: small enough to mix many files, large enough to read fast
@@ -34,12 +33,8 @@ SEPARATORS = re.compile("[\x00-\x1f\u2585]+")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, trains, writes PREFIX.model and PREFIX.vocab."""
     args = parse_arguments(argv)
-    try:
-        with one_line_errors(PROGRAM):
-            make_tokenizer(args)
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted, nothing written", file=sys.stderr)
-        raise SystemExit(130) from None
+    with one_line_ending(PROGRAM, "nothing written"):
+        make_tokenizer(args)
 
 
 def make_tokenizer(args: argparse.Namespace) -> None:

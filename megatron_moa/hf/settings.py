@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
+from megatron_moa.layer_pattern import moe_layers
 
 # Arguments that change the model's function, and the value at which the transformers model computes the same.
 _ONLY = {
@@ -147,13 +148,10 @@ def _experts(args: argparse.Namespace) -> dict[str, Any]:
             f"--moe-router-score-function {args.moe_router_score_function}: the transformers model has "
             f"{' and '.join(ROUTER_SCORES)}"
         )
-    frequency = args.moe_layer_freq
-    if isinstance(frequency, int):
-        frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
     return {
         "num_experts": args.num_experts,
         "num_experts_per_tok": args.moe_router_topk,
-        "moe_layers": [bool(is_moe) for is_moe in frequency],
+        "moe_layers": moe_layers(args),
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size or 0,
         "shared_expert_gate": args.moe_shared_expert_gate,

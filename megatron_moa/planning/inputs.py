@@ -62,11 +62,10 @@ def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixingCo
     """
     from megatron.training.arguments import parse_args  # when megatron_moa.cpu has replaced what it must
 
-    from megatron_moa import checkpoint_guard
-    from megatron_moa.arguments import add_arguments, mixing_from_args
+    from megatron_moa.arguments import add_all_arguments, mixing_from_args
 
     with _world(gpus, flags):
-        args = parse_args(lambda parser: checkpoint_guard.add_arguments(add_arguments(parser)))
+        args = parse_args(add_all_arguments)
         mixing = mixing_from_args(args)
     if mixing is not None:
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False  # as parse_arguments does

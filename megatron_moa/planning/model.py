@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.layer_pattern import moe_layers
 
 # What the formulas do not have: (attribute of Megatron's arguments, flag).
 _REFUSED = (
@@ -107,7 +108,6 @@ class Model:
                 f"--optimizer {args.optimizer}: the planner has no formulas for it; take {' or '.join(OPTIMIZERS)}"
             )
         experts = None
-        moe_layers = (False,) * args.num_layers
         if args.num_experts:
             experts = Experts(
                 number=args.num_experts,
@@ -116,11 +116,6 @@ class Model:
                 shared_ffn=args.moe_shared_expert_intermediate_size or 0,
                 shared_gate=bool(args.moe_shared_expert_gate and args.moe_shared_expert_intermediate_size),
             )
-            frequency = args.moe_layer_freq
-            if isinstance(frequency, int):
-                moe_layers = tuple(layer % frequency == 0 for layer in range(args.num_layers))
-            else:
-                moe_layers = tuple(bool(is_moe) for is_moe in frequency)
         return cls(
             layers=args.num_layers,
             hidden=args.hidden_size,
@@ -139,7 +134,7 @@ class Model:
             vocabulary=args.vocab_size,
             vocabulary_multiple=args.make_vocab_size_divisible_by,
             experts=experts,
-            moe_layers=moe_layers,
+            moe_layers=tuple(moe_layers(args)),
             mixing=mixing,
             element=2 if args.bf16 else 4,
             gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
