@@ -195,6 +195,7 @@ def _defaults() -> dict[str, object]:
 _MEGATRON_MODEL_ARGS = (
     "add_qkv_bias",
     "attention_output_gate",
+    "bias_gelu_fusion",
     "fp32_residual_connection",
     "init_method_std",
     "kv_lora_rank",

@@ -308,6 +308,21 @@ def _then_refuse_gpu_flags(original: Callable) -> Callable:
     return parse_args
 
 
+def _keep_fused_gelu_alone(original: Callable) -> Callable:
+    """Fused with the addition of a bias, Megatron's GELU is another function (its tanh approximation), so that fusion
+    stays on as on GPUs: a model goes on as it was trained on any machine. What Megatron cannot fuse, and raises for, is
+    left to run unfused: experts and other activations.
+    """
+
+    @functools.wraps(original)
+    def validate_args(args: argparse.Namespace, *rest: Any, **settings: Any) -> argparse.Namespace:
+        if args.num_experts or args.squared_relu or args.quick_geglu:
+            args.bias_gelu_fusion = False
+        return original(args, *rest, **settings)
+
+    return validate_args
+
+
 # The tables.
 
 _CPU = torch.device("cpu")
@@ -394,6 +409,7 @@ WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
     ),
     ("megatron.training.arguments.add_megatron_arguments", _with_cpu_defaults, "CPU_DEFAULTS"),
     ("megatron.training.arguments.parse_args", _then_refuse_gpu_flags, "GPU_FLAGS"),
+    ("megatron.training.arguments.validate_args", _keep_fused_gelu_alone, "the function stays that of GPUs"),
 )
 
 Defaults = tuple[tuple[str, Any, str], ...]  # name in Megatron's arguments, value (or a function that gives it), why
@@ -414,8 +430,7 @@ CPU_DEFAULTS: Defaults = (
     *WITHOUT_TE_DEFAULTS,
     *WITHOUT_TE_AND_APEX_DEFAULTS,
     ("distributed_backend", "gloo", "NCCL needs CUDA"),
-    ("bias_gelu_fusion", False, "fused by torch.compile, which is switched off for Megatron here"),
-    ("bias_swiglu_fusion", False, "as above"),
+    ("bias_swiglu_fusion", False, "fused by torch.compile, which is switched off for Megatron here"),
     ("bias_dropout_fusion", False, "as above"),
 )
 

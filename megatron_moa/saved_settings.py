@@ -48,6 +48,21 @@ _ARCHITECTURE_OF = {
 _STOCK_ACTIVATIONS = ("squared_relu", "quick_geglu")  # what a mixture replaces
 
 
+def has_tanh_gelu(args: argparse.Namespace) -> bool:
+    """Whether a stock model computes the tanh approximation of GELU: Megatron does where it fuses GELU with the
+    addition of a bias (``megatron.core.fusions.fused_bias_gelu``), its default; elsewhere its GELU is the exact one.
+
+    Args:
+        args: of a model without mixture, validated or as a checkpoint has them.
+    """
+    return _has_gelu_and_bias(args) and getattr(args, "bias_gelu_fusion", False)
+
+
+def _has_gelu_and_bias(args: argparse.Namespace) -> bool:
+    others = ("swiglu", *_STOCK_ACTIVATIONS)
+    return args.add_bias_linear and not any(getattr(args, name, False) for name in others)
+
+
 def check_format_version(saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raises UserError for a checkpoint of a format this version cannot read; without a version it is the first one."""
     version = getattr(saved, "moa_format_version", 1)
@@ -86,6 +101,8 @@ def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, ch
         names.append("max_position_embeddings")
     if mixing == "none":
         names += _STOCK_ACTIVATIONS
+        if _has_gelu_and_bias(args):
+            names.append("bias_gelu_fusion")  # which GELU it is
     for name in names:
         # An arg that an older Megatron did not have cannot be compared.
         value, saved_value = getattr(args, name), getattr(saved, name, getattr(args, name))
@@ -123,8 +140,9 @@ def check_vocabulary(
 
 def as_typed(name: str, value: object) -> str:
     """A setting as one would type it: ``--num-layers 4``, ``--swiglu``, ``no --swiglu``."""
-    if name == "add_bias_linear":
-        name, value = "disable_bias_linear", not value
+    negative = {"add_bias_linear": "disable_bias_linear", "bias_gelu_fusion": "no_bias_gelu_fusion"}
+    if name in negative:
+        name, value = negative[name], not value
     flag = "--" + name.replace("_", "-")
     if value is True:
         return flag

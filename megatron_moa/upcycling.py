@@ -20,7 +20,6 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.mlp import MLP
 from megatron.core.utils import unwrap_model
 from megatron.training import checkpointing
 from torch import Tensor
@@ -32,7 +31,7 @@ from megatron_moa.coefficients import Coefficients, FreeCoefficients
 from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.model import MixedGPTModelBuilder, model_config_from_args
-from megatron_moa.saved_settings import FORMAT_VERSION, as_typed
+from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, has_tanh_gelu
 
 # Where each coefficient of a result comes from: indices of the source's to multiply, () for 1, None for 0.
 Origins = list[tuple[int, ...] | None]
@@ -55,9 +54,6 @@ _NO_MIXTURE = {"quick_geglu": False, "glu_linear_offset": 0.0, "activation_func_
 def stock_as_mixture(saved: argparse.Namespace) -> MixingConfig:
     """The mixture of one activation that a stock model of these saved args is.
 
-    Megatron's GELU is the exact one, but where it is fused with the addition of a bias
-    (``megatron.core.fusions.fused_bias_gelu``) it is the tanh approximation.
-
     Raises:
         UserError: an activation that no dictionary has.
     """
@@ -78,13 +74,9 @@ def stock_as_mixture(saved: argparse.Namespace) -> MixingConfig:
         form, activation = "one-sided", "silu"
     elif getattr(saved, "squared_relu", False):
         activation = "relu2"
-    elif _fused_gelu(saved):
+    elif has_tanh_gelu(saved):
         activation = "gelu_tanh"
     return MixingConfig(mixing="la", form=form, activations=(activation,), initial_coefficients=(1.0,))
-
-
-def _fused_gelu(saved: argparse.Namespace) -> bool:
-    return not saved.swiglu and saved.add_bias_linear and getattr(saved, "bias_gelu_fusion", False)
 
 
 def target_mixing(
@@ -439,7 +431,7 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
         )
 
     loaded = prepared.load()
-    _compute_as_trained(loaded.model, saved)
+    _compute_by_reference(loaded.model)
     vocab_size, length = loaded.tokenizer.vocab_size, min(_LENGTH, loaded.args.seq_length)
     tokens = torch.randint(vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(1))
     tokens = tokens.to(next(loaded.model.parameters()).device)
@@ -462,13 +454,11 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
     )
 
 
-def _compute_as_trained(model: GPTModel, saved: argparse.Namespace) -> None:
-    """The mixture by its reference; and GELU as it was in training, if this machine's defaults do not fuse it."""
+def _compute_by_reference(model: GPTModel) -> None:
+    """The mixture, whatever backend the run had."""
     for module in model.modules():
         if isinstance(getattr(module, "mixing", None), MixingConfig):
             module.mixing = dataclasses.replace(module.mixing, backend="eager")
-        elif isinstance(module, MLP):
-            module.config.bias_activation_fusion = _fused_gelu(saved)
 
 
 def _args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:

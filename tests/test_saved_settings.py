@@ -23,6 +23,8 @@ from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, run_script, train
 
 CHECKPOINT = Checkpoint("--load", Path("somewhere"), 40)
+FUSED = {"moa_mixing": "none", "swiglu": False, "add_bias_linear": True, "bias_gelu_fusion": True}
+EXACT = {**FUSED, "bias_gelu_fusion": False}
 SETTINGS = {
     "moa_mixing": "moa",
     "moa_form": "bi-sided",
@@ -54,6 +56,7 @@ SETTINGS = {
     "position_embedding_type": "rope",
     "max_position_embeddings": 64,
     "add_bias_linear": False,
+    "bias_gelu_fusion": True,
     "add_qkv_bias": False,
     "qk_layernorm": False,
     "untie_embeddings_and_output_weights": True,
@@ -98,6 +101,8 @@ def namespace(**changes: Any) -> argparse.Namespace:
         ),
         ({"moa_mixing": "none"}, {}, "--moa-mixing none", "--moa-mixing moa"),
         ({"moa_mixing": "none", "swiglu": False}, {"moa_mixing": "none"}, "no --swiglu", "--swiglu"),
+        (FUSED, EXACT, "no --no-bias-gelu-fusion", "--no-bias-gelu-fusion"),  # two functions, both called GELU
+        (EXACT, FUSED, "--no-bias-gelu-fusion", "no --no-bias-gelu-fusion"),
     ],
 )
 def test_each_setting_is_compared(run: dict[str, Any], saved: dict[str, Any], given: str, there: str) -> None:
@@ -117,6 +122,8 @@ def test_each_setting_is_compared(run: dict[str, Any], saved: dict[str, Any], gi
         ({"moa_mixing": "la", "moa_init_scale": "swiglu"}, {"moa_mixing": "la"}),  # in the coefficients
         ({"max_position_embeddings": 128, "v_head_dim": 64}, {}),  # of no effect with these settings
         ({"mtp_num_layers": 0}, {"mtp_num_layers": None}),
+        ({**FUSED, "swiglu": True}, {**EXACT, "swiglu": True}),  # no GELU there
+        ({**FUSED, "moa_mixing": "la"}, {**EXACT, "moa_mixing": "la"}),
     ],
 )
 def test_what_decides_no_parameter_may_differ(run: dict[str, Any], saved: dict[str, Any]) -> None:
