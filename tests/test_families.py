@@ -286,5 +286,7 @@ def test_old_names_are_known() -> None:
 
 
 def test_unknown_architecture() -> None:
-    with pytest.raises(UserError, match=r"architecture T5: is not supported; supported: LlamaForCausalLM, .*GPTMoAFor"):
+    with pytest.raises(
+        UserError, match=r"^config.json, architectures T5: is not supported; supported: LlamaForCausalLM, .*GPTMoAFor"
+    ):
         family_of("T5")

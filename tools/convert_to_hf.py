@@ -46,6 +46,12 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument(
         "--max-shard-size", type=size, default="5GB", metavar="SIZE", help="of a safetensors file (default 5GB)"
     )
+    parser.add_argument(
+        "--architecture",
+        metavar="CLASS",
+        help="transformers' class to export as, such as GPTMoAForCausalLM; default: one of its own that computes the "
+        "same, if there is one",
+    )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
     flags, rest = parser.parse_known_args(argv)
@@ -78,7 +84,9 @@ def main(argv: list[str] | None = None) -> None:
             with export.written_folder("--out", target) as partial:
                 with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
                     prepared = prepare_checkpoint(flags.load, megatron_flags)
-                    exported = export.export(prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer)
+                    exported = export.export(
+                        prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer, flags.architecture
+                    )
                     comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
                 card = export.model_card(prepared, target.resolve().name, exported, comparison)
                 (partial / "README.md").write_text(card)

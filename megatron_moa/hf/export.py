@@ -29,8 +29,10 @@ from megatron_moa.checkpoint import PreparedCheckpoint
 from megatron_moa.checkpoint_tensors import model_tensors
 from megatron_moa.curves import read_course
 from megatron_moa.errors import UserError
-from megatron_moa.hf.mapping import entries, to_hf
-from megatron_moa.hf.settings import config_from_args, llama_config, why_not_llama
+from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
+from megatron_moa.hf.mapping import to_hf
+from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
@@ -74,12 +76,14 @@ class Exported:
 
     Attributes:
         architecture: the model's class.
+        activation: the fixed one; None for a mixture.
         reason: why it is this project's class and not transformers' own; None if it is not.
         parameters, bytes, shards, dtype: of the weights.
         tokenizer: whether there is one in the folder.
     """
 
     architecture: str
+    activation: str | None
     reason: str | None
     parameters: int
     bytes: int
@@ -89,9 +93,8 @@ class Exported:
 
     def facts(self) -> dict[str, str]:
         """For reading, by name."""
-        why = f"a plain LlamaForCausalLM would not do: {self.reason}" if self.reason else "no custom code"
         return {
-            "class": f"{self.architecture} ({why})",
+            "class": f"{self.architecture} ({self.reason or 'no custom code'})",
             "parameters": f"{self.parameters:,}",
             "weights": f"{str(self.dtype).removeprefix('torch.')}, {self.bytes / 1e6:,.1f} MB in {self.shards} file"
             + ("s" if self.shards > 1 else ""),
@@ -125,7 +128,12 @@ def written_folder(flag: str, target: Path) -> Iterator[Path]:
 
 
 def export(
-    prepared: PreparedCheckpoint, folder: Path, dtype: torch.dtype | None, max_shard_bytes: int, with_tokenizer: bool
+    prepared: PreparedCheckpoint,
+    folder: Path,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    with_tokenizer: bool,
+    architecture: str | None = None,
 ) -> Exported:
     """Writes everything but the model card; never more than one shard and one of Megatron's tensors is in memory.
 
@@ -135,6 +143,7 @@ def export(
         dtype: of the weights; None for the checkpoint's.
         max_shard_bytes: a larger single tensor is a shard of its own.
         with_tokenizer: whether to export the tokenizer.
+        architecture: the class to export as; None for one of transformers' own if there is one, else this project's.
 
     Raises:
         UserError: a setting, a tensor or a tokenizer that cannot be exported.
@@ -143,15 +152,16 @@ def export(
     config = config_from_args(prepared.args, prepared.config.mixing, tokenizer.vocab_size)
     for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
         setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
+    family, reason = _family(config, architecture)
     has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder)
     weights = ShardWriter(folder, max_shard_bytes)
-    tensors = to_hf(model_tensors(prepared.checkpoint.path, prepared.build_empty()), config)
-    weights.write(_converted(tensors, dtype), sum(len(entry.hf) for entry in entries(config)))
-    reason = why_not_llama(config)
-    final = llama_config(config) if reason is None else config
+    table = list(family.entries(config))
+    tensors = to_hf(model_tensors(prepared.checkpoint.path, prepared.build_empty()), config, table)
+    weights.write(_converted(tensors, dtype), sum(len(entry.hf) for entry in table))
+    final = family.from_own(config)
     final.dtype = weights.dtype
-    final.architectures = ["GPTMoAForCausalLM" if reason else "LlamaForCausalLM"]
-    if reason:
+    final.architectures = [family.architecture]
+    if family is OWN:
         final.auto_map = dict(_AUTO)
         for name, text in code_files().items():
             (folder / name).write_text(text)
@@ -159,7 +169,8 @@ def export(
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**tokens).save_pretrained(folder)
     return Exported(
-        final.architectures[0],
+        family.architecture,
+        config.hidden_act if config.mixing is None else None,
         reason,
         weights.parameters,
         weights.bytes,
@@ -167,6 +178,20 @@ def export(
         weights.dtype,
         has_tokenizer,
     )
+
+
+def _family(config: GPTMoAConfig, architecture: str | None) -> tuple[Family, str | None]:
+    """The class to export as, and why it is this project's, if it is."""
+    if architecture is None:
+        family, reason = stock_family(config)
+        return (OWN, reason) if family is None else (family, None)
+    family = family_of(architecture, "--architecture")
+    if family is OWN:
+        return OWN, f"--architecture {architecture}"
+    reason = family.why_not(config)
+    if reason is not None:
+        raise UserError(f"--architecture {architecture}: this model is none: {reason}; leave the flag out")
+    return family, None
 
 
 def _token(tokenizer: Any, name: str, vocab_size: int) -> int | None:
@@ -322,6 +347,8 @@ def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype |
 
 # Model card.
 
+_ACTIVATIONS = {"silu": "SwiGLU", "gelu": "GELU", TANH_GELU: "GELU, tanh approximation"}
+
 
 def validation_loss(saved: argparse.Namespace, root: Path) -> float | None:
     """The last validation loss up to the checkpoint, in nats a token, from the TensorBoard files or the log of its run,
@@ -357,7 +384,7 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
         "logits against training's": "NOT VERIFIED" if comparison is None else str(comparison),
     }
     if mixing is None:
-        mixture = {"mixing": "none: " + ("SwiGLU" if saved.swiglu else "GELU")}
+        mixture = {"mixing": f"none: {_ACTIVATIONS[exported.activation]}"}
     else:
         mixture = {"mixing": mixing.mixing, "form": mixing.form, "activations": " ".join(mixing.activations)}
         if mixing.mixing == "moa":

@@ -457,15 +457,18 @@ OWN = _Own(
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, MIXTRAL, QWEN2_MOE, QWEN3_MOE)
 
 
-def family_of(architecture: str) -> Family:
+def family_of(architecture: str, named_by: str = "config.json, architectures") -> Family:
     """The family of this name, GPTMoAForCausalLM's included.
+
+    Args:
+        named_by: what names it, for the message.
 
     Raises:
         UserError: there is none.
     """
     known = {family.architecture: family for family in (*FAMILIES, OWN)}
     if architecture not in known:
-        raise UserError(f"architecture {architecture}: is not supported; supported: {', '.join(known)}")
+        raise UserError(f"{named_by} {architecture}: is not supported; supported: {', '.join(known)}")
     return known[architecture]
 
 

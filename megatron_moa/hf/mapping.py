@@ -138,22 +138,25 @@ def _join_qkv(config: GPTMoAConfig) -> Callable[[tuple[Tensor, ...]], Tensor]:
 
 
 def to_hf(
-    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: GPTMoAConfig
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: GPTMoAConfig,
+    table: Iterable[Entry] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the transformers model from those of the whole Megatron model, one of these at a time.
 
     Args:
         state: Megatron's, vocabulary padded or not; ``_extra_state`` is passed over.
+        table: of the model's parameters, :func:`entries` or another family's (megatron_moa.hf.families).
 
     Raises:
         UserError: a parameter that is missing, of another shape, or that the table does not have.
     """
-    table = {entry.megatron: entry for entry in entries(config)}
+    pending = {entry.megatron: entry for entry in (entries(config) if table is None else table)}
     surplus = []
     for name, tensor in state.items() if isinstance(state, Mapping) else state:
         if name.endswith("_extra_state"):
             continue
-        entry = table.pop(name, None)
+        entry = pending.pop(name, None)
         if entry is None:
             surplus.append(name)
             continue
@@ -162,8 +165,8 @@ def to_hf(
                 raise UserError(f"{name}: {tensor.shape[0]} rows, for a vocabulary of {config.vocab_size} tokens")
             tensor = tensor[: config.vocab_size]
         yield from zip(entry.hf, entry.split(tensor), strict=True)
-    if table:
-        raise UserError(f"{next(iter(table))}: not in the checkpoint; its settings promise it")
+    if pending:
+        raise UserError(f"{next(iter(pending))}: not in the checkpoint; its settings promise it")
     if surplus:
         raise UserError(
             f"{', '.join(sorted(surplus)[:5])}: {len(surplus)} parameters that a {config.model_type} model has not"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from transformers import LlamaConfig
-
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
+from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
 from megatron_moa.layer_pattern import moe_layers
+from megatron_moa.saved_settings import has_tanh_gelu
 
 # Arguments that change the model's function, and the value at which the transformers model computes the same.
 _ONLY = {
@@ -74,7 +74,7 @@ def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, voca
         mlp_bias=args.add_bias_linear,
         qk_norm=args.qk_layernorm,
         gated=args.swiglu,
-        hidden_act="silu" if args.swiglu else "gelu",
+        hidden_act=_activation(args, mixing),
         mixing=None if mixing is None else mixing_settings(mixing),
         mixing_scale=mixing is not None and mixing.mixing == "moa" and _has_scale(mixing),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
@@ -83,30 +83,10 @@ def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, voca
     )
 
 
-def why_not_llama(config: GPTMoAConfig) -> str | None:
-    """What keeps a model from being a LlamaForCausalLM, in words that follow its name; None if it is one."""
-    reasons = {
-        "its activations are mixed": config.mixing is not None,
-        "it has experts": config.num_experts > 0,
-        "its feed-forward layers have no gate": not config.gated,
-        f"its norms are {config.normalization}": config.normalization != "RMSNorm",
-        f"its positions are {config.position_embedding_type}": config.position_embedding_type != "rope",
-        "it rotates a part of each head": (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0,
-        "it normalises queries and keys": config.qk_norm,
-        "queries, keys and values have biases, the output has none": config.attention_bias
-        != config.attention_output_bias,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def llama_config(config: GPTMoAConfig) -> LlamaConfig:
-    """The same model as transformers' own class, where :func:`why_not_llama` is None; names of weights are the same."""
-    same = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "max_position_embeddings rope_parameters attention_bias mlp_bias hidden_act tie_word_embeddings "
-        "initializer_range bos_token_id eos_token_id pad_token_id"
-    ).split()
-    return LlamaConfig(rms_norm_eps=config.norm_eps, **{name: getattr(config, name) for name in same})
+def _activation(args: argparse.Namespace, mixing: MixingConfig | None) -> str:
+    if args.swiglu:
+        return "silu"
+    return TANH_GELU if mixing is None and has_tanh_gelu(args) else "gelu"
 
 
 def mixing_settings(mixing: MixingConfig) -> dict[str, Any]:
@@ -127,14 +107,7 @@ def _rope(args: argparse.Namespace) -> dict[str, Any]:
     if args.rotary_percent != 1.0:
         rope["partial_rotary_factor"] = args.rotary_percent
     if args.use_rope_scaling:
-        # Megatron's RotaryEmbedding._apply_scaling: LLaMA 3's, its other numbers fixed.
-        rope |= {
-            "rope_type": "llama3",
-            "factor": args.rope_scaling_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+        rope |= {"rope_type": "llama3", "factor": args.rope_scaling_factor, **LLAMA3_ROPE}
     elif args.rotary_seq_len_interpolation_factor is not None:
         rope |= {"rope_type": "linear", "factor": float(args.rotary_seq_len_interpolation_factor)}
     return rope
