@@ -13,7 +13,7 @@ import json
 import math
 import pickle
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 OPTIMIZER = ("optimizer.", "chained_")  # how the keys of its state start
@@ -442,54 +443,72 @@ def _load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
     raise UserError(f"{where}: cannot be read ({problem}); take a whole checkpoint from a source you trust")
 
 
-def model_tensors(folder: Path, model: GPTModel) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter and buffer of a model from a checkpoint, one after the other: never more than one is in memory.
+class ModelTensors(Mapping[str, Tensor]):
+    """The parameters and buffers of a model from a checkpoint, by their names in ``model.state_dict()``.
 
-    Where a tensor lies in the checkpoint is asked of the model itself (``sharded_state_dict``), so that the names, the
-    layout and the dtype are Megatron's for every kind of layer.
-
-    Args:
-        folder: as for :class:`CheckpointTensors`.
-        model: the whole model, on one process; on the meta device it takes no memory.
-
-    Yields:
-        Its name in ``model.state_dict()``, and the tensor. Embedding and output layer have as many rows as they have
-        in the checkpoint, where the vocabulary may be padded to another size than the model's.
-
-    Raises:
-        UserError: a tensor that the checkpoint or the model lacks, or that has another shape there; before any is
-            yielded.
+    A tensor is read when it is asked for, and none is kept. Where it lies in the checkpoint is asked of the model
+    itself (``sharded_state_dict``), so that the names, the layout and the dtype are Megatron's for every kind of layer.
+    Embedding and output layer have as many rows as they have in the checkpoint, where the vocabulary may be padded to
+    another size than the model's.
     """
-    from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-    checkpoint = CheckpointTensors(folder)
-    wanted = {
-        # A factory's tensor lies in the checkpoint as several (the halves of a gated fc1).
-        name: (entry.build(), entry.merge_fn) if isinstance(entry, ShardedTensorFactory) else (entry, None)
-        for name, entry in model.sharded_state_dict(metadata=dict(checkpoint.content_metadata)).items()
-        if not name.endswith(_EXTRA_STATE)
-    }
-    names = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    assert names == set(wanted), names.symmetric_difference(wanted)
-    parts = [part for entry, _ in wanted.values() for part in nested_values([entry])]
-    for part in parts:
-        assert isinstance(part, ShardedTensor), part
-        shape, other = checkpoint._info(part.key).shape, tuple(part.global_shape)
-        rows = part.prepend_axis_num + 1 if part.allow_shape_mismatch else 0
-        if len(shape) != len(other) or shape[rows:] != other[rows:]:
-            raise UserError(f"{folder}: {part.key} is {shape} there and {other} in the model; take its own settings")
-    surplus = {key for key in checkpoint.tensors if not key.startswith(OPTIMIZER) and not key.endswith(_EXTRA_STATE)}
-    if surplus := sorted(surplus - {part.key for part in parts}):
-        raise UserError(f"{folder}: has {len(surplus)} tensors that the model lacks ({', '.join(surplus[:3])})")
+    def __init__(self, folder: Path, model: GPTModel) -> None:
+        """Finds all of them and reads none.
 
-    def read(part: ShardedTensor) -> Tensor:
+        Args:
+            folder: as for :class:`CheckpointTensors`.
+            model: the whole model, on one process; on the meta device it takes no memory.
+
+        Raises:
+            UserError: a tensor that the checkpoint or the model lacks, or that has another shape there.
+        """
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+        self._checkpoint = checkpoint = CheckpointTensors(folder)
+        self._wanted = {
+            # A factory's tensor lies in the checkpoint as several (the halves of a gated fc1).
+            name: (entry.build(), entry.merge_fn) if isinstance(entry, ShardedTensorFactory) else (entry, None)
+            for name, entry in model.sharded_state_dict(metadata=dict(checkpoint.content_metadata)).items()
+            if not name.endswith(_EXTRA_STATE)
+        }
+        names = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+        assert names == set(self._wanted), names.symmetric_difference(self._wanted)
+        parts = [part for entry, _ in self._wanted.values() for part in nested_values([entry])]
+        for part in parts:
+            assert isinstance(part, ShardedTensor), part
+            shape, other = checkpoint._info(part.key).shape, tuple(part.global_shape)
+            rows = part.prepend_axis_num + 1 if part.allow_shape_mismatch else 0
+            if len(shape) != len(other) or shape[rows:] != other[rows:]:
+                raise UserError(
+                    f"{folder}: {part.key} is {shape} there and {other} in the model; take its own settings"
+                )
+        surplus = {
+            key for key in checkpoint.tensors if not key.startswith(OPTIMIZER) and not key.endswith(_EXTRA_STATE)
+        }
+        if surplus := sorted(surplus - {part.key for part in parts}):
+            raise UserError(f"{folder}: has {len(surplus)} tensors that the model lacks ({', '.join(surplus[:3])})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __getitem__(self, name: str) -> Tensor:
+        from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+
+        entry, merge = self._wanted[name]
+        tensors = dict_list_map_outplace(self._read, [entry])[0]
+        return tensors if merge is None else merge(tensors)
+
+    def _read(self, part: ShardedTensor) -> Tensor:
         shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
         if part.allow_shape_mismatch:
             axis = part.prepend_axis_num
-            shape = (*shape[:axis], checkpoint.tensors[part.key].shape[axis], *shape[axis + 1 :])
-        return checkpoint.read(part.key, tuple(part.global_offset), shape).reshape(shape[part.prepend_axis_num :])
+            shape = (*shape[:axis], self._checkpoint.tensors[part.key].shape[axis], *shape[axis + 1 :])
+        tensor = self._checkpoint.read(part.key, tuple(part.global_offset), shape)
+        return tensor.reshape(shape[part.prepend_axis_num :])
 
-    for name, (entry, merge) in wanted.items():
-        tensors = dict_list_map_outplace(read, [entry])[0]
-        yield name, tensors if merge is None else merge(tensors)
+
+model_tensors = ModelTensors  # as export.py calls it
