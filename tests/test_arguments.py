@@ -51,8 +51,9 @@ def test_settings_come_back_from_a_checkpoints_args() -> None:
     restore_model_flags(args, saved)
     assert mixing_from_args(args) == expected
     args = parse()
-    restore_model_flags(args, argparse.Namespace())  # a checkpoint of stock Megatron
+    restore_model_flags(args, argparse.Namespace(bias_gelu_fusion=False))  # a checkpoint of stock Megatron
     assert args.moa_mixing == "none"
+    assert args.bias_gelu_fusion is False  # the exact GELU
     args, stock = parse(), parse("--moa-mixing", "none")
     assert mixing_from_args(stock) is None
     restore_model_flags(args, stock)

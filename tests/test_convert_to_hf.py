@@ -169,6 +169,8 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == [architecture]
     assert config["vocab_size"] == 1200  # 1216 with padding
+    if architecture == "GPT2LMHeadModel":
+        assert config["activation_function"] == ("gelu" if "exact" in case else "gelu_new")
     assert config["dtype"] == ("bfloat16" if "bf16" in case else "float32")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     weights = {}
