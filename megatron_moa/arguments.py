@@ -248,15 +248,16 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
 
 
 def parse_arguments(
-    check: Callable[[argparse.Namespace], None] | None = None,
+    check: Callable[[argparse.Namespace], None] | None = None, as_global: bool = True
 ) -> tuple[argparse.Namespace, MixingConfig | None]:
     """Megatron's ``parse_and_validate_args`` with our flags, early checks and one-line errors.
 
     Args:
         check: the caller's own check of the parsed args, before Megatron's.
+        as_global: whether they become Megatron's global args, which a process has once.
 
     Returns:
-        Megatron's args, which are then also its global args, and the mixture (None: stock).
+        Megatron's args and the mixture (None: stock).
 
     Raises:
         UserError: whatever a user can get wrong, Megatron's own assertions included.
@@ -310,8 +311,9 @@ def parse_arguments(
     optimizer_resharding.install()
     random_states.keep_every_ranks()
     random_states.check_saved(args, saved)
-    with progress.wandb_errors(args):
-        set_global_variables(args)
+    if as_global:
+        with progress.wandb_errors(args):
+            set_global_variables(args)
     return args, mixing
 
 

@@ -6,7 +6,7 @@ import argparse
 import copy
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +14,27 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.utils import unwrap_model
 from megatron.training import get_tokenizer
 from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
+from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoint_files import Checkpoint
-from megatron_moa.checkpoint_guard import check_before_setup, find_checkpoint, read_saved_settings, strict_loading
+from megatron_moa.checkpoint_guard import check_before_setup, strict_loading
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.inference import TextModel
 from megatron_moa.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
+
+_prepared = False  # whether Megatron's global state in this process is ours to take back
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(TextModel):
     """A model in evaluation mode, with what belongs to it.
 
     Attributes:
@@ -45,6 +50,53 @@ class LoadedModel:
     mixing: MixingConfig | None
     tokenizer: Any
     iteration: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def context(self) -> int:
+        return self.args.max_position_embeddings
+
+    @property
+    def end(self) -> int:
+        return self.tokenizer.eod
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.tokenize(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.detokenize(list(tokens))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.model(tokens, positions, None)[..., : self.vocab_size]
+
+    def _continued(
+        self, rows: list[list[int]], steps: int, choose_next: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[list[int]]:
+        """Whole sequences are computed again for each token: for looking at a model, not for serving one.
+
+        Padded on the right, which a causal model does not see.
+        """
+        longest = max(map(len, rows)) + steps
+        tokens = torch.tensor([row + [self.end] * (longest - len(row)) for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        every = torch.arange(len(rows), device=self.device)
+        finished = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        for step in range(steps):
+            logits = self.forward(tokens[:, : int(lengths.max()) + step])
+            chosen = choose_next(logits[every, lengths + step - 1].float())
+            tokens[every, lengths + step] = torch.where(finished, self.end, chosen)
+            finished |= chosen == self.end
+            if finished.all():
+                break
+        return [row[len(given) : len(given) + steps] for row, given in zip(tokens.tolist(), rows, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -66,15 +118,8 @@ class PreparedCheckpoint:
     tokenizer: Any
 
     def build_empty(self) -> GPTModel:
-        """The model on the meta device: names and shapes, no memory. Grouped experts are there one by one."""
-        config = copy.copy(self.config)
-        config.transformer = copy.copy(config.transformer)
-        # Megatron's layers leave the device to torch then, and start nothing.
-        config.transformer.use_cpu_initialization = True
-        config.transformer.perform_initialization = False
-        config.transformer.moe_grouped_gemm = False
-        with torch.device("meta"):
-            return MixedGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+        """:func:`empty_model` of its settings."""
+        return empty_model(self.config)
 
     def load(self) -> LoadedModel:
         """Builds the model and loads its weights."""
@@ -90,6 +135,18 @@ class PreparedCheckpoint:
         return LoadedModel(models[0].eval(), self.args, self.config.mixing, self.tokenizer, iteration)
 
 
+def empty_model(config: MixedGPTModelConfig) -> GPTModel:
+    """A model on the meta device: names and shapes, no memory. Grouped experts are there one by one."""
+    config = copy.copy(config)
+    config.transformer = copy.copy(config.transformer)
+    # Megatron's layers leave the device to torch then, and start nothing.
+    config.transformer.use_cpu_initialization = True
+    config.transformer.perform_initialization = False
+    config.transformer.moe_grouped_gemm = False
+    with torch.device("meta"):
+        return MixedGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+
+
 def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
     """Loads a checkpoint, saved under any split, into this one process.
 
@@ -99,7 +156,9 @@ def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
 
 
 def prepare_checkpoint(folder: str, megatron_flags: Sequence[str] = ()) -> PreparedCheckpoint:
-    """Reads a checkpoint's settings, checks its files, and sets Megatron up for it in this one process; once a process.
+    """Reads a checkpoint's settings, checks its files, and sets Megatron up for it in this one process.
+
+    A later call sets Megatron up anew; models of earlier calls stay as they are and can be used.
 
     Args:
         folder: what training's ``--save`` named.
@@ -114,6 +173,7 @@ def prepare_checkpoint(folder: str, megatron_flags: Sequence[str] = ()) -> Prepa
     if "--tokenizer-model" in megatron_flags:
         flags.append("--no-use-tokenizer-model-from-checkpoint-args")
     cpu.prepare()
+    _forget_earlier_call()
     program, arguments = sys.argv[0], sys.argv[1:]
     sys.argv[1:] = [*flags, *megatron_flags]  # Megatron reads nothing else
     try:
@@ -128,22 +188,17 @@ def prepare_checkpoint(folder: str, megatron_flags: Sequence[str] = ()) -> Prepa
         raise UserError(f"--load {folder}: loads into one process; drop the flags that split the model")
     config = model_config_from_args(args, mixing)
     tokenizer = get_tokenizer()
-    check_before_setup(args, tokenizer.vocab_size)
-    checkpoint = find_checkpoint(args)
-    _, saved = read_saved_settings(args, checkpoint)
+    checkpoint, saved = check_before_setup(args, tokenizer.vocab_size)
     return PreparedCheckpoint(args, saved, checkpoint, config, tokenizer)
 
 
-@torch.inference_mode()
-def next_token_logits(loaded: LoadedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the token after each sequence.
+def _forget_earlier_call() -> None:
+    """Takes back what an earlier :func:`prepare_checkpoint` has set, whether it came to its end or not.
 
-    Args:
-        tokens: [b, t] int64, t at most the model's sequence length.
-
-    Returns:
-        [b, vocabulary] float32, without the entries that only pad the vocabulary.
+    Groups of processes stay: those of one process are the same for all checkpoints, and earlier models hold them.
     """
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    logits = loaded.model(tokens, positions, None)  # [b, t, padded vocabulary]
-    return logits[:, -1, : loaded.tokenizer.vocab_size].float()
+    global _prepared
+    if _prepared:
+        unset_global_variables()
+        destroy_rerun_state_machine()
+    _prepared = True
