@@ -1,3 +1,20 @@
 """Mixtures of activations (MoA, LA) as Megatron MLP specs."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_moa.inference import from_checkpoint
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "from_checkpoint"]
+
+
+def __getattr__(name: str) -> object:
+    """:func:`from_checkpoint` imports torch when it is first asked for, not with the package."""
+    if name == "from_checkpoint":
+        from megatron_moa.inference import from_checkpoint
+
+        return from_checkpoint
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

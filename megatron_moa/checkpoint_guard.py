@@ -219,15 +219,21 @@ def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> 
     return earlier
 
 
-def check_before_setup(args: argparse.Namespace, vocab_size: int) -> None:
+def check_before_setup(
+    args: argparse.Namespace, vocab_size: int
+) -> tuple[Checkpoint | None, argparse.Namespace | None]:
     """Checks the folders to load from and save to, when the ranks can talk and before a model is built; collective.
 
     Args:
         vocab_size: the tokenizer's.
 
+    Returns:
+        The checkpoint that is going to be loaded and the args it was saved with; None for what is not there.
+
     Raises:
         UserError: on every rank.
     """
+    saved = None
     checkpoint = find_checkpoint(args)
     while checkpoint is not None:
         damage = find_damage(checkpoint.path, checksums=not args.moa_no_verify_checkpoint)
@@ -237,12 +243,13 @@ def check_before_setup(args: argparse.Namespace, vocab_size: int) -> None:
     if checkpoint is not None:
         if read_manifest(checkpoint.path) is None:
             _notice(f"> {checkpoint} has no manifest, as one saved by another program: its files are not checked")
-        _, saved = read_saved_settings(args, checkpoint)
+        checkpoint, saved = read_saved_settings(args, checkpoint)
         if saved is not None:
             check_saved_settings(args, saved, checkpoint)
             check_vocabulary(args, saved, vocab_size, checkpoint)
     if args.save is not None and "://" not in args.save:
         check_writable(Path(args.save))
+    return checkpoint, saved
 
 
 def _notice(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tools.generate import choose
+from megatron_moa.inference import choose
 
 LOGITS = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(4000, 1)
 

@@ -1,36 +1,49 @@
-"""Samples text from a checkpoint.
+"""Continues prompts with a trained model.
 
     python tools/generate.py --load runs/demo/moa --prompt 'def ' --num-tokens 80
+    python tools/generate.py --load exports/moa --prompts-file prompts.txt --temperature 0 --json
 
-The model's settings, mixture included, and the tokenizer come from the checkpoint; further Megatron flags may follow
-(``--tokenizer-model FILE`` for a tokenizer that has moved). One process, whole sequences recomputed for each token: for
-looking at a model, not for serving one.
+The folder is a Megatron checkpoint of any split or a Hugging Face folder, such as tools/convert_to_hf.py writes; which
+one, it sees. A checkpoint's settings, mixture included, and its tokenizer come from it; further Megatron flags may
+follow (``--tokenizer-model FILE`` for a tokenizer that has moved). No code that lies in a folder is run. All prompts
+are one batch. A checkpoint's model computes whole sequences again for each token, a Hugging Face model has a cache;
+the tokens they choose are the same. One process: for looking at a model, not for serving one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import sys
-
-import torch
+from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "generate.py"
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """Our flags, and what is left for Megatron."""
     parser = OneLineParser(
-        "generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named")
-    parser.add_argument("--prompt", default="", help="text to go on from; default: the start of a document")
-    parser.add_argument("--num-tokens", type=int, default=100, metavar="N", help="tokens to sample at most")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many continuations")
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named, or an export")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="text to go on from, may be repeated; default: the start of a document",
+    )
+    parser.add_argument("--prompts-file", metavar="FILE", help="further prompts, one a line; JSON lines: their texts")
+    parser.add_argument("--num-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many continuations of each prompt")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of sum P")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling")
+    parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, tokens, ended")
     flags, rest = parser.parse_known_args(argv)
     for name, value, legal in (
         ("--num-tokens", flags.num_tokens, flags.num_tokens > 0),
@@ -44,62 +57,50 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return flags, rest
 
 
-def choose(
-    logits: torch.Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
-) -> torch.Tensor:
-    """The next token of each sequence.
+def read_prompts(flags: argparse.Namespace) -> list[str]:
+    """The prompts of both flags, each as often as it is to be continued.
 
-    Args:
-        logits: [b, vocabulary].
-        temperature: 0 takes the likeliest token.
-        top_k: sample among that many; 0 among all.
-        top_p: sample among the fewest likeliest tokens whose probabilities reach this sum.
-
-    Returns:
-        [b] int64
+    Raises:
+        UserError: a file that cannot be read, or a line that is no prompt.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities, tokens = logits.softmax(-1).sort(descending=True)
-    reached_before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(reached_before >= top_p, 0)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return tokens.gather(-1, drawn).squeeze(-1)
+    prompts = list(flags.prompt or [])
+    if flags.prompts_file is not None:
+        path = Path(flags.prompts_file)
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
+            prompts += [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts-file {path}: cannot be read ({error}); give a text file in UTF-8") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'--prompts-file {path}: a line is not of the form {{"text": "…"}}') from None
+        if not prompts:
+            raise UserError(f"--prompts-file {path}: has no line; give one prompt a line")
+    return [prompt for prompt in prompts or [""] for _ in range(flags.num_samples)]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Loads, samples and prints."""
-    with one_line_errors("generate.py"):
+    """Loads, continues and prints."""
+    with one_line_errors(PROGRAM):
         flags, megatron_flags = parse_flags(argv)
+        prompts = read_prompts(flags)
         # Imported after the flags are read: it takes seconds.
-        from megatron_moa.checkpoint import load_model, next_token_logits
+        from megatron_moa.inference import load
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
-            loaded = load_model(flags.load, megatron_flags)
-    tokenizer = loaded.tokenizer
-    prompt = tokenizer.tokenize(flags.prompt) if flags.prompt else [tokenizer.eod]
-    device = next(loaded.model.parameters()).device
-    tokens = torch.tensor(prompt, device=device).repeat(flags.num_samples, 1)  # [b, t]
-    generator = torch.Generator(device).manual_seed(flags.seed)
-    finished = torch.zeros(flags.num_samples, dtype=torch.bool, device=device)
-    for _ in range(flags.num_tokens):
-        logits = next_token_logits(loaded, tokens[:, -loaded.args.seq_length :])
-        chosen = choose(logits, flags.temperature, flags.top_k, flags.top_p, generator)
-        chosen = torch.where(finished, tokenizer.eod, chosen)
-        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        finished |= chosen == tokenizer.eod
-        if finished.all():
-            break
-    print(f"> sampled from iteration {loaded.iteration} of {flags.load}", file=sys.stderr)
-    for row in tokens.tolist():
-        new = row[len(prompt) :]
-        if tokenizer.eod in new:
-            new = new[: new.index(tokenizer.eod)]
-        print(f"--- sample ---\n{flags.prompt}{tokenizer.detokenize(new)}")
+            model = load(flags.load, megatron_flags)
+            continuations = model.generate(
+                prompts, flags.num_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed
+            )
+    iteration = getattr(model, "iteration", None)
+    print(f"> from {'' if iteration is None else f'iteration {iteration} of '}{flags.load}", file=sys.stderr)
+    for continuation in continuations:
+        if flags.json:
+            print(json.dumps(dataclasses.asdict(continuation), ensure_ascii=False))
+        else:
+            print(f"--- sample ---\n{continuation.prompt}{continuation.text}")
+    full = sum(continuation.ended == "context" for continuation in continuations)
+    if full:
+        print(f"> {full} of {len(continuations)} end where the model's context is full", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,209 @@
+"""The model of a Hugging Face folder for use: this project's exports with this package's classes, other models with
+transformers' own; never with code that lies in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel
+from megatron_moa.inference import TextModel
+
+
+@dataclass(frozen=True)
+class FolderModel(TextModel):
+    """A model of transformers in evaluation mode, with its tokenizer.
+
+    Attributes:
+        model: on a GPU if there is one.
+        tokenizer: None if the folder has none.
+        mixing: its mixture, None for a fixed activation.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    mixing: MixingConfig | None
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The model's settings."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def context(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def end(self) -> int | None:
+        eos = self.config.eos_token_id
+        if eos is None and self.tokenizer is not None:
+            eos = self.tokenizer.eos_token_id
+        return eos[0] if isinstance(eos, list) else eos
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.tokenizer is not None
+
+    def _some_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise UserError(f"{self.config.name_or_path}: has no tokenizer; put its files there, or give tokens")
+        return self.tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens; those that a tokenizer puts around a text only in front of a prompt (:meth:`start`)."""
+        return self._some_tokenizer().encode(text, add_special_tokens=False)
+
+    def start(self, text: str) -> list[int]:
+        """As in :class:`TextModel`; for models of others with the tokens that their tokenizer puts before a text."""
+        return self._before_text() + self.encode(text) or super().start(text)
+
+    @property
+    def first(self) -> int | None:
+        return (self._before_text() or [self.end])[-1]
+
+    def _before_text(self) -> list[int]:
+        """None for exports of ours, which were trained without."""
+        if self.tokenizer is None or isinstance(self.config, GPTMoAConfig):
+            return []
+        return [token for token in self.tokenizer.encode("") if token != self.end]  # it may put one behind, too
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._some_tokenizer().decode(tokens, skip_special_tokens=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens, use_cache=False).logits
+
+    def _continued(self, rows: list[list[int]], steps: int, choose_next: Callable[[Tensor], Tensor]) -> list[list[int]]:
+        """transformers' generate, with its cache; padded on the left, which the mask hides."""
+        longest = max(map(len, rows))
+        padding = 0 if self.end is None else self.end
+        tokens = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        mask = torch.arange(longest, device=self.device) >= longest - lengths[:, None]
+        result = self.model.generate(
+            tokens,
+            attention_mask=mask.long(),
+            max_new_tokens=steps,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.end,
+            pad_token_id=padding,
+            logits_processor=LogitsProcessorList([_Chosen(choose_next)]),
+        )
+        return result[:, longest:].tolist()
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves one token to take, so that transformers' greedy search takes what ours chooses."""
+
+    def __init__(self, choose_next: Callable[[Tensor], Tensor]) -> None:
+        self.choose_next = choose_next
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, self.choose_next(scores)[:, None], 0.0)
+
+
+def register() -> None:
+    """Tells transformers' Auto classes of GPTMoA: exports then load with this package's code, not that in the folder.
+
+    Calling it again changes nothing.
+    """
+    AutoConfig.register("gpt_moa", GPTMoAConfig, exist_ok=True)
+    AutoModel.register(GPTMoAConfig, GPTMoAModel, exist_ok=True)
+    AutoModelForCausalLM.register(GPTMoAConfig, GPTMoAForCausalLM, exist_ok=True)
+
+
+def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
+    """The model of an export of ours, or of a causal language model that transformers knows. Nothing is downloaded.
+
+    Args:
+        folder: with config.json and safetensors files.
+        dtype: None for the folder's.
+
+    Raises:
+        UserError: no such folder, a model that needs other code, or files that are damaged or do not fit.
+    """
+    register()
+    _check_config(folder)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, notes = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **local
+        )
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+        has_tokenizer = any((folder / name).is_file() for name in names)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local) if has_tokenizer else None
+    except UserError:
+        raise
+    except Exception as error:  # damaged files raise whatever they like
+        raise UserError(f"--load {folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if notes.get(what):
+            named, kind = ", ".join(sorted(map(str, notes[what]))[:3]), what.removesuffix("_keys")
+            raise UserError(f"--load {folder}: weights do not fit config.json, {kind}: {named}; export it again")
+    mixing = None
+    if isinstance(model.config, GPTMoAConfig) and model.config.mixing is not None:
+        settings = {**model.config.mixing, "activations": tuple(model.config.mixing["activations"])}
+        mixing = MixingConfig(**settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return FolderModel(model.eval().requires_grad_(False).to(device), tokenizer, mixing)
+
+
+def _check_config(folder: Path) -> None:
+    """Raises UserError for a folder that no code here is for, and for an index that leads out of it."""
+    path = folder / "config.json"
+    try:
+        settings = json.loads(path.read_text())
+        kind = settings["model_type"]
+    except OSError as error:
+        raise UserError(f"--load {folder}: config.json cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--load {path}: is no configuration of a model; export it again") from None
+    try:
+        AutoConfig.for_model(kind)
+    except ValueError:
+        raise UserError(
+            f"--load {path}: model_type {kind}: is neither this project's nor one that transformers knows without "
+            "code from the folder, which is not run"
+        ) from None
+    except Exception:  # a class that wants more settings than none: it is known
+        pass
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"--load {index}: is no index of weights; export the model again") from None
+        for file in sorted(map(str, files)):
+            if os.path.basename(file) != file:
+                raise UserError(f"--load {index}: names {file}, which is not in the folder; it is not read")

@@ -1,0 +1,319 @@
+"""What a trained model is used for, whatever kind of folder it came from: logits, text, and the loss of a text.
+
+:class:`TextModel` is the common part; ``megatron_moa/checkpoint.py`` has the model of a Megatron checkpoint,
+``megatron_moa/hf/loading.py`` that of a Hugging Face folder. :func:`from_checkpoint` takes either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_moa.errors import UserError
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote behind a prompt.
+
+    Attributes:
+        prompt: as it was given; None where it was given as tokens.
+        text: what comes behind it; None where the model has no tokenizer.
+        tokens: of the text, without the one that ends a document.
+        ended: ``document`` if the model ended it there, ``length`` after so many tokens as were asked for, ``context``
+            where the model's context was full before.
+    """
+
+    prompt: str | None
+    text: str | None
+    tokens: list[int]
+    ended: str
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: nats, of all tokens together.
+        tokens: that were predicted.
+        bytes: of the text in UTF-8.
+    """
+
+    loss: float
+    tokens: int
+    bytes: int
+
+    def __add__(self, other: TextLoss) -> TextLoss:
+        return TextLoss(self.loss + other.loss, self.tokens + other.tokens, self.bytes + other.bytes)
+
+    @property
+    def loss_per_token(self) -> float:
+        """Nats a token."""
+        return self.loss / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Does not depend on the tokenizer: models of different ones compare by it."""
+        return self.loss / self.bytes / torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+
+    @property
+    def byte_perplexity(self) -> float:
+        """2 to the power of the bits per byte."""
+        return 2.0**self.bits_per_byte
+
+
+class TextModel(ABC):
+    """A model in evaluation mode with its tokenizer."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the model is."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Without what only pads the vocabulary."""
+
+    @property
+    @abstractmethod
+    def context(self) -> int:
+        """How many tokens the model takes at once."""
+
+    @property
+    @abstractmethod
+    def end(self) -> int | None:
+        """The token between documents; None if there is none."""
+
+    @property
+    def first(self) -> int | None:
+        """The token in front of a text: that between documents, as in training."""
+        return self.end
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The text's tokens."""
+
+    @abstractmethod
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The tokens' text."""
+
+    @abstractmethod
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [b, t, vocabulary] for tokens [b, t] on the model's device; every row is seen from its left end on."""
+
+    @abstractmethod
+    def _continued(self, rows: list[list[int]], steps: int, choose_next: Callable[[Tensor], Tensor]) -> list[list[int]]:
+        """At most ``steps`` new tokens of each row, the one that ends a document included; after it comes anything."""
+
+    def start(self, text: str) -> list[int]:
+        """The tokens a model is given for a prompt: for an empty one the start of a document.
+
+        Raises:
+            UserError: it is empty, and the model has no token between documents.
+        """
+        tokens = self.encode(text) if text else []
+        if not tokens and self.first is None:
+            raise UserError("the prompt is empty, and the model has no token that begins a document; give a text")
+        return tokens or [self.first]
+
+    @torch.inference_mode()
+    def logits(self, text: str | Sequence[int] | Tensor) -> Tensor:
+        """Logits of the token behind every position.
+
+        Args:
+            text: a text, its tokens, or a batch of them, [b, t].
+
+        Returns:
+            [t, vocabulary] float32, [b, t, vocabulary] for a batch.
+
+        Raises:
+            UserError: longer than the context.
+        """
+        tokens = torch.as_tensor(self.start(text) if isinstance(text, str) else text, device=self.device)
+        self._check_length(tokens.shape[-1], "the text")
+        logits = self.forward(tokens.view(-1, tokens.shape[-1])).float()
+        return logits.view(*tokens.shape, -1)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        num_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 1,
+    ) -> list[Continuation]:
+        """Continues prompts, all in one batch.
+
+        Args:
+            prompts: texts, or tokens; a single text, too. An empty text is the start of a document.
+            num_tokens: at most; fewer where the model ends the document or the longest prompt fills the context.
+            temperature, top_k, top_p: of :func:`choose`; 0, the default, takes the likeliest token.
+            seed: of the sampling. The same prompts, seed and model give the same text, from checkpoint and export.
+
+        Raises:
+            UserError: a prompt that fills the context, or an empty one where there is no token to start with.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        rows = [self.start(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+        if not rows:
+            return []
+        for number, row in enumerate(rows, 1):
+            if not row:
+                raise UserError(f"prompt {number} has no tokens; give at least one, or an empty text")
+            self._check_length(len(row) + 1, f"prompt {number} with a token behind it")
+        steps = min(num_tokens, self.context - max(map(len, rows)))
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with torch.inference_mode():
+            new = self._continued(rows, steps, lambda logits: choose(logits, temperature, top_k, top_p, generator))
+        return [
+            self._continuation(prompt if isinstance(prompt, str) else None, tokens, steps < num_tokens)
+            for prompt, tokens in zip(prompts, new, strict=True)
+        ]
+
+    def _continuation(self, prompt: str | None, tokens: list[int], context_full: bool) -> Continuation:
+        ended = "context" if context_full else "length"
+        if self.end in tokens:
+            tokens, ended = tokens[: tokens.index(self.end)], "document"
+        return Continuation(prompt, self.decode(tokens) if self.has_tokenizer else None, tokens, ended)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one that makes texts of tokens."""
+        return True
+
+    @torch.inference_mode()
+    def text_loss(self, text: str, stride: int | None = None, window: int | None = None) -> TextLoss:
+        """The loss of a text of any length, as one document.
+
+        The end-of-document token stands before the text, as in training, and is no part of what is predicted; nothing
+        is predicted behind the text. A window of as many tokens as the context moves on by ``stride`` and counts the
+        tokens that none before it has counted: all but those near the start see ``window - stride`` tokens or more.
+
+        Args:
+            text: not empty.
+            stride: default half a window. As large as the window it is lm-eval's rolling log-likelihood.
+            window: in tokens; default the model's context.
+
+        Raises:
+            UserError: no text, a stride or window out of range, or a model without a token that begins a document.
+        """
+        window = self.context if window is None else window
+        stride = max(1, window // 2) if stride is None else stride
+        if not 1 <= window <= self.context:
+            raise UserError(f"a window of {window} tokens: the model's context is 1 to {self.context}")
+        if not 1 <= stride <= window:
+            raise UserError(f"a stride of {stride} tokens: out of range; give 1 to {window}, the window")
+        if self.first is None:
+            raise UserError("the model has no token that begins a document; its loss of a whole text is not defined")
+        tokens = self.encode(text)
+        if not tokens:
+            raise UserError("the text is empty; give one with at least one token")
+        given = torch.tensor([self.first, *tokens], device=self.device)  # one ahead of what is predicted
+        loss, done = 0.0, 0
+        while done < len(tokens):
+            last = min(done + (stride if done else window), len(tokens))
+            first = max(0, last - window)
+            logits = self.forward(given[None, first:last])[0, done - first :].float()
+            losses = torch.nn.functional.cross_entropy(logits, given[done + 1 : last + 1], reduction="none")
+            loss += losses.double().sum().item()
+            done = last
+        return TextLoss(loss, len(tokens), len(text.encode()))
+
+    def _check_length(self, length: int, what: str) -> None:
+        if length > self.context:
+            raise UserError(f"{what} has {length} tokens, the model's context {self.context}; shorten it")
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """The next token of each sequence.
+
+    Args:
+        logits: [b, vocabulary].
+        temperature: 0 takes the likeliest token.
+        top_k: sample among that many; 0 among all.
+        top_p: sample among the fewest likeliest tokens whose probabilities reach this sum.
+
+    Returns:
+        [b] int64
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    probabilities, tokens = logits.softmax(-1).sort(descending=True)
+    reached_before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(reached_before >= top_p, 0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(-1, drawn).squeeze(-1)
+
+
+def load(folder: str | Path, megatron_flags: Sequence[str] = ()) -> TextModel:
+    """The model of a Megatron checkpoint of any split, or of a Hugging Face folder, on this one process.
+
+    Args:
+        folder: what training's ``--save`` named, or a folder with a config.json.
+        megatron_flags: further flags for a checkpoint, such as ``--tokenizer-model FILE`` for one that has moved.
+
+    Raises:
+        UserError: neither is there, it cannot be loaded, or flags that do not fit it.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        from megatron_moa import quiet  # noqa: F401  before Megatron
+
+        # isort: split
+        from megatron_moa.checkpoint import load_model
+
+        return load_model(str(folder), megatron_flags)
+    if megatron_flags:
+        raise UserError(f"{megatron_flags[0]}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")
+    try:
+        from megatron_moa.hf.loading import load_folder
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
+    return load_folder(Path(folder))
+
+
+def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = ()) -> TextModel:
+    """A model for a notebook: as :func:`load`, without Megatron's messages and without a trace in the environment.
+
+        model = megatron_moa.from_checkpoint("runs/demo/moa")
+        model.generate("def ", num_tokens=20)[0].text
+        model.logits("def f(x):")                       # [tokens, vocabulary]
+        model.text_loss(text).bits_per_byte
+
+    It needs no torchrun, may be called again for other checkpoints, and leaves ``sys.argv`` alone. A checkpoint's
+    :class:`megatron_moa.checkpoint.LoadedModel` further has ``model``, ``tokenizer``, ``mixing``, ``args`` and
+    ``iteration``; a folder's :class:`megatron_moa.hf.loading.FolderModel` the first three, and ``config``.
+    """
+    with _silence(), _environment_stays():
+        return load(folder, megatron_flags)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _environment_stays() -> Iterator[None]:
+    """What Megatron is told there (RANK, MASTER_PORT, …) would mislead programs that a notebook starts later."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
