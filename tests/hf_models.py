@@ -11,7 +11,7 @@ def compare(checkpoint: str, results: str) -> None:
     import torch
 
     from megatron_moa.checkpoint import load_model
-    from megatron_moa.hf.mapping import from_hf, to_hf
+    from megatron_moa.hf.mapping import entries, from_hf, to_hf
     from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
     from megatron_moa.hf.settings import config_from_args
 
@@ -38,7 +38,9 @@ def compare(checkpoint: str, results: str) -> None:
         logits = model(tokens).logits.float()
 
     padded = state["embedding.word_embeddings.weight"].shape[0]
-    back = dict(from_hf(converted, config, padded))
+    table = list(entries(config))
+    megatron = from_hf(converted.__getitem__, table, padded)
+    back = {entry.megatron: megatron(entry.megatron) for entry in table}
     tables = ("embedding.word_embeddings.weight", "output_layer.weight")
     equal = [
         torch.equal(tensor[:vocabulary], state[name][:vocabulary])

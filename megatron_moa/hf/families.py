@@ -134,10 +134,10 @@ class Family:
     def differences(self, own: GPTMoAConfig) -> dict[str, str]:
         """Every setting of a model that this family does not have: its name, and a text."""
         try:
-            theirs = _function(self._translate(self.from_own(own)))
+            theirs = function_settings(self._translate(self.from_own(own)))
         except (ValueError, StrictDataclassError) as error:  # sizes that the class does not accept
             return {"": " ".join(str(error).splitlines()[-1].split())}
-        ours = _function(own)
+        ours = function_settings(own)
         both = [name for name in ours if name in theirs]  # where they differ in more, moe_layers or mixing does, too
         return {name: _difference(name, ours[name], theirs[name]) for name in both if ours[name] != theirs[name]}
 
@@ -240,7 +240,7 @@ def _check_rope(rope: Mapping[str, Any], whole_heads: bool) -> None:
             raise _refused(name, value, "this class of transformers rotates whole heads")
 
 
-def _function(own: GPTMoAConfig) -> dict[str, Any]:
+def function_settings(own: GPTMoAConfig) -> dict[str, Any]:
     """The settings that decide what a model computes."""
     settings = {
         setting.name: getattr(own, setting.name)

@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 
+_OF_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # training pads their rows
+
 
 def _same(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,)
@@ -160,7 +162,7 @@ def to_hf(
         if entry is None:
             surplus.append(name)
             continue
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        if name in _OF_VOCABULARY:
             if tensor.shape[0] < config.vocab_size:
                 raise UserError(f"{name}: {tensor.shape[0]} rows, for a vocabulary of {config.vocab_size} tokens")
             tensor = tensor[: config.vocab_size]
@@ -173,22 +175,29 @@ def to_hf(
         )
 
 
-def from_hf(state: Mapping[str, Tensor], config: GPTMoAConfig, padded_vocab_size: int) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of :func:`to_hf`; rows that pad the vocabulary are 0.
+def from_hf(read: Callable[[str], Tensor], table: Iterable[Entry], padded_vocab_size: int) -> Callable[[str], Tensor]:
+    """The inverse of :func:`to_hf`: what gives Megatron's parameter of a name, made when it is asked for.
 
-    Raises:
-        UserError: as :func:`to_hf`.
+    Args:
+        read: gives the weight of a name among ``table``'s.
+        table: of the model's parameters, :func:`entries` or another family's (megatron_moa.hf.families).
+        padded_vocab_size: rows of embedding and output layer; those beyond the vocabulary are 0.
     """
-    left = set(state)
-    for entry in entries(config):
-        missing = [name for name in entry.hf if name not in left]
-        if missing:
-            raise UserError(f"{missing[0]}: not among the weights; config.json promises it")
-        left.difference_update(entry.hf)
-        tensor = entry.join(tuple(state[name] for name in entry.hf))
-        if entry.megatron in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    by_name = {entry.megatron: entry for entry in table}
+
+    def megatron(name: str) -> Tensor:
+        entry = by_name[name]
+        tensor = entry.join(tuple(read(part) for part in entry.hf))
+        if name in _OF_VOCABULARY and tensor.shape[0] < padded_vocab_size:
             padding = tensor.new_zeros(padded_vocab_size - tensor.shape[0], *tensor.shape[1:])
             tensor = torch.cat((tensor, padding))
-        yield entry.megatron, tensor
-    if left:
-        raise UserError(f"{', '.join(sorted(left)[:5])}: {len(left)} weights that the model has no place for")
+        return tensor
+
+    return megatron
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor of transformers' model is no parameter; then it keeps its precision: an expert bias is a sum of
+    small steps.
+    """
+    return name.endswith(("router_bias", "coefficients.scale"))

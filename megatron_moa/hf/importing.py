@@ -1,0 +1,399 @@
+"""A Hugging Face model as a Megatron checkpoint: settings become flags, weights are written one at a time, and what
+lies on disk is compared with transformers' own model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megatron_moa import cpu
+from megatron_moa.arguments import parse_arguments
+from megatron_moa.checkpoint import empty_model, prepare_checkpoint
+from megatron_moa.checkpoint_writer import write_release
+from megatron_moa.config import MixingConfig
+from megatron_moa.data import build_tokenizer
+from megatron_moa.errors import UserError
+from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.export import Comparison, VerificationError
+from megatron_moa.hf.families import TANH_GELU, function_settings
+from megatron_moa.hf.folder import HuggingFaceFolder, file_in
+from megatron_moa.hf.mapping import from_hf
+from megatron_moa.hf.settings import config_from_args
+from megatron_moa.hf.tokenizer import SAMPLE
+from megatron_moa.model import model_config_from_args
+from megatron_moa.upcycling import logits
+
+TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit; fp32 on both sides
+TOKENIZER = "tokenizer"  # its folder in the checkpoint
+_CHECKED_TOKENS = 256  # a row, at most: logits of a large vocabulary take memory
+_LONGEST = 4096  # of the sequences to train on, unless --seq-length says more: memory, not the model, is the limit
+
+
+@dataclass(frozen=True)
+class Split:
+    """Over how many ranks a run that takes its split from the checkpoint goes."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+
+    def check(self, own: GPTMoAConfig) -> None:
+        """Raises UserError unless the model can be split so."""
+        groups = own.num_key_value_heads
+        for flag, size, count, what in (
+            ("--tp", self.tensor, own.num_attention_heads, "heads"),
+            ("--tp", self.tensor, own.intermediate_size, "columns of a feed-forward layer (intermediate_size)"),
+            ("--tp", self.tensor, own.moe_intermediate_size, "columns of an expert (moe_intermediate_size)"),
+            ("--tp", self.tensor, own.shared_expert_intermediate_size, "columns of the shared expert"),
+            ("--pp", self.pipeline, own.num_hidden_layers, "layers"),
+            ("--ep", self.expert, own.num_experts, "experts"),
+        ):
+            if count % size:
+                legal = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+                raise UserError(f"{flag} {size}: does not divide the model's {count} {what}; take one of {legal}")
+        if groups % self.tensor and self.tensor % groups:
+            raise UserError(
+                f"--tp {self.tensor}: the model's {groups} key-value heads must be a multiple of it, or divide it"
+            )
+        if self.expert > 1 and not own.num_experts:
+            raise UserError(f"--ep {self.expert}: the model has no experts; drop the flag")
+
+
+# Settings.
+
+
+def flags_from_config(own: GPTMoAConfig) -> list[str]:
+    """Megatron's flags, and ours, for a model: the inverse of :func:`megatron_moa.hf.settings.config_from_args`.
+
+    Numbers are written so that they are read back to the last bit.
+    """
+    flags: list[Any] = []
+    flags += ["--num-layers", own.num_hidden_layers, "--hidden-size", own.hidden_size]
+    flags += ["--ffn-hidden-size", own.intermediate_size, "--max-position-embeddings", own.max_position_embeddings]
+    flags += ["--num-attention-heads", own.num_attention_heads, "--kv-channels", own.head_dim]
+    if own.num_key_value_heads != own.num_attention_heads:
+        flags += ["--group-query-attention", "--num-query-groups", own.num_key_value_heads]
+    flags += ["--normalization", own.normalization, "--norm-epsilon", own.norm_eps]
+    flags += ["--init-method-std", own.initializer_range]
+    flags += ["--position-embedding-type", own.position_embedding_type]
+    if own.position_embedding_type == "rope":
+        flags += _rope_flags(own.rope_parameters)
+    biases = own.attention_bias, own.attention_output_bias, own.mlp_bias
+    if biases != (True, True, True):
+        flags += ["--disable-bias-linear", *(["--add-qkv-bias"] if own.attention_bias else [])]
+    if own.qk_norm:
+        flags.append("--qk-layernorm")
+    if own.gated:
+        flags.append("--swiglu")
+    elif own.hidden_act != TANH_GELU:
+        flags.append("--no-bias-gelu-fusion")  # with that it would be the tanh approximation
+    if not own.tie_word_embeddings:
+        flags.append("--untie-embeddings-and-output-weights")
+    if own.num_experts:
+        flags += _expert_flags(own)
+    flags += _mixing_flags(own)
+    return list(map(str, flags))
+
+
+def _rope_flags(rope: dict[str, Any]) -> list[Any]:
+    flags: list[Any] = ["--rotary-base", int(rope["rope_theta"])]
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        flags += ["--rotary-percent", rope["partial_rotary_factor"]]
+    if rope["rope_type"] == "llama3":
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", float(rope["factor"])]
+    elif rope["rope_type"] == "linear":
+        flags += ["--rotary-seq-len-interpolation-factor", int(rope["factor"])]
+    return flags
+
+
+def _expert_flags(own: GPTMoAConfig) -> list[Any]:
+    flags: list[Any] = ["--num-experts", own.num_experts, "--moe-router-topk", own.num_experts_per_tok]
+    flags += ["--moe-layer-freq", str([int(is_moe) for is_moe in own.moe_layers])]
+    flags += ["--moe-ffn-hidden-size", own.moe_intermediate_size]
+    flags += ["--moe-router-score-function", own.router_score, "--moe-token-dispatcher-type", "alltoall"]
+    if own.shared_expert_intermediate_size:
+        flags += ["--moe-shared-expert-intermediate-size", own.shared_expert_intermediate_size]
+    if own.router_scaling_factor != 1.0:
+        flags += ["--moe-router-topk-scaling-factor", own.router_scaling_factor]
+    if own.router_float32:
+        flags += ["--moe-router-dtype", "fp32"]
+    for name, flag in (
+        ("shared_expert_gate", "--moe-shared-expert-gate"),
+        ("router_pre_softmax", "--moe-router-pre-softmax"),
+        ("router_bias", "--moe-router-enable-expert-bias"),
+    ):
+        flags += [flag] if getattr(own, name) else []
+    return flags
+
+
+def _mixing_flags(own: GPTMoAConfig) -> list[Any]:
+    mixing = own.mixing
+    if mixing is None:
+        return ["--moa-mixing", "none"]
+    flags = [
+        "--moa-mixing",
+        mixing["mixing"],
+        "--moa-form",
+        mixing["form"],
+        "--moa-activations",
+        *mixing["activations"],
+    ]
+    if mixing["mixing"] == "moa":
+        flags += ["--moa-gate", mixing["gate"], "--moa-amplitude", mixing["amplitude"]]
+        flags += ["--moa-gate-bias"] if mixing["gate_bias"] else []
+        flags += ["--moa-init-scale", "swiglu"] if own.mixing_scale else []
+    return flags
+
+
+def check_dtype(folder: HuggingFaceFolder, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype of the checkpoint's parameters.
+
+    Args:
+        wanted: None for the folder's.
+
+    Raises:
+        UserError: the folder has several, and nothing says which.
+    """
+    if wanted is not None:
+        return wanted
+    dtypes = sorted(_name(dtype) for dtype in folder.dtypes)
+    if len(dtypes) > 1:
+        raise UserError(
+            f"--hf {folder.root}: its weights are of {' and '.join(dtypes)}; add --dtype {dtypes[0]} or another one"
+        )
+    return folder.dtypes.pop()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace, MixingConfig | None]:
+    """Args and mixture of a training with these flags on so many ranks; nothing global is left behind.
+
+    Raises:
+        UserError: flags that cannot be.
+    """
+    cpu.prepare()
+    before, program, arguments = os.environ["WORLD_SIZE"], sys.argv[0], sys.argv[1:]
+    os.environ["WORLD_SIZE"] = str(world_size)
+    sys.argv[1:] = list(flags)  # Megatron reads nothing else
+    try:
+        return parse_arguments(as_global=False)
+    finally:
+        os.environ["WORLD_SIZE"] = before
+        sys.argv[:] = [program, *arguments]
+
+
+def check_function(args: argparse.Namespace, mixing: MixingConfig | None, own: GPTMoAConfig) -> None:
+    """Raises UserError if the args, with what the user added, are of another model than the folder's."""
+    ours, theirs = function_settings(config_from_args(args, mixing, own.vocab_size)), function_settings(own)
+    for name, value in theirs.items():
+        if ours.get(name, value) != value:
+            raise UserError(
+                f"Megatron's flags make {name} {ours[name]}, and the folder's model has {value}; drop the flag that "
+                "changes it"
+            )
+
+
+# Tokenizer.
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+)
+_ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def copy_tokenizer(folder: HuggingFaceFolder, target: Path) -> int | None:
+    """Copies the tokenizer's files and checks that training's ids will be transformers'.
+
+    Returns:
+        How many tokens it has; None where the folder has no tokenizer.
+
+    Raises:
+        UserError: it cannot be loaded (code of its own is never run), has more tokens than the model, or gives other
+            ids in Megatron.
+    """
+    there = [name for name in _TOKENIZER_FILES if (folder.root / name).is_symlink() or (folder.root / name).exists()]
+    if not any(name in there for name in _ENOUGH):
+        return None
+    target.mkdir()
+    for name in there:
+        shutil.copyfile(file_in(folder.root, name, f"--hf {folder.root}"), target / name)
+    remedy = "add --no-tokenizer, and give training one with --tokenizer-model"
+    try:
+        # Its class may be told by the model's alone.
+        theirs = AutoTokenizer.from_pretrained(target, config=folder.config, trust_remote_code=False)
+        settings = argparse.Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(target))
+        theirs.save_pretrained(target)  # with its class, so that it can be loaded without the model's settings
+        ours = build_tokenizer(settings)
+    except Exception as error:  # whatever a damaged file makes a library raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--hf {folder.root}: its tokenizer cannot be loaded ({reason}); {remedy}") from None
+    if ours.vocab_size > folder.own.vocab_size:
+        raise UserError(
+            f"--hf {folder.root}: its tokenizer has {ours.vocab_size} tokens, the model's vocab_size is "
+            f"{folder.own.vocab_size}; {remedy}"
+        )
+    if ours.tokenize(SAMPLE) != theirs(SAMPLE).input_ids:
+        raise UserError(f"--hf {folder.root}: its tokenizer gives other ids in Megatron than in transformers; {remedy}")
+    return ours.vocab_size
+
+
+# The whole of it.
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What was written.
+
+    Attributes:
+        args: what the checkpoint carries.
+        mixing: the model's mixture.
+        parameters: how many there are, without padding.
+        tokens: of the tokenizer; None for none.
+    """
+
+    args: argparse.Namespace
+    mixing: MixingConfig | None
+    parameters: int
+    tokens: int | None
+
+
+def import_folder(
+    folder: HuggingFaceFolder,
+    root: Path,
+    final: Path,
+    split: Split,
+    dtype: torch.dtype,
+    seq_length: int | None = None,
+    with_tokenizer: bool = True,
+    megatron_flags: Sequence[str] = (),
+) -> Imported:
+    """Writes the checkpoint: settings, tokenizer, weights. One weight is in memory at a time.
+
+    Args:
+        root: where to, as ``--save`` names it; exists, empty.
+        final: the name it will have, for the tokenizer's path in the args.
+        dtype: of the parameters.
+        seq_length: None for all positions, :data:`_LONGEST` at most.
+        megatron_flags: further ones, for the args.
+
+    Raises:
+        UserError: a split, a tokenizer or flags that the model cannot have.
+    """
+    own = folder.own
+    split.check(own)
+    folder.check_tied()
+    longest = own.max_position_embeddings
+    if seq_length is not None and seq_length > longest:
+        raise UserError(f"--seq-length {seq_length}: the model has {longest} positions; give at most that")
+    flags = [*flags_from_config(own), "--seq-length", str(seq_length or min(longest, _LONGEST))]
+    flags += ["--micro-batch-size", "1", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
+    tokens = copy_tokenizer(folder, root / TOKENIZER) if with_tokenizer else None
+    kind = (
+        ("NullTokenizer",) if tokens is None else ("HuggingFaceTokenizer", "--tokenizer-model", str(final / TOKENIZER))
+    )
+    flags += ["--vocab-size", str(own.vocab_size), "--tokenizer-type", *kind, *megatron_flags]
+    sizes = ["--tensor-model-parallel-size", str(split.tensor), "--pipeline-model-parallel-size", str(split.pipeline)]
+    sizes += ["--expert-model-parallel-size", str(split.expert)]
+    args, mixing = parse([*flags, *sizes], split.tensor * split.pipeline * split.expert)
+    check_function(args, mixing, own)
+    multiple = args.make_vocab_size_divisible_by * split.tensor
+    args.padded_vocab_size = multiple * math.ceil(own.vocab_size / multiple)  # as building the tokenizer sets it
+
+    # Layers of plain PyTorch on one process: theirs are the names that megatron_moa/hf/mapping.py has.
+    whole, _ = parse([*flags, "--transformer-impl", "local"])
+    whole.padded_vocab_size = args.padded_vocab_size
+    _one_process()
+    model = empty_model(model_config_from_args(whole, mixing))
+    write_release(model, args, root, from_hf(folder.read, folder.entries, args.padded_vocab_size))
+    parameters = sum(math.prod(folder.weights[name].shape) for entry in folder.entries for name in entry.hf)
+    return Imported(args, mixing, parameters, tokens)
+
+
+def _one_process() -> None:
+    """Megatron's groups on this process alone, which :func:`prepare_checkpoint` goes on with."""
+    if torch.distributed.is_initialized():
+        return
+    backend = "gloo" if cpu.is_enabled() else "nccl"
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+
+
+# Verification.
+
+
+def verify(folder: HuggingFaceFolder, root: Path, imported: Imported, dtype: torch.dtype) -> Comparison:
+    """Compares the checkpoint as Megatron loads it with transformers' own model, in float32; one after the other.
+
+    Args:
+        root: of the checkpoint.
+        dtype: of its parameters, to which the folder's weights are rounded, too.
+
+    Raises:
+        VerificationError: they differ by more than :data:`TOLERANCE`, or transformers cannot load the folder.
+    """
+    tokens = _checked_tokens(folder, root, imported)
+    expected = _source_logits(folder, tokens, dtype)
+    flags = ["--transformer-impl", "local"]
+    if imported.tokens is not None:
+        flags += ["--tokenizer-model", str(root / TOKENIZER)]
+    prepared = prepare_checkpoint(str(root), flags)
+    if prepared.config.mixing is not None:  # the specification, whatever a run computes with
+        prepared.config.mixing = replace(prepared.config.mixing, backend="eager")
+    loaded = prepared.load()
+    found = logits(loaded.model, tokens.to(next(loaded.model.parameters()).device), folder.own.vocab_size)
+    comparison = Comparison(
+        difference=((found - expected).abs().max() / expected.abs().max()).item(),
+        agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
+        tokens=tokens.numel(),
+    )
+    if not comparison.difference <= TOLERANCE:  # NaN, too
+        raise VerificationError(f"{comparison}; at most {TOLERANCE:.0e} is allowed")
+    return comparison
+
+
+def _checked_tokens(folder: HuggingFaceFolder, root: Path, imported: Imported) -> Tensor:
+    """[b, s]: two rows of random tokens, and two of text where there is a tokenizer."""
+    length = min(imported.args.seq_length, _CHECKED_TOKENS)
+    tokens = torch.randint(folder.own.vocab_size, (2, length), generator=torch.Generator().manual_seed(1234))
+    if imported.tokens is None:
+        return tokens
+    text = AutoTokenizer.from_pretrained(root / TOKENIZER)(SAMPLE).input_ids
+    text *= math.ceil(2 * length / len(text))
+    return torch.cat((tokens, torch.tensor(text[: 2 * length]).view(2, length)))
+
+
+def _source_logits(folder: HuggingFaceFolder, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of transformers' own model, in a process of its own, whose memory goes with it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({"tokens": tokens}, given)
+        rounded = _name(dtype) if folder.dtypes != {dtype} else "float32"
+        command = [sys.executable, "-m", "megatron_moa.hf.source_logits", *map(str, (folder.root, given, result))]
+        command += [folder.family.architecture, rounded, *(["pickled"] if folder.pickled else [])]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if process.returncode:
+            last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise VerificationError(f"transformers cannot load the folder: {last}")
+        return load_file(result)["logits"]
