@@ -509,6 +509,3 @@ class ModelTensors(Mapping[str, Tensor]):
             shape = (*shape[:axis], self._checkpoint.tensors[part.key].shape[axis], *shape[axis + 1 :])
         tensor = self._checkpoint.read(part.key, tuple(part.global_offset), shape)
         return tensor.reshape(shape[part.prepend_axis_num :])
-
-
-model_tensors = ModelTensors  # as export.py calls it

@@ -11,26 +11,21 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import unwrap_model
-from megatron.training import checkpointing
 from torch import Tensor
 
-from megatron_moa.checkpoint import LoadedModel, prepare_checkpoint
-from megatron_moa.checkpoint_files import TRACKER, write_manifest
-from megatron_moa.checkpoint_guard import check_tensors
-from megatron_moa.coefficients import Coefficients, FreeCoefficients
+from megatron_moa.checkpoint import PreparedCheckpoint, empty_model, prepare_checkpoint
+from megatron_moa.checkpoint_tensors import ModelTensors
+from megatron_moa.checkpoint_writer import write_release
+from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.model import MixedGPTModelBuilder, model_config_from_args
+from megatron_moa.model import model_config_from_args
 from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, has_tanh_gelu
 
 # Where each coefficient of a result comes from: indices of the source's to multiply, () for 1, None for 0.
@@ -228,44 +223,63 @@ def start_amplitudes(source: Tensor, origins: Origins) -> Tensor:
     return torch.stack(values)
 
 
-def _kept_rows(source: Tensor | None, into: Tensor, origins: Origins) -> None:
-    """Gate weights [n, h] or biases [n]: a kept gate's row, 0 for every other, where psi_hat then is 1."""
-    into.zero_()
+def _kept_rows(source: Tensor | None, rows: Tensor, origins: Origins) -> Tensor:
+    """Gate weights [n', h] or biases [n'], filled in ``rows``: a kept gate's, 0 for every other, where psi_hat is 1."""
+    rows.zero_()
     if source is None:
-        return
+        return rows
     for row, origin in enumerate(origins):
         if origin:
             (index,) = origin  # a product of two gates was refused
-            into[row] = source[index]
+            rows[row] = source[index]
+    return rows
 
 
-@torch.no_grad()
-def fill(target: Coefficients, source: Coefficients | None, origins: Origins) -> None:
-    """Gives a layer (an expert) the coefficients with which it computes what the source's does.
+def upcycled(
+    read: Callable[[str], Tensor], model: GPTModel, source: MixingConfig, target: MixingConfig, stock: bool = False
+) -> Callable[[str], Tensor]:
+    """Reads a model as one of another mixture that computes the same function.
 
     Args:
-        target: filled.
-        source: None for a stock layer's single coefficient 1.
-        origins: of :func:`origins`.
+        read: gives the source's parameter or buffer of a name.
+        model: of the target's mixture; on the meta device it takes no memory.
+        source: its mixture (:func:`stock_as_mixture`).
+        target: of :func:`target_mixing`.
+        stock: the source has no coefficients, it is a mixture in name only.
+
+    Returns:
+        As ``read``, by the names of ``model.state_dict()``: coefficients (float32) are the target's, filled when asked
+        for; every other tensor is the source's.
     """
-    weight = bias = None
-    if source is None:
-        amplitude = torch.ones(1, device=next(target.parameters()).device)
-    elif isinstance(source, FreeCoefficients):
-        amplitude = source.value
-    else:
-        weight, bias, amplitude = source.weight, source.bias, source.amplitude
-        if amplitude is None:
-            scale = source._buffers.get("scale", weight.new_ones(1))  # of --moa-init-scale swiglu
-            amplitude = (scale * _gate_factor(source.mixing)).expand(weight.shape[0])
-    amplitude = start_amplitudes(amplitude.float(), origins)
-    if isinstance(target, FreeCoefficients):
-        target.value.copy_(amplitude)
-        return
-    target.amplitude.copy_(amplitude)
-    _kept_rows(weight, target.weight, origins)
-    if target.bias is not None:
-        _kept_rows(bias, target.bias, origins)
+    come_from = origins(source, target)
+    wanted = {
+        f"{module_name}.{kind}": (module_name, kind, parameter.shape)
+        for module_name, module in model.named_modules()
+        if isinstance(module, Coefficients)
+        for kind, parameter in module.named_parameters()
+    }
+
+    def amplitudes(module: str) -> Tensor:
+        """The source's [n], by which its gates or constants count."""
+        if stock:
+            return torch.ones(1)
+        if source.mixing == "la":
+            return read(f"{module}.value").float()
+        if source.amplitude == "learned":
+            return read(f"{module}.amplitude").float()
+        scale = read(f"{module}.scale").float() if source.init_scale == "swiglu" else torch.ones(1)
+        return (scale * _gate_factor(source)).expand(source.num_coefficients)
+
+    def read_converted(name: str) -> Tensor:
+        if name not in wanted:
+            return read(name)
+        module, kind, shape = wanted[name]
+        if kind in ("value", "amplitude"):
+            return start_amplitudes(amplitudes(module), come_from)
+        has_it = source.mixing == "moa" and (kind == "weight" or source.gate_bias)
+        return _kept_rows(read(name).float() if has_it else None, torch.empty(shape), come_from)
+
+    return read_converted
 
 
 # Models.
@@ -290,96 +304,11 @@ def mixture_flags(target: MixingConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def convert_model(loaded: LoadedModel, source: MixingConfig, target: MixingConfig) -> GPTModel:
-    """The model of the new mixture. It takes the source's tensors, which has none afterwards: one of each in memory."""
-    args = copy.copy(loaded.args)
-    vars(args).update(mixture_flags(target), perform_initialization=False)
-    config = model_config_from_args(args, dataclasses.replace(target, backend="eager"))
-    models = MixedGPTModelBuilder(config).build_distributed_models(
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
-    )
-    result, origin = unwrap_model(models[0]).eval(), unwrap_model(loaded.model)
-    modules = dict(origin.named_modules())
-    mine = {name: module for name, module in result.named_modules() if isinstance(module, Coefficients)}
-    for name, module in mine.items():
-        fill(module, modules.get(name), origins(source, target))
-    theirs, ours = _other_tensors(origin), _other_tensors(result)
-    differing = theirs.keys() ^ ours.keys()
-    assert not differing, f"tensors of one of the two models only: {sorted(differing)}"
-    for name, tensor in ours.items():
-        assert tensor.shape == theirs[name].shape, name
-        tensor.data, theirs[name].data = theirs[name].data, tensor.new_empty(0)
-    return result
-
-
-def _other_tensors(model: GPTModel) -> dict[str, Tensor]:
-    """All parameters and buffers but the coefficients'."""
-    own = {
-        id(tensor)
-        for module in model.modules()
-        if isinstance(module, Coefficients)
-        for tensor in (*module.parameters(), *module.buffers())
-    }
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in tensors if id(tensor) not in own}
-
-
-@torch.no_grad()
 def logits(model: GPTModel, tokens: Tensor, vocab_size: int) -> Tensor:
     """[b, t, vocabulary] float32 for tokens [b, t], one sequence after the other."""
     positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     rows = [model(row.unsqueeze(0), positions, None)[..., :vocab_size].float().cpu() for row in tokens]
     return torch.cat(rows)
-
-
-# Files.
-
-
-def save_release(model: GPTModel, args: argparse.Namespace, root: Path) -> Path:
-    """Writes a checkpoint without iteration, optimizer or random states: Megatron's ``release``, from which a run
-    starts at iteration 0. The model's parameters get the dtype they were trained in (``args.params_dtype``).
-
-    Args:
-        args: what the checkpoint carries.
-        root: as ``--save`` names it.
-
-    Returns:
-        The checkpoint's own folder.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(args.params_dtype)
-    folder = root / "release"
-    folder.mkdir(parents=True)
-    metadata = _sharding(args)
-    state = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-        "model": model.sharded_state_dict(metadata=metadata),
-    }
-    content = checkpointing._clean_metadata_for_serialization(metadata)
-    dist_checkpointing.save(state, str(folder), content_metadata=content)
-    write_manifest(folder)
-    (root / TRACKER).write_text("release")
-    return folder
-
-
-def read_back(model: GPTModel, args: argparse.Namespace, folder: Path) -> None:
-    """Loads what :func:`save_release` wrote into the model, as float32, over whatever it held."""
-    for parameter in model.parameters():
-        parameter.data.fill_(math.nan)  # what is not in the files shows
-    state = model.sharded_state_dict(metadata=_sharding(args))
-    check_tensors(state, str(folder))
-    state = dist_checkpointing.load({"model": state}, str(folder))["model"]
-    model.load_state_dict(state)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float()
-
-
-def _sharding(args: argparse.Namespace) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return checkpointing._build_sharded_state_dict_metadata(args, dp_cp_group=group)
 
 
 # The whole of it.
@@ -418,6 +347,8 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
     Raises:
         UserError: nothing to load, or nothing it can become.
     """
+    # Layers of plain PyTorch: only those can be built without memory on every machine.
+    megatron_flags = ["--transformer-impl", "local", *megatron_flags]
     prepared = prepare_checkpoint(load, megatron_flags)
     if prepared.args.params_dtype != torch.float32:
         raise UserError("--bf16, --fp16: models are compared in fp32; drop the flag, the checkpoint keeps its dtype")
@@ -430,21 +361,20 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
             f"--load {load}: is {target.describe()} already; ask for another --form, --activations or --gate-bias"
         )
 
-    loaded = prepared.load()
-    _compute_by_reference(loaded.model)
-    vocab_size, length = loaded.tokenizer.vocab_size, min(_LENGTH, loaded.args.seq_length)
+    args = copy.copy(prepared.args)
+    vars(args).update(mixture_flags(target))
+    model = empty_model(model_config_from_args(args, dataclasses.replace(target, backend="eager")))
+    tensors = ModelTensors(prepared.checkpoint.path, prepared.build_empty())
+    length = min(_LENGTH, args.seq_length)
+    vocab_size = prepared.tokenizer.vocab_size
     tokens = torch.randint(vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(1))
-    tokens = tokens.to(next(loaded.model.parameters()).device)
     print(f"> computing logits of {load}", flush=True)
-    expected = logits(loaded.model, tokens, vocab_size)
+    expected = _reference_logits(prepared, tokens)
     print(f"> converting to {target.describe()}", flush=True)
-    model = convert_model(loaded, source, target)
-    args = _args_of_new_run(saved, target)
-    print("> writing", flush=True)
-    folder = save_release(model, args, root)
+    read = upcycled(tensors.__getitem__, model, source, target, stock)
+    write_release(model, _args_of_new_run(saved, target), root, read)
     print("> reading back and computing logits", flush=True)
-    read_back(model, args, folder)
-    actual = logits(model, tokens, vocab_size)
+    actual = _reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
     return Conversion(
         source=mixing,
         target=target,
@@ -454,11 +384,12 @@ def convert(load: str, root: Path, megatron_flags: Sequence[str] = (), **target_
     )
 
 
-def _compute_by_reference(model: GPTModel) -> None:
-    """The mixture, whatever backend the run had."""
-    for module in model.modules():
-        if isinstance(getattr(module, "mixing", None), MixingConfig):
-            module.mixing = dataclasses.replace(module.mixing, backend="eager")
+def _reference_logits(prepared: PreparedCheckpoint, tokens: Tensor) -> Tensor:
+    """:func:`logits` of a checkpoint's model, the mixture by its reference, whatever backend the run had."""
+    if prepared.config.mixing is not None:
+        prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
+    model = prepared.load().model
+    return logits(model, tokens.to(next(model.parameters()).device), prepared.tokenizer.vocab_size)
 
 
 def _args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:

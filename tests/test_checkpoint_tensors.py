@@ -279,14 +279,14 @@ def compare(one: str, others: list[str], results: str) -> None:
     from megatron.core.utils import unwrap_model
 
     from megatron_moa.checkpoint import load_model
-    from megatron_moa.checkpoint_tensors import model_tensors
+    from megatron_moa.checkpoint_tensors import ModelTensors
 
     model = unwrap_model(load_model(one).model)
     expected = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     model.to("meta")
     report: dict[str, object] = {"tensors": len(expected), "equal": []}
     for folder in others:
-        read = dict(model_tensors(Path(folder), model))
+        read = dict(ModelTensors(Path(folder), model))
         same = all(
             torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in expected.items()
         )
@@ -296,7 +296,7 @@ def compare(one: str, others: list[str], results: str) -> None:
         copy = Path(shutil.copytree(others[0], f"{others[0]}.changed"))
         change_metadata(copy, change)
         try:
-            list(model_tensors(copy, model))
+            list(ModelTensors(copy, model))
         except UserError as error:
             return str(error)
         finally:

@@ -142,7 +142,7 @@ def test_refuses_an_out_that_is_not_empty(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as end:
         _tool(tmp_path / "out")
     assert end.value.code == 2
-    assert f"--out {tmp_path / 'out'}: is not empty" in capsys.readouterr().err
+    assert f"--out {tmp_path / 'out'}: is a folder that is not empty" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 

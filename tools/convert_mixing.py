@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shutil
 import sys
 from pathlib import Path
 
-from megatron_moa.config import FORMS, GATES, MIXINGS
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.output_folder import written_folder
+from megatron_moa.target_flags import add_target_flags, target_settings
 
 _NAME = "convert_mixing.py"
 
@@ -30,11 +29,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="what training's --save named")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="to write to; not there, or empty")
-    parser.add_argument("--mixing", required=True, choices=MIXINGS, help="of the result")
-    parser.add_argument("--form", choices=FORMS, help="default: the checkpoint's; of a stock one bi-sided or type1")
-    parser.add_argument("--activations", nargs="+", default=(), metavar="NAME", help="all of the result's dictionary")
-    parser.add_argument("--gate", choices=GATES, help="of a MoA; default: the checkpoint's, else sigmoid")
-    parser.add_argument("--gate-bias", action="store_true", help="gates get a bias, started at 0")
+    add_target_flags(parser, required=True)
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -48,28 +43,11 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return flags, rest
 
 
-def unfinished_folder(out: Path) -> Path:
-    """Where the checkpoint is written until it is complete and compared: beside ``--out``, on the same disk.
-
-    Raises:
-        UserError: something is at ``--out``, or nothing can be written there.
-    """
-    if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"--out {out}: is not empty; name a folder that is not there")
-    unfinished = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror}); name a folder elsewhere") from error
-    return unfinished
-
-
 def main(argv: list[str] | None = None) -> None:
     """Converts, compares, prints, and leaves with 1, and without a result, if the models differ."""
     with one_line_errors(_NAME):
         flags, megatron_flags = parse_flags(argv)
-        unfinished = unfinished_folder(flags.out)
-        try:
+        with written_folder("--out", flags.out) as unfinished:
             # Imported after the flags are read: it takes seconds.
             from megatron_moa import quiet  # noqa: F401  before Megatron
 
@@ -77,16 +55,7 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_moa.upcycling import convert
 
             with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
-                done = convert(
-                    flags.load,
-                    unfinished,
-                    megatron_flags,
-                    mixing=flags.mixing,
-                    form=flags.form,
-                    activations=flags.activations,
-                    gate=flags.gate,
-                    gate_bias=flags.gate_bias,
-                )
+                done = convert(flags.load, unfinished, megatron_flags, **target_settings(flags))
             source = "stock feed-forward layers" if done.source is None else done.source.describe()
             print(f"> from {source}\n> to {done.target.describe()}")
             print(
@@ -100,9 +69,6 @@ def main(argv: list[str] | None = None) -> None:
                     file=sys.stderr,
                 )
                 raise SystemExit(1)
-            unfinished.rename(flags.out)  # over an empty folder, too
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
     print(
         f"> wrote {flags.out}; train it from iteration 0 with a new optimizer, adding data, schedule and split:\n"
         f"  python pretrain_gpt_moa.py --pretrained-checkpoint {flags.out} --use-checkpoint-args "

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.output_folder import written_folder
 
 PROGRAM = "convert_to_hf.py"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype = None if flags.dtype == "checkpoint" else getattr(torch, flags.dtype)
         target = Path(flags.out)
         try:
-            with export.written_folder("--out", target) as partial:
+            with written_folder("--out", target) as partial:
                 with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
                     prepared = prepare_checkpoint(flags.load, megatron_flags)
                     exported = export.export(

@@ -7,12 +7,10 @@ import gc
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from transformers import GenerationConfig
 
 from megatron_moa import __version__
 from megatron_moa.checkpoint import PreparedCheckpoint
-from megatron_moa.checkpoint_tensors import model_tensors
+from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.curves import read_course
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
@@ -102,31 +100,6 @@ class Exported:
         }
 
 
-@contextmanager
-def written_folder(flag: str, target: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside the target, which is renamed at the end; if anything goes wrong none remains.
-
-    Raises:
-        UserError: the target is a file or a folder with something in it, or cannot be written.
-    """
-    target = target.absolute()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        what = "a folder that is not empty" if target.is_dir() else "a file"
-        raise UserError(f"{flag} {target}: is {what}; name a new folder")
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{flag} {target}: cannot be written ({reason}); free space or choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def export(
     prepared: PreparedCheckpoint,
     folder: Path,
@@ -156,7 +129,7 @@ def export(
     has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder)
     weights = ShardWriter(folder, max_shard_bytes)
     table = list(family.entries(config))
-    tensors = to_hf(model_tensors(prepared.checkpoint.path, prepared.build_empty()), config, table)
+    tensors = to_hf(ModelTensors(prepared.checkpoint.path, prepared.build_empty()), config, table)
     weights.write(_converted(tensors, dtype), sum(len(entry.hf) for entry in table))
     final = family.from_own(config)
     final.dtype = weights.dtype
@@ -262,7 +235,10 @@ class ShardWriter:
 
     def _flush(self) -> None:
         file = self.folder / f"{len(self._names)}.safetensors"  # how many there will be shows at the end
-        save_file(self._shard, file, metadata={"format": "pt"})
+        try:
+            save_file(self._shard, file, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, too
+            raise OSError(str(error)) from error
         self._names.append(list(self._shard))
         self._shard = {}
 
