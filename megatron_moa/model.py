@@ -28,9 +28,10 @@ from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
 from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP
 from megatron_moa.functional import resolve_backend
-from megatron_moa.init_scale import output_scale, preactivation_std
+from megatron_moa.init_scale import preactivation_std
 from megatron_moa.layer_specs import layer_spec, mtp_spec
 from megatron_moa.mlp import MixedMLP
+from megatron_moa.output_scale import output_scale
 from megatron_moa.recompute import check_recompute, check_recompute_mixture
 
 # GPTModelConfig's attributes that GPTModel takes under the same name.

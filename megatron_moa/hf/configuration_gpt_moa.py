@@ -27,9 +27,10 @@ class GPTMoAConfig(PreTrainedConfig):
             layers.
         qk_norm: whether queries and keys are normalised per head.
         gated: whether feed-forward layers have two branches (SwiGLU's place).
-        mixing: settings of the mixture as :class:`megatron_moa.config.MixingConfig` takes them; None for the fixed
-            activation ``hidden_act`` (docs/mixture.md).
-        mixing_scale: whether gates have a constant factor (``--moa-init-scale swiglu``).
+        mixing: settings of the mixture as :class:`megatron_moa.config.MixingConfig` takes them, those of its start
+            among them (``initial_coefficients``, ``init_scale``); None for the fixed activation ``hidden_act``
+            (docs/mixture.md).
+        mixing_scale: whether gates have a constant factor, as ``init_scale`` ``swiglu`` gives those of fixed amplitude.
         mixing_backend: ``eager``, ``compile``, ``triton`` or ``auto``, where megatron_moa is installed; None: ``auto``
             on GPUs, ``eager`` elsewhere.
         num_experts: routed experts of a MoE layer; 0 for a dense model.
@@ -43,6 +44,8 @@ class GPTMoAConfig(PreTrainedConfig):
         router_scaling_factor: multiplies the probabilities.
         router_bias: whether experts are chosen with a bias that their probabilities do not have.
         router_float32: whether the router's product is computed in float32.
+        output_router_logits: whether the model returns them, and adds the loss of the experts' balance to the labels'.
+        router_aux_loss_coef: the factor on that loss.
     """
 
     model_type = "gpt_moa"
@@ -56,6 +59,12 @@ class GPTMoAConfig(PreTrainedConfig):
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.*.gate_proj": "colwise",
+        "layers.*.mlp.experts.*.up_proj": "colwise",
+        "layers.*.mlp.experts.*.down_proj": "rowwise",
+        "layers.*.mlp.shared_expert.gate_proj": "colwise",
+        "layers.*.mlp.shared_expert.up_proj": "colwise",
+        "layers.*.mlp.shared_expert.down_proj": "rowwise",
     }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -95,6 +104,8 @@ class GPTMoAConfig(PreTrainedConfig):
     router_scaling_factor: float = 1.0
     router_bias: bool = False
     router_float32: bool = False
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.001
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -110,6 +121,9 @@ class GPTMoAConfig(PreTrainedConfig):
             self.moe_layers = [self.num_experts > 0] * self.num_hidden_layers
         if self.position_embedding_type == "rope" and self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+        if self.mixing is not None and self.mixing.get("init_scale") == "swiglu":
+            fixed = self.mixing.get("amplitude", "fixed") == "fixed"
+            self.mixing_scale = self.mixing_scale or (self.mixing.get("mixing", "moa") == "moa" and fixed)
         for name, legal in (
             ("normalization", NORMALIZATIONS),
             ("position_embedding_type", POSITIONS),

@@ -8,37 +8,42 @@ compute the mixture, otherwise the reference does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt_moa import GPTMoAConfig
 
 try:
     from megatron_moa.config import MixingConfig
     from megatron_moa.functional import gate_coefficients, mixed_activation
+    from megatron_moa.output_scale import start_scale
 except ImportError:  # a folder that stands alone: an export
     from .config import MixingConfig
+    from .output_scale import start_scale
     from .reference import gate_coefficients, mixed_activation
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) times a weight, inside in float32; over the last dimension."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
@@ -184,13 +189,14 @@ class MixtureCoefficients(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, config.hidden_size)) if moa else None
         self.bias = nn.Parameter(torch.empty(n)) if moa and mixing.gate_bias else None
         self.amplitude = nn.Parameter(torch.empty(n)) if moa and mixing.amplitude == "learned" else None
-        self.scale = nn.Buffer(torch.ones(1)) if moa and config.mixing_scale else None
+        self.scale = nn.Buffer(torch.ones(1, dtype=torch.float32)) if moa and config.mixing_scale else None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[..., n] float32 for hidden_states [..., h]; [n] for LA."""
+    def forward(self, hidden_states: Tensor, mixing: MixingConfig) -> Tensor:
+        """[..., n] float32 for hidden_states [..., h]; [n] for LA. ``mixing`` says by which backend."""
         if self.value is not None:
             return self.value.float()
-        return gate_coefficients(hidden_states, self.weight, self.mixing, self.bias, self.amplitude, self.scale)
+        with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
+            return gate_coefficients(hidden_states, self.weight, mixing, self.bias, self.amplitude, self.scale)
 
 
 class GPTMoAMLP(nn.Module):
@@ -204,6 +210,9 @@ class GPTMoAMLP(nn.Module):
         self.down_proj = nn.Linear(width, h, bias=config.mlp_bias)
         self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
         self.mixing = None if config.mixing is None else _mixing_config(config)
+        # Compiling costs more than it saves where the lengths change from call to call, so CPUs have to be told to.
+        is_auto = self.mixing is not None and self.mixing.backend == "auto"
+        self.mixing_on_cpu = replace(self.mixing, backend="eager") if is_auto else self.mixing
         self.coefficients = None if self.mixing is None else MixtureCoefficients(config, self.mixing)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -218,48 +227,39 @@ class GPTMoAMLP(nn.Module):
             preactivation = self.up_proj(x)
             if self.gate_proj is not None:  # the activated branch first
                 preactivation = torch.cat((self.gate_proj(x), preactivation), dim=-1)
-            activated = mixed_activation(preactivation, self.coefficients(x), _on_device(self.mixing, x), None, scale)
-        output = F.linear(activated, self.down_proj.weight) if scale is not None else self.down_proj(activated)
+            mixing = self.mixing_on_cpu if x.device.type == "cpu" else self.mixing
+            activated = mixed_activation(preactivation, self.coefficients(x, mixing), mixing, None, scale)
+        output = self.down_proj(activated)  # by its module, which LoRA or a parallel layer may have replaced
         if scale is not None and self.down_proj.bias is not None:
-            output = output + self.down_proj.bias * scale.unsqueeze(-1).to(output.dtype)  # as the expert's output
+            # The bias is scaled as the expert's output is; down_proj has added it once.
+            output = output + self.down_proj.bias * (scale.float() - 1).unsqueeze(-1).to(output.dtype)
         return output
 
 
 def _mixing_config(config: GPTMoAConfig) -> MixingConfig:
-    settings = {**config.mixing, "activations": tuple(config.mixing["activations"])}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.mixing.items()}
     return MixingConfig(**settings, backend=config.mixing_backend or "auto")
 
 
-def _on_device(mixing: MixingConfig, x: Tensor) -> MixingConfig:
-    """Compiling costs more than it saves where the lengths change from call to call, so CPUs have to be told to."""
-    if mixing.backend == "auto" and x.device.type == "cpu":
-        object.__setattr__(mixing, "backend", "eager")
-    return mixing
-
-
-class GPTMoASparseMLP(nn.Module):
-    """A MoE layer: every token goes to its experts, and through the shared one."""
+class GPTMoARouter(nn.Module):
+    """Chooses each token's experts. No nn.Linear, so that LoRA and quantization of all those pass over it."""
 
     def __init__(self, config: GPTMoAConfig) -> None:
         super().__init__()
         self.config = config
-        self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        # Of the choice alone, not of the probabilities; in float32 as it was trained.
-        self.router_bias = nn.Buffer(torch.zeros(config.num_experts)) if config.router_bias else None
-        self.experts = nn.ModuleList(GPTMoAMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
-        shared = config.shared_expert_intermediate_size
-        self.shared_expert = GPTMoAMLP(config, shared) if shared else None
-        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and numbers of each token's experts, [t, k] each, for tokens [t, h]."""
-        config = self.config
-        dtype = torch.float32 if config.router_float32 else tokens.dtype
-        logits = F.linear(tokens.to(dtype), self.router.weight.to(dtype))
-        k = config.num_experts_per_tok
+    def forward(self, tokens: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """For tokens [t, h]: logits [t, experts] whose softmax the balance of experts is measured by (those of sigmoid
+        scores are their logarithms), and probabilities and numbers of the experts chosen, [t, k] each.
+        """
+        config, k = self.config, self.config.num_experts_per_tok
+        with maybe_autocast(device_type=tokens.device.type, enabled=False):
+            dtype = torch.float32 if config.router_float32 else tokens.dtype
+            logits = F.linear(tokens.to(dtype), self.weight.to(dtype))
         if config.router_score == "sigmoid":
             scores = logits.float().sigmoid()
-            chosen = (scores if self.router_bias is None else scores + self.router_bias).topk(k, dim=-1).indices
+            chosen = (scores if bias is None else scores + bias).topk(k, dim=-1).indices
             probabilities = scores.gather(-1, chosen)
             if k > 1:
                 probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + 1e-20)
@@ -268,17 +268,47 @@ class GPTMoASparseMLP(nn.Module):
         else:
             probabilities, chosen = logits.topk(k, dim=-1)
             probabilities = probabilities.softmax(-1, dtype=torch.float32)
-        return (probabilities * config.router_scaling_factor).to(logits.dtype), chosen
+        probabilities = (probabilities * config.router_scaling_factor).to(logits.dtype)
+        return F.logsigmoid(logits.float()) if config.router_score == "sigmoid" else logits, probabilities, chosen
+
+
+class SharedExpertGate(nn.Module):
+    """The logit [..., 1] of the shared expert's gate; no nn.Linear, for the router's reason."""
+
+    def __init__(self, config: GPTMoAConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., 1]"""
+        return F.linear(x, self.weight)
+
+
+class GPTMoASparseMLP(nn.Module):
+    """A MoE layer: every token goes to its experts, and through the shared one."""
+
+    def __init__(self, config: GPTMoAConfig) -> None:
+        super().__init__()
+        self.router = GPTMoARouter(config)
+        # Of the choice alone, not of the probabilities; in float32 as it was trained.
+        self.router_bias = (
+            nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32)) if config.router_bias else None
+        )
+        self.experts = nn.ModuleList(GPTMoAMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = GPTMoAMLP(config, shared) if shared else None
+        self.shared_expert_gate = SharedExpertGate(config) if config.shared_expert_gate else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, s, h] -> [b, s, h]"""
         tokens = x.reshape(-1, x.shape[-1])  # [t, h]
-        probabilities, chosen = self.route(tokens)
+        _, probabilities, chosen = self.router(tokens, self.router_bias)
         output = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
             rows, column = (chosen == number).nonzero(as_tuple=True)
             if rows.numel():
-                output.index_add_(0, rows, expert(tokens[rows], probabilities[rows, column]))
+                routed = expert(tokens[rows], probabilities[rows, column])
+                output.index_add_(0, rows, routed.to(output.dtype))  # of another dtype under autocast
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
@@ -318,17 +348,45 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": GPTMoADecoderLayer, "attentions": GPTMoAAttention}
+    _can_record_outputs = {
+        "hidden_states": GPTMoADecoderLayer,
+        "attentions": GPTMoAAttention,
+        "router_logits": OutputRecorder(GPTMoARouter, index=0),
+    }
+    # Buffers that training keeps in float32 too: an expert bias is a sum of small steps.
+    _keep_in_fp32_modules_strict = ["router_bias", "coefficients.scale"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """As training starts them (Megatron's defaults; docs/mixture.md): normal weights, smaller before the residual
+        connection, coefficients by the mixture's settings.
+        """
         super()._init_weights(module)
-        if isinstance(module, MixtureCoefficients):
-            for name, value in (("value", 0.5), ("amplitude", 0.5), ("bias", 0.0), ("scale", 1.0)):
-                if getattr(module, name) is not None:
-                    nn.init.constant_(getattr(module, name), value)
-            if module.weight is not None:
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+        std = self.config.initializer_range
+        if isinstance(module, (GPTMoAAttention, GPTMoAMLP)):  # after its linear layers
+            last = module.o_proj if isinstance(module, GPTMoAAttention) else module.down_proj
+            init.normal_(last.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        elif isinstance(module, (GPTMoARouter, SharedExpertGate)):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, GPTMoASparseMLP) and module.router_bias is not None:
+            init.zeros_(module.router_bias)
+        elif isinstance(module, MixtureCoefficients):
+            self._init_coefficients(module)
+
+    def _init_coefficients(self, module: MixtureCoefficients) -> None:
+        mixing, std = module.mixing, self.config.initializer_range
+        scale = 1.0
+        if mixing.init_scale == "swiglu" or module.scale is not None:
+            scale = start_scale(mixing, std * self.config.hidden_size**0.5)
+        for parameter in (module.value, module.amplitude):
+            if parameter is not None:
+                init.copy_(parameter, scale * torch.tensor(list(mixing.start_values()), device=parameter.device))
+        if module.weight is not None:
+            init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+        if module.scale is not None:
+            init.constant_(module.scale, scale)
 
 
 class GPTMoAModel(GPTMoAPreTrainedModel):
@@ -336,7 +394,13 @@ class GPTMoAModel(GPTMoAPreTrainedModel):
 
     def __init__(self, config: GPTMoAConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config._attn_implementation == "vllm" and config.num_experts:
+            raise ValueError(
+                "num_experts: vLLM's Transformers backend computes all experts as SwiGLU's, which these are not; "
+                "serve this model with transformers"
+            )
+        # No padding_idx: the token that pads may be the one that ends a document, which has to learn.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.position_embedding_type == "learned_absolute"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.rotary_emb = RotaryEmbedding(config) if config.position_embedding_type == "rope" else None
@@ -356,7 +420,7 @@ class GPTMoAModel(GPTMoAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Hidden states [b, s, h] behind the last norm, for input_ids [b, s] or inputs_embeds [b, s, h]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
@@ -387,7 +451,7 @@ class GPTMoAModel(GPTMoAPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
@@ -414,17 +478,25 @@ class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [b, s, vocabulary], of the last ``logits_to_keep`` positions if given; the loss of labels [b, s]."""
-        outputs: BaseModelOutputWithPast = self.model(
+    ) -> MoeCausalLMOutputWithPast:
+        """Logits [b, s, vocabulary], of the last ``logits_to_keep`` positions if given; the loss of labels [b, s].
+
+        ``output_router_logits`` of a MoE model gives those of every layer of experts, [t, experts], and the loss of
+        their balance as transformers' MoE models have it, which is added to the labels' by ``router_aux_loss_coef``.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -432,12 +504,20 @@ class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        aux_loss = None
+        if outputs.router_logits:
+            experts = self.config.num_experts, self.config.num_experts_per_tok
+            aux_loss = load_balancing_loss_func(outputs.router_logits, *experts, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            router_logits=outputs.router_logits or None,
         )
 
 

@@ -1,0 +1,47 @@
+"""How large a mixture's output is at step 0, beside SwiGLU's. Needs PyTorch only: exported models carry this file."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch.nn import functional as F
+
+from megatron_moa.config import MixingConfig
+from megatron_moa.reference import gate, mix
+
+_SAMPLES = 1 << 16  # of each random variable; tests/test_init_scale.py holds the result to real layers
+_SEED = 1234
+
+
+def start_scale(mixing: MixingConfig, std: float) -> float:
+    """The factor on all coefficients with which the layer's output has, at step 0, the mean square of SwiGLU's (GELU's
+    for type1), for preactivations of standard deviation ``std``.
+    """
+    ratio = output_scale(mixing, std)
+    # The bi-sided form multiplies two coefficients, so each takes half of the correction.
+    return ratio**-0.5 if mixing.form == "bi-sided" else 1 / ratio
+
+
+@functools.cache
+def output_scale(mixing: MixingConfig, std: float) -> float:
+    """Root mean square of the mixture before the down projection, over SwiGLU's (GELU's for type1).
+
+    Both at step 0, for preactivations and gate logits that are independent normal numbers of standard deviation
+    ``std``. By sampling the reference itself, with a seed of its own: the same on every rank and in every run.
+    """
+    # Sobol points: the squares of squares in it have heavy tails, on which plain sampling is off by per cents.
+    uniform = torch.quasirandom.SobolEngine(2 if mixing.gated else 1, scramble=True, seed=_SEED)
+    z = std * torch.special.ndtri(uniform.draw(_SAMPLES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
+    start = torch.tensor(list(mixing.start_values()), dtype=torch.float64)
+    if mixing.mixing == "la":
+        coefficients = start
+    else:
+        amplitude = start if mixing.amplitude == "learned" else None
+        generator = torch.Generator().manual_seed(_SEED)
+        logits = std * torch.randn(_SAMPLES, mixing.num_coefficients, generator=generator, dtype=torch.float64)
+        coefficients = gate(logits, mixing, amplitude)
+    fixed = F.silu(z[:, :1]) * z[:, 1:] if mixing.gated else F.gelu(z)
+    mixed = mix(z, coefficients, mixing)
+    return math.sqrt((mixed.square().mean() / fixed.square().mean()).item())
