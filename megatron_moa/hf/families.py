@@ -51,6 +51,7 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NEUTRAL = (_BASE - {"is_encoder_decoder"}) | {
     *("model_type", "output_attentions", "use_cache", "attention_dropout", "auto_map", "task_specific_params"),
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),  # of training
+    *("is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version"),  # what other tools leave behind
 }
 _WINDOW = frozenset({"sliding_window", "use_sliding_window", "max_window_layers", "layer_types"})
 _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -136,7 +137,7 @@ class Family:
         try:
             theirs = function_settings(self._translate(self.from_own(own)))
         except (ValueError, StrictDataclassError) as error:  # sizes that the class does not accept
-            return {"": " ".join(str(error).splitlines()[-1].split())}
+            return {"": str(error).splitlines()[-1].strip().removeprefix("ValueError: ")}
         ours = function_settings(own)
         both = [name for name in ours if name in theirs]  # where they differ in more, moe_layers or mixing does, too
         return {name: _difference(name, ours[name], theirs[name]) for name in both if ours[name] != theirs[name]}
@@ -231,6 +232,8 @@ def _check_rope(rope: Mapping[str, Any], whole_heads: bool) -> None:
         name = f"rope_parameters, {key}"
         if key not in legal and value is not None:
             raise _refused(name, value, f"is not supported with rope_type {kind}")
+        if key in ("rope_theta", *_ROPE_KEYS[kind]) and not isinstance(value, int | float):
+            raise _refused(name, value, "a number is wanted")
         if key in LLAMA3_ROPE and key in legal and value != LLAMA3_ROPE[key]:
             raise _refused(name, value, f"Megatron's is fixed at {LLAMA3_ROPE[key]:g}")
         is_whole = key == "rope_theta" or (key == "factor" and kind == "linear")
