@@ -164,7 +164,7 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     code, log = convert(tmp_path, "--load", checkpoint, "--out", out, "--max-shard-size", "100KB")
     assert code == 0, log[-3000:]
     assert "verified    largest difference" in log
-    assert not list(tmp_path.glob("out.partial*"))
+    assert not list(tmp_path.glob("out.*"))
 
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == [architecture]

@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING
 
 from megatron_moa.data import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.output_folder import written_folder
+from megatron_moa.target_flags import add_target_flags, target_settings
+from megatron_moa.output_folder import written_folder
 
 if TYPE_CHECKING:
     from megatron_moa.hf.folder import HuggingFaceFolder
@@ -42,6 +45,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument(
         "--seq-length", type=positive, metavar="N", help="to train with; default: all positions, 4096 at most"
     )
+    add_target_flags(parser, required=False)
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read pickled weights (pytorch_model.bin), tensors and nothing else"
     )
@@ -54,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """Opens, writes, compares, renames."""
     with one_line_ending(PROGRAM, "nothing was written"):
         flags, megatron_flags = parse_flags(argv)
+        target = target_settings(flags)
         # Imported after the flags are read: it takes seconds.
         from megatron_moa import quiet  # noqa: F401  before Megatron
 
@@ -69,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype = importing.check_dtype(folder, None if flags.dtype == DTYPES[0] else getattr(torch, flags.dtype))
         split = importing.Split(flags.tp, flags.pp, flags.ep)
         try:
-            with export.written_folder("--out", flags.out) as partial, contextlib.redirect_stdout(sys.stderr):
+            with written_folder("--out", flags.out) as partial, contextlib.redirect_stdout(sys.stderr):
                 imported = importing.import_folder(
                     folder,
                     partial,
@@ -77,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                     split,
                     dtype,
                     flags.seq_length,
+                    target,
                     not flags.no_tokenizer,
                     megatron_flags,
                 )

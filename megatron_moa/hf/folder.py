@@ -26,13 +26,14 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import FAMILIES, OWN, Family, family_of
 from megatron_moa.hf.mapping import Entry, is_buffer
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+from megatron_moa.output_folder import is_unfinished
+from megatron_moa.output_folder import is_unfinished
 
 # In the order in which transformers looks for them; an index stands for the files that it names.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LFS = b"version https://git-lfs.github.com/spec/"
-_UNFINISHED = re.compile(r"\.(partial-\d+|\d+\.unfinished)$")  # folders that a tool of this project was writing
 _OUTPUT = "lm_head.weight"
 
 
@@ -165,7 +166,7 @@ def file_in(root: Path, name: str, named_by: str) -> Path:
 
 
 def _check_finished(root: Path) -> None:
-    if _UNFINISHED.search(root.resolve().name):
+    if is_unfinished(root.resolve().name):
         raise UserError(f"--hf {root}: was left by a conversion that did not end; convert again")
     unfinished = next(root.rglob("*.incomplete"), None)
     if unfinished is not None:
