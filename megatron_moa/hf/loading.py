@@ -91,6 +91,11 @@ class FolderModel(TextModel):
     def first(self) -> int | None:
         return (self._before_text() or [self.end])[-1]
 
+    @property
+    def puts_before_text(self) -> bool:
+        """Whether texts are given to the model with what their tokenizer puts in front."""
+        return bool(self._before_text())
+
     def _before_text(self) -> list[int]:
         """None for exports of ours, which were trained without."""
         if self.tokenizer is None or isinstance(self.config, GPTMoAConfig):

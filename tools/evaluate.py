@@ -1,0 +1,254 @@
+"""Runs tasks of lm-evaluation-harness on an export, or on another Hugging Face folder; examples/evaluate.sh starts it.
+
+    python tools/evaluate.py --load exports/moa --tasks hellaswag arc_easy --data benchmarks
+
+This project's model is loaded with this package's classes, others with transformers' own: no code that lies in the
+folder is run. Each task's result is a JSON file in --out, written when the task is finished; a task that has one is not
+evaluated again, and the table says so.
+
+--data FOLDER has a folder for each task, named like it, with its splits as the hub has them: files in it, however deep,
+whose names begin with the split's (validation-00000-of-00001.parquet, test.jsonl). Nothing is asked of the hub then.
+Tasks of this project (examples/evaluation) take their data from there alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+
+PROGRAM = "evaluate.py"
+OWN_TASKS = Path(__file__).resolve().parents[1] / "examples" / "evaluation"
+TASKS = ("hellaswag", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "piqa")
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = OneLineParser(
+        PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="what tools/convert_to_hf.py wrote")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
+    parser.add_argument("--data", metavar="FOLDER", help="the tasks' data; default: from the Hugging Face hub")
+    parser.add_argument("--tasks-folder", metavar="FOLDER", help="further tasks of your own, as the harness has them")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="for results (default: evaluation in the folder that is loaded)"
+    )
+    parser.add_argument(
+        "--num-fewshot", type=int, default=0, metavar="N", help="examples before a question (default 0)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default 8)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of a task, to try it out")
+    parser.add_argument("--again", action="store_true", help="evaluate what has been evaluated already")
+    flags = parser.parse_args(argv)
+    for name, value, least in (
+        ("--num-fewshot", flags.num_fewshot, 0),
+        ("--batch-size", flags.batch_size, 1),
+        ("--limit", flags.limit, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} {value}: out of range; give {least} or more")
+    return flags
+
+
+def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of an evaluation that was run before, None if there is none.
+
+    Raises:
+        UserError: it was run with other settings, or the file is none of ours.
+    """
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        there = result["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--out {path}: is no result of an evaluation; move it away") from None
+    if there != settings:
+        what = ", ".join(f"{name} {there.get(name)}" for name in settings if there.get(name) != settings[name])
+        raise UserError(f"--out {path}: was evaluated with {what}; add --again to replace it, or name another --out")
+    return result
+
+
+def local_files(folder: Path, task: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What replaces a task's settings so that its data are read from files.
+
+    Args:
+        folder: of the task.
+        config: the task's settings.
+
+    Raises:
+        UserError: no folder, or no file of the split that is evaluated.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--data {folder.parent}: has no folder {task}; put the task's files there, or drop the task")
+    files: dict[str, list[str]] = {}
+    kinds = set()
+    changed: dict[str, Any] = {}
+    for setting in _SPLITS:
+        split = config.get(setting)
+        if split is None:
+            continue
+        found = sorted(
+            path for path in folder.rglob("*") if path.suffix in _FORMATS and path.name.startswith(str(split))
+        )
+        if found:
+            files[split] = [str(path.resolve()) for path in found]
+            kinds |= {_FORMATS[path.suffix] for path in found}
+        else:
+            changed[setting] = None
+    evaluated = config.get("test_split") or config.get("validation_split")
+    if evaluated not in files:
+        raise UserError(
+            f"--data {folder}: has no {evaluated}*.parquet or {evaluated}*.jsonl, which {task} is evaluated on"
+        )
+    if len(kinds) > 1:
+        raise UserError(f"--data {folder}: has parquet and JSON files; leave those of one kind")
+    return {**changed, "dataset_path": kinds.pop(), "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+
+
+def build_task(manager: Any, name: str, data: Path | None) -> Any:
+    """A task of the harness, its data loaded.
+
+    Args:
+        manager: lm_eval's TaskManager.
+        data: the folder with a folder for each task; None for the hub.
+
+    Raises:
+        UserError: no such task, or its data are not there.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if name not in manager.all_subtasks:
+        if name in manager.all_tasks:
+            raise UserError(f"--tasks {name}: is a group of tasks; name its tasks one by one")
+        near = difflib.get_close_matches(name, manager.all_subtasks, 3)
+        raise UserError(
+            f"--tasks {name}: unknown{', did you mean ' + ' or '.join(near) if near else ''}? lm-eval ls tasks"
+        )
+    config = load_yaml(manager.task_index[name].yaml_path, resolve_func=True)
+    if "class" in config and data is not None:
+        raise UserError(f"--tasks {name}: is written in Python and reads its data by itself; drop --data for it")
+    if data is not None:
+        config = {**config, **local_files(data / name, name, config)}
+    elif config.get("dataset_path") in _FORMATS.values() and not (config.get("dataset_kwargs") or {}).get("data_files"):
+        raise UserError(f"--tasks {name}: reads local files; name the folder that has them in {name} with --data")
+    try:
+        return manager.load([config])["tasks"][name]
+    except Exception as error:  # of the hub, the network, and files that do not fit
+        reason = " ".join(str(error).split())[:200]
+        where = f"--data {data / name}" if data else f"--tasks {name}"
+        remedy = "check its files" if data else "without the hub, give --data FOLDER"
+        raise UserError(f"{where}: its data cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
+
+
+def evaluate(lm: Any, task: Any, flags: argparse.Namespace) -> dict[str, Any]:
+    """Metrics of one task, each with its standard error where the harness has one."""
+    from lm_eval import simple_evaluate
+
+    task.set_fewshot_seed(seed=1234)
+    results = simple_evaluate(
+        model=lm, tasks=[task], num_fewshot=flags.num_fewshot, limit=flags.limit, log_samples=False
+    )
+    metrics = results["results"][task.task_name]
+    return {
+        "metrics": {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, float)},
+        "documents": results["n-samples"][task.task_name]["effective"],
+        "version": results["versions"][task.task_name],
+    }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Results by task, as a Markdown table."""
+    lines = ["| task | documents | metric | value | standard error |", "| --- | --- | --- | --- | --- |"]
+    for task, result in results.items():
+        metrics = result["metrics"]
+        for name, value in metrics.items():
+            if "_stderr" in name:
+                continue
+            error = metrics.get(f"{name}_stderr")
+            error = "" if error is None else f"{error:.4f}"
+            lines.append(f"| {task} | {result['documents']} | {name} | {value:.4f} | {error} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Loads once, evaluates what is not there yet, prints all of it."""
+    with one_line_errors(PROGRAM):
+        flags = parse_flags(argv)
+        folder = Path(flags.load)
+        out = Path(flags.out) if flags.out else folder / "evaluation"
+        data = Path(flags.data) if flags.data else None
+        settings = {
+            "load": str(folder.resolve()),
+            "num_fewshot": flags.num_fewshot,
+            "limit": flags.limit,
+            "data": str(data),
+        }
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--load {folder}: has no config.json; give a folder that tools/convert_to_hf.py wrote")
+        results = {}
+        for name in flags.tasks:
+            before = None if flags.again else finished(out / f"{name}.json", settings)
+            if before is not None:
+                results[name] = before
+                print(f"> {name}: evaluated already, {out / name}.json; --again repeats it", file=sys.stderr)
+        missing = [name for name in flags.tasks if name not in results]
+        if missing:
+            if data is not None:
+                os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+            try:
+                from lm_eval.models.huggingface import HFLM
+                from lm_eval.tasks import TaskManager
+            except ModuleNotFoundError as error:
+                raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[eval]'") from None
+            from megatron_moa.hf.loading import load_folder
+
+            further = [flags.tasks_folder] if flags.tasks_folder else []
+            manager = TaskManager(include_path=[OWN_TASKS, *further])
+            tasks = {name: build_task(manager, name, data) for name in missing}
+            model = load_folder(folder)
+            if model.tokenizer is None:
+                raise UserError(f"--load {folder}: has no tokenizer; put its files there")
+            lm = HFLM(
+                pretrained=model.model,
+                tokenizer=model.tokenizer,
+                batch_size=flags.batch_size,
+                max_length=model.context,
+                prefix_token_id=model.first,
+                add_bos_token=model.puts_before_text,
+            )
+            make_folder(out)
+            for name, task in tasks.items():
+                when = datetime.datetime.now().isoformat(timespec="seconds")
+                results[name] = {"task": name, "settings": settings, "when": when, **evaluate(lm, task, flags)}
+                write(out / f"{name}.json", results[name])
+    print(table({name: results[name] for name in flags.tasks}))
+
+
+def make_folder(out: Path) -> None:
+    """Raises UserError where it cannot be made; before hours of evaluation."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to ({error.strerror}); name a folder elsewhere") from None
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()
