@@ -20,7 +20,6 @@ from megatron_moa.data import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 from megatron_moa.output_folder import written_folder
 from megatron_moa.target_flags import add_target_flags, target_settings
-from megatron_moa.output_folder import written_folder
 
 if TYPE_CHECKING:
     from megatron_moa.hf.folder import HuggingFaceFolder

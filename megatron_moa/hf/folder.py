@@ -27,7 +27,6 @@ from megatron_moa.hf.families import FAMILIES, OWN, Family, family_of
 from megatron_moa.hf.mapping import Entry, is_buffer
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.output_folder import is_unfinished
-from megatron_moa.output_folder import is_unfinished
 
 # In the order in which transformers looks for them; an index stands for the files that it names.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")

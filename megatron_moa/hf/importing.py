@@ -37,7 +37,7 @@ from megatron_moa.hf.mapping import from_hf
 from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.model import model_config_from_args
-from megatron_moa.upcycling import logits
+from megatron_moa.upcycling import logits, mixture_flags, stock_as_mixture, target_mixing, upcycled
 
 TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit; fp32 on both sides
 TOKENIZER = "tokenizer"  # its folder in the checkpoint
@@ -124,7 +124,7 @@ def _rope_flags(rope: dict[str, Any]) -> list[Any]:
 
 def _expert_flags(own: GPTMoAConfig) -> list[Any]:
     flags: list[Any] = ["--num-experts", own.num_experts, "--moe-router-topk", own.num_experts_per_tok]
-    flags += ["--moe-layer-freq", str([int(is_moe) for is_moe in own.moe_layers])]
+    flags += ["--moe-layer-freq", "+".join(f"[{int(is_moe)}]" for is_moe in own.moe_layers)]
     flags += ["--moe-ffn-hidden-size", own.moe_intermediate_size]
     flags += ["--moe-router-score-function", own.router_score, "--moe-token-dispatcher-type", "alltoall"]
     if own.shared_expert_intermediate_size:
@@ -284,6 +284,7 @@ def import_folder(
     split: Split,
     dtype: torch.dtype,
     seq_length: int | None = None,
+    target: dict[str, Any] | None = None,
     with_tokenizer: bool = True,
     megatron_flags: Sequence[str] = (),
 ) -> Imported:
@@ -294,10 +295,12 @@ def import_folder(
         final: the name it will have, for the tokenizer's path in the args.
         dtype: of the parameters.
         seq_length: None for all positions, :data:`_LONGEST` at most.
+        target: ``mixing`` and others, of :func:`megatron_moa.upcycling.target_mixing`: the mixture to become; None
+            for the folder's own.
         megatron_flags: further ones, for the args.
 
     Raises:
-        UserError: a split, a tokenizer or flags that the model cannot have.
+        UserError: a split, a mixture, a tokenizer or flags that the model cannot have.
     """
     own = folder.own
     split.check(own)
@@ -324,8 +327,20 @@ def import_folder(
     whole, _ = parse([*flags, "--transformer-impl", "local"])
     whole.padded_vocab_size = args.padded_vocab_size
     _one_process()
-    model = empty_model(model_config_from_args(whole, mixing))
-    write_release(model, args, root, from_hf(folder.read, folder.entries, args.padded_vocab_size))
+    read = from_hf(folder.read, folder.entries, args.padded_vocab_size)
+    if target is None:
+        model = empty_model(model_config_from_args(whole, mixing))
+    else:
+        source = stock_as_mixture(args) if mixing is None else mixing
+        result = target_mixing(source, stock=mixing is None, **target)
+        if result == mixing:
+            raise UserError(f"--hf {folder.root}: is {mixing.describe()} already; drop --mixing, or ask for another")
+        for some in (args, whole):
+            vars(some).update(mixture_flags(result))
+        model = empty_model(model_config_from_args(whole, result))
+        read = upcycled(read, model, source, result, stock=mixing is None)
+        mixing = result
+    write_release(model, args, root, read)
     parameters = sum(math.prod(folder.weights[name].shape) for entry in folder.entries for name in entry.hf)
     return Imported(args, mixing, parameters, tokens)
 
