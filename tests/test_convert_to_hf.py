@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_moa.errors import UserError
-from megatron_moa.hf import export
+from megatron_moa.hf import export, families
+from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.export import ShardWriter, code_files
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.tokenizer import SAMPLE, _from_sentencepiece, export_tokenizer
@@ -65,6 +66,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     ),
     "stock, biases, tied, TP 2": ([*SWIGLU, *SPLIT, *STOCK], 2, "LlamaForCausalLM"),
     "stock, biases of q, k, v": ([*SWIGLU, *STOCK, "--add-qkv-bias"], 1, "Qwen2ForCausalLM"),
+    "stock, own class asked for": ([*SWIGLU, *STOCK], 1, "GPTMoAForCausalLM"),
     "stock, q/k norm": ([*SWIGLU, *STOCK, "--qk-layernorm"], 1, "Qwen3ForCausalLM"),
     "stock, GPT-2-like, biases, tied": ([*GPT2, *UNGROUPED, *STOCK], 1, "GPT2LMHeadModel"),
     "stock, GPT-2-like, exact GELU, biases, tied, TP 2": (
@@ -161,7 +163,8 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     ]
     code, log = launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), flags), processes, tmp_path)
     assert code == 0, log[-3000:]
-    code, log = convert(tmp_path, "--load", checkpoint, "--out", out, "--max-shard-size", "100KB")
+    asked = ["--architecture", architecture] if "asked for" in case else []
+    code, log = convert(tmp_path, "--load", checkpoint, "--out", out, "--max-shard-size", "100KB", *asked)
     assert code == 0, log[-3000:]
     assert "verified    largest difference" in log
     assert not list(tmp_path.glob("out.*"))
@@ -336,6 +339,17 @@ def test_shards_are_bounded_and_hold_everything(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert torch.equal(shards[index["weight_map"][name]][name], tensor)
     assert index["metadata"]["total_size"] == writer.bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_class_can_be_asked_for() -> None:
+    own = GPTMoAConfig(hidden_size=32, num_attention_heads=4)
+    assert export._family(own, None) == (families.LLAMA, None)
+    assert export._family(own, "GPTMoAForCausalLM") == (families.OWN, "--architecture GPTMoAForCausalLM")
+    assert export._family(own, "MistralForCausalLM") == (families.MISTRAL, None)
+    with pytest.raises(UserError, match=r"^--architecture Qwen3ForCausalLM: this model is none: qk_norm is False"):
+        export._family(own, "Qwen3ForCausalLM")
+    with pytest.raises(UserError, match=r"^--architecture T5: is not supported; supported: LlamaForCausalLM, "):
+        export._family(own, "T5")
 
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
