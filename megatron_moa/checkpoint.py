@@ -117,6 +117,14 @@ class PreparedCheckpoint:
     config: MixedGPTModelConfig
     tokenizer: Any
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding without padding. An imported model may have more than its tokenizer has tokens;
+        ``--vocab-size`` has their number then.
+        """
+        known = self.args.vocab_size if self.args.tokenizer_type == "HuggingFaceTokenizer" else None
+        return max(self.tokenizer.vocab_size, known or 0)
+
     def build_empty(self) -> GPTModel:
         """:func:`empty_model` of its settings."""
         return empty_model(self.config)

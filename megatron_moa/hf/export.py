@@ -122,7 +122,7 @@ def export(
         UserError: a setting, a tensor or a tokenizer that cannot be exported.
     """
     tokenizer = prepared.tokenizer
-    config = config_from_args(prepared.args, prepared.config.mixing, tokenizer.vocab_size)
+    config = config_from_args(prepared.args, prepared.config.mixing, prepared.vocab_size)
     for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
         setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
     family, reason = _family(config, architecture)
@@ -265,7 +265,7 @@ def code_files() -> dict[str, str]:
 
 def checked_tokens(prepared: PreparedCheckpoint, seed: int = 1234) -> Tensor:
     """What both models are given: [b, s], two rows of random tokens, and two of text where there is a tokenizer."""
-    vocabulary, length = prepared.tokenizer.vocab_size, min(prepared.args.seq_length, _CHECKED_TOKENS)
+    vocabulary, length = prepared.vocab_size, min(prepared.args.seq_length, _CHECKED_TOKENS)
     tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
     if prepared.args.tokenizer_type != "NullTokenizer":
         text = prepared.tokenizer.tokenize(SAMPLE)
@@ -299,7 +299,7 @@ def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype |
     if prepared.config.mixing is not None:  # the specification, whatever the run computed with
         prepared.config.mixing = replace(prepared.config.mixing, backend="eager")
     loaded = prepared.load()
-    vocabulary = prepared.tokenizer.vocab_size
+    vocabulary = prepared.vocab_size
     if rounded_to is not None:
         for parameter in loaded.model.parameters():
             parameter.data = parameter.data.to(rounded_to).float()
