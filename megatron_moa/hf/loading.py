@@ -5,7 +5,6 @@ transformers' own; never with code that lies in the folder.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +23,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.folder import file_in
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel
 from megatron_moa.inference import TextModel
 
@@ -185,30 +186,28 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
 
 
 def _check_config(folder: Path) -> None:
-    """Raises UserError for a folder that no code here is for, and for an index that leads out of it."""
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text())
-        kind = settings["model_type"]
-    except OSError as error:
-        raise UserError(f"--load {folder}: config.json cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--load {path}: is no configuration of a model; export it again") from None
-    try:
-        AutoConfig.for_model(kind)
-    except ValueError:
+    """Raises UserError for a model that no code here is for, and for files that lie elsewhere."""
+    path = file_in(folder, "config.json", f"--load {folder}")
+    kind = _json(path).get("model_type")
+    if kind not in CONFIG_MAPPING:
         raise UserError(
-            f"--load {path}: model_type {kind}: is neither this project's nor one that transformers knows without "
-            "code from the folder, which is not run"
-        ) from None
-    except Exception:  # a class that wants more settings than none: it is known
-        pass
+            f"{path}, model_type {kind}: is neither this project's nor one that transformers knows without code from "
+            "the folder, which is not run"
+        )
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"--load {index}: is no index of weights; export the model again") from None
-        for file in sorted(map(str, files)):
-            if os.path.basename(file) != file:
-                raise UserError(f"--load {index}: names {file}, which is not in the folder; it is not read")
+    if index.exists():
+        files = _json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise UserError(f"{index}: has no weight_map from names to files; export the model again")
+        for file in sorted(set(files.values())):
+            file_in(folder, file, str(index))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path}: cannot be read as JSON; export the model again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object; export the model again")
+    return value
