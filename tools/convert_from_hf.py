@@ -49,8 +49,18 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
         "--allow-pickle", action="store_true", help="read pickled weights (pytorch_model.bin), tensors and nothing else"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-5,
+        metavar="T",
+        help="largest difference of logits over the largest logit; default 1e-5",
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
-    return parser.parse_known_args(argv)
+    flags, rest = parser.parse_known_args(argv)
+    if not flags.tolerance > 0:
+        parser.error(f"--tolerance {flags.tolerance:g}: give a number above 0, such as 1e-5")
+    return flags, rest
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +95,9 @@ def main(argv: list[str] | None = None) -> None:
                     not flags.no_tokenizer,
                     megatron_flags,
                 )
-                comparison = None if flags.no_verify else importing.verify(folder, partial, imported, dtype)
+                comparison = None
+                if not flags.no_verify:
+                    comparison = importing.verify(folder, partial, imported, dtype, flags.tolerance)
         except export.VerificationError as error:
             print(f"{PROGRAM}: error: --hf {flags.hf}: {error}; nothing was written", file=sys.stderr)
             raise SystemExit(1) from None

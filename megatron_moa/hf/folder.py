@@ -330,6 +330,12 @@ def _named_by_family(family: Family, stored: Iterable[Stored]) -> dict[str, Stor
 
 def _check_weights(folder: HuggingFaceFolder) -> None:
     """Every weight that config.json promises is there, of its shape, and no other is."""
+    layers, experts = folder.own.num_hidden_layers, folder.own.num_experts
+    if max(layers, experts) > len(folder.weights):  # before a model of such a size is thought up
+        promised = f"{layers} layers and {experts} experts"
+        raise UserError(
+            f"--hf {folder.root}: config.json promises {promised}, and there are {len(folder.weights)} weights"
+        )
     shapes = expected_shapes(folder.family, folder.own)
     for name, shape in shapes.items():
         stored = folder.weights.get(name)
@@ -350,8 +356,13 @@ def _check_weights(folder: HuggingFaceFolder) -> None:
 
 def expected_shapes(family: Family, own: GPTMoAConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's weights as they lie in the files of a family."""
-    with torch.device("meta"):
-        state = GPTMoAForCausalLM(own).state_dict()
+    try:
+        with torch.device("meta"):
+            state = GPTMoAForCausalLM(own).state_dict()
+    except UserError:
+        raise
+    except Exception as error:  # sizes and settings that cannot be raise whatever they like
+        raise UserError(f"config.json: no model can be built from it ({_one_line(error)[:160]})") from None
     shapes = {}
     for ours, theirs in zip(OWN.entries(own), family.entries(own), strict=True):
         megatron = ours.join(tuple(state[name] for name in ours.hf))

@@ -34,12 +34,11 @@ from megatron_moa.hf.export import Comparison, VerificationError
 from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
 from megatron_moa.hf.mapping import from_hf
-from megatron_moa.hf.settings import config_from_args
+from megatron_moa.hf.settings import config_from_args, mixing_settings
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.model import model_config_from_args
 from megatron_moa.upcycling import logits, mixture_flags, stock_as_mixture, target_mixing, upcycled
 
-TOLERANCE = 1e-5  # largest difference of logits, relative to the largest logit; fp32 on both sides
 TOKENIZER = "tokenizer"  # its folder in the checkpoint
 _CHECKED_TOKENS = 256  # a row, at most: logits of a large vocabulary take memory
 _LONGEST = 4096  # of the sequences to train on, unless --seq-length says more: memory, not the model, is the limit
@@ -143,22 +142,20 @@ def _expert_flags(own: GPTMoAConfig) -> list[Any]:
 
 
 def _mixing_flags(own: GPTMoAConfig) -> list[Any]:
-    mixing = own.mixing
-    if mixing is None:
+    if own.mixing is None:
         return ["--moa-mixing", "none"]
-    flags = [
-        "--moa-mixing",
-        mixing["mixing"],
-        "--moa-form",
-        mixing["form"],
-        "--moa-activations",
-        *mixing["activations"],
-    ]
-    if mixing["mixing"] == "moa":
-        flags += ["--moa-gate", mixing["gate"], "--moa-amplitude", mixing["amplitude"]]
-        flags += ["--moa-gate-bias"] if mixing["gate_bias"] else []
-        flags += ["--moa-init-scale", "swiglu"] if own.mixing_scale else []
-    return flags
+    mixing = _mixing_of(own)
+    flags: list[Any] = ["--moa-mixing", mixing.mixing, "--moa-form", mixing.form]
+    flags += ["--moa-activations", *mixing.activations, "--moa-la-init", *mixing.initial_coefficients]
+    if mixing.mixing == "moa":
+        flags += ["--moa-gate", mixing.gate, "--moa-amplitude", mixing.amplitude]
+        flags += ["--moa-gate-bias"] if mixing.gate_bias else []
+    scale = "swiglu" if own.mixing_scale else mixing.init_scale
+    return [*flags, "--moa-init-scale", scale]
+
+
+def _mixing_of(own: GPTMoAConfig) -> MixingConfig:
+    return MixingConfig(**{**own.mixing, "activations": tuple(own.mixing.get("activations", ()))})
 
 
 def check_dtype(folder: HuggingFaceFolder, wanted: torch.dtype | None) -> torch.dtype:
@@ -204,6 +201,8 @@ def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace
 def check_function(args: argparse.Namespace, mixing: MixingConfig | None, own: GPTMoAConfig) -> None:
     """Raises UserError if the args, with what the user added, are of another model than the folder's."""
     ours, theirs = function_settings(config_from_args(args, mixing, own.vocab_size)), function_settings(own)
+    if own.mixing is not None:
+        theirs["mixing"] = mixing_settings(_mixing_of(own))  # where they start is no part of it
     for name, value in theirs.items():
         if ours.get(name, value) != value:
             raise UserError(
@@ -357,15 +356,18 @@ def _one_process() -> None:
 # Verification.
 
 
-def verify(folder: HuggingFaceFolder, root: Path, imported: Imported, dtype: torch.dtype) -> Comparison:
+def verify(
+    folder: HuggingFaceFolder, root: Path, imported: Imported, dtype: torch.dtype, tolerance: float
+) -> Comparison:
     """Compares the checkpoint as Megatron loads it with transformers' own model, in float32; one after the other.
 
     Args:
         root: of the checkpoint.
         dtype: of its parameters, to which the folder's weights are rounded, too.
+        tolerance: the largest difference of logits, relative to the largest logit.
 
     Raises:
-        VerificationError: they differ by more than :data:`TOLERANCE`, or transformers cannot load the folder.
+        VerificationError: they differ by more than that, or transformers cannot load the folder.
     """
     tokens = _checked_tokens(folder, root, imported)
     expected = _source_logits(folder, tokens, dtype)
@@ -382,8 +384,8 @@ def verify(folder: HuggingFaceFolder, root: Path, imported: Imported, dtype: tor
         agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
         tokens=tokens.numel(),
     )
-    if not comparison.difference <= TOLERANCE:  # NaN, too
-        raise VerificationError(f"{comparison}; at most {TOLERANCE:.0e} is allowed")
+    if not comparison.difference <= tolerance:  # NaN, too
+        raise VerificationError(f"{comparison}; --tolerance {tolerance:g} allows less")
     return comparison
 
 
