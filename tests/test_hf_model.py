@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from transformers import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.export import code_files
 from megatron_moa.hf.mapping import entries, from_hf, to_hf
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+from megatron_moa.output_scale import start_scale
 from tests import hf_models, launch
+from tests.tiny_hf import KINDS, build, tokens_of
 from tests.training import MOE, ROOT, SWIGLU, TINY
 
 EAGER = ["--moa-backend", "eager"]
@@ -79,78 +87,183 @@ def test_transformers_model_computes_megatrons_logits(case: str, tmp_path: Path)
 
 # What transformers' models do.
 
-KINDS = {
-    "moa": {"mixing": {"mixing": "moa", "form": "bi-sided", "activations": ["silu", "relu2", "tanh"]}},
-    "la, experts": {
-        "mixing": {"mixing": "la", "form": "quadratic", "activations": ["silu", "relu"]},
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 16,
-        "shared_expert_gate": True,
-        "moe_layers": [False, True],
-    },
-    "GPT-2-like": {
-        "mixing": {"mixing": "moa", "form": "type1", "activations": ["gelu", "relu2"], "gate_bias": True},
-        "gated": False,
-        "position_embedding_type": "learned_absolute",
-        "normalization": "LayerNorm",
-        "tie_word_embeddings": True,
-        "mlp_bias": True,
-        "attention_bias": True,
-        "attention_output_bias": True,
-    },
-}
 
-
-def build(kind: str, **settings: object) -> GPTMoAForCausalLM:
-    torch.manual_seed(5)
-    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return GPTMoAForCausalLM(GPTMoAConfig(**sizes, initializer_range=0.3, **{**KINDS[kind], **settings})).eval()
-
-
-def tokens_of(model: GPTMoAForCausalLM, *shape: int) -> torch.Tensor:
-    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(2))
+EQUAL = {"atol": 2e-5, "rtol": 1e-5}  # float32; logits of these models are of size 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_cache_padding_and_attention_change_nothing(kind: str) -> None:
+def test_cache_and_attention_change_nothing(kind: str) -> None:
     model = build(kind)
     tokens = tokens_of(model, 2, 9)
     logits = model(tokens).logits
     assert logits.std() > 0.1
-    half = model(tokens[:, :5], use_cache=True)
-    rest = model(tokens[:, 5:], past_key_values=half.past_key_values).logits
-    torch.testing.assert_close(torch.cat((half.logits, rest), dim=1), logits, atol=1e-5, rtol=1e-5)
-    # Three tokens of padding before the second sequence.
-    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), tokens), dim=1)
-    mask = torch.ones_like(padded)
-    mask[:, :3] = 0
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    shifted = model(padded, attention_mask=mask, position_ids=positions).logits[:, 3:]
-    torch.testing.assert_close(shifted, logits, atol=1e-5, rtol=1e-5)
+    for cache in (None, StaticCache(config=model.config, max_cache_len=16)):
+        half = model(tokens[:, :5], past_key_values=cache, use_cache=True)
+        rest = model(tokens[:, 5:], past_key_values=half.past_key_values).logits
+        torch.testing.assert_close(torch.cat((half.logits, rest), dim=1), logits, **EQUAL)
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(model(tokens).logits, logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, logits[:, -2:])
+    torch.testing.assert_close(model(tokens).logits, logits, **EQUAL)
+    torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, logits[:, -2:], **EQUAL)
+    embedded = model.get_input_embeddings()(tokens)
+    torch.testing.assert_close(model(inputs_embeds=embedded).logits, logits, **EQUAL)
+    with pytest.raises(ValueError, match="one of input_ids and inputs_embeds"):
+        model(tokens, inputs_embeds=embedded)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generates_saves_and_comes_back(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_and_packing_change_nothing(kind: str, implementation: str) -> None:
+    model = build(kind)
+    model.set_attn_implementation(implementation)
+    tokens = tokens_of(model, 2, 9)
+    logits = model(tokens).logits
+    padding = torch.zeros(2, 3, dtype=torch.long)
+    left, right = torch.cat((padding, tokens), dim=1), torch.cat((tokens, padding), dim=1)
+    mask = (torch.arange(12) >= 3).long().expand(2, 12)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    padded = model(left, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(padded[:, 3:], logits, **EQUAL)
+    padded = model(right, attention_mask=mask.flip(-1)).logits
+    torch.testing.assert_close(padded[:, :9], logits, **EQUAL)
+    # Two sequences in one row, told apart by positions that start again.
+    apart = torch.cat((model(tokens[:1, :5]).logits, model(tokens[:1, 5:]).logits), dim=1)
+    positions = torch.cat((torch.arange(5), torch.arange(4)))[None]
+    packed = model(tokens[:1], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed, apart, **EQUAL)
+    assert (apart - logits[:1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generates_the_same_in_every_way(kind: str) -> None:
+    model = build(kind)
+    tokens = tokens_of(model, 2, 7)
+    settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **settings)
+    assert expected.shape == (2, 13)
+    for way in ({"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
+        assert torch.equal(model.generate(tokens, **settings, **way), expected), way
+    # A batch of two lengths: generate takes positions from the mask.
+    short = model.generate(tokens[:1, 3:], **settings)
+    batch = tokens.clone()
+    batch[0, :3] = 0
+    mask = torch.ones_like(batch)
+    mask[0, :3] = 0
+    both = model.generate(batch, attention_mask=mask, **settings)
+    assert torch.equal(both[0, 3:], short[0])
+    assert torch.equal(both[1], expected[1])
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "vllm"])
+def test_attention_functions_get_what_transformers_promises_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flash attention needs a GPU; a function in its place is given the same arguments, and what it returns is used."""
+    model = build("moa")
+    tokens = tokens_of(model, 1, 9)
+    states = model.model(tokens).last_hidden_state
+    calls = []
+
+    def attend(module, query, key, value, attention_mask, *, scaling, dropout=0.0, **kwargs):
+        calls.append((module.layer_idx, query.shape, key.shape, value.shape, attention_mask, dropout, kwargs))
+        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling, is_causal=True)
+        output = output.transpose(1, 2)  # [b, s, heads, head size]
+        return (output.flatten(0, 1).flatten(-2) if name == "vllm" else output), None  # vLLM: [tokens, width]
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, name, attend)
+    model.config._attn_implementation = name
+    instances = {0: "of layer 0", 1: "of layer 1"}
+    result = model.model(tokens, attention_instances=instances, use_cache=False, return_dict=False)
+    torch.testing.assert_close(result[0], states, **EQUAL)
+    assert [call[0] for call in calls] == [0, 1]
+    for _, query, key, value, mask, dropout, kwargs in calls:
+        assert query == (1, 4, 9, 8)
+        assert key == value == (1, 2, 9, 8)
+        assert mask is None
+        assert dropout == 0
+        assert kwargs["attention_instances"] is instances
+        assert kwargs["position_ids"].tolist() == [list(range(9))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_every_layer(kind: str) -> None:
+    model = build(kind)
+    model.set_attn_implementation("eager")
+    tokens = tokens_of(model, 2, 9)
+    result = model(tokens, output_hidden_states=True, output_attentions=True)
+    assert [states.shape for states in result.hidden_states] == [(2, 9, 32)] * 3
+    torch.testing.assert_close(model.lm_head(result.hidden_states[-1]), result.logits)
+    for weights in result.attentions:
+        assert weights.shape == (2, 4, 9, 9)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 9))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saves_and_comes_back(kind: str, tmp_path: Path) -> None:
     model = build(kind)
     tokens = tokens_of(model, 2, 5)
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    generated = model.generate(tokens, **settings)
-    assert generated.shape == (2, 13)
-    assert torch.equal(generated, model.generate(tokens, use_cache=False, **settings))
-    model.save_pretrained(tmp_path)
-    loaded = GPTMoAForCausalLM.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    loaded, notes = GPTMoAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(notes.values())
     weights = loaded.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
-    assert loaded.config.mixing == model.config.mixing
-    hidden = model(tokens, output_hidden_states=True).hidden_states
-    assert len(hidden) == 3
+    assert loaded.config.to_dict() == model.config.to_dict() | {"_name_or_path": str(tmp_path)}
+    tied = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert tied == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vocabulary_grows(kind: str) -> None:
+    model = build(kind)
+    tokens = tokens_of(model, 2, 5)
+    logits = model(tokens).logits
+    model.resize_token_embeddings(110)
+    assert model.config.vocab_size == 110
+    grown = model(torch.full_like(tokens, 109)).logits
+    assert grown.shape == (2, 5, 110)
+    torch.testing.assert_close(model(tokens).logits[..., :101], logits, **EQUAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_what_training_keeps_in_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = build("la, experts", **SCALED, router_score="sigmoid", router_bias=True)
+    tokens = tokens_of(model, 2, 9)
+    for name, buffer in model.named_buffers():
+        if name.endswith("router_bias"):
+            buffer.copy_(torch.tensor([1e-4, 2e-4, -1e-4, 0]))  # lost if they were added to 1 in half precision
+    logits = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    half = GPTMoAForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    kept = {name: tensor for name, tensor in half.state_dict().items() if tensor.dtype == torch.float32}
+    assert {name.rpartition(".")[2] for name in kept} == {"router_bias", "scale"}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in kept.items())
+    assert half.lm_head.weight.dtype == dtype
+    # Coefficients are computed in float32 from the half-precision parameters.
+    coefficients, states = half.model.layers[0].mlp.coefficients, torch.randn(3, 32).to(dtype)
+    gates = (states.float() @ coefficients.weight.float().T).sigmoid() * coefficients.scale
+    torch.testing.assert_close(coefficients(states, coefficients.mixing), gates)
+    with torch.no_grad():
+        result = half(tokens).logits
+    assert result.dtype == dtype
+    assert (result.float() - logits).abs().mean() < 0.1 * logits.abs().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_gates_and_router_alone(kind: str) -> None:
+    model = build(kind)
+    tokens = tokens_of(model, 2, 9)
+    plain = model(tokens, labels=tokens)
+    seen = []
+    for module in model.modules():
+        if type(module).__name__ in ("MixtureCoefficients", "GPTMoARouter"):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = model(tokens, labels=tokens)
+    result.loss.backward()
+    assert abs(result.loss - plain.loss) < 0.02 * plain.loss
+    floats = [tensor for output in seen for tensor in (output if isinstance(output, tuple) else (output,))]
+    assert seen
+    assert all(tensor.dtype == torch.float32 for tensor in floats if tensor.is_floating_point())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -160,6 +273,9 @@ def test_trains_with_labels_and_gradient_checkpointing(kind: str) -> None:
     plain = model(tokens, labels=tokens)
     logits = plain.logits[:, :-1].flatten(0, 1)
     torch.testing.assert_close(plain.loss, torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()))
+    # With gradient accumulation Trainer gives the number of tokens of all its steps.
+    summed = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(64)).loss
+    torch.testing.assert_close(summed, plain.loss * 16 / 64)
     plain.loss.backward()
     gradients = {
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
@@ -168,18 +284,166 @@ def test_trains_with_labels_and_gradient_checkpointing(kind: str) -> None:
     assert not {name for name in unused if ".experts." not in name}  # an expert may have got no token
     model.zero_grad()
     model.train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model(tokens, labels=tokens).loss.backward()
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_backends_agree() -> None:
-    """Where megatron_moa is installed its kernels compute the mixture; the reference is what an export has without."""
-    eager, compiled = build("moa"), build("moa", mixing_backend="compile")
-    tokens = tokens_of(eager, 2, 9)
-    torch.testing.assert_close(compiled(tokens).logits, eager(tokens).logits, atol=1e-5, rtol=1e-5)
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The modeling file of an export, imported as where megatron_moa is not installed."""
+    (tmp_path / "alone").mkdir()
+    for name, text in {"__init__.py": "", **code_files()}.items():
+        (tmp_path / "alone" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "megatron_moa.config", None)
+        module = importlib.import_module("alone.modeling_gpt_moa")
+    yield module
+    for name in [name for name in sys.modules if name.partition(".")[0] == "alone"]:
+        del sys.modules[name]
+
+
+BACKENDS = ["eager", pytest.param("compile", marks=pytest.mark.slow), pytest.param("triton", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_kernels_compute_what_an_export_does_without_them(kind: str, backend: str, alone: ModuleType) -> None:
+    assert alone.mixed_activation.__module__ == "alone.reference"
+    fused = build(kind, mixing_backend=backend)
+    plain = alone.GPTMoAForCausalLM(alone.GPTMoAConfig(**fused.config.to_diff_dict()))
+    plain.load_state_dict(fused.state_dict())
+    tokens = tokens_of(fused, 1, 7)
+    results = [model(tokens, labels=tokens) for model in (fused, plain)]
+    torch.testing.assert_close(results[0].logits, results[1].logits, **EQUAL)
+    for result in results:
+        result.loss.backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in fused.named_parameters():
+        assert (parameter.grad is None) == (expected[name].grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_flex_attention_computes_the_same() -> None:
+    model = build("moa")
+    tokens = tokens_of(model, 2, 9)
+    with torch.no_grad():  # it has no backward on a CPU
+        logits = model(tokens).logits
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(tokens).logits, logits, **EQUAL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moa", "GPT-2-like"])
+def test_compiles_as_one_graph(kind: str) -> None:
+    model = build(kind)
+    tokens = tokens_of(model, 2, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits, **EQUAL)
+
+
+# Experts.
+
+
+def test_balance_of_experts() -> None:
+    """k times the mean over layers of Megatron's: experts * sum of (share of choices / k) * (mean probability)."""
+    model = build("la, experts", router_aux_loss_coef=0.5)
+    tokens = tokens_of(model, 2, 9)
+    plain = model(tokens, labels=tokens)
+    assert plain.router_logits is None
+    result = model(tokens, labels=tokens, output_router_logits=True)
+    (logits,) = result.router_logits
+    assert logits.shape == (18, 4)
+    probabilities = logits.softmax(-1)
+    chosen = torch.nn.functional.one_hot(logits.topk(2).indices, 4).sum(1).float()
+    expected = 4 * (chosen.mean(0) * probabilities.mean(0)).sum()
+    torch.testing.assert_close(result.aux_loss, expected)
+    torch.testing.assert_close(result.loss, plain.loss + 0.5 * expected)
+    # Padding does not count.
+    mask = torch.ones_like(tokens)
+    mask[:, 6:] = 0
+    masked = model(tokens, attention_mask=mask, output_router_logits=True).aux_loss
+    torch.testing.assert_close(masked, model(tokens[:, :6], output_router_logits=True).aux_loss)
+    assert model(tokens, output_router_logits=True).loss is None
+    # Sigmoid scores: their shares, as Megatron takes them.
+    model = build("la, experts", router_score="sigmoid")
+    tokens = tokens_of(model, 2, 9)
+    scores = []
+    router = model.model.layers[1].mlp.router
+    router.register_forward_hook(lambda module, inputs, output: scores.append((inputs[0] @ module.weight.T).sigmoid()))
+    result = model(tokens, output_router_logits=True)
+    shares = scores[0] / scores[0].sum(-1, keepdim=True)
+    torch.testing.assert_close(result.router_logits[0].softmax(-1), shares)
+
+
+def test_a_biased_experts_output_is_scaled_with_its_bias() -> None:
+    model = build("la, experts", mlp_bias=True)
+    layer = model.model.layers[1].mlp
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 6, 32)
+    _, probabilities, chosen = layer.router(x[0], None)
+    expected = layer.shared_expert(x[0]) * (x[0] @ layer.shared_expert_gate.weight.T).sigmoid()
+    for token in range(6):
+        for probability, number in zip(probabilities[token], chosen[token], strict=True):
+            expected[token] += probability * layer.experts[number](x[0, token])
+    torch.testing.assert_close(layer(x)[0], expected, atol=1e-3, rtol=1e-4)
+
+
+# The start.
+
+SCALED = {"mixing": {"mixing": "moa", "activations": ["silu", "relu2"], "init_scale": "swiglu"}}
+
+
+def test_starts_as_training_does() -> None:
+    """Megatron's default initialisation, and the mixture's own settings (megatron_moa.coefficients)."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 128}
+    model = build("la, experts", **wide, initializer_range=0.05, num_hidden_layers=8, moe_layers=[False, True] * 4)
+    weights = dict(model.named_parameters())
+    for name, expected in {
+        "model.embed_tokens.weight": 0.05,
+        "model.layers.1.self_attn.q_proj.weight": 0.05,
+        "model.layers.1.mlp.router.weight": 0.05,
+        "model.layers.1.mlp.experts.2.up_proj.weight": 0.05,
+        "model.layers.1.self_attn.o_proj.weight": 0.05 / 4,
+        "model.layers.1.mlp.experts.2.down_proj.weight": 0.05 / 4,
+        "model.layers.1.mlp.shared_expert.down_proj.weight": 0.05 / 4,
+        "model.layers.0.mlp.down_proj.weight": 0.05 / 4,
+    }.items():
+        assert weights[name].std().item() == pytest.approx(expected, rel=0.15), name
+    assert weights["model.layers.0.mlp.coefficients.value"].tolist() == [0.5] * 4
+    mixing = {"mixing": "la", "form": "one-sided", "activations": ["silu", "relu"], "initial_coefficients": [1.0, 0.25]}
+    model = build("moa", mixing=mixing)
+    assert model.model.layers[1].mlp.coefficients.value.tolist() == [1.0, 0.25]
+    config = GPTMoAConfig.from_dict(json.loads(model.config.to_json_string()))
+    assert GPTMoAForCausalLM(config).model.layers[1].mlp.coefficients.value.tolist() == [1.0, 0.25]
+    # Scaled to SwiGLU's output: gates of fixed amplitude by a constant, all others in their coefficients.
+    std = 0.3 * 32**0.5
+    for amplitude in ("fixed", "learned"):
+        model = build("moa", mixing={**SCALED["mixing"], "amplitude": amplitude})
+        coefficients = model.model.layers[0].mlp.coefficients
+        scale = start_scale(coefficients.mixing, std)
+        assert 0.1 < scale < 0.99
+        assert model.config.mixing_scale == (amplitude == "fixed")
+        if amplitude == "fixed":
+            assert coefficients.scale.item() == pytest.approx(scale)
+        else:
+            torch.testing.assert_close(coefficients.amplitude, torch.full((4,), 0.5 * scale))
+        assert coefficients.weight.std().item() == pytest.approx(0.3, rel=0.25)
+
+
+def test_vllm_is_refused_experts_it_would_compute_as_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "vllm", print)
+    config = build("la, experts").config
+    config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="num_experts: vLLM"):
+        GPTMoAForCausalLM(config)
 
 
 def test_a_table_that_does_not_fit_is_an_error_by_name() -> None:

@@ -138,6 +138,7 @@ class GPTMoAAttention(nn.Module):
         self.k_proj = nn.Linear(h, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(h, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, h, bias=config.attention_output_bias)
+        self.o_proj.starts_smaller = True  # _init_weights is not told a layer's place in its parent
         self.q_norm = build_norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = build_norm(config, config.head_dim) if config.qk_norm else None
 
@@ -208,6 +209,8 @@ class GPTMoAMLP(nn.Module):
         self.gate_proj = nn.Linear(h, width, bias=config.mlp_bias) if config.gated else None
         self.up_proj = nn.Linear(h, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, h, bias=config.mlp_bias)
+        self.down_proj.starts_smaller = True
+        self.has_bias = config.mlp_bias
         self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
         self.mixing = None if config.mixing is None else _mixing_config(config)
         # Compiling costs more than it saves where the lengths change from call to call, so CPUs have to be told to.
@@ -216,24 +219,22 @@ class GPTMoAMLP(nn.Module):
         self.coefficients = None if self.mixing is None else MixtureCoefficients(config, self.mixing)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """[..., h] -> [..., h]; ``scale`` [...], a router's probabilities, multiplies the input of down_proj."""
+        """[..., h] -> [..., h]; ``scale`` [...], a router's probabilities, multiplies the output."""
+        inner, outer = (None, scale) if self.has_bias else (scale, None)  # before down_proj, as in training, if it can
         if self.mixing is None:
             activated = self.activation(self.up_proj(x) if self.gate_proj is None else self.gate_proj(x))
             if self.gate_proj is not None:
                 activated = activated * self.up_proj(x)
-            if scale is not None:
-                activated = (activated * scale.unsqueeze(-1)).to(x.dtype)
+            if inner is not None:
+                activated = (activated * inner.unsqueeze(-1)).to(x.dtype)
         else:
             preactivation = self.up_proj(x)
             if self.gate_proj is not None:  # the activated branch first
                 preactivation = torch.cat((self.gate_proj(x), preactivation), dim=-1)
             mixing = self.mixing_on_cpu if x.device.type == "cpu" else self.mixing
-            activated = mixed_activation(preactivation, self.coefficients(x, mixing), mixing, None, scale)
+            activated = mixed_activation(preactivation, self.coefficients(x, mixing), mixing, None, inner)
         output = self.down_proj(activated)  # by its module, which LoRA or a parallel layer may have replaced
-        if scale is not None and self.down_proj.bias is not None:
-            # The bias is scaled as the expert's output is; down_proj has added it once.
-            output = output + self.down_proj.bias * (scale.float() - 1).unsqueeze(-1).to(output.dtype)
-        return output
+        return output if outer is None else output * outer.unsqueeze(-1).to(output.dtype)
 
 
 def _mixing_config(config: GPTMoAConfig) -> MixingConfig:
@@ -363,9 +364,8 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
         """
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, (GPTMoAAttention, GPTMoAMLP)):  # after its linear layers
-            last = module.o_proj if isinstance(module, GPTMoAAttention) else module.down_proj
-            init.normal_(last.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
+        if getattr(module, "starts_smaller", False):
+            init.normal_(module.weight, std=std / (2 * self.config.num_hidden_layers) ** 0.5)
         elif isinstance(module, (GPTMoARouter, SharedExpertGate)):
             init.normal_(module.weight, std=std)
         elif isinstance(module, GPTMoASparseMLP) and module.router_bias is not None:

@@ -1,0 +1,60 @@
+"""Small models of transformers' side with random weights, for tests of what they do there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+
+KINDS = {
+    "moa": {"mixing": {"mixing": "moa", "form": "bi-sided", "activations": ["silu", "relu2", "tanh"]}},
+    "la, experts": {
+        "mixing": {"mixing": "la", "form": "quadratic", "activations": ["silu", "relu"]},
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
+        "shared_expert_gate": True,
+        "moe_layers": [False, True],
+    },
+    "GPT-2-like": {
+        "mixing": {"mixing": "moa", "form": "type1", "activations": ["gelu", "relu2"], "gate_bias": True},
+        "gated": False,
+        "position_embedding_type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "tie_word_embeddings": True,
+        "mlp_bias": True,
+        "attention_bias": True,
+        "attention_output_bias": True,
+    },
+}
+
+
+def build(kind: str, **settings: object) -> GPTMoAForCausalLM:
+    """A model of :data:`KINDS` with other settings; large weights, so that a wrong factor or order shows."""
+    torch.manual_seed(5)
+    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return GPTMoAForCausalLM(GPTMoAConfig(**{**sizes, "initializer_range": 0.3, **KINDS[kind], **settings})).eval()
+
+
+def tokens_of(model: GPTMoAForCausalLM, *shape: int) -> torch.Tensor:
+    """Random ones, the same every time."""
+    return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(2))
+
+
+def logits_in_parallel(folder: str) -> None:
+    """On every rank: loads the folder by its plan of tensor parallelism; rank 0 writes logits and text beside it."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    model = GPTMoAForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
+    tokens = tokens_of(model, 2, 9)
+    with torch.no_grad():
+        logits = model(tokens).logits
+    text = model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False)
+    cut = model.model.layers[0].mlp.up_proj.weight.to_local().shape[0]
+    if os.environ["RANK"] == "0":
+        torch.save({"logits": logits, "text": text, "rows": cut}, Path(folder) / "parallel.pt")
