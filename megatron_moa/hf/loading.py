@@ -82,7 +82,8 @@ class FolderModel(TextModel):
 
     def encode(self, text: str) -> list[int]:
         """The text's tokens; those that a tokenizer puts around a text only in front of a prompt (:meth:`start`)."""
-        return self._some_tokenizer().encode(text, add_special_tokens=False)
+        # Not verbose: it would warn of texts longer than the context, which are taken in windows.
+        return self._some_tokenizer().encode(text, add_special_tokens=False, verbose=False)
 
     def start(self, text: str) -> list[int]:
         """As in :class:`TextModel`; for models of others with the tokens that their tokenizer puts before a text."""
