@@ -8,23 +8,27 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.utils import unwrap_model
 from megatron.training import get_tokenizer
-from megatron.training.checkpointing import checkpoint_exists, load_checkpoint
+from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 
 from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoint_files import Checkpoint
-from megatron_moa.checkpoint_guard import check_before_setup, strict_loading
+from megatron_moa.checkpoint_guard import check_before_setup, check_tensors
+from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.inference import TextModel
@@ -135,12 +139,29 @@ class PreparedCheckpoint:
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
         )
         check_mixture(models, self.config.mixing)
-        with strict_loading(models):
-            iteration, _ = load_checkpoint(models, None, None)
-        model = unwrap_model(models[0]).eval()
+        model = unwrap_model(models[0])
+        _load_weights(model, self.checkpoint.path)
         for parameter in model.parameters():
             parameter.requires_grad = False
+        iteration = self.checkpoint.iteration or 0
         return LoadedModel(models[0].eval(), self.args, self.config.mixing, self.tokenizer, iteration)
+
+
+def _load_weights(model: GPTModel, folder: Path) -> None:
+    """Megatron's loading, into the parameters' own memory.
+
+    What lies in the checkpoint in several parts, as the first linear map of a gated layer does, Megatron would put
+    together anew: a second copy of 40 % of a model. The parts are views of the parameter, so nothing has to be.
+    """
+    state = model.sharded_state_dict(metadata=dict(CheckpointTensors(folder).content_metadata))
+    check_tensors(state, str(folder))
+    state = {name: place.build() if isinstance(place, ShardedTensorFactory) else place for name, place in state.items()}
+    loaded = dist_checkpointing.load({"model": state}, str(folder))["model"]
+    tensors = [value for value in nested_values([loaded]) if isinstance(value, torch.Tensor)]
+    filled = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    for name, tensor in model.state_dict().items():
+        is_there = name.endswith("_extra_state") or tensor.untyped_storage().data_ptr() in filled
+        assert is_there, f"{name} was not loaded in place"
 
 
 def empty_model(config: MixedGPTModelConfig) -> GPTModel:

@@ -34,13 +34,15 @@ def output_scale(mixing: MixingConfig, std: float) -> float:
     # Sobol points: the squares of squares in it have heavy tails, on which plain sampling is off by per cents.
     uniform = torch.quasirandom.SobolEngine(2 if mixing.gated else 1, scramble=True, seed=_SEED)
     z = std * torch.special.ndtri(uniform.draw(_SAMPLES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
-    start = torch.tensor(list(mixing.start_values()), dtype=torch.float64)
+    # On the CPU, as the Sobol points are, even while a model is built on the meta device.
+    start = torch.tensor(list(mixing.start_values()), dtype=torch.float64, device="cpu")
     if mixing.mixing == "la":
         coefficients = start
     else:
         amplitude = start if mixing.amplitude == "learned" else None
         generator = torch.Generator().manual_seed(_SEED)
-        logits = std * torch.randn(_SAMPLES, mixing.num_coefficients, generator=generator, dtype=torch.float64)
+        shape = (_SAMPLES, mixing.num_coefficients)
+        logits = std * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         coefficients = gate(logits, mixing, amplitude)
     fixed = F.silu(z[:, :1]) * z[:, 1:] if mixing.gated else F.gelu(z)
     mixed = mix(z, coefficients, mixing)
