@@ -225,7 +225,8 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ("Qwen2ForCausalLM", {"layer_types": ["sliding_attention"] * 3}, "layer_types sliding_attention: only full"),
         ("MixtralForCausalLM", {"num_experts_per_tok": 1}, "num_experts_per_tok 1: Megatron does not normalise"),
         ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok 1: Megatron"),
-        ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 0}, "decoder_sparse_step 0: .* at least 1 is wanted"),
+        ("Qwen2MoeForCausalLM", {"attention_bias": True}, "attention_bias True: Qwen2MoeForCausalLM has no such key"),
+        ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 0}, "decoder_sparse_step 0: at least 1 is wanted"),
         ("GPT2LMHeadModel", {"activation_function": "relu"}, "activation_function relu: supported here: gelu, gelu_py"),
         (
             "GPT2LMHeadModel",

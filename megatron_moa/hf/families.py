@@ -391,9 +391,7 @@ MIXTRAL = Family(
 def _read_qwen_moe(config: Qwen2MoeConfig | Qwen3MoeConfig) -> dict[str, Any]:
     step = config.decoder_sparse_step
     if step < 1:
-        raise _refused(
-            "decoder_sparse_step", step, "every layer of this distance is one of experts; at least 1 is wanted"
-        )
+        raise _refused("decoder_sparse_step", step, "at least 1 is wanted")
     moe_layers = [
         config.num_experts > 0 and layer not in config.mlp_only_layers and (layer + 1) % step == 0
         for layer in range(config.num_hidden_layers)
@@ -402,7 +400,7 @@ def _read_qwen_moe(config: Qwen2MoeConfig | Qwen3MoeConfig) -> dict[str, Any]:
         "moe_layers": moe_layers,
         "num_experts": config.num_experts if any(moe_layers) else 0,
         "router_pre_softmax": not config.norm_topk_prob,
-        "attention_output_bias": getattr(config, "attention_bias", False),
+        "attention_output_bias": getattr(config, "attention_bias", False),  # Qwen2's has none
     }
 
 
@@ -430,7 +428,7 @@ QWEN2_MOE = Family(
         "shared_expert_intermediate_size": "shared_expert_intermediate_size",
     },
     {"shared_expert_gate": True},
-    **{**_QWEN_MOE, "read": lambda config: {**_read_qwen_moe(config), "attention_output_bias": False}},
+    **_QWEN_MOE,
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM", Qwen3MoeConfig, {**_QWEN_MOE_KEYS, **_ATTENTION_BIAS}, {"qk_norm": True}, **_QWEN_MOE
