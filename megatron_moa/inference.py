@@ -211,9 +211,9 @@ class TextModel(ABC):
         window = self.context if window is None else window
         stride = max(1, window // 2) if stride is None else stride
         if not 1 <= window <= self.context:
-            raise UserError(f"a window of {window} tokens: the model's context is 1 to {self.context}")
+            raise UserError(f"--window {window}: out of range; give 1 to {self.context}, the model's context")
         if not 1 <= stride <= window:
-            raise UserError(f"a stride of {stride} tokens: out of range; give 1 to {window}, the window")
+            raise UserError(f"--stride {stride}: out of range; give 1 to {window}, the window")
         if self.first is None:
             raise UserError("the model has no token that begins a document; its loss of a whole text is not defined")
         tokens = self.encode(text)

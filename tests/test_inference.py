@@ -194,6 +194,16 @@ def test_prompts_that_do_not_fit_are_named(tmp_path: Path, prompt: list[int]) ->
         model.generate([[1], prompt])
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"window": 17}, {"window": 0}, {"stride": 17}, {"stride": 0}, {"window": 4, "stride": 5}]
+)
+def test_windows_beyond_the_context_are_refused(tmp_path: Path, sizes: dict[str, int]) -> None:
+    model = load_folder(write_model(tmp_path / "model"))
+    name = list(sizes)[-1]
+    with pytest.raises(UserError, match=f"--{name} {sizes[name]}: out of range"):
+        model.text_loss("text", **sizes)
+
+
 def test_a_document_ends_where_the_model_ends_it(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model")
     model = load_folder(path)

@@ -178,6 +178,8 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
         if notes.get(what):
             named, kind = ", ".join(sorted(map(str, notes[what]))[:3]), what.removesuffix("_keys")
             raise UserError(f"--load {folder}: weights do not fit config.json, {kind}: {named}; export it again")
+    if not getattr(model.config, "max_position_embeddings", None):
+        raise UserError(f"{folder / 'config.json'}: has no max_position_embeddings, which says how long a text may be")
     mixing = None
     if isinstance(model.config, GPTMoAConfig) and model.config.mixing is not None:
         settings = {**model.config.mixing, "activations": tuple(model.config.mixing["activations"])}
