@@ -137,5 +137,10 @@ def _write_object(index: Metadata, stream: BinaryIO, place: ShardedObject) -> No
 
 def _append(stream: BinaryIO, value: object) -> _StorageInfo:
     position = stream.tell()
-    torch.save(value, stream)
+    try:
+        torch.save(value, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk, hidden by what torch's writer makes of it
+            raise error.__context__ from None
+        raise
     return _StorageInfo(_FILE, position, stream.tell() - position)

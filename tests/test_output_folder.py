@@ -7,10 +7,14 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_moa.checkpoint_writer import _append
 from megatron_moa.errors import UserError
 from megatron_moa.output_folder import is_unfinished, written_folder
 from tests.training import ROOT
@@ -43,19 +47,27 @@ def test_what_is_there_is_left_alone(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Inside, no file takes more bytes than these, as on a full disk."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
     try:
-        with (
-            pytest.raises(UserError, match=r"^--out .*out: cannot be written \(File too large\); free"),
-            written_folder("--out", tmp_path / "out") as partial,
-        ):
-            (partial / "file").write_bytes(bytes(1000))
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    with (
+        files_up_to(100_000),
+        pytest.raises(UserError, match=r"^--out .*out: cannot be written \(File too large\); free"),
+        written_folder("--out", tmp_path / "out") as partial,
+        open(partial / "file", "wb") as stream,
+    ):
+        _append(stream, torch.zeros(100_000))  # a tensor of a checkpoint
     assert not list(tmp_path.iterdir())
 
 
