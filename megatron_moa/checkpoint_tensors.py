@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_moa.checkpoint_files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:
@@ -441,6 +442,28 @@ def _load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
     except Exception as error:
         problem = _one_line(error)
     raise UserError(f"{where}: cannot be read ({problem}); take a whole checkpoint from a source you trust")
+
+
+def check_pickles(root: Path, iteration: int | None) -> None:
+    """Reads what is pickled in a checkpoint by rules that admit no code, before Megatron reads it without any.
+
+    Args:
+        root: what training's ``--save`` named.
+        iteration: None for the latest.
+
+    Raises:
+        UserError: no such iteration; a damaged or hostile file.
+    """
+    try:
+        checkpoint = Checkpoint("--load", root, iteration or read_tracker(root))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--load {root}: no checkpoint there; give the folder that training's --save named") from None
+    except DamagedCheckpoint as error:
+        raise UserError(f"--load {root}: {error}; give --iteration N") from None
+    if not checkpoint.path.is_dir():
+        there = ", ".join(map(str, saved_iterations(root))) or "none"
+        raise UserError(f"--iteration {iteration}: is not in {root}; complete checkpoints there: {there}")
+    _ = CheckpointTensors(checkpoint.path).args
 
 
 class ModelTensors(Mapping[str, Tensor]):

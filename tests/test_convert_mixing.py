@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from megatron_moa import reference, upcycling
+from megatron_moa.checkpoint_files import TRACKER
 from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.upcycling import Conversion, origins, start_amplitudes, stock_as_mixture, target_mixing
 from tests import launch
+from tests.checkpoints import Hostile, write_checkpoint
 from tests.training import MOE, ROOT, SWIGLU, TINY, recorded
 from tools import convert_mixing
 
@@ -166,6 +169,25 @@ def test_leaves_nothing_where_the_models_differ(
         assert end.value.code == code
         assert "more than --tolerance 1e-05" in capsys.readouterr().err
         assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+def test_runs_nothing_of_a_strangers_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    root, marker = tmp_path / "root", tmp_path / "executed"
+    folder = write_checkpoint(root / "iter_0000007", {"weight": torch.zeros(2)}, {})
+    (root / TRACKER).write_text("7")
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(marker)))
+    for flags, message in (
+        ([], ".metadata: cannot be read"),
+        (["--iteration", "7"], ".metadata: cannot be read"),
+        (["--iteration", "8"], "--iteration 8: is not in"),
+        (["--iteration", "0"], "--iteration 0: a number above 0"),
+        (["--ckpt-step", "7"], "--ckpt-step: is --iteration here"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            convert_mixing.main(["--load", str(root), "--out", str(tmp_path / "out"), "--mixing", "moa", *flags])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
 # Checkpoints.

@@ -29,6 +29,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="what training's --save named")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="to write to; not there, or empty")
+    parser.add_argument("--iteration", type=int, metavar="N", help="which checkpoint; default: the latest")
     add_target_flags(parser, required=True)
     parser.add_argument(
         "--tolerance",
@@ -40,6 +41,10 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     flags, rest = parser.parse_known_args(argv)
     if not flags.tolerance > 0:
         raise UserError(f"--tolerance {flags.tolerance:g}: give a number above 0, such as 1e-5")
+    if flags.iteration is not None and flags.iteration < 1:
+        parser.error(f"--iteration {flags.iteration}: a number above 0 is wanted")
+    if "--ckpt-step" in rest:
+        parser.error("--ckpt-step: is --iteration here")
     return flags, rest
 
 
@@ -55,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_moa.upcycling import convert
 
             with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
-                done = convert(flags.load, unfinished, megatron_flags, **target_settings(flags))
+                done = convert(flags.load, unfinished, megatron_flags, flags.iteration, **target_settings(flags))
             source = "stock feed-forward layers" if done.source is None else done.source.describe()
             print(f"> from {source}\n> to {done.target.describe()}")
             print(

@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         from megatron_moa.checkpoint import prepare_checkpoint
+        from megatron_moa.checkpoint_tensors import check_pickles
 
-        check_files(Path(flags.load), flags.iteration)
+        check_pickles(Path(flags.load), flags.iteration)
         # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
         megatron_flags = ["--transformer-impl", "local", *megatron_flags]
         if flags.iteration is not None:
@@ -101,27 +102,6 @@ def main(argv: list[str] | None = None) -> None:
     else:
         print(f"verified    {comparison}")
     print(f"written     {target}")
-
-
-def check_files(root: Path, iteration: int | None) -> None:
-    """Reads what is pickled in a checkpoint by rules that admit no code, before Megatron reads it without any.
-
-    Raises:
-        UserError: no such iteration; a damaged or hostile file.
-    """
-    from megatron_moa.checkpoint_files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
-    from megatron_moa.checkpoint_tensors import CheckpointTensors
-
-    try:
-        checkpoint = Checkpoint("--load", root, iteration or read_tracker(root))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--load {root}: no checkpoint there; give the folder that training's --save named") from None
-    except DamagedCheckpoint as error:
-        raise UserError(f"--load {root}: {error}; give --iteration N") from None
-    if not checkpoint.path.is_dir():
-        there = ", ".join(map(str, saved_iterations(root))) or "none"
-        raise UserError(f"--iteration {iteration}: is not in {root}; complete checkpoints there: {there}")
-    _ = CheckpointTensors(checkpoint.path).args
 
 
 if __name__ == "__main__":
