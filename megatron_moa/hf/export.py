@@ -378,7 +378,7 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     remote = ", trust_remote_code=True" if exported.reason else ""
     usage = [f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})']
     if exported.tokenizer:
-        usage.append('tokenizer = AutoTokenizer.from_pretrained("FOLDER")')
+        usage.append(f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})')
     tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixing.mixing] if mixing else [])))
     return f"""---
 library_name: transformers
