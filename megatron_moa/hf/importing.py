@@ -309,6 +309,7 @@ def import_folder(
         raise UserError(f"--seq-length {seq_length}: the model has {longest} positions; give at most that")
     flags = [*flags_from_config(own), "--seq-length", str(seq_length or min(longest, _LONGEST))]
     flags += ["--micro-batch-size", "1", "--hidden-dropout", "0", "--attention-dropout", "0"]
+    flags += ["--make-vocab-size-divisible-by", "1"]  # no more padding than the split needs: the loss counts it
     flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
     tokens = copy_tokenizer(folder, root / TOKENIZER) if with_tokenizer else None
     kind = (

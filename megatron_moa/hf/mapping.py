@@ -181,7 +181,9 @@ def from_hf(read: Callable[[str], Tensor], table: Iterable[Entry], padded_vocab_
     Args:
         read: gives the weight of a name among ``table``'s.
         table: of the model's parameters, :func:`entries` or another family's (megatron_moa.hf.families).
-        padded_vocab_size: rows of embedding and output layer; those beyond the vocabulary are 0.
+        padded_vocab_size: rows of embedding and output layer. Those beyond the vocabulary repeat its last one:
+            Megatron's loss counts them, and the logits 0 of rows of 0 would weigh most in a model whose logits are
+            all negative.
     """
     by_name = {entry.megatron: entry for entry in table}
 
@@ -189,7 +191,7 @@ def from_hf(read: Callable[[str], Tensor], table: Iterable[Entry], padded_vocab_
         entry = by_name[name]
         tensor = entry.join(tuple(read(part) for part in entry.hf))
         if name in _OF_VOCABULARY and tensor.shape[0] < padded_vocab_size:
-            padding = tensor.new_zeros(padded_vocab_size - tensor.shape[0], *tensor.shape[1:])
+            padding = tensor[-1:].expand(padded_vocab_size - tensor.shape[0], *tensor.shape[1:])
             tensor = torch.cat((tensor, padding))
         return tensor
 
