@@ -70,7 +70,8 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
             lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
             prompts += [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts-file {path}: cannot be read ({error}); give a text file in UTF-8") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--prompts-file {path}: cannot be read ({reason}); give a text file in UTF-8") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f'--prompts-file {path}: a line is not of the form {{"text": "…"}}') from None
         if not prompts:
