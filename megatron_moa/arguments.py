@@ -235,6 +235,8 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
     for name in _MEGATRON_MODEL_ARGS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
+    if args.tokenizer_type is None:  # where only the tokenizer's file is the run's own, because it has moved
+        args.tokenizer_type = getattr(saved, "tokenizer_type", None)
     defaults = _defaults()
     stock = {**defaults, "moa_mixing": "none"}
     for name in MODEL_FLAGS:

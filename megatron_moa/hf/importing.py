@@ -123,7 +123,7 @@ def _rope_flags(rope: dict[str, Any]) -> list[Any]:
 
 def _expert_flags(own: GPTMoAConfig) -> list[Any]:
     flags: list[Any] = ["--num-experts", own.num_experts, "--moe-router-topk", own.num_experts_per_tok]
-    flags += ["--moe-layer-freq", "+".join(f"[{int(is_moe)}]" for is_moe in own.moe_layers)]
+    flags += ["--moe-layer-freq", _layer_freq(own.moe_layers)]
     flags += ["--moe-ffn-hidden-size", own.moe_intermediate_size]
     flags += ["--moe-router-score-function", own.router_score, "--moe-token-dispatcher-type", "alltoall"]
     if own.shared_expert_intermediate_size:
@@ -139,6 +139,14 @@ def _expert_flags(own: GPTMoAConfig) -> list[Any]:
     ):
         flags += [flag] if getattr(own, name) else []
     return flags
+
+
+def _layer_freq(moe_layers: list[bool]) -> str:
+    """As a distance if it is one, else as a pattern: of a pattern Megatron's checkpoints have the layers one by one."""
+    for distance in range(1, len(moe_layers) + 1):
+        if moe_layers == [layer % distance == 0 for layer in range(len(moe_layers))]:
+            return str(distance)
+    return "+".join(f"[{int(is_moe)}]" for is_moe in moe_layers)
 
 
 def _mixing_flags(own: GPTMoAConfig) -> list[Any]:
