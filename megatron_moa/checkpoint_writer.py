@@ -48,6 +48,11 @@ def sharding_metadata(args: argparse.Namespace) -> dict[str, Any]:
     return checkpointing._build_sharded_state_dict_metadata(args, dp_cp_group=group)
 
 
+def progress_line(count: int, title: str) -> tqdm:
+    """Says on stderr how many of so many tensors are done: all the time on a terminal, now and then in a file."""
+    return tqdm(total=count, unit=" tensors", desc=title, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+
 def write_release(model: GPTModel, args: argparse.Namespace, root: Path, read: Callable[[str], Tensor]) -> Path:
     """Writes a checkpoint without iteration, optimizer or random states: Megatron's ``release``, from which a run
     starts at iteration 0. One tensor is in memory at a time; a line on stderr says how far it is.
@@ -81,11 +86,7 @@ def write_release(model: GPTModel, args: argparse.Namespace, root: Path, read: C
         "content_metadata": checkpointing._clean_metadata_for_serialization(metadata),
     }
     index = Metadata({}, storage_data={}, storage_meta=StorageMeta(str(folder)), version=CURRENT_DCP_VERSION)
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with (
-        open(folder / _FILE, "wb") as stream,
-        tqdm(total=len(tensors), unit=" tensors", desc="written", mininterval=interval) as progress,
-    ):
+    with open(folder / _FILE, "wb") as stream, progress_line(len(tensors), "written") as progress:
         for name, place in places.items():
             if isinstance(place, ShardedObject):
                 _write_object(index, stream, place)

@@ -19,12 +19,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from megatron_moa import __version__
 from megatron_moa.checkpoint import PreparedCheckpoint
 from megatron_moa.checkpoint_tensors import ModelTensors
+from megatron_moa.checkpoint_writer import progress_line
 from megatron_moa.curves import read_course
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
@@ -207,8 +207,7 @@ class ShardWriter:
     def write(self, tensors: Iterable[tuple[str, Tensor]], count: int) -> None:
         """All of them, with a line that says how far it is; ``count`` is how many there will be."""
         size = 0
-        interval = 0.5 if sys.stderr.isatty() else 30
-        with tqdm(total=count, unit=" tensors", desc="exported", mininterval=interval, leave=True) as progress:
+        with progress_line(count, "exported") as progress:
             for name, tensor in tensors:
                 self.dtype = self.dtype or tensor.dtype
                 if self._shard and size + tensor.nbytes > self.max_bytes:
