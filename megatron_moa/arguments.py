@@ -235,8 +235,6 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
     for name in _MEGATRON_MODEL_ARGS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))
-    if args.tokenizer_type is None:  # where only the tokenizer's file is the run's own, because it has moved
-        args.tokenizer_type = getattr(saved, "tokenizer_type", None)
     defaults = _defaults()
     stock = {**defaults, "moa_mixing": "none"}
     for name in MODEL_FLAGS:
@@ -286,6 +284,8 @@ def parse_arguments(
         load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
         args.moe_grouped_gemm = args.moe_grouped_gemm or grouped
         restore_model_flags(args, saved)
+        if args.tokenizer_type is None:  # where only the tokenizer's file is the run's own, because it has moved
+            args.tokenizer_type = getattr(saved, "tokenizer_type", None)
     mixing = mixing_from_args(args)
     if args.moa_log_interval and args.fake_process_group:
         raise UserError(
