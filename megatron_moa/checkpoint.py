@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.core.utils import unwrap_model
 from megatron.training import get_tokenizer
-from megatron.training.checkpointing import checkpoint_exists
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 
@@ -28,7 +26,7 @@ from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.checkpoint_guard import check_before_setup, check_tensors
-from megatron_moa.checkpoint_tensors import CheckpointTensors
+from megatron_moa.checkpoint_tensors import CheckpointTensors, check_pickles
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.inference import TextModel
@@ -176,29 +174,38 @@ def empty_model(config: MixedGPTModelConfig) -> GPTModel:
         return MixedGPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def load_model(folder: str, megatron_flags: Sequence[str] = ()) -> LoadedModel:
+def load_model(folder: str, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> LoadedModel:
     """Loads a checkpoint, saved under any split, into this one process.
 
     Args and errors as :func:`prepare_checkpoint`.
     """
-    return prepare_checkpoint(folder, megatron_flags).load()
+    return prepare_checkpoint(folder, megatron_flags, iteration).load()
 
 
-def prepare_checkpoint(folder: str, megatron_flags: Sequence[str] = ()) -> PreparedCheckpoint:
+def prepare_checkpoint(
+    folder: str, megatron_flags: Sequence[str] = (), iteration: int | None = None
+) -> PreparedCheckpoint:
     """Reads a checkpoint's settings, checks its files, and sets Megatron up for it in this one process.
+
+    Its pickled parts are first read by rules that admit no code, so that Megatron meets no stranger's.
 
     A later call sets Megatron up anew; models of earlier calls stay as they are and can be used.
 
     Args:
         folder: what training's ``--save`` named.
         megatron_flags: further Megatron flags, such as ``--tokenizer-model`` for one that has moved.
+        iteration: which checkpoint; None for the latest.
 
     Raises:
-        UserError: no checkpoint there, one that is damaged, or flags that do not fit it.
+        UserError: no checkpoint there, one that is damaged or hostile, or flags that do not fit it.
     """
-    if not os.path.isdir(folder) or not checkpoint_exists(folder):
-        raise UserError(f"--load {folder}: no checkpoint there; give the folder that training's --save named")
+    for flag in (word.split("=")[0] for word in megatron_flags):
+        if flag in ("--ckpt-step", "--moa-load-last-complete"):
+            raise UserError(f"{flag}: is for training; which checkpoint is taken here, --iteration N says")
+    check_pickles(Path(folder), iteration)
     flags = ["--load", folder, "--use-checkpoint-args", "--micro-batch-size", "1", "--no-load-optim", "--no-load-rng"]
+    if iteration is not None:
+        flags += ["--ckpt-step", str(iteration)]
     if "--tokenizer-model" in megatron_flags:
         flags.append("--no-use-tokenizer-model-from-checkpoint-args")
     cpu.prepare()

@@ -260,12 +260,13 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-def load(folder: str | Path, megatron_flags: Sequence[str] = ()) -> TextModel:
+def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:
     """The model of a Megatron checkpoint of any split, or of a Hugging Face folder, on this one process.
 
     Args:
         folder: what training's ``--save`` named, or a folder with a config.json.
         megatron_flags: further flags for a checkpoint, such as ``--tokenizer-model FILE`` for one that has moved.
+        iteration: which checkpoint; None for the latest.
 
     Raises:
         UserError: neither is there, it cannot be loaded, or flags that do not fit it.
@@ -276,7 +277,9 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = ()) -> TextModel:
         # isort: split
         from megatron_moa.checkpoint import load_model
 
-        return load_model(str(folder), megatron_flags)
+        return load_model(str(folder), megatron_flags, iteration)
+    if iteration is not None:
+        raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; drop the flag")
     if megatron_flags:
         raise UserError(f"{megatron_flags[0]}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")
     try:
@@ -286,7 +289,7 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = ()) -> TextModel:
     return load_folder(Path(folder))
 
 
-def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = ()) -> TextModel:
+def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:
     """A model for a notebook: as :func:`load`, without Megatron's messages and without a trace in the environment.
 
         model = megatron_moa.from_checkpoint("runs/demo/moa")
@@ -299,7 +302,7 @@ def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = ()) -> T
     ``iteration``; a folder's :class:`megatron_moa.hf.loading.FolderModel` the first three, and ``config``.
     """
     with _silence(), _environment_stays():
-        return load(folder, megatron_flags)
+        return load(folder, megatron_flags, iteration)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_moa.checkpoint import PreparedCheckpoint, empty_model, prepare_checkpoint
-from megatron_moa.checkpoint_tensors import ModelTensors, check_pickles
+from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.checkpoint_writer import write_release
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
@@ -352,9 +352,7 @@ def convert(
     """
     # Layers of plain PyTorch: only those can be built without memory on every machine.
     megatron_flags = ["--transformer-impl", "local", *megatron_flags]
-    step = [] if iteration is None else ["--ckpt-step", str(iteration)]
-    check_pickles(Path(load), iteration)
-    prepared = prepare_checkpoint(load, [*megatron_flags, *step])
+    prepared = prepare_checkpoint(load, megatron_flags, iteration)
     if prepared.args.params_dtype != torch.float32:
         raise UserError("--bf16, --fp16: models are compared in fp32; drop the flag, the checkpoint keeps its dtype")
     mixing, saved = prepared.config.mixing, prepared.saved

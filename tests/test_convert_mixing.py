@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa import reference, upcycling
+from megatron_moa import inference, reference, upcycling
 from megatron_moa.checkpoint_files import TRACKER
 from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.config import MixingConfig
@@ -180,13 +180,15 @@ def test_runs_nothing_of_a_strangers_file(tmp_path: Path, capsys: pytest.Capture
         ([], ".metadata: cannot be read"),
         (["--iteration", "7"], ".metadata: cannot be read"),
         (["--iteration", "8"], "--iteration 8: is not in"),
-        (["--iteration", "0"], "--iteration 0: a number above 0"),
-        (["--ckpt-step", "7"], "--ckpt-step: is --iteration here"),
+        (["--iteration", "0"], "--iteration: 0: a number above 0 is wanted"),
+        (["--ckpt-step", "7"], "--ckpt-step: is for training; which checkpoint is taken here, --iteration N says"),
     ):
         with pytest.raises(SystemExit) as end:
             convert_mixing.main(["--load", str(root), "--out", str(tmp_path / "out"), "--mixing", "moa", *flags])
         assert end.value.code == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="metadata: cannot be read"):
+        inference.load(root)
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 

@@ -15,7 +15,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
 from megatron_moa.output_folder import written_folder
 from megatron_moa.target_flags import add_target_flags, target_settings
 
@@ -29,7 +29,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--load", required=True, metavar="CHECKPOINT", help="what training's --save named")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="to write to; not there, or empty")
-    parser.add_argument("--iteration", type=int, metavar="N", help="which checkpoint; default: the latest")
+    add_iteration_flag(parser)
     add_target_flags(parser, required=True)
     parser.add_argument(
         "--tolerance",
@@ -41,10 +41,6 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     flags, rest = parser.parse_known_args(argv)
     if not flags.tolerance > 0:
         raise UserError(f"--tolerance {flags.tolerance:g}: give a number above 0, such as 1e-5")
-    if flags.iteration is not None and flags.iteration < 1:
-        parser.error(f"--iteration {flags.iteration}: a number above 0 is wanted")
-    if "--ckpt-step" in rest:
-        parser.error("--ckpt-step: is --iteration here")
     return flags, rest
 
 

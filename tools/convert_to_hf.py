@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
 from megatron_moa.output_folder import written_folder
 
 PROGRAM = "convert_to_hf.py"
@@ -37,7 +37,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write, new or empty")
-    parser.add_argument("--iteration", type=int, metavar="N", help="which checkpoint; default: the latest")
+    add_iteration_flag(parser)
     parser.add_argument(
         "--dtype",
         choices=["checkpoint", "float32", "bfloat16", "float16"],
@@ -56,8 +56,6 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
     flags, rest = parser.parse_known_args(argv)
-    if flags.iteration is not None and flags.iteration < 1:
-        parser.error(f"--iteration {flags.iteration}: a number above 0 is wanted")
     return flags, rest
 
 
@@ -73,19 +71,15 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         from megatron_moa.checkpoint import prepare_checkpoint
-        from megatron_moa.checkpoint_tensors import check_pickles
 
-        check_pickles(Path(flags.load), flags.iteration)
         # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
         megatron_flags = ["--transformer-impl", "local", *megatron_flags]
-        if flags.iteration is not None:
-            megatron_flags += ["--ckpt-step", str(flags.iteration)]
         dtype = None if flags.dtype == "checkpoint" else getattr(torch, flags.dtype)
         target = Path(flags.out)
         try:
             with written_folder("--out", target) as partial:
                 with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
-                    prepared = prepare_checkpoint(flags.load, megatron_flags)
+                    prepared = prepare_checkpoint(flags.load, megatron_flags, flags.iteration)
                     exported = export.export(
                         prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer, flags.architecture
                     )

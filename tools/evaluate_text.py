@@ -18,7 +18,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
 
 PROGRAM = "evaluate_text.py"
 
@@ -29,6 +29,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
         PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named, or an export")
+    add_iteration_flag(parser)
     parser.add_argument("--text", required=True, nargs="+", metavar="FILE", help="text files, or JSON lines (.jsonl)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens a window moves by (default half a window)")
     parser.add_argument("--window", type=int, metavar="N", help="tokens a window has (default the model's context)")
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_moa.inference import TextLoss, load
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
-            model = load(flags.load, megatron_flags)
+            model = load(flags.load, megatron_flags, flags.iteration)
         total = TextLoss(0.0, 0, 0)
         for path, documents in files.items():
             loss = TextLoss(0.0, 0, 0)

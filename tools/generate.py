@@ -19,7 +19,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
 
 PROGRAM = "generate.py"
 
@@ -30,6 +30,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
         PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named, or an export")
+    add_iteration_flag(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_moa.inference import load
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
-            model = load(flags.load, megatron_flags)
+            model = load(flags.load, megatron_flags, flags.iteration)
             continuations = model.generate(
                 prompts, flags.num_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed
             )

@@ -36,7 +36,7 @@ from megatron_moa.checkpoint_files import (
 )
 from megatron_moa.checkpoint_tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.config import MixingConfig
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
 from megatron_moa.measuring import table
 from megatron_moa.saved_settings import as_typed
 
@@ -461,7 +461,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = OneLineParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="what training's --save named, or the folder of one checkpoint")
-    parser.add_argument("--iteration", type=int, metavar="N", help="which one; default: the latest")
+    add_iteration_flag(parser)
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with another checkpoint")
     parser.add_argument("--diff-iteration", type=int, metavar="N", help="which one of OTHER; default: the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all settings and tensors")
