@@ -15,15 +15,12 @@
 #   TASKS_FOLDER (further tasks of yours)  PYTHON (python)
 set -euo pipefail
 
-fail() {
-    echo "evaluate.sh: $1" >&2
-    exit 2
-}
-
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=examples/common.sh
+source "$ROOT/examples/common.sh"
 
 case ${1:-} in -h | --help)
-    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    show_help
     exit 0
     ;;
 esac
@@ -54,13 +51,7 @@ COMMAND+=(
 )
 
 if [ -n "$DRY_RUN" ]; then
-    separator=''
-    for word in "${COMMAND[@]}"; do
-        [[ $word != --* ]] || separator=$' \\\n    '
-        printf '%s%q' "$separator" "$word"
-        separator=' '
-    done
-    echo
+    print_command "${COMMAND[@]}"
     exit 0
 fi
 exec "${COMMAND[@]}"

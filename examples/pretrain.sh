@@ -19,19 +19,16 @@
 #   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
 set -euo pipefail
 
-fail() {
-    echo "pretrain.sh: $1" >&2
-    exit 2
-}
-
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=examples/common.sh
+source "$ROOT/examples/common.sh"
 EXAMPLES=$ROOT/examples
 
 # names FOLDER: what can be chosen there, on one line
 names() { (cd "$EXAMPLES/$1" && printf '%s\n' *.sh | sed 's/\.sh$//' | paste -sd ' '); }
 
 case ${1:-} in -h | --help)
-    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    show_help
     exit 0
     ;;
 esac
@@ -174,13 +171,7 @@ COMMAND+=("${MODEL_ARGS[@]}" "${TRAINING_ARGS[@]}" "${OPTIMIZER_ARGS[@]}" "${SCH
 COMMAND+=("${DATA_ARGS[@]}" "${RUN_ARGS[@]}" "${MIXING_ARGS[@]}" "${FLAGS[@]}")
 
 if [ -n "$DRY_RUN" ]; then
-    separator=''
-    for word in "${COMMAND[@]}"; do
-        [[ $word != --* ]] || separator=$' \\\n    '
-        printf '%s%q' "$separator" "$word"
-        separator=' '
-    done
-    echo
+    print_command "${COMMAND[@]}"
     exit 0
 fi
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron's overlap of TP, and of DP, relies on its order

@@ -15,12 +15,9 @@
 # best of: an untuned comparison says nothing.
 set -euo pipefail
 
-fail() {
-    echo "sweep.sh: $1" >&2
-    exit 2
-}
-
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=examples/common.sh
+source "$ROOT/examples/common.sh"
 MODEL=${MODEL:-dense-134m}
 read -ra MIXINGS <<<"${MIXINGS:-none la moa}"
 read -ra LRS <<<"${LRS:-5e-4 1e-3 2e-3}"
@@ -30,7 +27,7 @@ SWEEP_DIR=${SWEEP_DIR:-runs/sweep-$(basename "$MODEL" .sh)}
 ACTION=all
 case ${1:-} in
 -h | --help)
-    sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+    show_help
     exit 0
     ;;
 --list | --table) ACTION=${1#--} && shift ;;

@@ -45,14 +45,3 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints ``program: error: message`` and leaves with exit code 2."""
         fail(self.prog, f"{message}; see {self.prog} --help")
-
-
-def add_iteration_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--iteration N``, which checkpoint of a folder a tool takes; None is the latest."""
-    parser.add_argument("--iteration", type=_iteration, metavar="N", help="which checkpoint; default: the latest")
-
-
-def _iteration(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is wanted")
-    return int(text)

@@ -19,7 +19,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_moa.checkpoint import PreparedCheckpoint, empty_model, prepare_checkpoint
+from megatron_moa.checkpoint import empty_model, prepare_checkpoint
 from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.checkpoint_writer import write_release
 from megatron_moa.coefficients import Coefficients
@@ -27,6 +27,7 @@ from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.model import model_config_from_args
 from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, has_tanh_gelu
+from megatron_moa.verification import Comparison, compared_tokens, reference_logits
 
 # Where each coefficient of a result comes from: indices of the source's to multiply, () for 1, None for 0.
 Origins = list[tuple[int, ...] | None]
@@ -303,17 +304,7 @@ def mixture_flags(target: MixingConfig) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def logits(model: GPTModel, tokens: Tensor, vocab_size: int) -> Tensor:
-    """[b, t, vocabulary] float32 for tokens [b, t], one sequence after the other."""
-    positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-    rows = [model(row.unsqueeze(0), positions, None)[..., :vocab_size].float().cpu() for row in tokens]
-    return torch.cat(rows)
-
-
 # The whole of it.
-
-_SEQUENCES, _LENGTH = 2, 512  # of the random tokens that are compared; at most the model's sequence length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,16 +314,12 @@ class Conversion:
     Attributes:
         source: None for stock feed-forward layers.
         target: the new mixture.
-        difference: the largest of two logits on the same tokens, in float32, over the source's largest logit.
-        same_top1: the share of positions where both have the same likeliest token.
-        positions: how many were compared.
+        comparison: of the result's logits with the source's.
     """
 
     source: MixingConfig | None
     target: MixingConfig
-    difference: float
-    same_top1: float
-    positions: int
+    comparison: Comparison
 
 
 def convert(
@@ -368,31 +355,15 @@ def convert(
     vars(args).update(mixture_flags(target))
     model = empty_model(model_config_from_args(args, dataclasses.replace(target, backend="eager")))
     tensors = ModelTensors(prepared.checkpoint.path, prepared.build_empty())
-    length = min(_LENGTH, args.seq_length)
-    vocab_size = prepared.tokenizer.vocab_size
-    tokens = torch.randint(vocab_size, (_SEQUENCES, length), generator=torch.Generator().manual_seed(1))
+    tokens = compared_tokens(prepared.vocab_size, args.seq_length)
     print(f"> computing logits of {load}", flush=True)
-    expected = _reference_logits(prepared, tokens)
+    expected = reference_logits(prepared, tokens)
     print(f"> converting to {target.describe()}", flush=True)
     read = upcycled(tensors.__getitem__, model, source, target, stock)
     write_release(model, _args_of_new_run(saved, target), root, read)
     print("> reading back and computing logits", flush=True)
-    actual = _reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
-    return Conversion(
-        source=mixing,
-        target=target,
-        difference=((actual - expected).abs().max() / expected.abs().max()).item(),
-        same_top1=(actual.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-        positions=tokens.numel(),
-    )
-
-
-def _reference_logits(prepared: PreparedCheckpoint, tokens: Tensor) -> Tensor:
-    """:func:`logits` of a checkpoint's model, the mixture by its reference, whatever backend the run had."""
-    if prepared.config.mixing is not None:
-        prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
-    model = prepared.load().model
-    return logits(model, tokens.to(next(model.parameters()).device), prepared.tokenizer.vocab_size)
+    found = reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
+    return Conversion(mixing, target, Comparison.of(found, expected))
 
 
 def _args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:

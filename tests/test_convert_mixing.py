@@ -16,6 +16,7 @@ from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.upcycling import Conversion, origins, start_amplitudes, stock_as_mixture, target_mixing
+from megatron_moa.verification import Comparison
 from tests import launch
 from tests.checkpoints import Hostile, write_checkpoint
 from tests.training import MOE, ROOT, SWIGLU, TINY, recorded
@@ -155,14 +156,14 @@ def test_leaves_nothing_where_the_models_differ(
 ) -> None:
     def convert(load: str, root: Path, *args: object, **kwargs: object) -> Conversion:
         (root / "written").write_text("half")
-        return Conversion(None, SIGMOID, difference, 1.0, 64)
+        return Conversion(None, SIGMOID, Comparison(difference, 1.0, 64))
 
     monkeypatch.setattr(upcycling, "convert", convert)
     (tmp_path / "out").mkdir()  # an empty folder may be there
     if code is None:
         _tool(tmp_path / "out")
         assert (tmp_path / "out" / "written").exists()
-        assert "top-1 agreement 100.00 % of 64 positions" in capsys.readouterr().out
+        assert "same likeliest token at 100.00% of 64 positions" in capsys.readouterr().out
     else:
         with pytest.raises(SystemExit) as end:
             _tool(tmp_path / "out")
@@ -281,7 +282,7 @@ def test_converted_checkpoint_goes_on_from_the_same_loss(case: str, tmp_path: Pa
     log = _run(launch.script, tool, arguments)
     difference = float(re.search(r"largest difference of logits (\S+) of", log)[1])
     assert difference < 1e-5
-    assert "top-1 agreement 100.00 % of 64 positions" in log
+    assert "same likeliest token at 100.00% of 64 positions" in log
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
     before, after = _others(source / "iter_0000002"), _others(out / "release")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_moa.data import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 from megatron_moa.output_folder import written_folder
-from megatron_moa.target_flags import add_target_flags, target_settings
+from megatron_moa.tool_flags import add_target_flags, add_tolerance_flag, target_settings
 
 if TYPE_CHECKING:
     from megatron_moa.hf.folder import HuggingFaceFolder
@@ -49,18 +49,9 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
         "--allow-pickle", action="store_true", help="read pickled weights (pytorch_model.bin), tensors and nothing else"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        metavar="T",
-        help="largest difference of logits over the largest logit; default 1e-5",
-    )
+    add_tolerance_flag(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
-    flags, rest = parser.parse_known_args(argv)
-    if not flags.tolerance > 0:
-        parser.error(f"--tolerance {flags.tolerance:g}: give a number above 0, such as 1e-5")
-    return flags, rest
+    return parser.parse_known_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
 
         # isort: split
         try:
-            from megatron_moa.hf import export, importing
+            from megatron_moa.hf import importing
             from megatron_moa.hf.folder import open_folder
+            from megatron_moa.verification import VerificationError
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
         import torch
@@ -98,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                 comparison = None
                 if not flags.no_verify:
                     comparison = importing.verify(folder, partial, imported, dtype, flags.tolerance)
-        except export.VerificationError as error:
+        except VerificationError as error:
             print(f"{PROGRAM}: error: --hf {flags.hf}: {error}; nothing was written", file=sys.stderr)
             raise SystemExit(1) from None
     for name, fact in facts(folder, imported).items():

@@ -15,9 +15,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
+from megatron_moa.errors import OneLineParser, one_line_errors
 from megatron_moa.output_folder import written_folder
-from megatron_moa.target_flags import add_target_flags, target_settings
+from megatron_moa.tool_flags import add_iteration_flag, add_target_flags, add_tolerance_flag, target_settings
 
 _NAME = "convert_mixing.py"
 
@@ -31,17 +31,8 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="to write to; not there, or empty")
     add_iteration_flag(parser)
     add_target_flags(parser, required=True)
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-5,
-        metavar="T",
-        help="largest difference of logits over the largest logit; default 1e-5",
-    )
-    flags, rest = parser.parse_known_args(argv)
-    if not flags.tolerance > 0:
-        raise UserError(f"--tolerance {flags.tolerance:g}: give a number above 0, such as 1e-5")
-    return flags, rest
+    add_tolerance_flag(parser)
+    return parser.parse_known_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,11 +50,8 @@ def main(argv: list[str] | None = None) -> None:
                 done = convert(flags.load, unfinished, megatron_flags, flags.iteration, **target_settings(flags))
             source = "stock feed-forward layers" if done.source is None else done.source.describe()
             print(f"> from {source}\n> to {done.target.describe()}")
-            print(
-                f"> largest difference of logits {done.difference:.2e} of the largest logit, "
-                f"top-1 agreement {100 * done.same_top1:.2f} % of {done.positions} positions"
-            )
-            if not done.difference <= flags.tolerance:  # NaN too
+            print(f"> {done.comparison}")
+            if not done.comparison.within(flags.tolerance):
                 print(
                     f"{_NAME}: error: the models differ by more than --tolerance {flags.tolerance:g}; nothing was "
                     "written",

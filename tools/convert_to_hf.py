@@ -15,8 +15,9 @@ import re
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.output_folder import written_folder
+from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "convert_to_hf.py"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -55,8 +56,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
-    flags, rest = parser.parse_known_args(argv)
-    return flags, rest
+    return parser.parse_known_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         import torch
 
         from megatron_moa.checkpoint import prepare_checkpoint
+        from megatron_moa.verification import VerificationError
 
         # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
         megatron_flags = ["--transformer-impl", "local", *megatron_flags]
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                     comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
                 card = export.model_card(prepared, target.resolve().name, exported, comparison)
                 (partial / "README.md").write_text(card)
-        except export.VerificationError as error:
+        except VerificationError as error:
             print(f"{PROGRAM}: error: --load {flags.load}: {error}; nothing was written", file=sys.stderr)
             raise SystemExit(1) from None
     for name, fact in exported.facts().items():

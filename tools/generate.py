@@ -19,7 +19,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "generate.py"
 

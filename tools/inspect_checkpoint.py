@@ -36,9 +36,10 @@ from megatron_moa.checkpoint_files import (
 )
 from megatron_moa.checkpoint_tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.config import MixingConfig
-from megatron_moa.errors import OneLineParser, UserError, add_iteration_flag, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.measuring import table
 from megatron_moa.saved_settings import as_typed
+from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time

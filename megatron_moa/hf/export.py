@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import gc
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,40 +32,15 @@ from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_fa
 from megatron_moa.hf.mapping import to_hf
 from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
+from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
-_CHECKED_TOKENS = 256  # a row, at most: logits of a large vocabulary take memory
 _CODE = Path(__file__).parent
 _AUTO = {
     "AutoConfig": "configuration_gpt_moa.GPTMoAConfig",
     "AutoModel": "modeling_gpt_moa.GPTMoAModel",
     "AutoModelForCausalLM": "modeling_gpt_moa.GPTMoAForCausalLM",
 }
-
-
-class VerificationError(Exception):
-    """The exported model does not compute what the checkpoint's does."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Logits of the checkpoint's model and the exported one on the same tokens, both in float32.
-
-    Attributes:
-        difference: the largest, relative to the largest logit.
-        agreement: share of the positions at which both have the same likeliest token.
-        tokens: how many positions.
-    """
-
-    difference: float
-    agreement: float
-    tokens: int
-
-    def __str__(self) -> str:
-        return (
-            f"largest difference of logits {self.difference:.1e} of the largest logit, same likeliest token at "
-            f"{self.agreement:.2%} of {self.tokens} positions"
-        )
 
 
 @dataclass(frozen=True)
@@ -273,18 +247,6 @@ def code_files() -> dict[str, str]:
 # Verification.
 
 
-def checked_tokens(prepared: PreparedCheckpoint, seed: int = 1234) -> Tensor:
-    """What both models are given: [b, s], two rows of random tokens, and two of text where there is a tokenizer."""
-    vocabulary, length = prepared.vocab_size, min(prepared.args.seq_length, _CHECKED_TOKENS)
-    tokens = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(seed))
-    if prepared.args.tokenizer_type != "NullTokenizer":
-        text = prepared.tokenizer.tokenize(SAMPLE)
-        while len(text) < 2 * length:
-            text = text + text
-        tokens = torch.cat((tokens, torch.tensor(text[: 2 * length]).view(2, length)))
-    return tokens
-
-
 def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype | None) -> Comparison:
     """Compares the exported model, in a process without megatron_moa, to the checkpoint's; one after the other.
 
@@ -295,7 +257,8 @@ def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype |
     Raises:
         VerificationError: the export cannot be loaded, or differs by more than :data:`TOLERANCE`.
     """
-    tokens = checked_tokens(prepared)
+    text = [] if prepared.args.tokenizer_type == "NullTokenizer" else prepared.tokenizer.tokenize(SAMPLE)
+    tokens = compared_tokens(prepared.vocab_size, prepared.args.seq_length, text)
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens}, given)
@@ -306,27 +269,8 @@ def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype |
             last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
             raise VerificationError(f"the exported model cannot be loaded without megatron_moa: {last}")
         logits = load_file(result)["logits"]
-    if prepared.config.mixing is not None:  # the specification, whatever the run computed with
-        prepared.config.mixing = replace(prepared.config.mixing, backend="eager")
-    loaded = prepared.load()
-    vocabulary = prepared.vocab_size
-    if rounded_to is not None:
-        for parameter in loaded.model.parameters():
-            parameter.data = parameter.data.to(rounded_to).float()
-    device = next(loaded.model.parameters()).device
-    positions = torch.arange(tokens.shape[1], device=device)[None]
-    with torch.inference_mode():
-        expected = torch.cat(
-            [loaded.model(row[None].to(device), positions, None)[..., :vocabulary].float().cpu() for row in tokens]
-        )
-    del loaded
-    gc.collect()
-    comparison = Comparison(
-        difference=((logits - expected).abs().max() / expected.abs().max()).item(),
-        agreement=(logits.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-        tokens=tokens.numel(),
-    )
-    if not comparison.difference <= TOLERANCE:  # NaN, too
+    comparison = Comparison.of(logits, reference_logits(prepared, tokens, rounded_to))
+    if not comparison.within(TOLERANCE):
         raise VerificationError(f"{comparison}; at most {TOLERANCE:.0e} is allowed")
     return comparison
 

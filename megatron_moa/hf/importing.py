@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,16 @@ from megatron_moa.config import MixingConfig
 from megatron_moa.data import build_tokenizer
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.export import Comparison, VerificationError
 from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
 from megatron_moa.hf.mapping import from_hf
 from megatron_moa.hf.settings import config_from_args, mixing_settings
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.model import model_config_from_args
-from megatron_moa.upcycling import logits, mixture_flags, stock_as_mixture, target_mixing, upcycled
+from megatron_moa.upcycling import mixture_flags, stock_as_mixture, target_mixing, upcycled
+from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
 
 TOKENIZER = "tokenizer"  # its folder in the checkpoint
-_CHECKED_TOKENS = 256  # a row, at most: logits of a large vocabulary take memory
 _LONGEST = 4096  # of the sequences to train on, unless --seq-length says more: memory, not the model, is the limit
 
 
@@ -378,35 +377,17 @@ def verify(
     Raises:
         VerificationError: they differ by more than that, or transformers cannot load the folder.
     """
-    tokens = _checked_tokens(folder, root, imported)
+    text = [] if imported.tokens is None else AutoTokenizer.from_pretrained(root / TOKENIZER)(SAMPLE).input_ids
+    tokens = compared_tokens(folder.own.vocab_size, imported.args.seq_length, text)
     expected = _source_logits(folder, tokens, dtype)
     flags = ["--transformer-impl", "local"]
     if imported.tokens is not None:
         flags += ["--tokenizer-model", str(root / TOKENIZER)]
     prepared = prepare_checkpoint(str(root), flags)
-    if prepared.config.mixing is not None:  # the specification, whatever a run computes with
-        prepared.config.mixing = replace(prepared.config.mixing, backend="eager")
-    loaded = prepared.load()
-    found = logits(loaded.model, tokens.to(next(loaded.model.parameters()).device), folder.own.vocab_size)
-    comparison = Comparison(
-        difference=((found - expected).abs().max() / expected.abs().max()).item(),
-        agreement=(found.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-        tokens=tokens.numel(),
-    )
-    if not comparison.difference <= tolerance:  # NaN, too
+    comparison = Comparison.of(reference_logits(prepared, tokens), expected)
+    if not comparison.within(tolerance):
         raise VerificationError(f"{comparison}; --tolerance {tolerance:g} allows less")
     return comparison
-
-
-def _checked_tokens(folder: HuggingFaceFolder, root: Path, imported: Imported) -> Tensor:
-    """[b, s]: two rows of random tokens, and two of text where there is a tokenizer."""
-    length = min(imported.args.seq_length, _CHECKED_TOKENS)
-    tokens = torch.randint(folder.own.vocab_size, (2, length), generator=torch.Generator().manual_seed(1234))
-    if imported.tokens is None:
-        return tokens
-    text = AutoTokenizer.from_pretrained(root / TOKENIZER)(SAMPLE).input_ids
-    text *= math.ceil(2 * length / len(text))
-    return torch.cat((tokens, torch.tensor(text[: 2 * length]).view(2, length)))
 
 
 def _source_logits(folder: HuggingFaceFolder, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,22 @@
+# shellcheck shell=bash
+# What the scripts of this folder share; they source it.
+
+# fail MESSAGE: one line, exit code 2
+fail() {
+    echo "$(basename "$0"): $1" >&2
+    exit 2
+}
+
+# show_help: the comment at the head of the script
+show_help() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
+
+# print_command WORD...: a command as one could type it, a flag a line
+print_command() {
+    local word separator=''
+    for word in "$@"; do
+        [[ $word != --* ]] || separator=$' \\\n    '
+        printf '%s%q' "$separator" "$word"
+        separator=' '
+    done
+    echo
+}
