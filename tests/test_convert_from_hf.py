@@ -250,6 +250,7 @@ TRIPS: dict[str, tuple[list[str], dict[str, int]]] = {
     "stock GPT-2, biases, tied": ([*LIKE_GPT2, *STOCK], {}),
     "stock SwiGLU, biases of q, k, v, TP 2": ([*SWIGLU, *STOCK, "--add-qkv-bias"], {"tp": 2}),
     "la type1, biases, tied, PP 2": ([*LIKE_GPT2, *LA], {"pp": 2}),
+    "la one-sided": ([*SWIGLU, *LA, "--moa-form", "one-sided"], {}),
     "la quadratic, q/k norm": ([*SWIGLU, *LA, "--moa-form", "quadratic", "--qk-layernorm"], {}),
     "moa one-sided, softmax": ([*SWIGLU, *MOA, *"--moa-form one-sided --moa-gate softmax".split()], {}),
     "moa quadratic, learned amplitude": (
