@@ -39,6 +39,9 @@ from tqdm import tqdm
 from megatron_moa.checkpoint_files import TRACKER, write_manifest
 from megatron_moa.errors import UserError
 
+# How training goes on from what write_release wrote; {} is its folder.
+TRAIN_ON = "python pretrain_gpt_moa.py --pretrained-checkpoint {} --use-checkpoint-args "
+TRAIN_ON += "--load RUN --save RUN --save-interval N …"
 _FILE = "__0_0.distcp"  # Megatron's name for the first file of rank 0
 
 

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # isort: split
         try:
+            from megatron_moa.checkpoint_writer import TRAIN_ON
             from megatron_moa.hf import importing
             from megatron_moa.hf.folder import open_folder
             from megatron_moa.verification import VerificationError
@@ -101,8 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"verified    {comparison}")
     print(
         f"written     {flags.out}; train on from iteration 0 with a new optimizer, adding data and schedule:\n"
-        f"  python pretrain_gpt_moa.py --pretrained-checkpoint {flags.out} --use-checkpoint-args "
-        "--load RUN --save RUN --save-interval N …"
+        f"  {TRAIN_ON.format(flags.out)}"
     )
 
 

@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_moa import quiet  # noqa: F401  before Megatron
 
             # isort: split
+            from megatron_moa.checkpoint_writer import TRAIN_ON
             from megatron_moa.upcycling import convert
 
             with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
@@ -60,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(1)
     print(
         f"> wrote {flags.out}; train it from iteration 0 with a new optimizer, adding data, schedule and split:\n"
-        f"  python pretrain_gpt_moa.py --pretrained-checkpoint {flags.out} --use-checkpoint-args "
-        "--load RUN --save RUN --save-interval N …"
+        f"  {TRAIN_ON.format(flags.out)}"
     )
 
 

@@ -29,7 +29,7 @@ from megatron_moa.curves import read_course
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
-from megatron_moa.hf.mapping import to_hf
+from megatron_moa.hf.mapping import is_buffer, to_hf
 from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
 from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
@@ -152,10 +152,8 @@ def _token(tokenizer: Any, name: str, vocab_size: int) -> int | None:
 
 def _converted(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
-        # Buffers keep their precision: an expert bias is a sum of small steps.
-        is_buffer = name.endswith(("router_bias", "coefficients.scale"))
+        target = tensor.dtype if dtype is None or is_buffer(name) else dtype
         # A copy of its own: safetensors takes no two views of one tensor.
-        target = tensor.dtype if dtype is None or is_buffer else dtype
         yield name, tensor.detach().to(target, copy=True, memory_format=torch.contiguous_format)
 
 

@@ -238,12 +238,17 @@ def _weight_files(root: Path, allow_pickle: bool) -> tuple[dict[Path, set[str] |
         if len(there) > 1:
             raise UserError(f"--hf {root}: has {there[0]} and {there[1]}; take away the one that is not the model's")
         path = file_in(root, there[0], f"--hf {root}")
-        return (_index(root, path) if path.suffix == ".json" else {path: None}), pickled
+        return (indexed_files(root, path) if path.suffix == ".json" else {path: None}), pickled
     wanted = ", ".join((*_SAFETENSORS, *_PICKLES))
     raise UserError(f"--hf {root}: no weights there; one of these is wanted: {wanted}")
 
 
-def _index(root: Path, path: Path) -> dict[Path, set[str] | None]:
+def indexed_files(root: Path, path: Path) -> dict[Path, set[str] | None]:
+    """The files of weights that an index names, each with the names that it promises there.
+
+    Raises:
+        UserError: it is damaged, or names anything but files of weights in the folder itself.
+    """
     names = _json(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{path}: has no weight_map from names to files; fetch it again")

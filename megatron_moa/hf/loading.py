@@ -28,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.folder import file_in
+from megatron_moa.hf.folder import file_in, indexed_files
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel
 from megatron_moa.inference import TextModel
 
@@ -199,11 +199,7 @@ def _check_config(folder: Path) -> None:
         )
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = _json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(f"{index}: has no weight_map from names to files; export the model again")
-        for file in sorted(set(files.values())):
-            file_in(folder, file, str(index))
+        indexed_files(folder, index)
 
 
 def _json(path: Path) -> dict[str, Any]:
