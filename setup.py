@@ -27,6 +27,7 @@ REQUIRES = [
     "megatron-core[training]>=0.19.2,<0.20",
     "torch>=2.6",
     "numpy",
+    "scipy",
     "matplotlib",
     "packaging",
     "sentencepiece",

@@ -1,0 +1,131 @@
+"""Real text that a fresh machine can get, as a tokenizer and a dataset of token numbers."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from megatron_moa.errors import UserError
+
+_TOOLS = Path(__file__).resolve().parents[2] / "tools"
+# Not in the text: Python's tests, installed packages, tables of data.
+LEFT_OUT = ("test/*", "*/test*/*", "*/idle_test/*", "*-packages/*", "encodings/*", "pydoc_data/*")
+_DOCUMENT = 4096  # characters after which a dictionary's next entry begins a new document
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A dataset and its tokenizer.
+
+    Attributes:
+        data: prefix of the .bin and .idx files.
+        tokenizer: a sentencepiece model.
+    """
+
+    data: Path
+    tokenizer: Path
+
+    @property
+    def padded_vocabulary(self) -> int:
+        """Rows of the embedding, as Megatron pads it (``--make-vocab-size-divisible-by`` 128)."""
+        size = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer)).vocab_size()
+        return -(-size // 128) * 128
+
+    def flags(self) -> list[str]:
+        """Of pretrain_gpt_moa.py."""
+        tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(self.tokenizer)]
+        return [*tokenizer, "--data-path", str(self.data)]
+
+
+def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
+    """Makes a corpus, once; a folder that is complete is left alone.
+
+    Args:
+        name: for messages.
+        settings: ``data`` and ``tokenizer``, to use what is there; or ``source`` (``python``: the library of this
+            Python; ``deb``: a file in a Debian package, with ``url``, ``sha256`` and ``member``) and ``vocabulary``.
+        folder: to write into.
+
+    Raises:
+        UserError: settings that are unknown, or a text that cannot be had.
+    """
+    if "data" in settings:
+        return Corpus(Path(settings["data"]), Path(settings["tokenizer"]))
+    corpus = Corpus(folder / "data", folder / "tokenizer.model")
+    done = folder / "complete"
+    if done.exists():
+        return corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings["source"] == "python":
+        text = ["--input", sysconfig.get_paths()["stdlib"], "--glob", "**/*.py", "--exclude", *LEFT_OUT]
+    elif settings["source"] == "deb":
+        documents = folder / "documents.jsonl"
+        with documents.open("w", encoding="utf-8") as file:
+            for document in _entries(_from_package(name, settings)):
+                file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+        text = ["--input", str(documents)]
+    else:
+        raise UserError(f"corpora.{name}.source {settings['source']}: unknown; there are python and deb")
+    print(f"> corpus {name}: tokenizer and dataset", flush=True)
+    tokenizer = ["--vocab-size", str(settings["vocabulary"]), "--output", str(folder / "tokenizer"), "--overwrite"]
+    _run("train_tokenizer.py", [*text, *tokenizer], folder)
+    dataset = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(corpus.tokenizer)]
+    dataset += ["--shuffle-documents", "0", "--output-prefix", str(corpus.data), "--overwrite"]
+    _run("preprocess_data.py", [*text, *dataset], folder)
+    done.touch()
+    return corpus
+
+
+def _run(tool: str, flags: list[str], folder: Path) -> None:
+    log = folder / f"{tool}.log"
+    with log.open("w") as output:
+        done = subprocess.run([sys.executable, str(_TOOLS / tool), *flags], stdout=output, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(f"{tool}: ended with exit code {done.returncode}; see {log}")
+
+
+def _from_package(name: str, settings: Mapping[str, Any]) -> str:
+    """The text of one file in a Debian package, an ar archive of tar archives."""
+    try:
+        with urllib.request.urlopen(settings["url"], timeout=60) as response:
+            package = response.read()
+    except OSError as error:
+        raise UserError(f"corpora.{name}.url {settings['url']}: cannot be fetched ({error})") from None
+    if hashlib.sha256(package).hexdigest() != settings["sha256"]:
+        raise UserError(f"corpora.{name}.url {settings['url']}: is not the file of that sha256")
+    position = 8  # behind the ar archive's magic; members have headers of 60 bytes and even sizes
+    while position < len(package):
+        member, size = package[position : position + 16].decode().strip(), int(package[position + 48 : position + 58])
+        if member.startswith("data.tar.xz"):
+            content = lzma.decompress(package[position + 60 : position + 60 + size])
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+                return gzip.decompress(archive.extractfile(settings["member"]).read()).decode("utf-8")
+        position += 60 + size + size % 2
+    raise UserError(f"corpora.{name}.url {settings['url']}: has no data.tar.xz")
+
+
+def _entries(text: str) -> Iterator[str]:
+    """A dictionary's entries, several together; an entry begins where a line is not indented."""
+    document: list[str] = []
+    length = 0
+    for line in text.splitlines(keepends=True):
+        if length >= _DOCUMENT and line[:1].strip():
+            yield "".join(document)
+            document, length = [], 0
+        document.append(line)
+        length += len(line)
+    yield "".join(document)
