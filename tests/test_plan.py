@@ -150,18 +150,18 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     cpu.prepare()
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa import measuring
+    from megatron_moa import measuring, train_step
     from megatron_moa.arguments import parse_arguments
     from tools import benchmark_step
 
     sys.argv = ["pretrain_gpt_moa.py", *benchmark_step.RUN, *flags]
     args, mixing = parse_arguments()
     initialize_megatron()
-    batches = benchmark_step.random_batches(args)
+    batches = train_step.random_batches(args)
     arms = []
 
     def train(lap: measuring.Lap) -> None:
-        arms.append(benchmark_step.build("plan", args, mixing, batches))
+        arms.append(train_step.build("plan", args, mixing, batches))
         arms[0].run(lap)
 
     device = torch.device("cpu")

@@ -19,22 +19,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import itertools
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_moa import cpu, measuring
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.functional import resolve_backend
 from megatron_moa.recipes import read_recipe
+from megatron_moa.train_step import build, random_batches
 
 PROGRAM = "benchmark_step.py"
 LABELS = {"none": "SwiGLU", "la": "LA", "moa": "MoA"}
@@ -44,73 +41,6 @@ RUN = (
     "--train-iters 1000000 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 "
     "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --eval-iters 0 --num-workers 0"
 ).split()
-
-
-@dataclass
-class Arm:
-    """A model that trains."""
-
-    name: str
-    mixing: MixingConfig | None
-    run: measuring.Run
-    parameters: int
-    state_bytes: int | None  # None where nothing counts it: on a CPU
-
-
-def build(name: str, args: argparse.Namespace, mixing: MixingConfig | None, batches: Iterator[dict]) -> Arm:
-    """Model, optimizer and schedule as Megatron sets them up; the run is one training step."""
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.enums import ModelType
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.rerun_state_machine import RerunDataIterator
-    from megatron.core.utils import get_model_config
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.training import setup_model_and_optimizer, train_step
-
-    from megatron_moa.model import check_mixture, measure_mixture, model_config_from_args
-    from pretrain_gpt_moa import forward_step
-
-    before = torch.cuda.memory_allocated()
-    container = pretrain_cfg_container_from_args(args, model_config_from_args(args, mixing))
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model, optimizer, schedule = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
-    )
-    check_mixture(model, mixing)
-    for chunk in model:
-        chunk.train()
-    config = get_model_config(model[0])  # what Megatron's train() sets before its first step
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    iterator = RerunDataIterator(batches)
-
-    def run(lap: measuring.Lap) -> None:
-        train_step(forward_step, iterator, model, optimizer, schedule, config, get_forward_backward_func(), iteration=0)
-        lap("step")
-
-    run(measuring.no_lap)  # the optimizer makes its state in its first step
-    state = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else None
-    return Arm(name, mixing, run, measure_mixture(model).parameters, state)
-
-
-def random_batches(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
-    """Endless micro-batches, a few of them in turn, on the device."""
-    generator = torch.Generator().manual_seed(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = (args.micro_batch_size, args.seq_length)
-    positions = torch.arange(args.seq_length).expand(shape).contiguous()
-    made = []
-    for _ in range(4):
-        drawn = torch.randint(args.padded_vocab_size, (shape[0], shape[1] + 1), generator=generator)
-        batch = {
-            "tokens": drawn[:, :-1].contiguous(),
-            "labels": drawn[:, 1:].contiguous(),
-            "loss_mask": torch.ones(shape),
-            "position_ids": positions,
-        }
-        made.append({key: tensor.to(device) for key, tensor in batch.items()})
-    return itertools.cycle(made)
 
 
 def stock_arguments(options: argparse.Namespace) -> list[str]:

@@ -56,8 +56,9 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
 
     Args:
         name: for messages.
-        settings: ``data`` and ``tokenizer``, to use what is there; or ``source`` (``python``: the library of this
-            Python; ``deb``: a file in a Debian package, with ``url``, ``sha256`` and ``member``) and ``vocabulary``.
+        settings: ``data`` and ``tokenizer``, to use what is there; or ``vocabulary`` and ``source``: ``python``, the
+            library of this Python (``glob``: some of its files), or ``deb``, a file in a Debian package (``url``,
+            ``sha256``, ``member``).
         folder: to write into.
 
     Raises:
@@ -71,7 +72,14 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
         return corpus
     folder.mkdir(parents=True, exist_ok=True)
     if settings["source"] == "python":
-        text = ["--input", sysconfig.get_paths()["stdlib"], "--glob", "**/*.py", "--exclude", *LEFT_OUT]
+        text = [
+            "--input",
+            sysconfig.get_paths()["stdlib"],
+            "--glob",
+            settings.get("glob", "**/*.py"),
+            "--exclude",
+            *LEFT_OUT,
+        ]
     elif settings["source"] == "deb":
         documents = folder / "documents.jsonl"
         with documents.open("w", encoding="utf-8") as file:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_moa.errors import UserError
 from megatron_moa.study.arms import ARMS, Size
@@ -64,11 +64,11 @@ class Grid:
     sizes: tuple[str, ...]
     corpora: tuple[str, ...]
     tokens: tuple[int, ...]
-    rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    optimizer: str
-    schedule: str
-    extend: bool
+    rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (1,)
+    optimizer: str = "adamw"
+    schedule: str = "cosine"
+    extend: bool = False
 
     def settings(self) -> Iterator[tuple[str, str, int, str, str]]:
         """See :attr:`Cell.setting`."""
@@ -87,6 +87,8 @@ class Study:
         grids: in the order in which they are run.
         flags: of pretrain_gpt_moa.py, for every run.
         evaluation: iterations of the validation at the end of a run.
+        timing: rounds in which the arms' steps are timed, alone on the machine, before anything is trained; 0: never.
+        keep: arms whose last checkpoint of every run is kept.
         tuning_seed: the seed of the runs that choose learning rates.
         most_extensions: of a grid of rates, at either end.
     """
@@ -96,6 +98,8 @@ class Study:
     grids: tuple[Grid, ...]
     flags: tuple[str, ...] = ()
     evaluation: int = 40
+    timing: int = 15
+    keep: tuple[str, ...] = ()
     tuning_seed: int = 1
     most_extensions: int = 3
 
@@ -104,7 +108,7 @@ def read_study(path: Path) -> Study:
     """Reads a study's file (TOML; examples/studies/ has some, which say what the keys mean).
 
     Raises:
-        UserError: no such file, not TOML, or a key or name that is unknown.
+        UserError: no such file, not TOML, or a key, name or value that does not fit.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -112,13 +116,17 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see examples/studies/") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: is not TOML ({error})") from None
-    _known(path, content, {"sizes", "corpora", "grid", "flags", "evaluation", "tuning_seed", "most_extensions"})
+    tables = content.pop("grid", [])
+    if not tables:
+        raise UserError(f"{path}: has no [[grid]]; see examples/studies/")
     sizes = {}
-    for name, values in content.pop("sizes", {}).items():
-        _known(path, values, {field.name for field in fields(Size)} - {"name"}, f"sizes.{name}.")
-        sizes[name] = Size(name, **{**values, "flags": tuple(str(values.get("flags", "")).split())})
+    for name, table in content.pop("sizes", {}).items():
+        sizes[name] = _filled(Size, f"{path}: sizes.{name}", {"name": name, **table})
+        size = sizes[name]
+        if size.hidden % size.heads:
+            raise UserError(f"{path}: sizes.{name}.heads {size.heads}: does not divide hidden {size.hidden}")
     corpora = content.pop("corpora", {})
-    grids = tuple(_grid(path, number, table) for number, table in enumerate(content.pop("grid", []), start=1))
+    grids = tuple(_filled(Grid, f"{path}: grid {number}", table) for number, table in enumerate(tables, start=1))
     for number, grid in enumerate(grids, start=1):
         for what, names, there in (
             ("arms", grid.arms, ARMS),
@@ -130,25 +138,47 @@ def read_study(path: Path) -> Study:
             unknown = [name for name in names if name not in there]
             if unknown:
                 raise UserError(f"{path}: grid {number}: {what} {unknown[0]}: unknown; there are {', '.join(there)}")
-    if not grids:
-        raise UserError(f"{path}: has no [[grid]]; see examples/studies/")
-    return Study(sizes, corpora, grids, tuple(str(content.pop("flags", "")).split()), **content)
-
-
-def _known(path: Path, table: Mapping[str, Any], keys: set[str], prefix: str = "") -> None:
-    unknown = sorted(table.keys() - keys)
+        if not (grid.arms and grid.sizes and grid.corpora and grid.tokens and grid.seeds):
+            raise UserError(f"{path}: grid {number}: a list is empty; only rates may be (each arm's best)")
+    study = _filled(Study, str(path), {**content, "sizes": sizes, "corpora": corpora, "grids": grids})
+    unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
-        raise UserError(f"{path}: {prefix}{unknown[0]}: unknown key; there are {', '.join(sorted(keys))}")
+        raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
+    return study
 
 
-def _grid(path: Path, number: int, table: dict[str, Any]) -> Grid:
-    _known(path, table, {field.name for field in fields(Grid)}, f"grid {number}: ")
-    values = {"rates": [], "seeds": [1], "optimizer": "adamw", "schedule": "cosine", "extend": False, **table}
-    missing = [field.name for field in fields(Grid) if field.name not in values]
-    if missing:
-        raise UserError(f"{path}: grid {number}: {missing[0]}: is missing")
-    values["tokens"] = [round(float(count)) for count in values["tokens"]]
-    return Grid(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+def _filled(kind: type, where: str, table: Mapping[str, Any]) -> Any:
+    """A dataclass from a table of TOML; a text where it wants several is split at blanks.
+
+    Raises:
+        UserError: a key that is unknown or missing, or a value of another type.
+    """
+    hints = get_type_hints(kind)
+    required = [field.name for field in fields(kind) if field.default is MISSING]
+    for key in (*table, *required):
+        if key not in hints:
+            raise UserError(f"{where}: {key}: unknown key; there are {', '.join(sorted(hints))}")
+        if key not in table:
+            raise UserError(f"{where}: {key}: is missing")
+    return kind(**{key: _value(f"{where}: {key}", value, hints[key]) for key, value in table.items()})
+
+
+def _value(where: str, value: Any, hint: Any) -> Any:
+    if get_origin(hint) is tuple:
+        item, *_ = get_args(hint)
+        values = value.split() if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise UserError(f"{where} {value!r}: must be a list")
+        return tuple(_value(where, entry, item) for entry in values)
+    if get_origin(hint) is dict or hint not in (int, float, str, bool):
+        return value
+    if isinstance(value, bool) != (hint is bool) or not isinstance(
+        value, (int, float) if hint in (int, float) else hint
+    ):
+        raise UserError(f"{where} {value!r}: must be {'a number' if hint in (int, float) else hint.__name__}")
+    if hint is int and value != int(value):
+        raise UserError(f"{where} {value!r}: must be a whole number")
+    return hint(value)
 
 
 Losses = Mapping[Cell, float]  # of the runs that are done; inf or NaN for one that diverged

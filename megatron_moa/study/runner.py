@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.study.arms import ARMS
 from megatron_moa.study.corpora import Corpus, make_corpus
 from megatron_moa.study.grid import Cell, Study, cell_from, cell_values, pending
+from megatron_moa.study.timing import TIMING, WIDER, step_times, width_of_equal_time
 from megatron_moa.training_log import TrainingLog
 
 RESULTS = "results.jsonl"
@@ -32,14 +34,13 @@ _POINTS = 64  # of a loss curve in a line of results
 _DIVERGED = 17  # exit code of a run whose loss is not finite (megatron_moa.nonfinite)
 
 
-def command(study: Study, cell: Cell, corpus: Corpus, time_width: int | None = None) -> list[str]:
-    """The flags of a cell's run, without its folders."""
+def command(study: Study, cell: Cell, time_width: int | None = None) -> list[str]:
+    """The flags of a cell's run, without its data and folders."""
     size, arm = study.sizes[cell.size], ARMS[cell.arm]
     iterations = max(1, round(cell.tokens / (size.sequence * size.batch)))
     flags: dict[str, Any] = {
         "--num-layers": size.layers,
         "--hidden-size": size.hidden,
-        "--ffn-hidden-size": arm.width(size, time_width),
         "--num-attention-heads": size.heads,
         "--seq-length": size.sequence,
         "--max-position-embeddings": size.sequence,
@@ -65,7 +66,7 @@ def command(study: Study, cell: Cell, corpus: Corpus, time_width: int | None = N
         "--eval-iters": study.evaluation,
     }
     words = [word for pair in flags.items() for word in map(str, pair)]
-    words += ["--disable-bias-linear", "--untie-embeddings-and-output-weights", *corpus.flags()]
+    words += ["--disable-bias-linear", "--untie-embeddings-and-output-weights"]
     if cell.schedule == "wsd":
         decay = max(1, iterations // 5)
         words += ["--lr-decay-style", "WSD", "--lr-wsd-decay-style", "linear", "--lr-wsd-decay-iters", str(decay)]
@@ -74,7 +75,22 @@ def command(study: Study, cell: Cell, corpus: Corpus, time_width: int | None = N
     if cell.optimizer == "muon":
         words += "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-scale-mode spectral".split()
         words += "--muon-extra-scale-factor 0.2".split()
-    return [*words, *size.flags, *study.flags, *arm.flags(size)]
+    return with_width([*words, *size.flags, *study.flags, *arm.flags(size)], arm.width(size, time_width))
+
+
+def with_width(flags: Sequence[str], width: int) -> list[str]:
+    """Flags, and the width of feed-forward layers and experts behind them."""
+    experts = ["--moe-ffn-hidden-size", str(width)] if "--num-experts" in flags else []
+    return [*flags, "--ffn-hidden-size", str(width), *experts]
+
+
+def surroundings() -> dict[str, Any]:
+    """What a result depends on beside its flags."""
+    return {
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-moa")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def machine() -> str:
@@ -114,30 +130,27 @@ def result_of(
         "milliseconds": round(log.milliseconds, 2),
         "seconds": round(seconds, 1),
         "loss": curve,
-        "flags": [word for word in flags if "/" not in word],
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-moa")},
-        "date": time.strftime("%Y-%m-%d"),
+        "flags": list(flags),
+        **surroundings(),
     }
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results; one that a kill cut off, at the end, is left out.
+    """The lines of a file of JSON lines; one that a kill cut off, at the end, is left out.
 
     Raises:
         UserError: another line that is not JSON.
     """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    whole = lines[:-1]  # behind the last newline there is nothing, or a line that was cut off
-    results = []
+    whole = path.read_text().split("\n")[:-1]  # behind the last newline there is nothing, or a line that was cut off
+    lines = []
     for number, line in enumerate(whole, start=1):
         try:
-            results.append(json.loads(line))
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             raise UserError(f"{path}: line {number} is not JSON; delete that line") from None
-    return results
+    return lines
 
 
 def losses_of(results: Sequence[dict[str, Any]]) -> dict[Cell, float]:
@@ -145,9 +158,23 @@ def losses_of(results: Sequence[dict[str, Any]]) -> dict[Cell, float]:
     return {cell_from(line["cell"]): math.nan if line["final"] is None else line["final"] for line in results}
 
 
+def time_widths(timings: Sequence[dict[str, Any]]) -> dict[tuple[str, str], int]:
+    """By size and optimizer: f at which SwiGLU's step takes as long as MoA's."""
+    return {(line["size"], line["optimizer"]): line["equal_time_width"] for line in timings}
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    """On the disk before this returns."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @dataclass
 class _Running:
     cell: Cell
+    slot: int
     flags: list[str]
     process: subprocess.Popen
     log: TrainingLog
@@ -160,20 +187,22 @@ class _Running:
         while line := self.output.readline():
             self.log.read_line(line)
 
+    @property
+    def done(self) -> float:
+        """The part of the run that is behind it."""
+        return self.log.iterations[-1].iteration / self.log.iterations[-1].total if self.log.iterations else 0.0
+
     def state(self) -> str:
-        if not self.log.iterations:
-            return f"{self.cell.arm} starting"
-        step = self.log.iterations[-1]
-        return f"{self.cell.arm} {self.cell.size} lr {self.cell.rate:g} {step.iteration}/{step.total}"
+        return f"{self.cell.arm} {self.cell.size} lr {self.cell.rate:g} {self.done:.0%}"
 
 
 class Runner:
     """Runs what is pending, until nothing is.
 
     Args:
-        out: the study's folder: ``results.jsonl``, ``runs/`` and ``corpora/``.
-        at_a_time: runs at once.
-        threads: of each.
+        out: the study's folder: results.jsonl, timing.jsonl, ``runs/`` and ``corpora/``.
+        at_a_time: runs at once; on GPUs each has one of its own.
+        threads: CPU threads of each.
     """
 
     def __init__(self, study: Study, out: Path, at_a_time: int, threads: int) -> None:
@@ -181,9 +210,25 @@ class Runner:
         self.at_a_time, self.threads = at_a_time, threads
         self.corpora: dict[str, Corpus] = {}
         self.results = read_results(out / RESULTS)
+        self.timings = read_results(out / TIMING)
         self.running: list[_Running] = []
-        self.finished_here = 0.0  # seconds of the runs that this process has finished
-        self._before = len(self.results)
+        self._check_results()
+
+    def _check_results(self) -> None:
+        """Refuses results of other settings under the same names."""
+        asked = {cell.setting for cell in pending(self.study, {})}
+        widths = time_widths(self.timings)
+        for number, line in enumerate(self.results, start=1):
+            cell = cell_from(line["cell"])
+            if cell.setting not in asked or cell.arm not in ARMS:
+                continue  # of a grid that the study's file no longer has
+            now = command(self.study, cell, widths.get((cell.size, cell.optimizer)))
+            if line["flags"] != now:
+                had, has = next(pair for pair in zip_longest(line["flags"], now, fillvalue="") if pair[0] != pair[1])
+                raise UserError(
+                    f"{self.out / RESULTS}: line {number} ({cell.name}) was run with other settings ({had!r}; now "
+                    f"{has!r}); take another --out, or delete that line"
+                )
 
     def run(self) -> None:
         """Runs all cells; what was running when it is interrupted is ended, and run anew the next time.
@@ -192,13 +237,20 @@ class Runner:
             UserError: another process works on the study; a run failed.
         """
         with _locked(self.out):
-            self._cut_last_line()
+            for name in (RESULTS, TIMING):
+                _cut_last_line(self.out / name)
+            if self.study.timing:
+                self._measure()
             try:
                 while self._step():
-                    time.sleep(0.5)
+                    time.sleep(0.2)
             finally:
                 for run in self.running:
                     _end(run.process)
+
+    def pending(self) -> list[Cell]:
+        """What can be run now."""
+        return pending(self.study, losses_of(self.results))
 
     def _step(self) -> bool:
         for run in list(self.running):
@@ -207,37 +259,89 @@ class Runner:
                 run.follow()
                 self.running.remove(run)
                 self._take(run)
-        waiting = [cell for cell in self._pending() if cell not in {run.cell for run in self.running}]
+        waiting = [cell for cell in self.pending() if cell not in {run.cell for run in self.running}]
         while waiting and len(self.running) < self.at_a_time:
             self.running.append(self._start(waiting.pop(0)))
-        self._show(len(waiting))
+        if sys.stderr.isatty():
+            states = "; ".join(run.state() for run in self.running)
+            text = f"{self._progress(waiting)}: {states}"
+            print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
         return bool(self.running)
 
-    def _pending(self) -> list[Cell]:
-        return pending(self.study, losses_of(self.results))
+    def _corpus(self, name: str) -> Corpus:
+        if name not in self.corpora:
+            self.corpora[name] = make_corpus(name, self.study.corpora[name], self.out / "corpora" / name)
+        return self.corpora[name]
+
+    def _environment(self, slot: int = 0) -> dict[str, str]:
+        """Of a run: its threads, its GPU, and this package before any other that is installed."""
+        path = os.pathsep.join(filter(None, (str(_SCRIPT.parent), os.environ.get("PYTHONPATH"))))
+        own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        gpus = visible_gpus()
+        if gpus:
+            own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+        return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **own}
+
+    def _measure(self) -> None:
+        """Times the steps of all arms of every size and optimizer that have not been timed."""
+        arms: dict[tuple[str, str], dict[str, None]] = {}
+        for grid in self.study.grids:
+            for size in grid.sizes:
+                arms.setdefault((size, grid.optimizer), {}).update(dict.fromkeys(grid.arms))
+        for (size, optimizer), wanted in arms.items():
+            before = {(line["size"], line["optimizer"]): line for line in self.timings}.get((size, optimizer))
+            timed = [arm for arm in wanted if ARMS[arm].widened != "time"]
+            if before is not None and set(timed) <= set(before["milliseconds"]):
+                continue
+            self._line(f"timing {size}, {optimizer}: {len(timed)} arms, {self.study.timing} steps of each, in turn")
+            contenders = {arm: self._timed_flags(size, optimizer, arm) for arm in ("swiglu", "moa", *timed)}
+            width = self.study.sizes[size].ffn
+            contenders[WIDER] = with_width(contenders["swiglu"], width * 3 // 2)
+            with (self.out / f"timing-{size}-{optimizer}.log").open("w") as log:
+                times = step_times(contenders, self.study.timing, self._environment(), log)
+            medians = {arm: time["median"] for arm, time in times.items()}
+            equal = width_of_equal_time(medians, width, width * 3 // 2, medians["moa"])
+            line = {
+                "size": size,
+                "optimizer": optimizer,
+                "milliseconds": medians,
+                "quartiles": {arm: [time["low"], time["high"]] for arm, time in times.items()},
+                # Once measured it stays: runs of that width may be there.
+                "equal_time_width": equal if before is None else before["equal_time_width"],
+                "rounds": self.study.timing,
+                "threads": self.threads,
+                **surroundings(),
+            }
+            _append(self.out / TIMING, line)
+            self.timings.append(line)
+
+    def _timed_flags(self, size: str, optimizer: str, arm: str) -> list[str]:
+        corpus = next(grid.corpora[0] for grid in self.study.grids if size in grid.sizes)
+        cell = Cell(corpus, size, 10**9, optimizer, "cosine", arm, 1e-3, 1)  # far from the schedule's end
+        return [*command(self.study, cell), *self._corpus(corpus).flags()]
 
     def _start(self, cell: Cell) -> _Running:
-        if cell.corpus not in self.corpora:
-            settings = self.study.corpora[cell.corpus]
-            self.corpora[cell.corpus] = make_corpus(cell.corpus, settings, self.out / "corpora" / cell.corpus)
-        flags = command(self.study, cell, self.corpora[cell.corpus])
+        corpus = self._corpus(cell.corpus)
+        flags = command(self.study, cell, time_widths(self.timings).get((cell.size, cell.optimizer)))
         folder = self.out / "runs" / cell.name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
         folder.mkdir(parents=True)
         own = ["--data-cache-path", str(folder / "cache")]  # one each: runs at a time would write the same files
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        if cell.arm in self.study.keep:
+            own += ["--save", str(folder / "checkpoint"), "--save-interval", str(10**9)]  # after the last iteration
+        slot = min(set(range(self.at_a_time)) - {run.slot for run in self.running})
         with (folder / "train.log").open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, str(_SCRIPT), *flags, *own],
+                [sys.executable, str(_SCRIPT), *flags, *corpus.flags(), *own],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**environment, "PYTHONUNBUFFERED": "1"},
+                env=self._environment(slot),
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
         output = (folder / "train.log").open(errors="replace")
-        return _Running(cell, flags, process, TrainingLog(), output, folder, time.monotonic())
+        return _Running(cell, slot, flags, process, TrainingLog(), output, folder, time.monotonic())
 
     def _take(self, run: _Running) -> None:
         """Writes the line of a run that has ended."""
@@ -248,38 +352,51 @@ class Runner:
             raise UserError(f"{run.folder}: ended with exit code {code} ({' '.join(last)}); see train.log there")
         vocabulary = self.corpora[run.cell.corpus].padded_vocabulary
         line = result_of(run.cell, run.flags, run.log, vocabulary, time.monotonic() - run.start, code)
-        with (self.out / RESULTS).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.out / RESULTS, line)
         self.results.append(line)
-        self.finished_here += line["seconds"]
         shutil.rmtree(run.folder / "cache", ignore_errors=True)
         final = "diverged" if line["final"] is None else f"validation loss {line['final']:.4f}"
-        self._line(f"{run.cell.name}: {final}, {line['seconds'] / 60:.1f} min")
+        waiting = [cell for cell in self.pending() if cell not in {other.cell for other in self.running}]
+        self._line(f"{run.cell.name}: {final} in {line['seconds'] / 60:.1f} min; {self._progress(waiting)}")
 
-    def _cut_last_line(self) -> None:
-        path = self.out / RESULTS
-        if path.exists():
-            content = path.read_bytes()
-            if not content.endswith(b"\n"):  # a kill came while it was written
-                path.write_bytes(content[: content.rfind(b"\n") + 1])
+    def _progress(self, waiting: Sequence[Cell]) -> str:
+        """How many runs are done, and how long those that are known of will take, by those that are done."""
+        done, known = len(self.results), len(self.results) + len(self.running) + len(waiting)
+        text = f"{done} of {known} runs"
+        work = sum(self._work(cell_from(line["cell"])) for line in self.results if self._is_here(line))
+        if not work:
+            return text
+        seconds = sum(line["seconds"] for line in self.results if self._is_here(line)) / work
+        left = sum(map(self._work, waiting)) + sum((1 - run.done) * self._work(run.cell) for run in self.running)
+        return f"{text}, about {left * seconds / self.at_a_time / 60:.0f} min left"
 
-    def _show(self, waiting: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        done = len(self.results)
-        left = ""
-        if self.finished_here:
-            known = len([1 for _ in self.running]) / 2 + waiting
-            here = max(1, done - self._before)
-            left = f", about {known * self.finished_here / here / self.at_a_time / 60:.0f} min left for what is known"
-        states = "; ".join(run.state() for run in self.running)
-        text = f"{done} of {done + len(self.running) + waiting} runs{left}: {states}"
-        print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+    def _is_here(self, line: dict[str, Any]) -> bool:
+        return line["cell"]["size"] in self.study.sizes
+
+    def _work(self, cell: Cell) -> float:
+        """In proportion to a run's FLOPs: tokens times weights."""
+        size = self.study.sizes[cell.size]
+        weights = size.layers * (4 * size.hidden**2 + 3 * size.hidden * size.ffn) + 2048 * size.hidden
+        return cell.tokens * weights
 
     def _line(self, text: str) -> None:
         print(("\r\033[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
+
+
+def visible_gpus() -> list[str]:
+    """Names of this machine's GPUs for ``CUDA_VISIBLE_DEVICES``."""
+    import torch
+
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named and count else [str(number) for number in range(count)]
+
+
+def _cut_last_line(path: Path) -> None:
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):  # a kill came while it was written
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
 
 
 @contextmanager
