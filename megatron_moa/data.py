@@ -980,3 +980,46 @@ def _read_text(flag: str, path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{flag} {path}: {reason}; check the path") from None
+
+
+def read_documents(path: Path, flag: str = "--text") -> list[str]:
+    """The documents of a file that have any text: the file is one, of a file of JSON lines every "text".
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    try:
+        # Bytes are counted, so line ends stay as they are.
+        text = path.read_bytes().decode("utf-8")
+        documents = [text] if path.suffix != ".jsonl" else [json.loads(row)["text"] for row in text.split("\n") if row]
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: is not UTF-8 (byte {error.start}); convert it first") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{flag} {path}: a line is not of the form {{"text": "…"}}') from None
+    documents = [document for document in documents if document]
+    if not documents:
+        raise UserError(f"{flag} {path}: is empty; give a file with text")
+    return documents
+
+
+def dataset_documents(prefix: str, split: str, part: str, flag: str = "--data-path") -> list[list[int]]:
+    """The tokens of a dataset's documents in one part of a split, in their order.
+
+    Args:
+        prefix: the path without .bin and .idx.
+        split: as ``--split``.
+        part: :data:`TRAIN`, :data:`VALIDATION` or :data:`TEST`.
+        flag: that named the prefix, for messages.
+
+    Raises:
+        UserError: a damaged dataset, or no document in that part.
+    """
+    index = read_index(prefix, flag)
+    begin, end = split_bounds(split, index.sequences).get(part, (0, 0))
+    if begin == end:
+        raise UserError(f"{flag} {prefix}: --split {split} leaves no document to the {part} part; take another part")
+    tokens = numpy.memmap(prefix + ".bin", index.dtype, "r", 0, (index.tokens,))
+    starts = (index.pointers[begin:] // index.itemsize).tolist() + [index.tokens]
+    return [tokens[starts[i] : starts[i + 1]].tolist() for i in range(end - begin)]

@@ -360,13 +360,13 @@ def convert(
     expected = reference_logits(prepared, tokens)
     print(f"> converting to {target.describe()}", flush=True)
     read = upcycled(tensors.__getitem__, model, source, target, stock)
-    write_release(model, _args_of_new_run(saved, target), root, read)
+    write_release(model, args_of_new_run(saved, target), root, read)
     print("> reading back and computing logits", flush=True)
     found = reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
     return Conversion(mixing, target, Comparison.of(found, expected))
 
 
-def _args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:
+def args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:
     """The source's saved args with the new mixture, before any training."""
     args = copy.copy(saved)
     vars(args).update(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_moa.data import read_documents
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.loading import load_folder
@@ -22,7 +23,6 @@ from tests import inference_runs, launch
 from tests.checkpoints import Hostile
 from tests.test_convert_to_hf import EAGER, SPLIT, convert, train_sentencepiece
 from tests.training import MOE, ROOT, SWIGLU, TINY
-from tools.evaluate_text import read_documents
 
 KINDS = {"dense": ([*SPLIT, "--moa-mixing", "moa"], 2), "moe": ([*MOE, "--moa-mixing", "la"], 1)}
 

@@ -18,7 +18,8 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.data import read_documents
+from megatron_moa.errors import OneLineParser, one_line_errors
 from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "evaluate_text.py"
@@ -35,28 +36,6 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument("--stride", type=int, metavar="N", help="tokens a window moves by (default half a window)")
     parser.add_argument("--window", type=int, metavar="N", help="tokens a window has (default the model's context)")
     return parser.parse_known_args(argv)
-
-
-def read_documents(path: Path) -> list[str]:
-    """The documents of a file that have any text.
-
-    Raises:
-        UserError: it cannot be read, or has none.
-    """
-    try:
-        # Bytes are counted, so line ends stay as they are.
-        text = path.read_bytes().decode("utf-8")
-        documents = [text] if path.suffix != ".jsonl" else [json.loads(row)["text"] for row in text.split("\n") if row]
-    except OSError as error:
-        raise UserError(f"--text {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text {path}: is not UTF-8 (byte {error.start}); convert it first") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'--text {path}: a line is not of the form {{"text": "…"}}') from None
-    documents = [document for document in documents if document]
-    if not documents:
-        raise UserError(f"--text {path}: is empty; give a file with text")
-    return documents
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,0 +1,83 @@
+"""A trained MoA as the LA that its gates are on average: every gate becomes the constant that is its mean."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_moa.checkpoint import PreparedCheckpoint, empty_model, prepare_checkpoint
+from megatron_moa.checkpoint_tensors import ModelTensors
+from megatron_moa.checkpoint_writer import write_release
+from megatron_moa.coefficients import Coefficients
+from megatron_moa.config import DEFAULT_INITIAL_COEFFICIENT, MixingConfig
+from megatron_moa.errors import UserError
+from megatron_moa.gate_probe import GateProbe, Site
+from megatron_moa.model import model_config_from_args
+from megatron_moa.upcycling import args_of_new_run, mixture_flags
+from megatron_moa.verification import Comparison, compared_tokens, reference_logits
+
+
+def collapsed_mixing(mixing: MixingConfig) -> MixingConfig:
+    """The LA of the same form and dictionary; its coefficients train."""
+    return dataclasses.replace(
+        mixing,
+        mixing="la",
+        gate="sigmoid",  # neutral: LA has none
+        gate_bias=False,
+        amplitude="fixed",
+        initial_coefficients=(DEFAULT_INITIAL_COEFFICIENT,),
+        init_scale="mixture",
+        freeze=False,
+    )
+
+
+def write_collapsed(
+    prepared: PreparedCheckpoint,
+    probe: GateProbe,
+    means: Mapping[str, Tensor],
+    root: Path,
+    megatron_flags: Sequence[str] = (),
+) -> Comparison:
+    """Writes the LA as a checkpoint from which training starts at iteration 0, and compares it, as it lies on disk,
+    with the MoA whose coefficients are replaced by the same means.
+
+    Args:
+        prepared: the MoA's checkpoint.
+        probe: its model.
+        means: coefficients [n] by the name of the module that owns them (:attr:`Site.names`).
+        root: where to write, as ``--save`` names it; not there yet.
+        megatron_flags: with which the checkpoint was prepared.
+
+    Raises:
+        UserError: a layer whose mean is not known.
+    """
+    target = collapsed_mixing(prepared.config.mixing)
+    args = copy.copy(prepared.args)
+    vars(args).update(mixture_flags(target))
+    model = empty_model(model_config_from_args(args, dataclasses.replace(target, backend="eager")))
+    owners = {name for name, module in model.named_modules() if isinstance(module, Coefficients)}
+    if without := sorted(owners - means.keys()):
+        raise UserError(f"--write-la: no text passes through {without[0]}, so its mean is not known; it is not written")
+    saved = args_of_new_run(prepared.saved, target)
+    # As training keeps them: coefficients of a bf16 model are bf16.
+    means = {name: mean.to("cpu", saved.params_dtype).float() for name, mean in means.items()}
+    tensors = ModelTensors(prepared.checkpoint.path, prepared.build_empty())
+
+    def read(name: str) -> Tensor:
+        module, _, _ = name.rpartition(".")
+        return means[module] if module in owners else tensors[name]
+
+    def at_mean(site: Site, expert: int, rows: Tensor, _: Tensor) -> Tensor:
+        return means[site.names[expert]].to(rows.device).expand_as(rows)
+
+    write_release(model, saved, root, read)
+    tokens = compared_tokens(prepared.vocab_size, prepared.args.seq_length)
+    with probe.changed(at_mean):
+        expected = torch.cat([probe.loaded.logits(row[None]).cpu() for row in tokens])
+    found = reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
+    return Comparison.of(found[..., : expected.shape[-1]], expected)

@@ -1,0 +1,359 @@
+"""What the gates of a trained mixture do on a text, and what the model loses without it.
+
+    python tools/analyze_gates.py runs/dense-134m-moa/checkpoints held-out/*.txt --out gates
+    python tools/analyze_gates.py runs/moa/checkpoints data/corpus --out gates          # the dataset's validation part
+    python tools/analyze_gates.py runs/moa/checkpoints data/corpus --part training --no-ablate --write-la runs/la-start
+
+CHECKPOINT is a Megatron checkpoint of any split, dense or of experts. A TEXT is a file (of .jsonl every "text" is a
+document), or the prefix of a dataset (.bin and .idx), of which --part is taken. Per layer and gate: mean, spread over
+tokens, the shares of it between token types, within a type and by position, the effective rank of all of them, and the
+tokens that ask most for an activation. Then the loss with coefficients replaced: by their mean, by their token type's
+mean, permuted, each activation left out, each layer alone. docs/gates.md says how to read it. Tables go to standard
+output; --out gets them as report.md, with analysis.json and pictures. Further Megatron flags may follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_moa.data import TRAIN, VALIDATION, check_token_ids, dataset_documents, positive, read_documents
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.output_folder import written_folder
+from megatron_moa.tool_flags import add_iteration_flag
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from megatron_moa.checkpoint import LoadedModel, PreparedCheckpoint
+
+PROGRAM = "analyze_gates.py"
+_SAMPLED = 10  # random tokens whose curves are drawn
+
+
+def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and what is left for Megatron."""
+    parser = OneLineParser(
+        PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what training's --save named")
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="text files, JSON lines, or a dataset's prefix")
+    add_iteration_flag(parser)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for analysis.json, report.md and pictures")
+    parser.add_argument(
+        "--part", choices=(TRAIN, VALIDATION), default=VALIDATION, help=f"of a dataset; default: {VALIDATION}"
+    )
+    parser.add_argument("--tokens", type=positive, default=65_536, metavar="N", help="at most; default: 65536")
+    parser.add_argument(
+        "--seed", type=int, default=1, metavar="N", help="of documents' order, tokens drawn, permutations"
+    )
+    parser.add_argument(
+        "--fewest", type=positive, default=20, metavar="N", help="occurrences a named token has; default: 20"
+    )
+    parser.add_argument(
+        "--ablate", action=argparse.BooleanOptionalAction, default=True, help="whether losses are taken; default: yes"
+    )
+    parser.add_argument("--write-la", type=Path, metavar="FOLDER", help="for the LA whose coefficients are the means")
+    parser.add_argument(
+        "--continued", type=Path, metavar="FILE", help="JSON lines of examples/studies/continue_frozen.sh, to report"
+    )
+    return parser.parse_known_args(argv)
+
+
+def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]) -> PreparedCheckpoint:
+    """The checkpoint, of a mixture, its experts one by one.
+
+    Raises:
+        UserError: an export, a model without mixture, or what loading raises.
+    """
+    if (Path(flags.checkpoint) / "config.json").is_file():
+        raise UserError(f"{flags.checkpoint}: is a Hugging Face folder; give the checkpoint that it was made of")
+    from megatron_moa import quiet  # noqa: F401  before Megatron
+
+    # isort: split
+    from megatron_moa.checkpoint import prepare_checkpoint
+
+    prepared = prepare_checkpoint(flags.checkpoint, megatron_flags, flags.iteration)
+    if prepared.config.mixing is None:
+        raise UserError(
+            f"{flags.checkpoint}: was trained with --moa-mixing none and has no coefficients; give one of MoA or LA"
+        )
+    if flags.write_la and prepared.config.mixing.mixing == "la":
+        raise UserError(f"--write-la {flags.write_la}: {flags.checkpoint} is an LA already; drop the flag")
+    # Hooks find experts one by one, and what they return as it is used.
+    prepared.config.transformer.moe_grouped_gemm = False
+    prepared.config.transformer.moe_shared_expert_overlap = False
+    return prepared
+
+
+def read_texts(texts: Sequence[str], part: str, prepared: PreparedCheckpoint) -> tuple[str, list[list[int]]]:
+    """Where the documents are from, in words, and their tokens.
+
+    Raises:
+        UserError: one cannot be read, or was made with another tokenizer.
+    """
+    documents, sources = [], []
+    for text in texts:
+        if Path(f"{text}.idx").is_file():
+            split = prepared.saved.split or "969,30,1"  # Megatron's default
+            check_token_ids(text, prepared.vocab_size, "TEXT")
+            documents += dataset_documents(text, split, part, "TEXT")
+            sources.append(f"{part} part of {text}")
+        else:
+            documents += [prepared.tokenizer.tokenize(document) for document in read_documents(Path(text), "TEXT")]
+            sources.append(text)
+    return ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else ""), [
+        document[:-1] if document and document[-1] == prepared.tokenizer.eod else document for document in documents
+    ]
+
+
+def token_texts(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
+    """How tokens are shown. A token's text in the middle of one: a tokenizer may drop the space before the first."""
+    from megatron_moa.gate_analysis import shown_token
+
+    return [
+        shown_token(loaded.decode([token, token])[len(loaded.decode([token])) :], token == loaded.end)
+        for token in tokens
+    ]
+
+
+def analyze(
+    flags: argparse.Namespace, megatron_flags: Sequence[str], la_folder: Path | None
+) -> tuple[dict[str, Any], str | None]:
+    """The analysis; what is said of the LA, written on the way if asked for."""
+    prepared = prepared_checkpoint(flags, megatron_flags)
+    source, documents = read_texts(flags.text, flags.part, prepared)
+    # Imported here: it takes seconds, and Megatron's messages have been dealt with.
+    import torch
+    from tqdm import tqdm
+
+    from megatron_moa.gate_analysis import ablation_entry, clusters_of, finite, site_entry
+    from megatron_moa.gate_probe import GateProbe, Windows, ablations
+    from megatron_moa.study.runner import machine
+
+    loaded = prepared.load()
+    windows = Windows.of(documents, loaded.end, loaded.context, flags.tokens, flags.seed)
+    probe = GateProbe(loaded, windows)
+    mixing = probe.mixing
+    generator = torch.Generator().manual_seed(flags.seed)
+    places = torch.randperm(windows.types.numel(), generator=generator)[:_SAMPLED].sort().values.tolist()
+    sampled = [divmod(place, windows.context) for place in places]
+    recording = probe.record(sampled)
+    shown = token_texts(loaded, windows.vocabulary.tolist())
+    sites = [
+        site_entry(site, mixing, statistics, shown, flags.fewest)
+        for site, statistics in zip(probe.sites, recording.whole, strict=True)
+    ]
+    changes = probe.output_changes([statistics.expert_means() for statistics in recording.first])
+    for entry, change, samples in zip(sites, changes, recording.samples, strict=True):
+        entry["output_change"] = change
+        entry["sampled"] = [sample.tolist() for sample in samples]
+    path = Path(flags.checkpoint)
+    analysis = {
+        "name": path.parent.name if path.name in ("checkpoint", "checkpoints") and path.parent.name else path.name,
+        "iteration": loaded.iteration,
+        "mixing": {
+            "mixing": mixing.mixing,
+            "form": mixing.form,
+            "activations": list(mixing.activations),
+            "gate": mixing.gate if mixing.mixing == "moa" else None,
+            "description": mixing.describe(),
+        },
+        "text": {
+            "source": source,
+            "documents": len(set(windows.documents)),
+            "tokens": windows.types.numel(),
+            "types": windows.kinds,
+            "windows": len(windows.tokens),
+            "window": windows.context,
+            "fewest": flags.fewest,
+        },
+        "seed": flags.seed,
+        "loss": recording.losses.mean().item(),
+        "sites": sites,
+        "sampled_tokens": [shown[windows.types[window, position]] for window, position in sampled],
+        "command": shlex.join(["python", "tools/analyze_gates.py", *flags.words]),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-moa")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if flags.ablate:
+        half, unchanged = windows.half, recording.losses[windows.half :]
+        over, clusters = clusters_of(windows.documents[half:])
+        rows = []
+        tried = list(ablations(probe, recording.first, flags.seed))
+        for ablation in tqdm(tried, "ablations", mininterval=0.5 if sys.stderr.isatty() else 30):
+            with probe.changed(ablation.change):
+                rows.append(ablation_entry(ablation, probe.losses(half, len(windows.tokens)), unchanged, clusters))
+        analysis["ablation"] = {
+            "loss": unchanged.mean().item(),
+            "windows": len(unchanged),
+            "tokens": len(unchanged) * windows.context,
+            "over": over,
+            "clusters": len(set(clusters)),
+            "rows": rows,
+        }
+    if flags.continued is not None:
+        analysis["continued"] = read_continued(flags.continued)
+    said = None
+    if la_folder is not None:
+        from megatron_moa.gate_collapse import write_collapsed
+
+        means = {
+            name: mean
+            for site, statistics in zip(probe.sites, recording.whole, strict=True)
+            for name, mean in zip(site.names, statistics.expert_means(), strict=True)
+        }
+        comparison = write_collapsed(prepared, probe, means, la_folder, megatron_flags)
+        if not comparison.within(1e-5):
+            raise UserError(f"--write-la: the LA does not compute what it should ({comparison}); nothing was written")
+        said = f"> wrote the LA, compared with the model at its mean coefficients: {comparison}"
+    return finite(analysis), said
+
+
+def read_continued(path: Path) -> list[dict[str, Any]]:
+    """The trainings that examples/studies/continue_frozen.sh has ended with.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [{key: line[key] for key in ("way", "seed", "loss", "iterations")} for line in lines]
+    except OSError as error:
+        raise UserError(f"--continued {path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--continued {path}: is not what examples/studies/continue_frozen.sh writes") from None
+    return kept
+
+
+# Pictures.
+
+
+def draw_curves(analysis: dict[str, Any], path: Path) -> None:
+    """The effective activations: a row a layer, a panel a branch, at the mean coefficients and at ten random tokens'.
+
+    A quadratic form has no curve a branch: its mean is a map over both pre-activations, and beside it the standard
+    deviation over the ten tokens.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sites, quadratic = analysis["sites"], analysis["mixing"]["form"] == "quadratic"
+    columns = 1 if analysis["mixing"]["form"] in ("type1", "one-sided") else 2
+    figure, axes = plt.subplots(
+        len(sites), columns, figsize=(0.6 + 3.4 * columns, 0.6 + 2.3 * len(sites)), squeeze=False, layout="constrained"
+    )
+    for site, row in zip(sites, axes, strict=True):
+        (_draw_maps if quadratic else _draw_branches)(analysis, site, row)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw_branches(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axes]) -> None:
+    import torch
+
+    from megatron_moa.reference import DEFINITIONS
+
+    x = torch.linspace(-4, 4, 161, dtype=torch.float64)
+    basis = torch.stack([DEFINITIONS[name](x) for name in analysis["mixing"]["activations"]])  # [K, points]
+    mean = torch.tensor([gate["mean"] for gate in site["gates"]], dtype=torch.float64)
+    samples = torch.tensor(site["sampled"], dtype=torch.float64).view(-1, len(mean))
+    size = len(basis)
+    for number, (axes, branch) in enumerate(zip(row, ("activated", "linear"), strict=False)):
+        part = slice(number * size, (number + 1) * size)
+        for sample in samples[:, part]:
+            axes.plot(x, sample @ basis, color="tab:orange", alpha=0.5, linewidth=0.8)
+        axes.plot(x, mean[part] @ basis, color="black", linewidth=1.6)
+        axes.set_title(f"{site['title']}, {branch} branch", fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+
+
+def _draw_maps(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axes]) -> None:
+    import torch
+
+    from megatron_moa.reference import DEFINITIONS
+
+    x = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    basis = torch.stack([DEFINITIONS[name](x) for name in analysis["mixing"]["activations"]])
+    size = len(basis)
+    mean = torch.tensor([gate["mean"] for gate in site["gates"]], dtype=torch.float64).view(size, size)
+    samples = torch.tensor(site["sampled"], dtype=torch.float64).view(-1, size, size)
+    spread = (basis.T @ samples @ basis).std(0) if len(samples) > 1 else torch.zeros(len(x), len(x))
+    shown = ((basis.T @ mean @ basis, "mean coefficients"), (spread, f"std over {len(samples)} random tokens"))
+    for axes, (values, title) in zip(row, shown, strict=True):
+        image = axes.contourf(x, x, values.T, levels=20)
+        axes.figure.colorbar(image, ax=axes)
+        axes.set_title(f"{site['title']}, {title}", fontsize=9)
+        axes.set_xlabel("activated branch", fontsize=7)
+        axes.set_ylabel("linear branch", fontsize=7)
+        axes.tick_params(labelsize=7)
+
+
+def draw_gates(analysis: dict[str, Any], path: Path) -> None:
+    """Every gate's mean with its standard deviation over tokens, the part of it between token types darker: a row a
+    layer.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sites = analysis["sites"]
+    names = [gate["name"] for gate in sites[0]["gates"]]
+    figure, axes = plt.subplots(
+        len(sites), 1, figsize=(1.6 + 0.4 * len(names), 1.0 + 1.7 * len(sites)), squeeze=False, layout="constrained"
+    )
+    for site, (panel,) in zip(sites, axes, strict=True):
+        for place, gate in enumerate(site["gates"]):
+            type_std = gate["std"] * (gate["type_share"] or 0) ** 0.5
+            panel.errorbar(place, gate["mean"], gate["std"], color="tab:orange", linewidth=4, alpha=0.5)
+            panel.errorbar(place, gate["mean"], type_std, fmt="o", color="black", markersize=3, linewidth=1.2)
+        panel.set_title(f"{site['title']}: mean and standard deviation; black: between token types", fontsize=9)
+        panel.set_xticks(range(len(names)), [] if site is not sites[-1] else names, rotation=90, fontsize=7)
+        panel.grid(alpha=0.3)
+        panel.tick_params(axis="y", labelsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Analyses, writes, prints."""
+    with one_line_errors(PROGRAM), contextlib.ExitStack() as written:
+        flags, megatron_flags = parse_flags(argv)
+        flags.words = sys.argv[1:] if argv is None else argv
+        out = written.enter_context(written_folder("--out", flags.out)) if flags.out else None
+        la_folder = written.enter_context(written_folder("--write-la", flags.write_la)) if flags.write_la else None
+        if "--moa-backend" not in megatron_flags:  # compiling takes longer than a text
+            megatron_flags = ["--moa-backend", "eager", *megatron_flags]
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+            analysis, said = analyze(flags, megatron_flags, la_folder)
+        from megatron_moa.gate_analysis import gate_table, markdown
+
+        report = "\n".join(markdown(analysis))
+        if out is not None:
+            (out / "analysis.json").write_text(json.dumps(analysis, indent=1, ensure_ascii=False) + "\n")
+            gates = "\n".join(gate_table(analysis))
+            (out / "report.md").write_text(f"# Gates of {analysis['name']}\n\n{report}\n\n## Every gate\n\n{gates}\n")
+            draw_gates(analysis, out / "gates.png")
+            draw_curves(analysis, out / "curves.png")
+    print(report)
+    if said:
+        print(said)
+    for path in filter(None, (flags.out, flags.write_la)):
+        print(f"> wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
