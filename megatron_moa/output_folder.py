@@ -21,7 +21,7 @@ def is_unfinished(name: str) -> bool:
 
 
 @contextmanager
-def written_folder(flag: str, target: Path) -> Iterator[Path]:
+def written_folder(flag: str, target: Path, replace: str | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside the target, which gets its name at the end; if anything goes wrong none remains.
 
     A tool that is killed leaves the temporary folder (:func:`is_unfinished`). It is not deleted, since another process
@@ -30,13 +30,15 @@ def written_folder(flag: str, target: Path) -> Iterator[Path]:
     Args:
         flag: that names the target, for messages.
         target: not there, or an empty folder.
+        replace: a pattern of file names; a target that holds nothing but such files is replaced.
 
     Raises:
         UserError: the target is something else, or cannot be written.
     """
     target = target.absolute()
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        kind = "a link" if target.is_symlink() else "a folder that is not empty" if target.is_dir() else "a file"
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(_others(target, replace)))):
+        full = "a folder that is not empty" if replace is None else f"a folder with other files than {replace}"
+        kind = "a link" if target.is_symlink() else full if target.is_dir() else "a file"
         raise UserError(f"{flag} {target}: is {kind}; name a new folder")
     for left in target.parent.glob("*.unfinished"):
         if re.fullmatch(re.escape(target.name) + _UNFINISHED, left.name):
@@ -45,9 +47,16 @@ def written_folder(flag: str, target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        if replace is not None and target.exists():
+            shutil.rmtree(target)  # all of it such files, and what comes in their place is complete
         partial.rename(target)  # over an empty folder, too
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"{flag} {target}: cannot be written ({reason}); free space or choose another place") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _others(folder: Path, pattern: str | None) -> Iterator[Path]:
+    """What is in a folder, other than files of these names."""
+    return (path for path in folder.iterdir() if pattern is None or path.is_dir() or not path.match(pattern))

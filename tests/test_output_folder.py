@@ -47,6 +47,22 @@ def test_what_is_there_is_left_alone(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_files_of_one_kind_are_replaced_together_and_nothing_else_is(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.png").write_text("old")
+    with pytest.raises(ZeroDivisionError), written_folder("--out", target, replace="*.png") as partial:
+        (partial / "new.png").write_text(f"half {1 // 0}")
+    assert (target / "old.png").read_text() == "old"
+    with written_folder("--out", target, replace="*.png") as partial:
+        (partial / "new.png").write_text("whole")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new.png"]
+    (target / "mine.txt").touch()
+    with pytest.raises(UserError, match=r"with other files than \*\.png"), written_folder("--out", target, "*.png"):
+        pytest.fail("it was written")
+    assert sorted(os.listdir(target)) == ["mine.txt", "new.png"]
+
+
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
     """Inside, no file takes more bytes than these, as on a full disk."""

@@ -1,0 +1,89 @@
+"""Reads what a report is made from: the folders that tools/study.py and tools/analyze_gates.py fill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_moa.errors import UserError
+from megatron_moa.study.grid import Cell
+from megatron_moa.study.runner import RESULTS, read_results
+from megatron_moa.study.statistics import Results
+
+TIMING = "timing.jsonl"
+_CELL = {field.name for field in fields(Cell)}
+_LINE = ("cell", "final", "non_embedding", "iterations", "loss", "flags", "machine", "versions", "date")
+_TIMING = ("size", "optimizer", "milliseconds", "machine", "date", "command")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is in the folders.
+
+    Attributes:
+        timings: by size and optimizer: ``milliseconds`` (of a step, by arm), ``machine``, ``date``, ``command``.
+        gates: by the name in gates-NAME.json.
+    """
+
+    results: Results
+    timings: dict[tuple[str, str], dict[str, Any]]
+    gates: dict[str, dict[str, Any]]
+
+
+def read_evidence(folders: Sequence[Path]) -> Evidence:
+    """Everything in the folders; what two of them have alike is taken once.
+
+    Raises:
+        UserError: no finished run, a line that is not as tools/study.py writes it, or two that contradict each other.
+    """
+    runs: dict[Cell, tuple[Path, dict[str, Any]]] = {}
+    timings: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    gates: dict[str, tuple[Path, dict[str, Any]]] = {}
+    for folder in folders:
+        path = folder / RESULTS
+        if not path.is_file():
+            raise UserError(f"{folder}: holds no {RESULTS}; name the folder that tools/study.py --out wrote")
+        for number, line in _lines(path, _LINE):
+            if not isinstance(line["cell"], dict) or line["cell"].keys() != _CELL:
+                raise UserError(f"{path}: line {number}: cell must have {', '.join(sorted(_CELL))}; delete that line")
+            cell = Cell(**line["cell"])
+            _add(runs, cell, path, line, f"the run {cell.name}")
+        path = folder / TIMING
+        for number, line in _lines(path, _TIMING):
+            if not isinstance(line["milliseconds"], dict):
+                raise UserError(f"{path}: line {number}: milliseconds must be a table by arm; delete that line")
+            key = line["size"], line["optimizer"]
+            _add(timings, key, path, line, f"the step times of {' with '.join(key)}")
+        for path in sorted(folder.glob("gates-*.json")):
+            try:
+                content = json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: is not JSON ({error}); write it anew with tools/analyze_gates.py") from None
+            name = path.stem.removeprefix("gates-")
+            _add(gates, name, path, content, f"the gates of {name}")
+    if not runs:
+        raise UserError(f"{folders[0] / RESULTS}: holds no finished run; let tools/study.py finish one")
+    return Evidence(
+        Results([line for _, line in runs.values()]),
+        {key: line for key, (_, line) in timings.items()},
+        {name: content for name, (_, content) in gates.items()},
+    )
+
+
+def _lines(path: Path, keys: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a file that may be absent, with their numbers."""
+    numbered = list(enumerate(read_results(path), start=1))
+    for number, line in numbered:
+        missing = [key for key in keys if not isinstance(line, dict) or key not in line]
+        if missing:
+            raise UserError(f"{path}: line {number}: has no {missing[0]}; delete that line, or run it anew")
+    return numbered
+
+
+def _add(found: dict, key: object, path: Path, content: dict[str, Any], what: str) -> None:
+    before, there = found.setdefault(key, (path, content))
+    if there != content:
+        raise UserError(f"{path}: {what} is another one than in {before}; delete one of the two")

@@ -1,0 +1,243 @@
+"""From lines of results to numbers with intervals: best learning rates, paired differences, fits over sizes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import optimize, stats
+
+from megatron_moa.study.grid import best_rate, cell_from, rates_of
+from megatron_moa.study.runner import losses_of
+
+CONFIDENCE = 0.95
+LEAST_SIZES = 4  # of a fit: a law of three parameters goes through three points whatever they are
+BETTER, WORSE, UNDECIDED, ONE_SEED = "better", "worse", "undecided", "not decided by one seed"
+
+Setting = tuple[str, str, int, str, str]  # megatron_moa.study.grid.Cell.setting
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence interval (Student's t); the ends are NaN where there is a single value.
+
+    Attributes:
+        mean, low, high: in the values' unit.
+        count: of values.
+    """
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+        """Of independent values.
+
+        Raises:
+            ValueError: there is none, or one is not finite.
+        """
+        if not values or not all(map(math.isfinite, values)):
+            raise ValueError(f"an interval needs finite values, not {list(values)}")
+        mean, count = statistics.fmean(values), len(values)
+        if count < 2:
+            return cls(mean, math.nan, math.nan, count)
+        half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+        return cls(mean, mean - half, mean + half, count)
+
+    @property
+    def half(self) -> float:
+        """Half the interval's width."""
+        return self.high - self.mean
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.high < 0 or self.low > 0
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference of losses: :data:`BETTER`, :data:`WORSE`, :data:`UNDECIDED` or :data:`ONE_SEED`."""
+        if self.count < 2:
+            return ONE_SEED
+        if not self.decided:
+            return UNDECIDED
+        return BETTER if self.mean < 0 else WORSE
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """An arm at its best learning rate in one setting.
+
+    Attributes:
+        rates: loss by rate, of the seed that the rate was chosen with; infinite where it diverged.
+        rate: the best.
+        losses: final validation loss by seed, at that rate, in nats per token.
+        lines: the results, by seed.
+        diverged: seeds without a finite loss at that rate; they are in nothing else.
+    """
+
+    arm: str
+    rates: dict[float, float]
+    rate: float
+    losses: dict[int, float]
+    lines: dict[int, dict[str, Any]]
+    diverged: tuple[int, ...]
+
+    @property
+    def inside(self) -> bool:
+        """Whether worse rates were tried on both sides of the best one."""
+        return min(self.rates) < self.rate < max(self.rates)
+
+    @property
+    def loss(self) -> Interval:
+        """Over seeds."""
+        return Interval.of(list(self.losses.values()))
+
+    @property
+    def non_embedding(self) -> int:
+        """Parameters without the embedding and the output layer."""
+        return next(iter(self.lines.values()))["non_embedding"]
+
+
+class Results:
+    """Finished runs of one or several studies.
+
+    Attributes:
+        lines: by cell.
+        tuning_seed: the seed with the most runs: learning rates are chosen with it.
+        settings: in which arms were compared, in the order in which they were run.
+    """
+
+    def __init__(self, lines: Sequence[dict[str, Any]]) -> None:
+        self.lines = {cell_from(line["cell"]): line for line in lines}
+        self.losses = losses_of(lines)
+        seeds = Counter(cell.seed for cell in self.lines)
+        self.tuning_seed = min(seeds, key=lambda seed: (-seeds[seed], seed))
+        self.settings: list[Setting] = list(dict.fromkeys(cell.setting for cell in self.lines))
+        self._arms: dict[Setting, dict[str, Tuned | None]] = {setting: {} for setting in self.settings}
+        for cell in self.lines:
+            if cell.arm not in self._arms[cell.setting]:
+                self._arms[cell.setting][cell.arm] = self._tune(cell.setting, cell.arm)
+
+    @property
+    def main(self) -> Setting:
+        """The setting with the most runs; of several, the first."""
+        runs = Counter(cell.setting for cell in self.lines)
+        return max(self.settings, key=runs.__getitem__)
+
+    def arms(self, setting: Setting) -> list[str]:
+        """Those with a run in a setting, in the order in which they were run."""
+        return list(self._arms[setting])
+
+    def tuned(self, setting: Setting, arm: str) -> Tuned | None:
+        """An arm at its best; None without a run of the tuning seed there that ended with a finite loss."""
+        return self._arms[setting].get(arm)
+
+    def _tune(self, setting: Setting, arm: str) -> Tuned | None:
+        rate = best_rate(self.losses, setting, arm, self.tuning_seed)
+        if rate is None:
+            return None
+        cells = sorted(
+            (cell for cell in self.lines if (cell.setting, cell.arm, cell.rate) == (setting, arm, rate)),
+            key=lambda cell: cell.seed,
+        )
+        ended = [cell for cell in cells if math.isfinite(self.losses[cell])]
+        return Tuned(
+            arm,
+            rates_of(self.losses, setting, arm, self.tuning_seed),
+            rate,
+            {cell.seed: self.losses[cell] for cell in ended},
+            {cell.seed: self.lines[cell] for cell in ended},
+            tuple(cell.seed for cell in cells if cell not in ended),
+        )
+
+    def differences(self, setting: Setting, arm: str, to: str) -> dict[int, float]:
+        """By seed that both have: loss of one arm minus another's, each at its best rate."""
+        first, second = self.tuned(setting, arm), self.tuned(setting, to)
+        if first is None or second is None:
+            return {}
+        return {seed: loss - second.losses[seed] for seed, loss in first.losses.items() if seed in second.losses}
+
+    def difference(
+        self, setting: Setting, arm: str, to: str, confidence: float = CONFIDENCE, without: Collection[int] = ()
+    ) -> Interval | None:
+        """Over :meth:`differences`: paired, since a seed stands for the data's order and all shared weights at step 0.
+
+        Args:
+            without: seeds to leave out.
+
+        Returns:
+            None without a seed in common.
+        """
+        pairs = self.differences(setting, arm, to).items()
+        values = [difference for seed, difference in pairs if seed not in without]
+        return Interval.of(values, confidence) if values else None
+
+    def lost(self, setting: Setting, arm: str, factor: float) -> dict[int, float]:
+        """By seed: loss at ``factor`` times the best rate less that at the best; infinite where the run diverged.
+
+        Empty where no such rate was tried.
+        """
+        tuned = self.tuned(setting, arm)
+        if tuned is None:
+            return {}
+        found = {}
+        for cell, loss in self.losses.items():
+            wanted = (cell.setting, cell.arm) == (setting, arm) and cell.seed in tuned.losses
+            if wanted and math.isclose(cell.rate, factor * tuned.rate, rel_tol=0.01):
+                found[cell.seed] = loss - tuned.losses[cell.seed] if math.isfinite(loss) else math.inf
+        return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """L = E + A N^-a, fitted by least squares.
+
+    Attributes:
+        values, halves: of (E, A, a), and half the width of their 95 % intervals, from the fit's linearisation; infinite
+            where the points do not determine them.
+    """
+
+    values: tuple[float, float, float]
+    halves: tuple[float, float, float]
+
+    def __call__(self, size: np.ndarray) -> np.ndarray:
+        return _law(size, *self.values)
+
+
+def _law(size: np.ndarray, floor: float, factor: float, exponent: float) -> np.ndarray:
+    return floor + factor * size**-exponent
+
+
+def fit_power_law(sizes: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
+    """The law through points (N in millions, loss), several seeds of a size being several points.
+
+    Returns:
+        None for fewer than :data:`LEAST_SIZES` different sizes, or where the search does not end.
+    """
+    if len(set(sizes)) < LEAST_SIZES:
+        return None
+    x, y = np.array(sizes, float), np.array(losses, float)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optimize.OptimizeWarning)  # no covariance: it is infinite then, and said so
+        try:
+            values, covariance = optimize.curve_fit(
+                _law,
+                x,
+                y,
+                p0=(y.min() * 0.8, y.max() - y.min() * 0.8, 0.3),
+                bounds=([0, 0, 0], [y.min(), np.inf, 2]),
+                max_nfev=20000,
+            )
+        except RuntimeError:
+            return None
+    halves = stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 3) * np.sqrt(np.diag(covariance))
+    return PowerLaw(tuple(values.tolist()), tuple(halves.tolist()))

@@ -1,0 +1,282 @@
+"""tools/study_report.py: what it says of lines whose truth is known, of lines that are missing, and of broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from megatron_moa.study.arms import ARMS
+from tests.test_study_statistics import SETTING, line, seeds
+from tests.training import ROOT
+from tools import study_report
+
+# Differences to SwiGLU of the arms in the studies below, and the rates at which they are best.
+TRUTH = {
+    "swiglu": 0.0,
+    "swiglu-scaled": -0.03,
+    "la": -0.05,
+    "moa": -0.06,
+    "la-small": 0.02,
+    "moa-small": 0.02,
+    "swiglu-params": -0.01,
+    "swiglu-half": 0.2,
+}
+COMMAND = ["docs/results/study", "--out", "docs/evidence.md"]
+
+
+def study(count: int = 3, **where: Any) -> list[dict[str, Any]]:
+    """Lines of :data:`TRUTH`: seeds differ by 0.1, what is not shared among arms by 0.001."""
+    draw = np.random.default_rng(1)
+    lines = []
+    for arm, difference in TRUTH.items():
+        losses = [3.0 + 0.1 * seed + difference + draw.normal(0, 0.001) for seed in range(count)]
+        lines += seeds(arm, losses, **where)
+        lines += [line(arm, losses[0] + 0.05, rate=0.004, **where), line(arm, losses[0] + 0.1, rate=0.016, **where)]
+    return lines + seeds("swiglu-again", [3.05, 3.03, 3.22][:count], **where)
+
+
+def write(folder: Path, lines: Sequence[dict[str, Any]], name: str = "results.jsonl") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(content) + "\n" for content in lines))
+    return folder
+
+
+def report_of(tmp_path: Path, *folders: Path) -> str:
+    study_report.main([*map(str, folders), "--out", str(tmp_path / "report.md")])
+    return (tmp_path / "report.md").read_text()
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a wrong call prints."""
+    with pytest.raises(SystemExit) as left:
+        study_report.main([*map(str, arguments)])
+    assert left.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("study_report.py: error: ")
+    assert text.count("\n") == 1
+    return text
+
+
+def row(text: str, *cells: str) -> list[str]:
+    """The one table row that begins so."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {' | '.join(cells)} |")]
+    assert len(rows) == 1, (cells, rows)
+    return [cell.strip() for cell in rows[0]]
+
+
+def test_the_committed_report_is_what_its_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "docs/results/study", tmp_path / "docs/results/study")
+    monkeypatch.chdir(tmp_path)
+    study_report.main(COMMAND)
+    assert (tmp_path / "docs/evidence.md").read_text() == (ROOT / "docs/evidence.md").read_text()
+    new, committed = (sorted((root / "docs/evidence").iterdir()) for root in (tmp_path, ROOT))
+    assert [path.name for path in new] == [path.name for path in committed]
+    for one, other in zip(new, committed, strict=True):
+        pixels = [matplotlib.image.imread(path) for path in (one, other)]
+        assert pixels[0].shape == pixels[1].shape, one.name
+        # Fonts come with matplotlib; what is left is how a CPU rounds the edges of lines.
+        assert np.abs(pixels[0] - pixels[1]).mean() < 1e-3, one.name
+
+
+def test_what_is_due_to_what(tmp_path: Path) -> None:
+    text = report_of(tmp_path, write(tmp_path / "study", study()))
+    for what, arm, to, difference, verdict in (
+        ("scale at the start", "swiglu-scaled", "swiglu", -0.03, "**better**"),
+        ("dictionary", "la", "swiglu-scaled", -0.02, "**better**"),
+        ("token adaptivity", "moa", "la", -0.01, "**better**"),
+        ("all three", "moa", "swiglu", -0.06, "**better**"),
+        ("dictionary", "la-small", "swiglu", 0.02, "**worse**"),
+        ("token adaptivity", "moa-small", "la-small", 0.0, "undecided"),
+        ("MoA at equal parameters", "moa", "swiglu-params", -0.05, "**better**"),
+        ("nothing, other seeds", "swiglu-again", "swiglu", 0.0, "undecided, as it must be"),
+        ("half the width", "swiglu-half", "swiglu", 0.2, "worse, as it must be"),
+    ):
+        cells = row(text, what, ARMS[arm].title, ARMS[to].title)
+        mean, low, high = map(float, re.findall(r"[-+]\d\.\d+", cells[3]))
+        assert low <= mean <= high
+        assert mean == pytest.approx(difference, abs=0.003), what
+        assert cells[4:] == ["3", verdict], what
+    assert "Of 4 gated mixtures, against tuned SwiGLU: 2 better, 2 worse." in text
+    assert "Letting gates set the coefficients token by token (MoA) lowers the loss by 0.0" in text
+    assert "makes no difference that 3 seeds decide" in text
+    assert "**Many comparisons.**" in text
+    assert "Missing, for want of runs: the same, SwiGLU's scale" not in text.split("### What the gates do")[0]
+
+
+def test_a_control_that_fails_is_said_to(tmp_path: Path) -> None:
+    lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("swiglu-again", [2.8, 2.9001, 3.0002])]
+    text = report_of(tmp_path, write(tmp_path / "study", [*lines, *seeds("swiglu-half", [3.0, 3.2, 3.1])]))
+    assert row(text, "nothing, other seeds")[5] == "better, **as it must not be**"
+    assert row(text, "half the width")[5] == "undecided, **as it must not be**"
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    text = report_of(tmp_path, write(tmp_path / "study", study(1)))
+    cells = row(text, "half the width")
+    assert float(cells[3]) == pytest.approx(0.2, abs=0.005)  # and no interval
+    assert cells[4:] == ["1", "not decided by one seed"]
+    assert not re.search(r"\*\*(better|worse)\*\*", text)
+    assert "nan" not in text
+    assert "Many comparisons" not in text
+
+
+def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> None:
+    lines = [line("swiglu", loss, rate=rate) for rate, loss in ((0.004, 3.1), (0.008, 3.0), (0.016, 3.3))]
+    lines += [line("moa", loss, rate=rate) for rate, loss in ((0.004, 3.2), (0.008, 3.1), (0.016, 2.9), (0.032, None))]
+    lines += [line("moa", None, rate=0.016, seed=2), line("la", 3.0), line("gelu", None)]
+    lines += [line("moa-small", loss, rate=rate) for rate, loss in ((0.004, 3.2), (0.008, 3.1))]
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    cells = row(text.split("## Larger")[0], "MoA", "0.016")
+    assert cells[2:4] == ["0.004: 3.2000, 0.008: 3.1000, 0.016: 2.9000, 0.032: diverged", "1 (2 diverged)"]
+    assert row(text, "MoA, SwiGLU's scale", "0.008, **at the end**")
+    assert row(text, "LA", "0.008, **the only one**")
+    assert row(text, "GELU", "none")
+    limits = text.split("## What is not shown")[1].split("##")[0]
+    assert "at the end of what was tried: MoA, SwiGLU's scale (python" in limits
+    assert "have one rate only: LA (python" in limits
+    assert (
+        "diverged: MoA at 0.032, seed 1 (python, size 0.4M, 2M tokens, adamw, cosine); MoA at 0.016, seed 2" in limits
+    )
+    assert "Muon, WSD, a MoE" in limits
+    assert "the paper begins at 120M" in limits
+
+
+def test_larger_rates(tmp_path: Path) -> None:
+    lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("swiglu", [3.2, 3.31, 3.4], rate=0.016)]
+    lines += [*seeds("moa", [2.9, 3.0, 3.1], rate=0.016), *seeds("moa", [2.95, 3.05, 3.15], rate=0.032)]
+    lines += [line("moa", None, rate=0.064), line("moa", 3.3)]
+    text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Larger learning rates")[1]
+    assert row(text, "SwiGLU", "0.008")[2:4] == ["+0.2033", "not run"]
+    cells = row(text, "MoA", "0.016")
+    assert cells[2:4] == ["+0.0500", "1 of 1 diverged"]
+    assert cells[4].startswith("-0.1533 [")
+    assert cells[5] == "bears more"
+    assert "is **seen** for MoA: its best rate is 2 times SwiGLU's" in text
+
+
+def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
+    lines = []
+    for size in (1, 2, 4, 8):
+        for arm, floor in (("swiglu", 2.0), ("moa", 1.9)):
+            losses = [floor + size**-0.5 + offset for offset in (0.0, 0.001, -0.001)]
+            where = {"setting": ("python", f"{size}M", *SETTING[2:]), "non_embedding": size * 10**6}
+            lines += seeds(arm, losses, **where)
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    cells = row(text.split("L = E + A N^-a over sizes")[1], "MoA", "4")
+    values = [tuple(map(float, cell.split(" ± "))) for cell in cells[2:]]
+    for (value, half), truth in zip(values, (1.9, 1.0, 0.5), strict=True):
+        assert abs(value - truth) <= half < 0.2
+    overview = text.split("### The same steps in every setting, by default")[1].split("##")[0]
+    assert row(overview, "python, size 8M, 2M tokens, adamw, cosine")[4].startswith("**-0.1000 ±")
+    assert (tmp_path / "report" / "parameters-python-2M-adamw-cosine.png").exists()
+    few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
+    assert "needs 4 sizes or budgets of an arm, all else equal; there are at most 3 and 1." in few
+
+
+def test_time_is_the_time_of_steps_measured_apart(tmp_path: Path) -> None:
+    folder = write(tmp_path / "study", study())
+    times = {"swiglu": 100.0, "moa": 110.0, "la": 105.0}
+    timing = {"size": "0_4M", "optimizer": "adamw", "milliseconds": times, "machine": "M", "date": "D", "command": "C"}
+    write(folder, [timing], "timing.jsonl")
+    text = report_of(tmp_path, folder)
+    assert row(text, "MoA", "110.0") == ["MoA", "110.0", "1.100"]
+    left = (
+        next(line for line in text.splitlines() if line.startswith("Not timed")).split(": ")[1].rstrip(".").split("; ")
+    )
+    assert left == [ARMS[arm].title for arm in [*TRUTH, "swiglu-again"] if arm not in times]
+    assert (tmp_path / "report" / "time.png").exists()
+
+
+def test_settings_of_all_kinds_and_tables_that_can_be_read(tmp_path: Path) -> None:
+    lines = study()
+    lines += study(2, setting=("python", "0_4M", 4_000_000, "adamw", "cosine"))
+    lines += study(1, setting=("english", "0_4M", 2_000_000, "muon", "wsd"))
+    lines += [line("a-layer-of-tomorrow", 3.0), line("moa", 3.0, setting=("english", "3M", *SETTING[2:]))]
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    assert max(line.count("|") for line in text.splitlines()) == 8
+    shown = re.findall(r"\]\(report/([^)]+)\)", text)
+    assert sorted(shown) == sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert "a-layer-of-tomorrow" in text
+    assert "SwiGLU has no finished run here" in text
+    assert "MoA, against SwiGLU, in 3 settings: 2 better, 1 not decided by one seed." in text
+    assert "Does it pay" in text.splitlines()[0]
+    assert "against tuned SwiGLU" in "\n".join(text.splitlines()[:20])
+
+
+def test_the_same_lines_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "study", study())
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for _ in range(2):
+        study_report.main(["study", "--out", "report.md"])
+        files = [Path("report.md"), *sorted(Path("report").iterdir())]
+        found.append([(path.name, path.read_bytes()) for path in files])
+        matplotlib.rcParams["lines.linewidth"] = 7.0  # what a user has configured takes no part
+    matplotlib.rcdefaults()
+    assert found[0] == found[1]
+    assert "`python tools/study_report.py study --out report.md`" in Path("report.md").read_text()
+
+
+def test_folders_of_two_machines_are_one_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = study()
+    whole = report_of(tmp_path, write(tmp_path / "whole", lines))
+    one, other = write(tmp_path / "one", lines[:20]), write(tmp_path / "other", lines[18:])
+    parts = report_of(tmp_path, one, other)
+    assert parts.splitlines()[4:] == whole.splitlines()[4:]
+    contradicting = write(tmp_path / "third", [{**lines[0], "final": 2.0}])
+    text = error_of(capsys, one, contradicting, "--out", tmp_path / "new.md")
+    assert f"{contradicting / 'results.jsonl'}: the run python-0_4M-2M" in text
+    assert not (tmp_path / "new.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no finished run; let tools/study.py finish one"),
+        ("{\n", "line 1 is not JSON"),
+        ("7\n", "line 1: has no cell"),
+        ('{"cell": {}}\n', "line 1: has no final"),
+        (json.dumps({**line("moa", 3.0), "cell": {"arm": "moa"}}) + "\n", "line 1: cell must have arm, corpus"),
+    ],
+)
+def test_broken_results_are_one_line(
+    content: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "study", [])
+    (folder / "results.jsonl").write_text(content)
+    text = error_of(capsys, folder, "--out", tmp_path / "new.md")
+    assert f"{folder / 'results.jsonl'}: {words}" in text
+    assert os.listdir(tmp_path) == ["study"]
+
+
+def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "study", [line("moa", 3.0)])
+    assert "holds no results.jsonl" in error_of(capsys, tmp_path, "--out", tmp_path / "a.md")
+    assert "ends in .md" in error_of(capsys, folder, "--out", tmp_path / "a.txt")
+    assert "other files than *.png" in error_of(
+        capsys, folder, "--out", tmp_path / "study.md"
+    )  # beside it: the results
+    assert (folder / "results.jsonl").exists()
+    (folder / "gates-x.json").write_text("{")
+    assert "gates-x.json: is not JSON" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    write(folder, [{"size": "1M"}], "timing.jsonl")
+    assert "timing.jsonl: line 1: has no optimizer" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    assert os.listdir(tmp_path) == ["study"]
+
+
+def test_an_old_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    report_of(tmp_path, write(tmp_path / "study", study()))
+    assert len(list((tmp_path / "report").iterdir())) > 2
+    (tmp_path / "report" / "of-yesterday.png").touch()
+    text = report_of(tmp_path, write(tmp_path / "study", [line("moa", 3.0)]))
+    assert [path.name for path in (tmp_path / "report").iterdir()] == re.findall(r"\]\(report/([^)]+)\)", text)
+    assert sorted(os.listdir(tmp_path)) == ["report", "report.md", "study"]

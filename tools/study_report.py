@@ -1,0 +1,50 @@
+"""Writes a study's report, markdown and pictures, from the lines of its finished runs alone.
+
+    python tools/study_report.py runs/study --out report.md
+    python tools/study_report.py docs/results/study --out docs/evidence.md
+
+A folder holds results.jsonl of tools/study.py; where there are any, timing.jsonl (step times, an arm at a time) and
+gates-NAME.json of tools/analyze_gates.py are used too. Folders of several machines go into one report. Pictures go into
+a folder named as the report is, beside it. A study that is still running can be reported on: what is missing is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.output_folder import written_folder
+
+PROGRAM = "study_report.py"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads, draws and writes; a report that is there is replaced."""
+    parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS_FOLDER", help="a folder with results.jsonl")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="the report")
+    flags = parser.parse_args(argv)
+    with one_line_errors(PROGRAM):
+        if flags.out.suffix != ".md":
+            raise UserError(f"--out {flags.out}: the report is markdown; name a file that ends in .md")
+        if flags.out.is_dir():
+            raise UserError(f"--out {flags.out}: is a folder; name a file")
+        from megatron_moa.study.evidence import read_evidence
+        from megatron_moa.study.report import report
+
+        evidence = read_evidence(flags.results)
+        command = shlex.join(["python", "tools/study_report.py", *map(str, flags.results), "--out", str(flags.out)])
+        pictures = flags.out.with_suffix("")
+        with written_folder("--out", pictures, replace="*.png") as folder:
+            text = report(evidence, command, folder, pictures.name)
+            new = folder / flags.out.name  # on the same disk, so that its name can be given at once
+            new.write_text(text, encoding="utf-8")
+            new.replace(flags.out)
+    print(f"{flags.out}, and {len(list(pictures.iterdir()))} pictures in {pictures}")
+
+
+if __name__ == "__main__":
+    main()
