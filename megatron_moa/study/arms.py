@@ -21,6 +21,7 @@ class Size:
         name: in the study's file and in results.
         layers, hidden, ffn, heads: of the model; ``ffn`` is a gated layer's width.
         sequence, batch: tokens of a sample, samples of an iteration.
+        micro_batch: samples at once; 0: all of an iteration's.
         init_std: ``--init-method-std``.
         flags: further ones, such as those of a MoE.
     """
@@ -32,6 +33,7 @@ class Size:
     heads: int
     sequence: int = 128
     batch: int = 16
+    micro_batch: int = 0
     init_std: float = 0.06
     flags: tuple[str, ...] = ()
 

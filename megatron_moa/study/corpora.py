@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +15,7 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +58,16 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
 
     Args:
         name: for messages.
-        settings: ``data`` and ``tokenizer``, to use what is there; or ``vocabulary`` and ``source``: ``python``, the
-            library of this Python (``glob``: some of its files), or ``deb``, a file in a Debian package (``url``,
-            ``sha256``, ``member``).
+        settings: ``data`` and ``tokenizer``, to use what is there (``$NAME`` is of the environment); or ``vocabulary``
+            and ``source``: ``python``, the library of this Python (``glob``: some of its files), or ``deb``, a file in
+            a Debian package (``url``, ``sha256``, ``member``; ``every`` N: each N-th document of it).
         folder: to write into.
 
     Raises:
         UserError: settings that are unknown, or a text that cannot be had.
     """
     if "data" in settings:
-        return Corpus(Path(settings["data"]), Path(settings["tokenizer"]))
+        return Corpus(*(_own_path(name, key, settings) for key in ("data", "tokenizer")))
     corpus = Corpus(folder / "data", folder / "tokenizer.model")
     done = folder / "complete"
     if done.exists():
@@ -83,7 +85,7 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
     elif settings["source"] == "deb":
         documents = folder / "documents.jsonl"
         with documents.open("w", encoding="utf-8") as file:
-            for document in _entries(_from_package(name, settings)):
+            for document in islice(_entries(_from_package(name, settings)), 0, None, settings.get("every", 1)):
                 file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
         text = ["--input", str(documents)]
     else:
@@ -96,6 +98,18 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
     _run("preprocess_data.py", [*text, *dataset], folder)
     done.touch()
     return corpus
+
+
+def _own_path(name: str, key: str, settings: Mapping[str, Any]) -> Path:
+    """A path of the user's, variables of the environment filled in."""
+    path = os.path.expandvars(settings.get(key, ""))
+    file = f"{path}.bin" if key == "data" else path
+    if "$" in path or not Path(file).is_file():
+        raise UserError(
+            f"corpora.{name}.{key} {settings.get(key)!r}: there is no file {file}; give what tools/preprocess_data.py "
+            "(data) and tools/train_tokenizer.py (tokenizer) wrote, and set the variables in it"
+        )
+    return Path(path)
 
 
 def _run(tool: str, flags: list[str], folder: Path) -> None:
@@ -121,7 +135,7 @@ def _from_package(name: str, settings: Mapping[str, Any]) -> str:
         if member.startswith("data.tar.xz"):
             content = lzma.decompress(package[position + 60 : position + 60 + size])
             with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-                return gzip.decompress(archive.extractfile(settings["member"]).read()).decode("utf-8")
+                return gzip.decompress(archive.extractfile(settings["member"]).read()).decode("utf-8", "replace")
         position += 60 + size + size % 2
     raise UserError(f"corpora.{name}.url {settings['url']}: has no data.tar.xz")
 

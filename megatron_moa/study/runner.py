@@ -51,7 +51,7 @@ def command(study: Study, cell: Cell, time_width: int | None = None) -> list[str
         "--hidden-dropout": 0.0,
         "--split": "95,5,0",
         "--seed": arm.seed(cell.seed),
-        "--micro-batch-size": size.batch,
+        "--micro-batch-size": size.micro_batch or size.batch,
         "--global-batch-size": size.batch,
         "--train-iters": iterations,
         "--lr": f"{cell.rate:g}",
