@@ -84,7 +84,7 @@ def test_the_committed_report_is_what_its_command_writes(tmp_path: Path, monkeyp
         pixels = [matplotlib.image.imread(path) for path in (one, other)]
         assert pixels[0].shape == pixels[1].shape, one.name
         # Fonts come with matplotlib; what is left is how a CPU rounds the edges of lines.
-        assert np.abs(pixels[0] - pixels[1]).mean() < 1e-3, one.name
+        assert (np.abs(pixels[0] - pixels[1]) > 0.1).mean() < 1e-4, one.name
 
 
 def test_what_is_due_to_what(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
         ("all three", "moa", "swiglu", -0.06, "**better**"),
         ("dictionary", "la-small", "swiglu", 0.02, "**worse**"),
         ("token adaptivity", "moa-small", "la-small", 0.0, "undecided"),
-        ("MoA at equal parameters", "moa", "swiglu-params", -0.05, "**better**"),
+        ("equal parameters", "moa", "swiglu-params", -0.05, "**better**"),
         ("nothing, other seeds", "swiglu-again", "swiglu", 0.0, "undecided, as it must be"),
         ("half the width", "swiglu-half", "swiglu", 0.2, "worse, as it must be"),
     ):
@@ -109,7 +109,8 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
     assert "Letting gates set the coefficients token by token (MoA) lowers the loss by 0.0" in text
     assert "makes no difference that 3 seeds decide" in text
     assert "**Many comparisons.**" in text
-    assert "Missing, for want of runs: the same, SwiGLU's scale" not in text.split("### What the gates do")[0]
+    equal = text.split("### At equal cost")[1].split("###")[0]
+    assert "Missing, for want of runs: equal step time, equal step time, SwiGLU's scale.\n" in equal
 
 
 def test_a_control_that_fails_is_said_to(tmp_path: Path) -> None:
@@ -141,13 +142,22 @@ def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> No
     assert row(text, "LA", "0.008, **the only one**")
     assert row(text, "GELU", "none")
     limits = text.split("## What is not shown")[1].split("##")[0]
-    assert "at the end of what was tried: MoA, SwiGLU's scale (python" in limits
-    assert "have one rate only: LA (python" in limits
     assert (
-        "diverged: MoA at 0.032, seed 1 (python, size 0.4M, 2M tokens, adamw, cosine); MoA at 0.016, seed 2" in limits
+        "at the end of what was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: MoA, SwiGLU's scale.\n" in limits
+    )
+    assert "one alone was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: LA.\n" in limits
+    assert (
+        "diverged: MoA at 0.032, seed 1 (python, size 0.4M, 2M tokens, AdamW, cosine); MoA at 0.016, seed 2" in limits
     )
     assert "Muon, WSD, a MoE" in limits
     assert "the paper begins at 120M" in limits
+
+
+def test_a_study_of_which_everything_diverged(tmp_path: Path) -> None:
+    text = report_of(tmp_path, write(tmp_path / "study", [{**line("moa", None), "loss": []}]))
+    assert row(text, "MoA", "none")[2] == "no finite loss of seed 1"
+    assert "- 1 run of 1 arm, 1 diverged." in text
+    assert "SwiGLU has no finished run" in text
 
 
 def test_larger_rates(tmp_path: Path) -> None:
@@ -176,7 +186,7 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
     for (value, half), truth in zip(values, (1.9, 1.0, 0.5), strict=True):
         assert abs(value - truth) <= half < 0.2
     overview = text.split("### The same steps in every setting, by default")[1].split("##")[0]
-    assert row(overview, "python, size 8M, 2M tokens, adamw, cosine")[4].startswith("**-0.1000 ±")
+    assert row(overview, "python, size 8M, 2M tokens, AdamW, cosine")[4].startswith("**-0.1000 ±")
     assert (tmp_path / "report" / "parameters-python-2M-adamw-cosine.png").exists()
     few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
     assert "needs 4 sizes or budgets of an arm, all else equal; there are at most 3 and 1." in few
@@ -185,15 +195,48 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
 def test_time_is_the_time_of_steps_measured_apart(tmp_path: Path) -> None:
     folder = write(tmp_path / "study", study())
     times = {"swiglu": 100.0, "moa": 110.0, "la": 105.0}
-    timing = {"size": "0_4M", "optimizer": "adamw", "milliseconds": times, "machine": "M", "date": "D", "command": "C"}
-    write(folder, [timing], "timing.jsonl")
+    timing = {"size": "0_4M", "optimizer": "adamw", "milliseconds": times, "machine": "2 CPU cores", "date": "today"}
+    timing |= {"equal_time_width": 288, "rounds": 15, "threads": 1}
+    earlier = {**timing, "milliseconds": {"swiglu": 90.0}}
+    write(folder, [earlier, timing], "timing.jsonl")
     text = report_of(tmp_path, folder)
     assert row(text, "MoA", "110.0") == ["MoA", "110.0", "1.100"]
     left = (
         next(line for line in text.splitlines() if line.startswith("Not timed")).split(": ")[1].rstrip(".").split("; ")
     )
     assert left == [ARMS[arm].title for arm in [*TRUTH, "swiglu-again"] if arm not in times]
+    assert "median of 15, the arms' steps in turn, 1 thread" in text
+    assert "SwiGLU takes MoA's time with f = 288." in text
     assert (tmp_path / "report" / "time.png").exists()
+
+
+def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
+    shares = {"type_share": 0.6, "type_share_naive": 0.7, "context_share": 0.4, "position_share": 0.1}
+    gate = {"name": "silu", "mean": 0.5, "std": 0.1, "std_over_mean": 0.2, **shares, "most": [], "least": []}
+    site = {"title": "layer 1", "coefficients": 2, "effective_rank": 1.5, "participation_ratio": 1.2}
+    rows = [
+        {"name": "their means", "kind": kind, "difference": 0.031, "interval": [0.02, 0.042]}
+        for kind in ("mean", "type mean")
+    ]
+    content = {
+        "name": "a/checkpoint",
+        "iteration": 976,
+        "command": "python tools/analyze_gates.py a/checkpoint text.txt",
+        "machine": "2 CPU cores",
+        "date": "2026-11-24",
+        "text": {"tokens": 9, "documents": 1, "source": "t", "types": 3, "windows": 1, "window": 9, "fewest": 2},
+        "mixing": {"description": "MoA of a kind", "mixing": "moa", "form": "bi-sided"},
+        "sites": [{**site, "output_change": 0.3, "gates": [gate, gate]}],
+        "ablation": {"loss": 3.0, "windows": 1, "clusters": 5, "over": "documents", "rows": rows},
+    }
+    folder = write(tmp_path / "study", study())
+    (folder / "gates-0.4M.json").write_text(json.dumps(content))
+    text = report_of(tmp_path, folder)
+    short, gates = text.split("## What was run")[0], text.split("## Trained gates")[1]
+    assert "- Trained gates replaced by their means ([0.4M](#trained-gates)): +0.0310 [+0.0200, +0.0420]." in short
+    assert "### 0.4M\n" in gates
+    assert "Loss as it is: 3.0000" in gates
+    assert "What trained gates do: there is no analysis" not in text
 
 
 def test_settings_of_all_kinds_and_tables_that_can_be_read(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from megatron_moa.errors import UserError
 from megatron_moa.study.grid import Cell
 from megatron_moa.study.runner import RESULTS, read_results
 from megatron_moa.study.statistics import Results
+from megatron_moa.study.timing import TIMING
 
-TIMING = "timing.jsonl"
 _CELL = {field.name for field in fields(Cell)}
 _LINE = ("cell", "final", "non_embedding", "iterations", "loss", "flags", "machine", "versions", "date")
-_TIMING = ("size", "optimizer", "milliseconds", "machine", "date", "command")
+_TIMING = ("size", "optimizer", "milliseconds", "equal_time_width", "rounds", "threads", "machine", "date")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Evidence:
     """What is in the folders.
 
     Attributes:
-        timings: by size and optimizer: ``milliseconds`` (of a step, by arm), ``machine``, ``date``, ``command``.
+        timings: by size and optimizer, a line of timing.jsonl: the median step of each arm in ``milliseconds``, and how
+            that was measured.
         gates: by the name in gates-NAME.json.
     """
 
@@ -52,11 +53,10 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
             cell = Cell(**line["cell"])
             _add(runs, cell, path, line, f"the run {cell.name}")
         path = folder / TIMING
-        for number, line in _lines(path, _TIMING):
-            if not isinstance(line["milliseconds"], dict):
-                raise UserError(f"{path}: line {number}: milliseconds must be a table by arm; delete that line")
-            key = line["size"], line["optimizer"]
-            _add(timings, key, path, line, f"the step times of {' with '.join(key)}")
+        # A study that got further arms timed all of them once more, together: its last line counts.
+        latest = {(line["size"], line["optimizer"]): line for _, line in _lines(path, _TIMING)}
+        for (size, optimizer), line in latest.items():
+            _add(timings, (size, optimizer), path, line, f"the step times of {size} with {optimizer}")
         for path in sorted(folder.glob("gates-*.json")):
             try:
                 content = json.loads(path.read_text())

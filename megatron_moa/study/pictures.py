@@ -25,6 +25,7 @@ CHIEF_ARMS = ("swiglu", "swiglu-scaled", "swiglu-params", "swiglu-time", "la", "
 _SHADES = {"swiglu": "Greys", "gelu": "Greens", "la": "Blues", "moa": "Reds", "polyrelu": "Purples"}
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*"
+_PLANS = {"adamw": "AdamW", "muon": "Muon", "wsd": "WSD"}
 PANELS = ("fixed, gated", "LA", "MoA", "not gated")
 
 
@@ -39,9 +40,14 @@ def size_title(size: str) -> str:
 
 
 def setting_title(setting: Setting) -> str:
-    """``python, size 0.4M, 2M tokens, adamw, cosine``."""
+    """``python, size 0.4M, 2M tokens, AdamW, cosine``."""
     corpus, size, tokens, optimizer, schedule = setting
-    return f"{corpus}, size {size_title(size)}, {tokens / 1e6:g}M tokens, {optimizer}, {schedule}"
+    return f"{corpus}, size {size_title(size)}, {tokens / 1e6:g}M tokens, {plan_title(optimizer, schedule)}"
+
+
+def plan_title(optimizer: str, schedule: str) -> str:
+    """``AdamW, cosine``."""
+    return f"{_PLANS.get(optimizer, optimizer)}, {_PLANS.get(schedule, schedule)}"
 
 
 def anchor(setting: Setting) -> str:
@@ -76,7 +82,7 @@ def draw_differences(results: Results, file: Path, setting: Setting) -> None:
     """Loss less the baseline's, of every arm, with its interval; the best arm on top."""
     found = {arm: results.difference(setting, arm, BASELINE) for arm in results.arms(setting) if arm != BASELINE}
     rows = sorted(((arm, known) for arm, known in found.items() if known is not None), key=lambda row: -row[1].mean)
-    with _figure(1, 1, (8, 1.4 + 0.3 * len(rows)), file) as ((axes,),):
+    with _figure(1, (8, 1.4 + 0.3 * len(rows)), file) as ((axes,),):
         axes.axvline(0, color="black", linewidth=0.8)
         for height, (arm, known) in enumerate(rows):
             colour = style(arm)["color"]
@@ -102,7 +108,7 @@ def draw_rates(results: Results, file: Path, setting: Setting) -> None:
     if len(together) <= 8:
         shown = {"": together}
     ends = []
-    with _figure(len(shown), 1, (8.5, 1 + 2.6 * len(shown)), file) as grid:
+    with _figure(len(shown), (8.5, 1 + 2.6 * len(shown)), file) as grid:
         for (axes,), (name, arms) in zip(grid, shown.items(), strict=True):
             with_baseline = [BASELINE] if BASELINE not in arms and results.tuned(setting, BASELINE) else []
             for arm in with_baseline + arms:
@@ -110,11 +116,11 @@ def draw_rates(results: Results, file: Path, setting: Setting) -> None:
                 finite = [rate for rate in rates if math.isfinite(rates[rate])]
                 axes.plot(finite, [rates[rate] for rate in finite], **style(arm), markersize=4, label=arm_title(arm))
                 ends += [rates[rate] for rate in finite]
-            ticks = sorted({rate for arm in arms for rate in results.tuned(setting, arm).rates})
-            axes.set_xscale("log")
-            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.set_xticks([], minor=True)
             axes.set(ylabel="validation loss", title=name)
+        ticks = sorted({rate for arm in together for rate in results.tuned(setting, arm).rates})
+        axes.set_xscale("log")  # of all: they share it
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         _cut(grid, ends)
         grid[-1][0].set_xlabel(f"peak learning rate (seed {results.tuning_seed})")
         grid[0][0].figure.suptitle(setting_title(setting))
@@ -138,7 +144,7 @@ def draw_curves(
         arms: to draw, the baseline among them.
         milliseconds: of a step, by arm: against time; None: against tokens.
     """
-    with _figure(2, 1, (9, 7), file) as grid:
+    with _figure(2, (9, 7), file) as grid:
         (above,), (below,) = grid
         below.axhline(0, color="black", linewidth=0.8)
         for arm in arms:
@@ -196,7 +202,7 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
     arms = list(dict.fromkeys(arm for setting in settings for arm in results.arms(setting)))
     if len(settings) > 1:
         arms = [arm for arm in arms if sum(results.tuned(setting, arm) is not None for setting in settings) > 1]
-    with _figure(2, 1, (9, 8), file) as grid:
+    with _figure(2, (9, 8), file) as grid:
         (above,), (below,) = grid
         below.axhline(0, color="black", linewidth=0.8)
         for arm in arms:
@@ -216,21 +222,20 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
                 below.plot([x[s]] * 2, [gap.low, gap.high], color=drawn["color"], linewidth=0.8)
         corpus, size, tokens, optimizer, schedule = settings[0]
         fixed = f"size {size_title(size)}" if against_tokens else f"{tokens / 1e6:g}M tokens"
-        above.set(ylabel="validation loss", title=f"{corpus}, {fixed}, {optimizer}, {schedule}")
+        above.set(ylabel="validation loss", title=f"{corpus}, {fixed}, {plan_title(optimizer, schedule)}")
         below.set(ylabel="less SwiGLU's, paired")
         below.set_xlabel("million tokens" if against_tokens else "million parameters without embeddings")
-        for axes in (above, below):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("{x:g}")
+        below.set_xscale("log")
+        below.xaxis.set_major_formatter("{x:g}")
+        below.xaxis.set_minor_formatter("{x:g}")
 
 
 @contextmanager
-def _figure(rows: int, columns: int, size: tuple[float, float], file: Path) -> Iterator[np.ndarray]:
-    """Panels [rows, columns], written as a PNG at the end, legends outside, whatever matplotlib is configured to do."""
+def _figure(rows: int, size: tuple[float, float], file: Path) -> Iterator[np.ndarray]:
+    """Panels [rows, 1] with one x axis, a PNG in the end, legends outside; what a user has configured takes no part."""
     with matplotlib.style.context("default", after_reset=True):
         figure = Figure(size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
+        grid = figure.subplots(rows, 1, squeeze=False, sharex=True)
         yield grid
         for axes in grid.flat:
             axes.grid(alpha=0.3)

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_moa.study.evidence import TIMING, Evidence
+from megatron_moa.study.arms import ARMS
+from megatron_moa.study.evidence import Evidence
 from megatron_moa.study.pictures import (
     BASELINE,
     CHIEF_ARMS,
@@ -18,6 +19,7 @@ from megatron_moa.study.pictures import (
     draw_differences,
     draw_growth,
     draw_rates,
+    plan_title,
     setting_title,
     size_title,
 )
@@ -34,6 +36,7 @@ from megatron_moa.study.statistics import (
     fit_power_law,
 )
 from megatron_moa.study.steps import CHAINS, CONTROLS, OWN_SCALE, SWIGLU_SCALE, Step
+from megatron_moa.study.timing import TIMING
 
 PAPER_SMALLEST = 120e6  # parameters; what arXiv 2605.26647 begins at
 
@@ -111,8 +114,13 @@ class _Report:
                 f"({_count(len(best.losses), 'seed')})."
             )
         yield from self._controls_in_short()
-        if self.evidence.gates:
-            yield "- What trained gates do, and what a trained model loses without them: [below](#trained-gates)."
+        for name, content in self.evidence.gates.items():
+            for row in (content.get("ablation") or {"rows": []})["rows"]:
+                if row["kind"] == "mean":
+                    low, high = row["interval"]
+                    interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
+                    difference = f"{row['difference']:+.4f}{interval}"
+                    yield f"- Trained gates replaced by their means ([{name}](#trained-gates)): {difference}."
         yield ""
 
     def _elsewhere(self) -> Lines:
@@ -143,8 +151,8 @@ class _Report:
         yield f"- Sizes (SwiGLU's parameters without embedding and output layer): {text}."
         budgets = sorted({cell.tokens for cell in cells})
         yield f"- Tokens: {_listed(f'{tokens / 1e6:g}M' for tokens in budgets)}."
-        plans = dict.fromkeys(f"{cell.optimizer} with {cell.schedule}" for cell in cells)
-        yield f"- Optimizers and schedules: {_listed(plans)}."
+        plans = dict.fromkeys(plan_title(cell.optimizer, cell.schedule) for cell in cells)
+        yield f"- Optimizers and schedules: {_listed(plans, '; ')}."
         seed = self.results.tuning_seed
         yield (
             f"- Seeds: {_listed(sorted({cell.seed for cell in cells}))}. A seed stands for the order of the data and "
@@ -230,12 +238,12 @@ class _Report:
             of = setting_title(setting)
             at_end = [arm_title(tuned.arm) for tuned in there if len(tuned.rates) > 1]
             alone = [arm_title(tuned.arm) for tuned in there if len(tuned.rates) == 1]
-            ends += [f"{_listed(at_end, ', ')} ({of})"] if at_end else []
-            single += [f"{_listed(alone, ', ')} ({of})"] if alone else []
+            ends += [f"in {of}: {_listed(at_end, '; ')}."] if at_end else []
+            single += [f"in {of}: {_listed(alone, '; ')}."] if alone else []
         if ends:
-            yield f"- The best rate of arms whose best is at the end of what was tried: {'; '.join(ends)}."
+            yield f"- The best rate, where an arm's best is at the end of what was tried: {' '.join(ends)}"
         if single:
-            yield f"- The best rate of arms that have one rate only: {'; '.join(single)}."
+            yield f"- The best rate, where one alone was tried: {' '.join(single)}"
         lost = [
             f"{arm_title(cell.arm)} at {cell.rate:g}, seed {cell.seed} ({setting_title(cell.setting)})"
             for cell, loss in self.results.losses.items()
@@ -261,7 +269,10 @@ class _Report:
             yield f"Without seed {seed}, which chose the rates: {'; '.join(parts)}.\n"
 
     def _steps(self, setting: Setting, in_words: bool = False) -> Lines:
+        """All of them for the main setting; for another, those that are not in the tables over all settings."""
         for title, chain in CHAINS:
+            if not in_words and chain in (OWN_SCALE, SWIGLU_SCALE):
+                continue
             known = [(step, self.results.difference(setting, step.arm, step.to)) for step in chain]
             there = [(step, difference) for step, difference in known if difference is not None]
             if not there:
@@ -314,7 +325,7 @@ class _Report:
                 known = [self.results.difference(setting, step.arm, step.to) for step in chain]
                 if any(known):
                     rows.append([setting_title(setting), *(_short(difference) for difference in known)])
-            if len(rows) > 1:
+            if rows and len(self.results.settings) > 1:
                 yield f"### The same steps in every setting, {name}\n"
                 yield from _table([["setting", *(step.what for step in chain)], *rows])
                 yield "±: half the interval's width; bold: the interval excludes zero; (1): one seed, no interval.\n"
@@ -410,12 +421,16 @@ class _Report:
         timing = self.evidence.timings.get((self.main[1], self.main[3]))
         for (size, optimizer), line in self.evidence.timings.items():
             times, reference = line["milliseconds"], line["milliseconds"].get(BASELINE)
-            yield f"A step's time, size {size_title(size)} with {optimizer}, an arm at a time on {line['machine']}"
-            yield f"({line['date']}, `{line['command']}`):\n"
+            yield (
+                f"A step's time, size {size_title(size)} with {optimizer}: median of {line['rounds']}, the arms' steps "
+                f"in turn, {_count(line['threads'], 'thread')}; {line['machine']}, {line['date']}. "
+                f"SwiGLU takes MoA's time with f = {line['equal_time_width']}.\n"
+            )
             rows = [["arm", "ms a step", "times SwiGLU's"]]
             rows += [
                 [arm_title(arm), f"{time:.1f}", f"{time / reference:.3f}" if reference else ""]
                 for arm, time in times.items()
+                if arm in ARMS
             ]
             yield from _table(rows)
         if timing is None:
@@ -467,7 +482,7 @@ class _Report:
                 if len(rows) > 1:
                     fitted = True
                     n = "parameters without embeddings" if unit == 1 else "tokens"
-                    where = f"{family[0][0]}, {', '.join(family[0][3:])}"
+                    where = f"{family[0][0]}, {plan_title(*family[0][3:])}"
                     yield f"L = E + A N^-a over {what}, N in million {n} ({where}):\n"
                     yield from _table(rows)
         if fitted:

@@ -35,19 +35,21 @@ SWIGLU_SCALE = (
     Step("la-small", "swiglu", "dictionary", "LA started at SwiGLU's scale, in place of SwiGLU,"),
     Step("moa-small", "la-small", "token adaptivity", "gates in place of learned constants, both at SwiGLU's scale,"),
     Step("moa-small", "swiglu", "both", "MoA started at SwiGLU's scale, in place of SwiGLU,"),
-    Step("moa-small", "moa", "MoA's own scale, left out", "starting MoA at SwiGLU's scale rather than its own"),
+    Step("moa-small", "moa", "MoA's scale brought down", "starting MoA at SwiGLU's scale rather than its own"),
 )
 GATES = (
     Step("moa-frozen", "la", "random gates, never trained", "gates that stay as they were drawn, in place of LA,"),
     Step("moa", "moa-frozen", "training the gates", "training the gates rather than leaving them as drawn"),
-    Step("moa-frozen-small", "la-small", "random gates, SwiGLU's scale", "the former, both at SwiGLU's scale,"),
-    Step("moa-small", "moa-frozen-small", "training them, SwiGLU's scale", "the latter, both at SwiGLU's scale,"),
+    Step("moa-frozen-small", "la-small", "random gates, SwiGLU's scale", "random gates that stay, at SwiGLU's scale,"),
+    Step("moa-small", "moa-frozen-small", "training them, SwiGLU's scale", "training the gates, at SwiGLU's scale,"),
 )
 EQUAL_COST = (
-    Step("moa", "swiglu-params", "MoA at equal parameters", "MoA in place of a SwiGLU of as many parameters"),
-    Step("moa-small", "swiglu-params", "the same, SwiGLU's scale", "MoA at SwiGLU's scale, at equal parameters,"),
-    Step("moa", "swiglu-time", "MoA at equal step time", "MoA in place of a SwiGLU whose step takes as long"),
-    Step("moa-small", "swiglu-time", "the same, SwiGLU's scale", "MoA at SwiGLU's scale, at equal step time,"),
+    Step("moa", "swiglu-params", "equal parameters", "MoA in place of a SwiGLU of as many parameters"),
+    Step(
+        "moa-small", "swiglu-params", "equal parameters, SwiGLU's scale", "MoA at SwiGLU's scale, at equal parameters,"
+    ),
+    Step("moa", "swiglu-time", "equal step time", "MoA in place of a SwiGLU whose step takes as long"),
+    Step("moa-small", "swiglu-time", "equal step time, SwiGLU's scale", "MoA at SwiGLU's scale, at equal step time,"),
 )
 NOT_GATED = (
     Step("gelu-scaled", "gelu", "scale at the start", "making GELU's output as large as type-1 MoA's at step 0"),
