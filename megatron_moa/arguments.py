@@ -38,7 +38,6 @@ MODEL_FLAGS = (
     "moa_amplitude",
     "moa_init_scale",
     "moa_la_init",
-    "moa_freeze_gates",
 )
 
 

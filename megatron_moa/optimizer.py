@@ -21,7 +21,7 @@ _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
 _MARK = "moa_gate"  # attribute of a gate's matrix
 
 # Settings of training, not of the model: they come back from a checkpoint, and another value is no contradiction.
-TRAINING_FLAGS = ("moa_gate_lr_scale", "moa_gate_weight_decay")
+TRAINING_FLAGS = ("moa_gate_lr_scale", "moa_gate_weight_decay", "moa_freeze_gates")
 
 
 def add_arguments(group: argparse._ArgumentGroup) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,17 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:
     restore_model_flags(parse("--moa-form", "quadratic"), saved)
     with pytest.raises(UserError, match="--moa-form one-sided: the checkpoint has --moa-form quadratic; drop the flag"):
         restore_model_flags(parse("--moa-form", "one-sided"), saved)
+
+
+def test_gates_can_be_frozen_later() -> None:
+    saved = parse("--moa-gate", "tanh")
+    mixing_from_args(saved)
+    args = parse("--moa-freeze-gates")
+    restore_model_flags(args, saved)
+    assert mixing_from_args(args) == dataclasses.replace(mixing_from_args(saved), freeze=True)
+    args = parse()
+    restore_model_flags(args, parse("--moa-freeze-gates"))
+    assert args.moa_freeze_gates  # without the flag as it was
 
 
 @pytest.mark.parametrize(
