@@ -65,14 +65,16 @@ def arm_panel(arm: str) -> str:
 
 
 def style(arm: str) -> dict[str, str]:
-    """Colour by family, shade and marker within it; dashed: a mixture started at the fixed layer's scale."""
+    """Colour by family, shade and marker within it; dashed and hollow: a mixture started at the fixed layer's scale."""
     family, base = arm.split("-")[0], arm.removesuffix("-small")
     relatives = [name for name in ARMS if name.split("-")[0] == family and not name.endswith("-small")]
     number = relatives.index(base) if base in relatives else 0
     shade = 0.9 - 0.45 * number / max(1, len(relatives) - 1)
     fixed_line = _LINES[number % len(_LINES)] if family in ("swiglu", "gelu") else "-"
+    colour = to_hex(colormaps[_SHADES.get(family, "YlOrBr")](shade))
     return {
-        "color": to_hex(colormaps[_SHADES.get(family, "YlOrBr")](shade)),
+        "color": colour,
+        "markerfacecolor": "white" if base != arm else colour,
         "linestyle": "--" if base != arm else fixed_line,
         "marker": _MARKERS[number % len(_MARKERS)],
     }
