@@ -1,7 +1,7 @@
 """What is known of a model's gates, as JSON and in words.
 
-:func:`analysis_of` makes the JSON of what :mod:`megatron_moa.gate_probe` has recorded; :func:`markdown` and
-:func:`gate_table` tell it. Both need the JSON alone.
+:func:`site_entry` and :func:`ablation_entry` make the JSON of what :mod:`megatron_moa.gate_probe` has recorded;
+:func:`markdown` and :func:`gate_table` tell it, from the JSON alone. docs/gates.md says how to read it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def markdown(analysis: dict[str, Any]) -> Iterator[str]:
     continued, and what all that does not show.
 
     Args:
-        analysis: as tools/analyze_gates.py writes it (docs/gates.md has its keys).
+        analysis: as tools/analyze_gates.py writes it.
     """
     text, model = analysis["text"], analysis["mixing"]
     yield f"Model: {model['description']}; {analysis['name']}, iteration {analysis['iteration']:,}."
@@ -147,14 +147,18 @@ def markdown(analysis: dict[str, Any]) -> Iterator[str]:
 
 def _layer_table(analysis: dict[str, Any]) -> Iterator[str]:
     """A row a layer and branch: medians over the branch's gates."""
-    yield "| layer | branch | mean | std/\\|mean\\| | between types | within a type | by position | rank | output |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    shares = {"type_share": "between types", "context_share": "within a type", "position_share": "by position"}
+    if any(site["experts"] > 1 for site in analysis["sites"]):
+        shares["expert_share"] = "between experts"
+    titles = ["layer", "branch", "mean", "std/\\|mean\\|", *shares.values(), "rank", "output"]
+    yield f"| {' | '.join(titles)} |"
+    yield f"|{' --- |' * len(titles)}"
     for site in analysis["sites"]:
         rank = f"{site['effective_rank']:.1f} / {site['participation_ratio']:.1f} of {site['coefficients']}"
         for number, (branch, gates) in enumerate(_branches(site["gates"], analysis["mixing"]["form"]).items()):
             means = [gate["mean"] for gate in gates]
             cells = [site["title"], branch, f"{min(means):.2f} to {max(means):.2f}", _median(gates, "std_over_mean")]
-            cells += [_median(gates, share, "%") for share in ("type_share", "context_share", "position_share")]
+            cells += [_median(gates, share, "%") for share in shares]
             cells += [rank, _percent(site["output_change"])] if number == 0 else ["", ""]
             yield f"| {' | '.join(cells)} |"
     yield ""
@@ -215,7 +219,7 @@ def _verdict(what: str, row: dict[str, Any]) -> str:
     return f"{what} makes no difference that these tokens show ({low:+.4f} to {high:+.4f} nats)."
 
 
-# Ways of training on, as tools/continue_frozen.py names them.
+# Ways of training on, as examples/studies/continue_frozen.sh names them.
 WAYS = {"gates": "its gates train on", "frozen": "its gates frozen", "la": "collapsed to LA, which trains on"}
 
 
@@ -224,7 +228,7 @@ def continued_summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     interval.
 
     Args:
-        lines: ``way``, ``seed``, ``loss`` and ``iterations``, one a training.
+        lines: ``way``, ``seed`` and ``loss``, one a training.
     """
     losses = {(line["way"], line["seed"]): line["loss"] for line in lines}
     summary = []
@@ -242,11 +246,12 @@ def continued_summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _continued_table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
-    iterations = sorted({line["iterations"] for line in lines})
+    plans = sorted({(line["iterations"], line["tokens"], line["lr"]) for line in lines})
+    lengths = ", or ".join(f"{steps} iterations ({tokens:,} tokens) from rate {lr:g}" for steps, tokens, lr in plans)
     yield (
-        f"Trained on for {', '.join(map(str, iterations))} iterations, every way with a new optimizer, the same data "
-        "in the same order and the same schedule; validation loss, and the difference to training on as it is by "
-        "paired seeds (Student's t):"
+        f"Trained on for {lengths}, every way with a new optimizer, the same schedule and the same data in the same "
+        "order; validation loss, and the difference to training on as it is by paired seeds with a 95 % interval "
+        "(Student's t):"
     )
     yield ""
     yield "| way | seeds | loss | difference | 95 % interval |"
@@ -277,7 +282,7 @@ def _branches(gates: Sequence[dict[str, Any]], form: str) -> dict[str, list[dict
 
 
 def _median(gates: Sequence[dict[str, Any]], key: str, unit: str = "") -> str:
-    values = [gate[key] for gate in gates if gate[key] is not None]
+    values = [gate[key] for gate in gates if gate.get(key) is not None]
     if not values:
         return "-"
     median = torch.tensor(values, dtype=torch.float64).quantile(0.5).item()

@@ -22,8 +22,8 @@ _PROGRAM = "gate_continued"
 
 
 def read_trainings(folder: Path) -> list[dict[str, Any]]:
-    """By seed and way: ``way``, ``seed``, ``loss`` (validation, after the last iteration), ``iterations``, and the
-    ``difference`` to ``gates`` of the same seed.
+    """By seed and way: ``way``, ``seed``, ``loss`` (validation, after the last iteration), ``iterations``, ``tokens``,
+    peak learning rate ``lr``, and the ``difference`` to ``gates`` of the same seed.
 
     Raises:
         UserError: none there, or one that has not ended.
@@ -36,8 +36,17 @@ def read_trainings(folder: Path) -> list[dict[str, Any]]:
         log = TrainingLog.read(path)
         if not log.complete or not math.isfinite(log.final_validation):
             raise UserError(f"{path}: has no validation loss after the last iteration; run the training again")
-        way, seed = match[1], int(match[2])
-        lines.append({"way": way, "seed": seed, "loss": log.final_validation, "iterations": log.iterations[-1].total})
+        iterations, settings = log.iterations[-1].total, log.settings
+        lines.append(
+            {
+                "way": match[1],
+                "seed": int(match[2]),
+                "loss": log.final_validation,
+                "iterations": iterations,
+                "tokens": iterations * int(settings["global_batch_size"]) * int(settings["seq_length"]),
+                "lr": float(settings["lr"]),
+            }
+        )
     if not lines:
         raise UserError(f"{folder}: has no training of examples/studies/continue_frozen.sh")
     lines.sort(key=lambda line: (line["seed"], list(WAYS).index(line["way"])))

@@ -213,7 +213,7 @@ def test_time_is_the_time_of_steps_measured_apart(tmp_path: Path) -> None:
 def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
     shares = {"type_share": 0.6, "type_share_naive": 0.7, "context_share": 0.4, "position_share": 0.1}
     gate = {"name": "silu", "mean": 0.5, "std": 0.1, "std_over_mean": 0.2, **shares, "most": [], "least": []}
-    site = {"title": "layer 1", "coefficients": 2, "effective_rank": 1.5, "participation_ratio": 1.2}
+    site = {"title": "layer 1", "experts": 1, "coefficients": 2, "effective_rank": 1.5, "participation_ratio": 1.2}
     rows = [
         {"name": "their means", "kind": kind, "difference": 0.031, "interval": [0.02, 0.042]}
         for kind in ("mean", "type mean")

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from megatron_moa.checkpoint import LoadedModel, PreparedCheckpoint
 
 PROGRAM = "analyze_gates.py"
+CONTINUED = ("way", "seed", "loss", "iterations", "tokens", "lr")  # what is kept of a training that went on
 _SAMPLED = 10  # random tokens whose curves are drawn
 
 
@@ -48,9 +48,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument("text", nargs="+", metavar="TEXT", help="text files, JSON lines, or a dataset's prefix")
     add_iteration_flag(parser)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for analysis.json, report.md and pictures")
-    parser.add_argument(
-        "--part", choices=(TRAIN, VALIDATION), default=VALIDATION, help=f"of a dataset; default: {VALIDATION}"
-    )
+    parser.add_argument("--part", choices=(TRAIN, VALIDATION), help=f"of a dataset; default: {VALIDATION}")
     parser.add_argument("--tokens", type=positive, default=65_536, metavar="N", help="at most; default: 65536")
     parser.add_argument(
         "--seed", type=int, default=1, metavar="N", help="of documents' order, tokens drawn, permutations"
@@ -88,21 +86,27 @@ def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]
         )
     if flags.write_la and prepared.config.mixing.mixing == "la":
         raise UserError(f"--write-la {flags.write_la}: {flags.checkpoint} is an LA already; drop the flag")
+    if "--moa-backend" not in (word.split("=")[0] for word in megatron_flags):  # compiling takes longer than a text
+        prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
     # Hooks find experts one by one, and what they return as it is used.
     prepared.config.transformer.moe_grouped_gemm = False
     prepared.config.transformer.moe_shared_expert_overlap = False
     return prepared
 
 
-def read_texts(texts: Sequence[str], part: str, prepared: PreparedCheckpoint) -> tuple[str, list[list[int]]]:
-    """Where the documents are from, in words, and their tokens.
+def read_texts(texts: Sequence[str], part: str | None, prepared: PreparedCheckpoint) -> tuple[str, list[list[int]]]:
+    """Where the documents are from, in words, and their tokens, without the end of one.
 
     Raises:
-        UserError: one cannot be read, or was made with another tokenizer.
+        UserError: one cannot be read, or was made with another tokenizer; a part of something that has none.
     """
+    datasets = [text for text in texts if Path(f"{text}.idx").is_file()]
+    if part is not None and not datasets:
+        raise UserError(f"--part {part}: {texts[0]} is no dataset's prefix, and a text has no parts; drop the flag")
+    part = part or VALIDATION
     documents, sources = [], []
     for text in texts:
-        if Path(f"{text}.idx").is_file():
+        if text in datasets:
             split = prepared.saved.split or "969,30,1"  # Megatron's default
             check_token_ids(text, prepared.vocab_size, "TEXT")
             documents += dataset_documents(text, split, part, "TEXT")
@@ -137,7 +141,7 @@ def analyze(
 
     from megatron_moa.gate_analysis import ablation_entry, clusters_of, finite, site_entry
     from megatron_moa.gate_probe import GateProbe, Windows, ablations
-    from megatron_moa.study.runner import machine
+    from megatron_moa.study.runner import surroundings
 
     loaded = prepared.load()
     windows = Windows.of(documents, loaded.end, loaded.context, flags.tokens, flags.seed)
@@ -180,10 +184,8 @@ def analyze(
         "loss": recording.losses.mean().item(),
         "sites": sites,
         "sampled_tokens": [shown[windows.types[window, position]] for window, position in sampled],
-        "command": shlex.join(["python", "tools/analyze_gates.py", *flags.words]),
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("torch", "megatron-core", "megatron-moa")},
-        "date": time.strftime("%Y-%m-%d"),
+        "command": flags.command,
+        **surroundings(),
     }
     if flags.ablate:
         half, unchanged = windows.half, recording.losses[windows.half :]
@@ -212,7 +214,7 @@ def analyze(
             for site, statistics in zip(probe.sites, recording.whole, strict=True)
             for name, mean in zip(site.names, statistics.expert_means(), strict=True)
         }
-        comparison = write_collapsed(prepared, probe, means, la_folder, megatron_flags)
+        comparison = write_collapsed(prepared, probe, means, la_folder, ["--moa-backend", "eager", *megatron_flags])
         if not comparison.within(1e-5):
             raise UserError(f"--write-la: the LA does not compute what it should ({comparison}); nothing was written")
         said = f"> wrote the LA, compared with the model at its mean coefficients: {comparison}"
@@ -227,7 +229,7 @@ def read_continued(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [{key: line[key] for key in ("way", "seed", "loss", "iterations")} for line in lines]
+        kept = [{key: line[key] for key in CONTINUED} for line in lines]
     except OSError as error:
         raise UserError(f"--continued {path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
@@ -332,11 +334,10 @@ def main(argv: list[str] | None = None) -> None:
     """Analyses, writes, prints."""
     with one_line_errors(PROGRAM), contextlib.ExitStack() as written:
         flags, megatron_flags = parse_flags(argv)
-        flags.words = sys.argv[1:] if argv is None else argv
+        words = sys.argv[1:] if argv is None else argv
+        flags.command = shlex.join(["python", f"tools/{PROGRAM}", *words])
         out = written.enter_context(written_folder("--out", flags.out)) if flags.out else None
         la_folder = written.enter_context(written_folder("--write-la", flags.write_la)) if flags.write_la else None
-        if "--moa-backend" not in megatron_flags:  # compiling takes longer than a text
-            megatron_flags = ["--moa-backend", "eager", *megatron_flags]
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
             analysis, said = analyze(flags, megatron_flags, la_folder)
         from megatron_moa.gate_analysis import gate_table, markdown
