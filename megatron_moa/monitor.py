@@ -1,17 +1,25 @@
-"""``--moa-log-interval``: mean and standard deviation over tokens of the coefficients, per layer and activation."""
+"""``--moa-log-interval``: what the coefficients do over tokens, per layer and activation.
+
+Of each coefficient mean and standard deviation; of a layer's gates together effective rank, spread and distance from a
+constant (docs/watching.md). All follow from one small matrix a layer, the sum over tokens of the products of
+coefficients, which ranks add up.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.nn import functional as F
 
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
 from megatron_moa.experts import MixedSharedExpertMLP
+from megatron_moa.gate_statistics import GateStatistics
 from megatron_moa.progress import write_scalars
 
 
@@ -31,8 +39,8 @@ class CoefficientMonitor:
         """Finds the coefficients' modules; a post-wrap hook, so it returns the models as they came."""
         self._decoder_layers = models[0].config.num_layers
         mtp_layers = models[0].config.mtp_num_layers or 0
-        # Sum, sum of squares and count; row: decoder layer, then MTP layer; column: dense or routed, and shared.
-        shape = (self._decoder_layers + mtp_layers, 2, self.mixing.num_coefficients, 3)
+        # Row: decoder layer, then MTP layer; column: dense or routed, and shared; then see _accumulate.
+        shape = (self._decoder_layers + mtp_layers, 2, *2 * (1 + self.mixing.num_coefficients,))
         self._sums = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         self._observed: list[tuple[Coefficients, Callable[[Tensor], None]]] = []
         for model in models:
@@ -46,7 +54,7 @@ class CoefficientMonitor:
         shared = {id(m.coefficients) for m in layer.modules() if isinstance(m, MixedSharedExpertMLP)}
         for module in layer.modules():
             if isinstance(module, Coefficients):
-                target = self._sums[row, int(id(module) in shared)]  # [n, 3]
+                target = self._sums[row, int(id(module) in shared)]
                 self._observed.append((module, lambda coefficients, target=target: _accumulate(target, coefficients)))
 
     def begin_microbatch(self, iteration: int) -> None:
@@ -70,27 +78,59 @@ class CoefficientMonitor:
         self._recorded = None
 
     def _log(self, iteration: int, sums: Tensor) -> None:
-        total, squares, count = sums.unbind(-1)  # [rows, 2, n] each
-        mean = total / count
-        std = (squares / count - mean.square()).clamp_min(0).sqrt()
-        scalars = {}
-        for row, column in count[..., 0].nonzero().tolist():
+        scalars: dict[str, float] = {}
+        for row, column in sums[..., 0, 0].nonzero().tolist():
             mtp = row >= self._decoder_layers
             label = f"mtp layer {row - self._decoder_layers + 1}" if mtp else f"layer {row + 1}"
             label += " shared expert" if column else ""
+            tag = f"moa/{label.replace(' ', '_')}"
+            statistics = _statistics_of(sums[row, column])
+            means = statistics.mean
+            stds = torch.where(means.isfinite(), statistics.variance.sqrt(), math.nan)
             cells = []
-            for index, name in enumerate(self.mixing.coefficient_names):
-                m, s = mean[row, column, index].item(), std[row, column, index].item()
-                cells.append(f"{name} {m:.4f} +- {s:.4f}")
-                tag = f"moa/{label.replace(' ', '_')}/{name}"
-                scalars |= {f"{tag}/mean": m, f"{tag}/std": s}
+            for name, mean, std in zip(self.mixing.coefficient_names, means.tolist(), stds.tolist(), strict=True):
+                cells.append(f"{name} {mean:.4f} +- {std:.4f}")
+                scalars |= {f"{tag}/{name}/mean": mean, f"{tag}/{name}/std": std}
             print(f" coefficients at iteration {iteration} | {label} | {' | '.join(cells)}", flush=True)
+            if self.mixing.mixing == "moa":
+                rank, spread, distance = _of_all_gates(statistics)
+                scalars |= {f"{tag}/effective-rank": rank, f"{tag}/spread": spread, f"{tag}/distance": distance}
+                print(
+                    f" gates at iteration {iteration} | {label} | effective rank {rank:.2f} of {len(cells)} | "
+                    f"spread {spread:.4f} | distance from a constant {distance:.4f}",
+                    flush=True,
+                )
         write_scalars(scalars, iteration)
 
 
 def _accumulate(target: Tensor, coefficients: Tensor) -> None:
-    """Adds sum, sum of squares and count of coefficients [..., n] to target [n, 3]."""
-    rows = coefficients.reshape(-1, coefficients.shape[-1]).double()
-    target[:, 0] += rows.sum(0)
-    target[:, 1] += rows.square().sum(0)
-    target[:, 2] += rows.shape[0]
+    """Adds the sum over tokens of the products of (1, c_1 ... c_n) to target [1 + n, 1 + n]: in the corner the number
+    of tokens, beside it the sums.
+
+    Args:
+        target: float64.
+        coefficients: [..., n]
+    """
+    rows = F.pad(coefficients.reshape(-1, coefficients.shape[-1]).double(), (1, 0), value=1.0)
+    target.addmm_(rows.T, rows)
+
+
+def _statistics_of(sums: Tensor) -> GateStatistics:
+    """Of what :func:`_accumulate` has added up, without groups of tokens."""
+    statistics = GateStatistics(len(sums) - 1, types=1, positions=1)
+    statistics.products += sums[1:, 1:]
+    statistics.by_expert.sums += sums[0, 1:]
+    statistics.by_expert.counts += sums[0, 0]
+    return statistics
+
+
+def _of_all_gates(statistics: GateStatistics) -> tuple[float, float, float]:
+    """Effective rank of the centred tokens-by-coefficients matrix C; spread, the root mean square of the gates'
+    standard deviations; and the relative distance from a constant, |C - 1 m| / |C| with m the mean over tokens and
+    Frobenius' norm. NaN where coefficients are not finite: stopping is for others to decide (megatron_moa.nonfinite).
+    """
+    if not statistics.products.isfinite().all():
+        return math.nan, math.nan, math.nan
+    spread = statistics.variance.mean().sqrt().item()
+    size = (statistics.products.diagonal().mean() / statistics.count).sqrt().item()
+    return statistics.effective_rank(), spread, spread / size if size > 0 else 0.0

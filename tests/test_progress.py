@@ -361,7 +361,7 @@ def test_wandb_offline_gets_what_tensorboard_gets(tmp_path: Path, monkeypatch: p
     assert sorted(history) == [1, 2, 3, 4]
     assert all(history[step]["progress/tokens"] == step * TOKENS for step in history)
     names = {name for name in written if name.startswith(("progress/", "speed/", "moa/"))}
-    assert len(names) == 6 + 2 * 14 * 2
+    assert len(names) == 6 + 2 * (14 * 2 + 3)
     for name in names:
         for step, value in written[name].items():
             assert history[step][name] == pytest.approx(value, rel=1e-5)
