@@ -36,13 +36,15 @@ class Windows:
         tokens: [windows, context + 1]; the last token of one is the first of the next.
         types: [windows, context], the input tokens as numbers from 0 to :attr:`kinds` - 1.
         vocabulary: [kinds], the token of each such number.
-        documents: [windows], the document in which a window begins.
+        documents: [windows], the document of a window's first predicted token.
+        taken: how many documents there is anything of.
     """
 
     tokens: Tensor
     types: Tensor
     vocabulary: Tensor
     documents: tuple[int, ...]
+    taken: int
 
     @classmethod
     def of(cls, documents: Sequence[Sequence[int]], end: int, context: int, most: int, seed: int) -> Windows:
@@ -58,7 +60,7 @@ class Windows:
         Raises:
             UserError: too little text.
         """
-        stream, owner = [end], [0]
+        stream, owner = [end], []  # of every token but the first
         order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
         for number in order:
             body = [*documents[number], end]
@@ -74,10 +76,10 @@ class Windows:
                 f"TEXT: {min(len(stream) - 1, most)} tokens are fewer than {FEWEST_WINDOWS} windows of the model's "
                 f"context of {context}; give more text, and --tokens of at least {FEWEST_WINDOWS * context}"
             )
-        flat = torch.tensor(stream[: number * context + 1])
+        flat, owner = torch.tensor(stream[: number * context + 1]), owner[: number * context]
         tokens = flat.unfold(0, context + 1, context)
         vocabulary, types = tokens[:, :-1].unique(return_inverse=True)
-        return cls(tokens, types, vocabulary, tuple(owner[: number * context : context]))
+        return cls(tokens, types, vocabulary, tuple(owner[::context]), len(set(owner)))
 
     @property
     def kinds(self) -> int:

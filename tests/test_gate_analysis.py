@@ -354,17 +354,17 @@ def test_layers_of_multi_token_prediction_take_no_part() -> None:
 
 def test_windows_are_the_text_as_training_sees_it() -> None:
     texts = [[1, 2, 3], [], [4, 5], [6, 7, 8, 9, 10], [11] * 40]
-    windows = Windows.of(texts, END, 4, 40, seed=3)
-    order = torch.randperm(5, generator=torch.Generator().manual_seed(3)).tolist()
-    stream = [END] + [token for number in order if texts[number] for token in [*texts[number], END]]
-    assert len(windows.tokens) == 10
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(5)).tolist()
+    windows = Windows.of(texts, END, 4, 40, seed=5)
+    bodies = [(number, [*texts[number], END]) for number in order if texts[number]]
+    stream = [END] + [token for _, body in bodies for token in body]
     assert windows.tokens[:, :-1].flatten().tolist() == stream[:40]
     assert windows.tokens[:, -1].tolist() == stream[4:44:4]
     assert torch.equal(windows.vocabulary[windows.types], windows.tokens[:, :-1])
-    place = {number: stream.index(texts[number][0]) for number in order if texts[number]}
-    for begin, owner in zip(range(0, 40, 4), windows.documents, strict=True):
-        # The end before a document belongs to the one that ends there.
-        assert owner == max((n for n in place if place[n] <= max(begin, 1)), key=place.get)
+    owners = [number for number, body in bodies for _ in body]
+    assert list(windows.documents) == owners[:40:4]
+    assert owners[0] != 0
+    assert windows.taken == len(set(owners[:40])) > 1
     with pytest.raises(UserError, match=r"TEXT: 9 tokens are fewer than 4 windows of the model's context of 4; give "):
         Windows.of([[1] * 8], END, 4, 400, seed=1)
     with pytest.raises(UserError, match=r"TEXT: 15 tokens .* and --tokens of at least 16"):
@@ -521,7 +521,12 @@ def test_a_report_of_a_study_has_the_real_analysis(
     rows = {row["kind"]: row for row in analysis["ablation"]["rows"]}
     low, high = rows["mean"]["interval"]
     short = f"([tiny](#trained-gates)): {rows['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]."
-    assert short in text.split("## What was run")[0]
+    in_short = text.split("## What was run")[0]
+    assert short in in_short
+    trained_on = (
+        "- The same model trained on with frozen gates, against training on as it is ([tiny](#trained-gates)): "
+    )
+    assert f"{trained_on}-0.0010 [-0.0035, +0.0015], 3 seeds.\n" in in_short
     section = text.split("## Trained gates")[1].split("\n## ")[0]
     assert "### tiny\n" in section
     for row in analysis["ablation"]["rows"]:

@@ -311,6 +311,9 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, capsys: pyte
     assert (folder / "results.jsonl").exists()
     (folder / "gates-x.json").write_text("{")
     assert "gates-x.json: is not JSON" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    (folder / "gates-x.json").write_text('{"name": "x"}')
+    assert "gates-x.json: has no iteration; copy the" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    (folder / "gates-x.json").unlink()
     write(folder, [{"size": "1M"}], "timing.jsonl")
     assert "timing.jsonl: line 1: has no optimizer" in error_of(capsys, folder, "--out", tmp_path / "a.md")
     assert os.listdir(tmp_path) == ["study"]

@@ -173,7 +173,7 @@ def analyze(
         },
         "text": {
             "source": source,
-            "documents": len(set(windows.documents)),
+            "documents": windows.taken,
             "tokens": windows.types.numel(),
             "types": windows.kinds,
             "windows": len(windows.tokens),

@@ -16,6 +16,7 @@ from megatron_moa.study.timing import TIMING
 
 _CELL = {field.name for field in fields(Cell)}
 _LINE = ("cell", "final", "non_embedding", "iterations", "loss", "flags", "machine", "versions", "date")
+_GATES = ("name", "iteration", "mixing", "text", "sites", "command", "machine", "date")
 _TIMING = ("size", "optimizer", "milliseconds", "equal_time_width", "rounds", "threads", "machine", "date")
 
 
@@ -62,6 +63,9 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
                 content = json.loads(path.read_text())
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: is not JSON ({error}); write it anew with tools/analyze_gates.py") from None
+            missing = [key for key in _GATES if not isinstance(content, dict) or key not in content]
+            if missing:
+                raise UserError(f"{path}: has no {missing[0]}; copy the analysis.json of tools/analyze_gates.py there")
             name = path.stem.removeprefix("gates-")
             _add(gates, name, path, content, f"the gates of {name}")
     if not runs:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_moa.study.arms import ARMS
 from megatron_moa.study.evidence import Evidence
@@ -114,13 +115,7 @@ class _Report:
                 f"({_count(len(best.losses), 'seed')})."
             )
         yield from self._controls_in_short()
-        for name, content in self.evidence.gates.items():
-            for row in (content.get("ablation") or {"rows": []})["rows"]:
-                if row["kind"] == "mean":
-                    low, high = row["interval"]
-                    interval = "" if low is None else f" [{low:+.4f}, {high:+.4f}]"
-                    difference = f"{row['difference']:+.4f}{interval}"
-                    yield f"- Trained gates replaced by their means ([{name}](#trained-gates)): {difference}."
+        yield from self._gates_in_short()
         yield ""
 
     def _elsewhere(self) -> Lines:
@@ -130,6 +125,22 @@ class _Report:
             verdicts = [difference.verdict for difference in known if difference is not None]
             if len(verdicts) > 1:
                 yield f"- {arm_title(arm)}, against SwiGLU, in {len(verdicts)} settings: {_tally(verdicts)}."
+
+    def _gates_in_short(self) -> Lines:
+        from megatron_moa.gate_analysis import continued_summary
+
+        what = {"frozen": "with frozen gates", "la": "with gates replaced by their means, which train"}
+        for name, content in self.evidence.gates.items():
+            link = f"[{name}](#trained-gates)"
+            for row in content.get("ablation", {"rows": []})["rows"]:
+                if row["kind"] == "mean":
+                    yield f"- Trained gates replaced by their means ({link}): {_change(row)}."
+            for entry in continued_summary(content.get("continued", [])):
+                if "difference" in entry:
+                    yield (
+                        f"- The same model trained on {what[entry['way']]}, against training on as it is ({link}): "
+                        f"{_change(entry)}, {_count(len(entry['seeds']), 'seed')}."
+                    )
 
     def _controls_in_short(self) -> Lines:
         for step in CONTROLS:
@@ -540,6 +551,12 @@ def _table(rows: Sequence[Sequence[str]]) -> Lines:
         if number == 0:
             yield f"|{' --- |' * len(row)}"
     yield ""
+
+
+def _change(entry: dict[str, Any]) -> str:
+    """A difference and its interval as an analysis of gates has them, None for limits that are not known."""
+    low, high = entry["interval"]
+    return f"{entry['difference']:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
 
 
 def _number(known: Interval) -> str:
