@@ -298,6 +298,9 @@ def parse_arguments(
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False
     if not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
+    if not args.eval_interval:
+        # Megatron 0.19.2 means never before the end, and then divides by it.
+        args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
     if check is not None:
         check(args)
     with megatron_checks():

@@ -15,7 +15,8 @@ from megatron_moa import checkpoint_guard, functional
 from megatron_moa.arguments import add_arguments, mixing_from_args, restore_model_flags
 from megatron_moa.config import GATED_DICTIONARY, MixingConfig
 from megatron_moa.errors import UserError
-from tests.training import SWIGLU, TINY
+from tests import launch
+from tests.training import ROOT, SWIGLU, TINY, Run
 
 SAVE = ["--train-iters", "2", "--save-interval", "2", "--save"]
 
@@ -222,3 +223,17 @@ def test_defaults_that_need_transformer_engine_or_apex_are_replaced_where_these_
     assert args.transformer_impl == ("transformer_engine" if HAVE_TE else "local")
     assert args.gradient_accumulation_fusion is HAVE_TE
     assert parser.parse_args(["--transformer-impl", "inference_optimized"]).transformer_impl == "inference_optimized"
+
+
+@pytest.mark.parametrize(
+    ("flags", "validations"),
+    [(["--train-iters", "2", "--eval-iters", "0"], 0), (["--train-samples", "8", "--eval-interval", "0"], 2)],
+    ids=["no evaluation", "after training alone"],
+)
+def test_no_interval_of_evaluation_is_never_before_the_end(flags: list[str], validations: int) -> None:
+    at = TINY.index("--eval-iters")  # --eval-iters 0 --eval-interval 1000
+    base = [*TINY[:at], *TINY[at + 4 :], *SWIGLU, "--eval-iters", "1", "--moa-backend", "eager"]
+    run = Run(*launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), [*base, *flags]), 1, ROOT))
+    assert run.returncode == 0, run.log
+    assert sorted(run.losses) == [1, 2]
+    assert len(run.validation_losses) == validations  # after training on the validation set, and on the test set
