@@ -496,7 +496,8 @@ def test_the_la_that_is_written_has_the_means_and_nothing_else_is_new(
 def test_grouped_experts_and_a_dataset(trained: Path) -> None:
     """Experts that were trained at once, on the part of a dataset that is asked for."""
     out = trained / "moe-out"
-    log = tool(trained / "moe", trained / "corpus", "--part", "training", "--tokens", "1024", "--out", out)
+    flags = ["--part", "training", "--tokens", "1024", "--out", out, "--write-la", trained / "moe-la"]
+    log = tool(trained / "moe", trained / "corpus", *flags)
     analysis = json.loads((out / "analysis.json").read_text())
     # Two of its experts see each token; --split was 90,5,5.
     assert [(site["title"], site["experts"], site["tokens"]) for site in analysis["sites"]] == [
@@ -505,6 +506,7 @@ def test_grouped_experts_and_a_dataset(trained: Path) -> None:
     ]
     assert analysis["text"]["source"] == f"training part of {trained / 'corpus'}"
     assert "| between experts |" in log
+    assert float(re.search(r"> wrote the LA, .* largest difference of logits (\S+) of", log)[1]) < 1e-5
     assert all(gate["expert_share"] > 0.01 for site in analysis["sites"] for gate in site["gates"])
     log = tool(trained / "moe", trained / "corpus", "--no-ablate")
     assert "validation part of" in log

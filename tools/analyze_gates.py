@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from megatron_moa.checkpoint import LoadedModel, PreparedCheckpoint
+    from megatron_moa.gate_probe import GateProbe, Recording
 
 PROGRAM = "analyze_gates.py"
 CONTINUED = ("way", "seed", "loss", "iterations", "tokens", "lr")  # what is kept of a training that went on
@@ -133,14 +134,14 @@ def analyze(
     flags: argparse.Namespace, megatron_flags: Sequence[str], la_folder: Path | None
 ) -> tuple[dict[str, Any], str | None]:
     """The analysis; what is said of the LA, written on the way if asked for."""
+    continued = None if flags.continued is None else read_continued(flags.continued)
     prepared = prepared_checkpoint(flags, megatron_flags)
     source, documents = read_texts(flags.text, flags.part, prepared)
     # Imported here: it takes seconds, and Megatron's messages have been dealt with.
     import torch
-    from tqdm import tqdm
 
-    from megatron_moa.gate_analysis import ablation_entry, clusters_of, finite, site_entry
-    from megatron_moa.gate_probe import GateProbe, Windows, ablations
+    from megatron_moa.gate_analysis import finite, site_entry
+    from megatron_moa.gate_probe import GateProbe, Windows
     from megatron_moa.study.runner import surroundings
 
     loaded = prepared.load()
@@ -188,37 +189,60 @@ def analyze(
         **surroundings(),
     }
     if flags.ablate:
-        half, unchanged = windows.half, recording.losses[windows.half :]
-        over, clusters = clusters_of(windows.documents[half:])
-        rows = []
-        tried = list(ablations(probe, recording.first, flags.seed))
-        for ablation in tqdm(tried, "ablations", mininterval=0.5 if sys.stderr.isatty() else 30):
-            with probe.changed(ablation.change):
-                rows.append(ablation_entry(ablation, probe.losses(half, len(windows.tokens)), unchanged, clusters))
-        analysis["ablation"] = {
-            "loss": unchanged.mean().item(),
-            "windows": len(unchanged),
-            "tokens": len(unchanged) * windows.context,
-            "over": over,
-            "clusters": len(set(clusters)),
-            "rows": rows,
-        }
-    if flags.continued is not None:
-        analysis["continued"] = read_continued(flags.continued)
+        analysis["ablation"] = ablate(probe, recording, flags.seed)
+    if continued is not None:
+        analysis["continued"] = continued
     said = None
     if la_folder is not None:
-        from megatron_moa.gate_collapse import write_collapsed
-
-        means = {
-            name: mean
-            for site, statistics in zip(probe.sites, recording.whole, strict=True)
-            for name, mean in zip(site.names, statistics.expert_means(), strict=True)
-        }
-        comparison = write_collapsed(prepared, probe, means, la_folder, ["--moa-backend", "eager", *megatron_flags])
-        if not comparison.within(1e-5):
-            raise UserError(f"--write-la: the LA does not compute what it should ({comparison}); nothing was written")
-        said = f"> wrote the LA, compared with the model at its mean coefficients: {comparison}"
+        said = write_la(prepared, probe, recording, la_folder, megatron_flags)
     return finite(analysis), said
+
+
+def ablate(probe: GateProbe, recording: Recording, seed: int) -> dict[str, Any]:
+    """The loss of the text's second half with each ablation, against the loss as it is."""
+    from tqdm import tqdm
+
+    from megatron_moa.gate_analysis import ablation_entry, clusters_of
+    from megatron_moa.gate_probe import ablations
+
+    windows = probe.windows
+    unchanged = recording.losses[windows.half :]
+    over, clusters = clusters_of(windows.documents[windows.half :])
+    rows = []
+    tried = list(ablations(probe, recording.first, seed))
+    for ablation in tqdm(tried, "ablations", mininterval=0.5 if sys.stderr.isatty() else 30):
+        with probe.changed(ablation.change):
+            losses = probe.losses(windows.half, len(windows.tokens))
+        rows.append(ablation_entry(ablation, losses, unchanged, clusters))
+    return {
+        "loss": unchanged.mean().item(),
+        "windows": len(unchanged),
+        "tokens": len(unchanged) * windows.context,
+        "over": over,
+        "clusters": len(set(clusters)),
+        "rows": rows,
+    }
+
+
+def write_la(
+    prepared: PreparedCheckpoint, probe: GateProbe, recording: Recording, folder: Path, megatron_flags: Sequence[str]
+) -> str:
+    """Writes the LA of the whole text's means; says how it compares.
+
+    Raises:
+        UserError: it does not compute what the model does at these means.
+    """
+    from megatron_moa.gate_collapse import write_collapsed
+
+    means = {
+        name: mean
+        for site, statistics in zip(probe.sites, recording.whole, strict=True)
+        for name, mean in zip(site.names, statistics.expert_means(), strict=True)
+    }
+    comparison = write_collapsed(prepared, probe, means, folder, ["--moa-backend", "eager", *megatron_flags])
+    if not comparison.within(1e-5):
+        raise UserError(f"--write-la: the LA does not compute what it should ({comparison}); nothing was written")
+    return f"> wrote the LA, compared with the model at its mean coefficients: {comparison}"
 
 
 def read_continued(path: Path) -> list[dict[str, Any]]:
