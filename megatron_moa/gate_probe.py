@@ -153,7 +153,7 @@ class GateProbe:
     """A loaded mixture with hooks on its coefficients.
 
     Args:
-        loaded: experts one by one, not grouped.
+        loaded: experts one by one, not grouped, and not padded to their capacity.
         windows: the text.
     """
 
@@ -194,11 +194,7 @@ class GateProbe:
         if site.kind != ROUTED:
             return torch.arange(rows, device=self.loaded.device)
         places = self._routing[site.layer][:, expert].nonzero()[:, 0]  # Megatron sorts an expert's tokens by place
-        if len(places) != rows:
-            raise UserError(
-                f"{site.title}: expert {expert} gets {rows} tokens where the router names {len(places)}; add "
-                "--no-moe-pad-expert-input-to-capacity"
-            )
+        assert len(places) == rows, f"{site.title}: expert {expert} gets {rows} tokens, the router names {len(places)}"
         return places
 
     @contextlib.contextmanager

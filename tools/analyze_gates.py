@@ -89,9 +89,10 @@ def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]
         raise UserError(f"--write-la {flags.write_la}: {flags.checkpoint} is an LA already; drop the flag")
     if "--moa-backend" not in (word.split("=")[0] for word in megatron_flags):  # compiling takes longer than a text
         prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
-    # Hooks find experts one by one, and what they return as it is used.
+    # Hooks find experts one by one, what they return as it is used, and no rows that only fill an expert's capacity.
     prepared.config.transformer.moe_grouped_gemm = False
     prepared.config.transformer.moe_shared_expert_overlap = False
+    prepared.config.transformer.moe_pad_expert_input_to_capacity = False
     return prepared
 
 
