@@ -249,9 +249,9 @@ def _continued_table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     plans = sorted({(line["iterations"], line["tokens"], line["lr"]) for line in lines})
     lengths = ", or ".join(f"{steps} iterations ({tokens:,} tokens) from rate {lr:g}" for steps, tokens, lr in plans)
     yield (
-        f"Trained on for {lengths}, every way with a new optimizer, the same schedule and the same data in the same "
-        "order; validation loss, and the difference to training on as it is by paired seeds with a 95 % interval "
-        "(Student's t):"
+        f"Trained on by `examples/studies/continue_frozen.sh` for {lengths}, every way with a new optimizer, the same "
+        "schedule and the same data in the same order; validation loss, and the difference to training on as it is by "
+        "paired seeds with a 95 % interval (Student's t):"
     )
     yield ""
     yield "| way | seeds | loss | difference | 95 % interval |"

@@ -549,6 +549,7 @@ def test_a_report_of_a_study_has_the_real_analysis(
         (["dense", "corpus", "--write-la", "dense"], r"--write-la \S*dense: is a folder that is not empty"),
         (["la", "text.jsonl", "--write-la", "new"], r"--write-la \S*new: \S*la is an LA already; drop the flag"),
         (["dense", "text.jsonl", "--continued", "text.jsonl"], r"--continued \S*: is not what \S*continue_frozen.sh"),
+        (["dense", "text.jsonl", "--continued", os.devnull], r"--continued /dev/null: is empty; give it when "),
     ],
 )
 def test_mistakes_are_one_line(

@@ -225,8 +225,8 @@ def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
         "machine": "2 CPU cores",
         "date": "2026-11-24",
         "text": {"tokens": 9, "documents": 1, "source": "t", "types": 3, "windows": 1, "window": 9, "fewest": 2},
-        "mixing": {"description": "MoA of a kind", "mixing": "moa", "form": "bi-sided"},
-        "sites": [{**site, "output_change": 0.3, "gates": [gate, gate]}],
+        "mixing": {"description": "MoA of a kind", "mixing": "moa", "form": "bi-sided", "activations": ["silu"]},
+        "sites": [{**site, "output_change": 0.3, "gates": [gate, gate], "sampled": [[0.4, 0.6]]}],
         "ablation": {"loss": 3.0, "windows": 1, "clusters": 5, "over": "documents", "rows": rows},
     }
     folder = write(tmp_path / "study", study())
@@ -236,6 +236,7 @@ def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
     assert "- Trained gates replaced by their means ([0.4M](#trained-gates)): +0.0310 [+0.0200, +0.0420]." in short
     assert "### 0.4M\n" in gates
     assert "Loss as it is: 3.0000" in gates
+    assert "](report/gates-0.4M.png)" in gates
     assert "What trained gates do: there is no analysis" not in text
 
 

@@ -30,8 +30,6 @@ from megatron_moa.output_folder import written_folder
 from megatron_moa.tool_flags import add_iteration_flag
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from megatron_moa.checkpoint import LoadedModel, PreparedCheckpoint
     from megatron_moa.gate_probe import GateProbe, Recording
 
@@ -259,100 +257,9 @@ def read_continued(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"--continued {path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--continued {path}: is not what examples/studies/continue_frozen.sh writes") from None
+    if not kept:
+        raise UserError(f"--continued {path}: is empty; give it when examples/studies/continue_frozen.sh has ended")
     return kept
-
-
-# Pictures.
-
-
-def draw_curves(analysis: dict[str, Any], path: Path) -> None:
-    """The effective activations: a row a layer, a panel a branch, at the mean coefficients and at ten random tokens'.
-
-    A quadratic form has no curve a branch: its mean is a map over both pre-activations, and beside it the standard
-    deviation over the ten tokens.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sites, quadratic = analysis["sites"], analysis["mixing"]["form"] == "quadratic"
-    columns = 1 if analysis["mixing"]["form"] in ("type1", "one-sided") else 2
-    figure, axes = plt.subplots(
-        len(sites), columns, figsize=(0.6 + 3.4 * columns, 0.6 + 2.3 * len(sites)), squeeze=False, layout="constrained"
-    )
-    for site, row in zip(sites, axes, strict=True):
-        (_draw_maps if quadratic else _draw_branches)(analysis, site, row)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _draw_branches(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axes]) -> None:
-    import torch
-
-    from megatron_moa.reference import DEFINITIONS
-
-    x = torch.linspace(-4, 4, 161, dtype=torch.float64)
-    basis = torch.stack([DEFINITIONS[name](x) for name in analysis["mixing"]["activations"]])  # [K, points]
-    mean = torch.tensor([gate["mean"] for gate in site["gates"]], dtype=torch.float64)
-    samples = torch.tensor(site["sampled"], dtype=torch.float64).view(-1, len(mean))
-    size = len(basis)
-    for number, (axes, branch) in enumerate(zip(row, ("activated", "linear"), strict=False)):
-        part = slice(number * size, (number + 1) * size)
-        for sample in samples[:, part]:
-            axes.plot(x, sample @ basis, color="tab:orange", alpha=0.5, linewidth=0.8)
-        axes.plot(x, mean[part] @ basis, color="black", linewidth=1.6)
-        axes.set_title(f"{site['title']}, {branch} branch", fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=7)
-
-
-def _draw_maps(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axes]) -> None:
-    import torch
-
-    from megatron_moa.reference import DEFINITIONS
-
-    x = torch.linspace(-4, 4, 81, dtype=torch.float64)
-    basis = torch.stack([DEFINITIONS[name](x) for name in analysis["mixing"]["activations"]])
-    size = len(basis)
-    mean = torch.tensor([gate["mean"] for gate in site["gates"]], dtype=torch.float64).view(size, size)
-    samples = torch.tensor(site["sampled"], dtype=torch.float64).view(-1, size, size)
-    spread = (basis.T @ samples @ basis).std(0) if len(samples) > 1 else torch.zeros(len(x), len(x))
-    shown = ((basis.T @ mean @ basis, "mean coefficients"), (spread, f"std over {len(samples)} random tokens"))
-    for axes, (values, title) in zip(row, shown, strict=True):
-        image = axes.contourf(x, x, values.T, levels=20)
-        axes.figure.colorbar(image, ax=axes)
-        axes.set_title(f"{site['title']}, {title}", fontsize=9)
-        axes.set_xlabel("activated branch", fontsize=7)
-        axes.set_ylabel("linear branch", fontsize=7)
-        axes.tick_params(labelsize=7)
-
-
-def draw_gates(analysis: dict[str, Any], path: Path) -> None:
-    """Every gate's mean with its standard deviation over tokens, the part of it between token types darker: a row a
-    layer.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    sites = analysis["sites"]
-    names = [gate["name"] for gate in sites[0]["gates"]]
-    figure, axes = plt.subplots(
-        len(sites), 1, figsize=(1.6 + 0.4 * len(names), 1.0 + 1.7 * len(sites)), squeeze=False, layout="constrained"
-    )
-    for site, (panel,) in zip(sites, axes, strict=True):
-        for place, gate in enumerate(site["gates"]):
-            type_std = gate["std"] * (gate["type_share"] or 0) ** 0.5
-            panel.errorbar(place, gate["mean"], gate["std"], color="tab:orange", linewidth=4, alpha=0.5)
-            panel.errorbar(place, gate["mean"], type_std, fmt="o", color="black", markersize=3, linewidth=1.2)
-        panel.set_title(f"{site['title']}: mean and standard deviation; black: between token types", fontsize=9)
-        panel.set_xticks(range(len(names)), [] if site is not sites[-1] else names, rotation=90, fontsize=7)
-        panel.grid(alpha=0.3)
-        panel.tick_params(axis="y", labelsize=7)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -366,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
             analysis, said = analyze(flags, megatron_flags, la_folder)
         from megatron_moa.gate_analysis import gate_table, markdown
+        from megatron_moa.gate_pictures import draw_curves, draw_gates
 
         report = "\n".join(markdown(analysis))
         if out is not None:

@@ -518,12 +518,17 @@ class _Report:
         if not self.evidence.gates:
             return
         from megatron_moa.gate_analysis import markdown
+        from megatron_moa.gate_pictures import draw_curves
 
         yield "## Trained gates\n"
         for name, content in self.evidence.gates.items():
             yield f"### {name}\n"
             yield from markdown(content)
+            file = f"gates-{name}.png"
+            draw_curves(content, self.pictures / file)
             yield ""
+            yield "Each layer's activations at the mean coefficients (black) and at those of random tokens:\n"
+            yield f"![activations of {name}]({self.link}/{file})\n"
 
     # Helpers.
 
