@@ -40,7 +40,8 @@ class CoefficientMonitor:
         self._decoder_layers = models[0].config.num_layers
         mtp_layers = models[0].config.mtp_num_layers or 0
         # Row: decoder layer, then MTP layer; column: dense or routed, and shared; then see _accumulate.
-        shape = (self._decoder_layers + mtp_layers, 2, *2 * (1 + self.mixing.num_coefficients,))
+        size = 1 + self.mixing.num_coefficients
+        shape = (self._decoder_layers + mtp_layers, 2, size, size)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         self._observed: list[tuple[Coefficients, Callable[[Tensor], None]]] = []
         for model in models:
