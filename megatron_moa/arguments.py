@@ -74,9 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--moa-init-scale",
-        default="mixture",
         metavar=_one_of(*INIT_SCALES),
-        help="swiglu: coefficients scaled so that the layer starts with SwiGLU's (type1: GELU's) output variance",
+        help="swiglu: coefficients scaled so that the layer starts with SwiGLU's (type1: GELU's) output variance; "
+        "mixture: as their initial values are, the paper's make it several times as large; default swiglu, mixture "
+        "where --moa-la-init gives the values",
     )
     group.add_argument(
         "--moa-la-init",
@@ -141,7 +142,7 @@ def _one_of(*names: str) -> str:
 def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
     """The mixture that the parsed flags ask for; None for ``--moa-mixing none``.
 
-    Writes the resolved form and dictionary back to ``args``, so that checkpoints carry them.
+    Writes the resolved form, dictionary and scale back to ``args``, so that checkpoints carry them.
 
     Raises:
         UserError: flags that cannot be, or contradict each other.
@@ -165,7 +166,7 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
         gate_bias=args.moa_gate_bias,
         amplitude=args.moa_amplitude,
         initial_coefficients=tuple(args.moa_la_init or (DEFAULT_INITIAL_COEFFICIENT,)),
-        init_scale=args.moa_init_scale,
+        init_scale=args.moa_init_scale or ("mixture" if args.moa_la_init else "swiglu"),
         freeze=args.moa_freeze_gates,
         recompute=args.moa_recompute,
         overwrite=args.moa_overwrite_preactivation,
@@ -174,6 +175,7 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
     args.moa_form = mixing.form
     args.moa_activations = list(mixing.activations)
     args.moa_la_init = list(mixing.initial_coefficients)
+    args.moa_init_scale = mixing.init_scale
     return mixing
 
 

@@ -100,7 +100,7 @@ def _named_layer_spec(mixing: str, config: Any, vp_stage: int | None) -> Transfo
             "train with pretrain_gpt_moa.py, which does"
         )
     form = resolve_form("auto", transformer.gated_linear_unit)
-    return layer_spec(config, MixingConfig(mixing=mixing, form=form), vp_stage)
+    return layer_spec(config, MixingConfig(mixing=mixing, form=form, init_scale="swiglu"), vp_stage)
 
 
 def transformer_config(config: Any) -> TransformerConfig:

@@ -28,10 +28,17 @@ def parse(*flags: str, swiglu: bool = True, **others: object) -> argparse.Namesp
     return args
 
 
-def test_default_is_the_papers_best_form() -> None:
+def test_default_is_the_papers_best_form_at_swiglus_scale() -> None:
     mixing = mixing_from_args(parse())
-    assert mixing == MixingConfig(mixing="moa", form="bi-sided", activations=GATED_DICTIONARY, gate="sigmoid")
+    assert mixing == MixingConfig("moa", "bi-sided", GATED_DICTIONARY, gate="sigmoid", init_scale="swiglu")
     assert mixing_from_args(parse(swiglu=False)).form == "type1"
+
+
+def test_initial_values_that_are_given_are_taken_as_they_are() -> None:
+    args = parse("--moa-mixing", "la", "--moa-la-init", "0")
+    assert mixing_from_args(args).init_scale == args.moa_init_scale == "mixture"
+    both = parse("--moa-mixing", "la", "--moa-la-init", "0.1", "--moa-init-scale", "swiglu")
+    assert mixing_from_args(both).init_scale == "swiglu"
 
 
 def test_none_is_stock() -> None:

@@ -369,7 +369,8 @@ def test_settings_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 def test_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "run"
-    train(*SWIGLU, *"--moa-backend eager --train-iters 2 --save-interval 1".split(), "--save", root)
+    flags = "--moa-init-scale mixture --moa-backend eager --train-iters 2 --save-interval 1"
+    train(*SWIGLU, *flags.split(), "--save", root)
     about = inspect(capsys, root)
     assert (about["iteration"], about["has_manifest"]) == (2, True)
     assert about["optimizer"] == "there, for any split (saved under TP 1, PP 1, EP 1, expert TP 1, DP 1)"
