@@ -136,10 +136,10 @@ def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> No
     lines += [line("moa", None, rate=0.016, seed=2), line("la", 3.0), line("gelu", None)]
     lines += [line("moa-small", loss, rate=rate) for rate, loss in ((0.004, 3.2), (0.008, 3.1))]
     text = report_of(tmp_path, write(tmp_path / "study", lines))
-    cells = row(text.split("## Larger")[0], "MoA", "0.016")
+    cells = row(text.split("## Larger")[0], "MoA, paper's scale", "0.016")
     assert cells[2:4] == ["0.004: 3.2000, 0.008: 3.1000, 0.016: 2.9000, 0.032: diverged", "1 (2 diverged)"]
     assert row(text, "MoA, SwiGLU's scale", "0.008, **at the end**")
-    assert row(text, "LA", "0.008, **the only one**")
+    assert row(text, "LA, paper's scale", "0.008, **the only one**")
     assert row(text, "GELU", "none")
     limits = text.split("## What is not shown")[1].split("##")[0]
     assert (
@@ -155,7 +155,7 @@ def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> No
 
 def test_a_study_of_which_everything_diverged(tmp_path: Path) -> None:
     text = report_of(tmp_path, write(tmp_path / "study", [{**line("moa", None), "loss": []}]))
-    assert row(text, "MoA", "none")[2] == "no finite loss of seed 1"
+    assert row(text, "MoA, paper's scale", "none")[2] == "no finite loss of seed 1"
     assert "- 1 run of 1 arm, 1 diverged." in text
     assert "SwiGLU has no finished run" in text
 
@@ -166,7 +166,7 @@ def test_larger_rates(tmp_path: Path) -> None:
     lines += [line("moa", None, rate=0.064), line("moa", 3.3)]
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Larger learning rates")[1]
     assert row(text, "SwiGLU", "0.008")[2:4] == ["+0.2033", "not run"]
-    cells = row(text, "MoA", "0.016")
+    cells = row(text, "MoA, paper's scale", "0.016")
     assert cells[2:4] == ["+0.0500", "1 of 1 diverged"]
     assert cells[4].startswith("-0.1533 [")
     assert cells[5] == "bears more"
@@ -181,11 +181,11 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
             where = {"setting": ("python", f"{size}M", *SETTING[2:]), "non_embedding": size * 10**6}
             lines += seeds(arm, losses, **where)
     text = report_of(tmp_path, write(tmp_path / "study", lines))
-    cells = row(text.split("L = E + A N^-a over sizes")[1], "MoA", "4")
+    cells = row(text.split("L = E + A N^-a over sizes")[1], "MoA, paper's scale", "4")
     values = [tuple(map(float, cell.split(" ± "))) for cell in cells[2:]]
     for (value, half), truth in zip(values, (1.9, 1.0, 0.5), strict=True):
         assert abs(value - truth) <= half < 0.2
-    overview = text.split("### The same steps in every setting, by default")[1].split("##")[0]
+    overview = text.split("### The same steps in every setting, at the paper's scale")[1].split("##")[0]
     assert row(overview, "python, size 8M, 2M tokens, AdamW, cosine")[4].startswith("**-0.1000 ±")
     assert (tmp_path / "report" / "parameters-python-2M-adamw-cosine.png").exists()
     few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
@@ -200,7 +200,7 @@ def test_time_is_the_time_of_steps_measured_apart(tmp_path: Path) -> None:
     earlier = {**timing, "milliseconds": {"swiglu": 90.0}}
     write(folder, [earlier, timing], "timing.jsonl")
     text = report_of(tmp_path, folder)
-    assert row(text, "MoA", "110.0") == ["MoA", "110.0", "1.100"]
+    assert row(text, "MoA, paper's scale", "110.0") == ["MoA, paper's scale", "110.0", "1.100"]
     left = (
         next(line for line in text.splitlines() if line.startswith("Not timed")).split(": ")[1].rstrip(".").split("; ")
     )

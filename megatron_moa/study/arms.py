@@ -113,10 +113,10 @@ class Arm:
 
 
 def _mixed(name: str, title: str, mixing: MixingConfig) -> tuple[Arm, Arm]:
-    """A mixture as large at the start as its initial values make it, and NAME-small: with the fixed layer's scale."""
+    """A mixture as large at the start as its paper's values make it, and NAME-small: with the fixed layer's scale."""
     fixed = "SwiGLU" if mixing.gated else "GELU"
     return (
-        Arm(name, title, mixing),
+        Arm(name, f"{title}, paper's scale", mixing),
         Arm(f"{name}-small", f"{title}, {fixed}'s scale", replace(mixing, init_scale="swiglu")),
     )
 

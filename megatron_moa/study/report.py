@@ -92,11 +92,11 @@ class _Report:
         verdicts = [known.verdict for arm in mixtures if (known := self._difference(arm, BASELINE)) is not None]
         if verdicts:
             yield f"**Of {_count(len(verdicts), 'gated mixture')}, against tuned SwiGLU: {_tally(verdicts)}.**\n"
-        for arm in ("moa", "la", "moa-small", "la-small"):
+        for arm in ("moa-small", "la-small", "moa", "la"):
             known = self._difference(arm, BASELINE)
             if known is not None:
                 yield f"- {arm_title(arm)}, against SwiGLU: {self._with_percent(known)}: {_bold(known.verdict)}."
-        for name, chain in (("by default", OWN_SCALE[:3]), ("at SwiGLU's scale", SWIGLU_SCALE[:2])):
+        for name, chain in (("at the paper's scale", OWN_SCALE[:3]), ("at SwiGLU's scale", SWIGLU_SCALE[:2])):
             parts = [(step, self._difference(step.arm, step.to)) for step in chain]
             if all(known for _, known in parts):
                 text = "; ".join(f"{step.what} {_number(known)} ({known.verdict})" for step, known in parts)
@@ -330,7 +330,7 @@ class _Report:
         )
 
     def _settings_beside_one_another(self) -> Lines:
-        for name, chain in (("by default", OWN_SCALE), ("at SwiGLU's scale", SWIGLU_SCALE)):
+        for name, chain in (("at the paper's scale", OWN_SCALE), ("at SwiGLU's scale", SWIGLU_SCALE)):
             rows = []
             for setting in self.results.settings:
                 known = [self.results.difference(setting, step.arm, step.to) for step in chain]

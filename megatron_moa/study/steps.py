@@ -29,13 +29,13 @@ OWN_SCALE = (
     Step("swiglu-scaled", "swiglu", "scale at the start", "making SwiGLU's output as large as MoA's at step 0"),
     Step("la", "swiglu-scaled", "dictionary", "mixing activations with learned constants (LA) at that same scale"),
     Step("moa", "la", "token adaptivity", "letting gates set the coefficients token by token (MoA)"),
-    Step("moa", "swiglu", "all three", "MoA as it starts by default, in place of SwiGLU,"),
+    Step("moa", "swiglu", "all three", "MoA started at the paper's scale, in place of SwiGLU,"),
 )
 SWIGLU_SCALE = (
     Step("la-small", "swiglu", "dictionary", "LA started at SwiGLU's scale, in place of SwiGLU,"),
     Step("moa-small", "la-small", "token adaptivity", "gates in place of learned constants, both at SwiGLU's scale,"),
     Step("moa-small", "swiglu", "both", "MoA started at SwiGLU's scale, in place of SwiGLU,"),
-    Step("moa-small", "moa", "MoA's scale brought down", "starting MoA at SwiGLU's scale rather than its own"),
+    Step("moa-small", "moa", "MoA's scale brought down", "starting MoA at SwiGLU's scale rather than the paper's"),
 )
 GATES = (
     Step("moa-frozen", "la", "random gates, never trained", "gates that stay as they were drawn, in place of LA,"),
@@ -69,7 +69,7 @@ CONTROLS = (
     Step("swiglu-half", "swiglu", "half the width", "halving SwiGLU's width", WORSE),
 )
 CHAINS = (
-    ("From SwiGLU to MoA, as MoA starts by default", OWN_SCALE),
+    ("From SwiGLU to MoA started at the paper's scale", OWN_SCALE),
     ("The same with both started at SwiGLU's scale", SWIGLU_SCALE),
     ("What the gates do", GATES),
     ("At equal cost", EQUAL_COST),
