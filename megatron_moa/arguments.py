@@ -112,8 +112,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="every N iterations log mean and standard deviation over tokens of the coefficients, also to TensorBoard "
-        "and W&B; 0 is never",
+        help="every N iterations log mean and standard deviation over tokens of the coefficients, and of a layer's "
+        "gates effective rank, spread and distance from a constant, also to TensorBoard and W&B; 0 is never",
     )
     cpu.set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
