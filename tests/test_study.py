@@ -198,6 +198,15 @@ def test_a_line_that_a_kill_cut_off_is_run_anew_and_other_damage_is_refused(tmp_
         read_results(path)
 
 
+def test_how_long_is_left_is_told_from_runs_of_the_same_size_and_else_from_flops(tmp_path):
+    study = study_of(STUDY.replace("tokens = [1e5]", "tokens = [1e5, 4e5]"), tmp_path)
+    first, *others = pending(study, {})
+    (tmp_path / RESULTS).write_text(json.dumps(line_of(study, first, seconds=60.0)) + "\n")
+    runner = Runner(study, tmp_path, 1, 1)
+    assert [round(runner._seconds(cell)) for cell in others] == [60 if cell.tokens == 1e5 else 240 for cell in others]
+    assert runner._progress(others) == "1 of 8 runs, about 19 min left"
+
+
 def test_results_of_other_settings_are_refused(tmp_path):
     study = study_of(STUDY, tmp_path)
     (tmp_path / RESULTS).write_text(json.dumps(line_of(study, pending(study, {})[0])) + "\n")

@@ -18,7 +18,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, one_line_errors
+from megatron_moa.errors import OneLineParser, one_line_ending
 from megatron_moa.measuring import positive
 
 PROGRAM = "study.py"
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left to be run."""
     flags = make_parser().parse_args(argv)
-    with one_line_errors(PROGRAM):
+    with one_line_ending(PROGRAM, "finished runs are kept; the same command goes on"):
         from megatron_moa.study.grid import read_study
         from megatron_moa.study.runner import Runner, visible_gpus
 

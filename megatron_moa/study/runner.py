@@ -363,15 +363,17 @@ class Runner:
         """How many runs are done, and how long those that are known of will take, by those that are done."""
         done, known = len(self.results), len(self.results) + len(self.running) + len(waiting)
         text = f"{done} of {known} runs"
-        work = sum(self._work(cell_from(line["cell"])) for line in self.results if self._is_here(line))
-        if not work:
-            return text
-        seconds = sum(line["seconds"] for line in self.results if self._is_here(line)) / work
-        left = sum(map(self._work, waiting)) + sum((1 - run.done) * self._work(run.cell) for run in self.running)
-        return f"{text}, about {left * seconds / self.at_a_time / 60:.0f} min left"
+        left = sum(map(self._seconds, waiting)) + sum((1 - run.done) * self._seconds(run.cell) for run in self.running)
+        return f"{text}, about {left / self.at_a_time / 60:.0f} min left" if left else text
 
-    def _is_here(self, line: dict[str, Any]) -> bool:
-        return line["cell"]["size"] in self.study.sizes
+    def _seconds(self, cell: Cell) -> float:
+        """How long a run will take: as others of its size and tokens did, else by FLOPs; 0 while nothing is known."""
+        here = [line for line in self.results if line["cell"]["size"] in self.study.sizes]
+        alike = [line for line in here if all(line["cell"][key] == getattr(cell, key) for key in ("size", "tokens"))]
+        if alike:
+            return sum(line["seconds"] for line in alike) / len(alike)
+        work = sum(self._work(cell_from(line["cell"])) for line in here)
+        return self._work(cell) * sum(line["seconds"] for line in here) / work if work else 0.0
 
     def _work(self, cell: Cell) -> float:
         """In proportion to a run's FLOPs: tokens times weights."""
