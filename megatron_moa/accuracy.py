@@ -1,7 +1,8 @@
 """Errors of a backend against the reference in float64, beside those of the reference in the same dtype.
 
 What the tests, the benchmarks and the GPU suite hold backends to: an error of at most twice what PyTorch's own
-functions have in the same dtype, plus a floor of a few roundings, for the result and for every gradient.
+functions have in the same dtype, plus a floor of a few roundings, for the result and for every gradient. A bias'
+gradient is held to a linear layer's own, which adds up gradients that are rounded already.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ ALLOWED = 2.0  # times the error of PyTorch in the same dtype
 FLOORS = {torch.float32: 16 * 2.0**-24, torch.float16: 0.5 * 2.0**-11, torch.bfloat16: 0.5 * 2.0**-8}
 # Triton's interpreter cuts float32 off to bfloat16, where GPUs round.
 _INTERPRETED_FLOOR = 2.0**-8
+# For the result of a gate by the Triton kernel on a GPU: its sum over h, where PyTorch adds in an order that loses less.
+# Tensor cores take 8 exact products of half precision at a time and cut the sum off, always towards zero: an error that
+# grows with h, so computed at most 0.77 of this for all gates and forms at h 512 to 4096 (tests/test_accuracy.py). In
+# float32 products are added one by one, and each sum is rounded: a random walk; an H200 took 0.45 of this.
+_CUT_OFF = 2.0**-28  # times h
+_WALK = 2.0**-24  # times the square root of h
 
 
 class AccuracyError(Exception):
@@ -137,7 +144,9 @@ def check_gate(
 
     settings = f"{mixing.gate}{'+bias' * mixing.gate_bias}{'+amplitude' * (mixing.amplitude == 'learned')}"
     name = f"gate {settings} {mixing.form} {_short(dtype)} [{tokens}, {hidden}] {_backend(mixing, device)}"
-    return _compare(name, coefficients, mixing, inputs, random.normal(tokens, n, dtype=torch.float32).detach())
+    checks = _compare(name, coefficients, mixing, inputs, random.normal(tokens, n, dtype=torch.float32).detach())
+    result, *gradients = checks
+    return [dataclasses.replace(result, floor=result.floor + _sum_floor(mixing, dtype, device, hidden)), *gradients]
 
 
 def bit_equal_gradients(gradients: Callable[[], Sequence[Tensor]]) -> bool:
@@ -173,6 +182,10 @@ def _compare(
     }
     exact = _result_and_gradients(function, eager, wide, grad.double())
     same_dtype = _result_and_gradients(function, eager, inputs, grad)
+    if "preactivation" in same_dtype and "bias" in same_dtype:
+        rounded = same_dtype["preactivation"]
+        total = torch.promote_types(rounded.dtype, torch.float32)
+        same_dtype["bias"] = rounded.sum(0, dtype=total).to(rounded.dtype)
     actual = _result_and_gradients(function, mixing, inputs, grad)
     if actual.keys() != exact.keys():
         raise AccuracyError(f"{name}: gradients of {', '.join(actual)}, expected of {', '.join(exact)}")
@@ -215,6 +228,12 @@ def _floor(tensor: Tensor) -> float:
     if tensor.dtype == torch.bfloat16 and tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         return _INTERPRETED_FLOOR
     return FLOORS[tensor.dtype]
+
+
+def _sum_floor(mixing: MixingConfig, dtype: torch.dtype, device: torch.device | str, hidden: int) -> float:
+    if torch.device(device).type != "cuda" or _backend(mixing, device) != "triton":
+        return 0.0
+    return hidden**0.5 * _WALK if dtype == torch.float32 else hidden * _CUT_OFF
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,7 @@
-"""What only a GPU can show: accuracy at larger sizes, CUDA graphs, training. Skipped without one."""
+"""What only a GPU can show: accuracy at larger sizes, CUDA graphs, training. Skipped without one.
+
+In this order, should time run out: what has not run on a GPU yet first, what compiles longest last.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +18,6 @@ from tests.training import MOE, SWIGLU, train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mixing_name", ["moa", "la"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ["triton", "compile"])
-def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: torch.dtype) -> None:
-    mixing = MixingConfig(mixing=mixing_name, form=form, backend=backend)
-    for tokens, width in ((257, 512), (4097, 1408), (3, 127)):
-        accuracy.require(accuracy.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("groups", [0, 8])
-@pytest.mark.parametrize("gate", GATES)
-def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
-    for form in FORMS:
-        mixing = MixingConfig(form=form, gate=gate, backend="triton")
-        accuracy.require(accuracy.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
-        learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
-        accuracy.require(accuracy.check_gate(learned, dtype, "cuda", 300, 1000, groups))
 
 
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
@@ -75,3 +57,24 @@ def test_capture_in_a_cuda_graph(form: str, mixing_name: str) -> None:
 def test_training_in_bf16(mixing: str, extra: list[str]) -> None:
     run = train(*SWIGLU, *extra, "--moa-mixing", mixing, "--bf16", "--train-iters", "12")
     assert run.losses[12] < run.losses[1] - 0.2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("groups", [0, 8])
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
+    for form in FORMS:
+        mixing = MixingConfig(form=form, gate=gate, backend="triton")
+        accuracy.require(accuracy.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
+        learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
+        accuracy.require(accuracy.check_gate(learned, dtype, "cuda", 300, 1000, groups))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["triton", "compile"])
+def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: torch.dtype) -> None:
+    mixing = MixingConfig(mixing=mixing_name, form=form, backend=backend)
+    for tokens, width in ((257, 512), (4097, 1408), (3, 127)):
+        accuracy.require(accuracy.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))
