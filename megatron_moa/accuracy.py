@@ -26,7 +26,7 @@ ALLOWED = 2.0  # times the error of PyTorch in the same dtype
 FLOORS = {torch.float32: 16 * 2.0**-24, torch.float16: 0.5 * 2.0**-11, torch.bfloat16: 0.5 * 2.0**-8}
 # Triton's interpreter cuts float32 off to bfloat16, where GPUs round.
 _INTERPRETED_FLOOR = 2.0**-8
-# For the result of a gate by the Triton kernel on a GPU: its sum over h, which PyTorch adds in an order that loses less.
+# For the result of a gate by Triton's kernel on a GPU: its sum over h, which PyTorch adds in an order that loses less.
 # Tensor cores take 8 exact products of half precision at a time and cut the sum off, always towards zero: an error that
 # grows with h, computed as in tests/test_accuracy.py at most 0.77 of this for all gates and forms, h 512 to 4096. In
 # float32 products are added one by one, and each sum is rounded: a random walk; an H200 took 0.45 of this.
