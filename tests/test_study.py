@@ -19,7 +19,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.output_scale import output_scale
 from megatron_moa.study.arms import ARMS, Size
 from megatron_moa.study.corpora import make_corpus
-from megatron_moa.study.grid import Cell, cell_values, pending, read_study
+from megatron_moa.study.grid import Cell, cell_from, cell_values, pending, read_study
 from megatron_moa.study.runner import RESULTS, Runner, command, losses_of, read_results
 from megatron_moa.study.timing import TIMING, WIDER, width_of_equal_time
 
@@ -215,6 +215,15 @@ def test_results_of_other_settings_are_refused(tmp_path):
         Runner(study_of(STUDY.replace("layers = 2", "layers = 3"), tmp_path), tmp_path, 1, 1)
 
 
+@pytest.mark.parametrize(("preset", "folder"), [("cpu", "study"), ("h200", "study-h200")])
+def test_the_committed_results_are_of_the_presets_as_they_stand(preset, folder):
+    study = read_study(ROOT / "examples" / "studies" / f"{preset}.toml")
+    results = ROOT / "docs" / "results" / folder
+    runner = Runner(study, results, 1, 1)  # refuses a line of other flags
+    asked = {cell.setting for cell in pending(study, {})}
+    assert {cell_from(line["cell"]).setting for line in runner.results} <= asked
+
+
 # Text.
 
 
@@ -325,7 +334,7 @@ def test_two_kills_change_nothing(smoke, tmp_path):
     assert pending(read_study(ROOT / "examples" / "studies" / "smoke.toml"), losses_of(lines)) == []
     # The runs around both kills once more, without any.
     text = (ROOT / "examples" / "studies" / "smoke.toml").read_text()
-    grid = text[text.index("[[grid]]") :].split("\n\n")[0].replace("rates = [1e-2, 2e-2]", "rates = [1e-2]")
+    grid = text[text.index("[[grid]]") :].split("\n\n")[0].replace("rates = [5e-3, 1e-2, 2e-2]", "rates = [1e-2]")
     (tmp_path / "again.toml").write_text(text[: text.index("[[grid]]")].replace("timing = 5", "timing = 0") + grid)
     finish(start_study("--study", str(tmp_path / "again.toml"), "--out", str(tmp_path / "again")))
     measured = ("seconds", "milliseconds", "date")

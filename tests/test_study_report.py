@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_moa.study.arms import ARMS
+from megatron_moa.study.statistics import UNTUNED
 from tests.test_study_statistics import SETTING, line, seeds
 from tests.training import ROOT
 from tools import study_report
@@ -30,7 +31,7 @@ TRUTH = {
     "swiglu-params": -0.01,
     "swiglu-half": 0.2,
 }
-COMMAND = ["docs/results/study", "--out", "docs/evidence.md"]
+COMMAND = ["docs/results/study", "docs/results/study-h200", "--out", "docs/evidence.md"]
 
 
 def study(count: int = 3, **where: Any) -> list[dict[str, Any]]:
@@ -74,7 +75,8 @@ def row(text: str, *cells: str) -> list[str]:
 
 
 def test_the_committed_report_is_what_its_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ROOT / "docs/results/study", tmp_path / "docs/results/study")
+    for folder in COMMAND[:2]:
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
     study_report.main(COMMAND)
     assert (tmp_path / "docs/evidence.md").read_text() == (ROOT / "docs/evidence.md").read_text()
@@ -113,6 +115,16 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
     assert "Missing, for want of runs: equal step time, equal step time, SwiGLU's scale.\n" in equal
 
 
+def test_what_is_not_tuned_is_not_decided(tmp_path: Path) -> None:
+    lines = [line("swiglu", loss, rate=rate) for rate, loss in ((0.004, 3.1), (0.008, 3.0), (0.016, 3.3))]
+    lines += [line("la-small", loss, rate=rate) for rate, loss in ((0.004, 2.9), (0.008, 3.1))]
+    lines += [line("moa-small", loss, rate=rate) for rate, loss in ((0.008, 3.1), (0.016, 3.2))]
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    assert row(text, "dictionary", ARMS["la-small"].title)[3:] == ["≤ -0.1000", "1", "not decided by one seed"]
+    assert row(text, "token adaptivity", ARMS["moa-small"].title)[3::2] == ["? +0.2000", UNTUNED]
+    assert row(text, "both", ARMS["moa-small"].title)[3::2] == ["≤ +0.1000", UNTUNED]
+
+
 def test_a_control_that_fails_is_said_to(tmp_path: Path) -> None:
     lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("swiglu-again", [2.8, 2.9001, 3.0002])]
     text = report_of(tmp_path, write(tmp_path / "study", [*lines, *seeds("swiglu-half", [3.0, 3.2, 3.1])]))
@@ -145,9 +157,10 @@ def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> No
     assert (
         "at the end of what was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: MoA, SwiGLU's scale.\n" in limits
     )
-    assert "one alone was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: LA.\n" in limits
+    assert "one alone was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: LA, paper's scale.\n" in limits
     assert (
-        "diverged: MoA at 0.032, seed 1 (python, size 0.4M, 2M tokens, AdamW, cosine); MoA at 0.016, seed 2" in limits
+        "diverged: MoA, paper's scale at 0.032, seed 1 (python, size 0.4M, 2M tokens, AdamW, cosine); "
+        "MoA, paper's scale at 0.016, seed 2" in limits
     )
     assert "Muon, WSD, a MoE" in limits
     assert "the paper begins at 120M" in limits
@@ -170,7 +183,7 @@ def test_larger_rates(tmp_path: Path) -> None:
     assert cells[2:4] == ["+0.0500", "1 of 1 diverged"]
     assert cells[4].startswith("-0.1533 [")
     assert cells[5] == "bears more"
-    assert "is **seen** for MoA: its best rate is 2 times SwiGLU's" in text
+    assert "is **seen** for MoA, paper's scale: its best rate is 2 times SwiGLU's" in text
 
 
 def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
@@ -251,7 +264,7 @@ def test_settings_of_all_kinds_and_tables_that_can_be_read(tmp_path: Path) -> No
     assert sorted(shown) == sorted(path.name for path in (tmp_path / "report").iterdir())
     assert "a-layer-of-tomorrow" in text
     assert "SwiGLU has no finished run here" in text
-    assert "MoA, against SwiGLU, in 3 settings: 2 better, 1 not decided by one seed." in text
+    assert "MoA, paper's scale, against SwiGLU, in 3 settings: 2 better, 1 not decided by one seed." in text
     assert "Does it pay" in text.splitlines()[0]
     assert "against tuned SwiGLU" in "\n".join(text.splitlines()[:20])
 

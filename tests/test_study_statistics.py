@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_moa.study.statistics import BETTER, ONE_SEED, UNDECIDED, WORSE, Interval, Results, fit_power_law
+from megatron_moa.study.statistics import (
+    AT_LEAST,
+    AT_MOST,
+    BETTER,
+    ONE_SEED,
+    UNDECIDED,
+    UNKNOWN,
+    UNTUNED,
+    WORSE,
+    Interval,
+    Results,
+    fit_power_law,
+)
 
 SETTING = ("python", "0_4M", 2_000_000, "adamw", "cosine")
 
@@ -174,3 +186,24 @@ def test_a_laws_intervals_cover_the_truth() -> None:
 
 def test_three_sizes_are_too_few_however_many_seeds() -> None:
     assert fit_power_law([1, 1, 1, 2, 2, 2, 3, 3, 3], [3.0] * 9) is None
+
+
+def test_a_difference_of_an_arm_whose_best_rate_is_at_the_end_is_a_bound() -> None:
+    baseline = [*seeds("swiglu", [3.0, 3.1, 3.2]), line("swiglu", 3.2, rate=0.004), line("swiglu", 3.2, rate=0.016)]
+    lower = [*seeds("moa", [2.8, 2.91, 3.0]), line("moa", 2.9, rate=0.004)]
+    higher = [*seeds("la", [3.2, 3.31, 3.4]), line("la", 3.3, rate=0.004)]
+    results = Results(
+        [*baseline, *lower, *higher, line("gelu", 2.0, rate=0.001), *seeds("swiglu-half", [3.2, 3.31, 3.4])]
+    )
+
+    def seen(arm: str, to: str) -> tuple[str, str]:
+        known = results.difference(SETTING, arm, to)
+        return known.bound, known.verdict
+
+    assert seen("moa", "swiglu") == (AT_MOST, BETTER)  # a better rate makes it lower still
+    assert seen("la", "swiglu") == (AT_MOST, UNTUNED)
+    assert seen("swiglu", "moa") == (AT_LEAST, WORSE)
+    assert seen("swiglu", "la") == (AT_LEAST, UNTUNED)
+    assert seen("moa", "la") == (UNKNOWN, UNTUNED)
+    assert seen("gelu", "swiglu") == (AT_MOST, ONE_SEED)  # one rate, not the baseline's best
+    assert seen("swiglu-half", "swiglu") == ("", WORSE)  # one rate, the baseline's best

@@ -1,7 +1,7 @@
 """Writes a study's report, markdown and pictures, from the lines of its finished runs alone.
 
     python tools/study_report.py runs/study --out report.md
-    python tools/study_report.py docs/results/study --out docs/evidence.md
+    python tools/study_report.py docs/results/study docs/results/study-h200 --out docs/evidence.md
 
 A folder holds results.jsonl of tools/study.py; where there are any, timing.jsonl (step times, an arm at a time) and
 gates-NAME.json of tools/analyze_gates.py are used too. Folders of several machines go into one report. Pictures go into

@@ -17,9 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megatron_moa.study.arms import ARMS
-from megatron_moa.study.statistics import Results, Setting, fit_power_law
+from megatron_moa.study.statistics import BASELINE, UNTUNED, Results, Setting, fit_power_law
 
-BASELINE = "swiglu"
 # What is drawn where all arms would hide one another.
 CHIEF_ARMS = ("swiglu", "swiglu-scaled", "swiglu-params", "swiglu-time", "la", "moa", "la-small", "moa-small")
 _SHADES = {"swiglu": "Greys", "gelu": "Greens", "la": "Blues", "moa": "Reds", "polyrelu": "Purples"}
@@ -218,7 +217,7 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
                 places = np.geomspace(min(x.values()), max(x.values()), 50)
                 above.plot(places, law(places), color=drawn["color"], linewidth=0.6)
             gaps = {s: results.difference(s, arm, BASELINE) for s in x if arm != BASELINE}
-            gaps = {s: gap for s, gap in gaps.items() if gap is not None}
+            gaps = {s: gap for s, gap in gaps.items() if gap is not None and gap.verdict != UNTUNED}
             below.plot([x[s] for s in gaps], [gap.mean for gap in gaps.values()], **drawn)
             for s, gap in gaps.items():
                 below.plot([x[s]] * 2, [gap.low, gap.high], color=drawn["color"], linewidth=0.8)

@@ -11,7 +11,6 @@ from typing import Any
 from megatron_moa.study.arms import ARMS
 from megatron_moa.study.evidence import Evidence
 from megatron_moa.study.pictures import (
-    BASELINE,
     CHIEF_ARMS,
     anchor,
     arm_panel,
@@ -25,11 +24,13 @@ from megatron_moa.study.pictures import (
     size_title,
 )
 from megatron_moa.study.statistics import (
+    BASELINE,
     BETTER,
     CONFIDENCE,
     LEAST_SIZES,
     ONE_SEED,
     UNDECIDED,
+    UNTUNED,
     WORSE,
     Interval,
     Setting,
@@ -339,7 +340,9 @@ class _Report:
             if rows and len(self.results.settings) > 1:
                 yield f"### The same steps in every setting, {name}\n"
                 yield from _table([["setting", *(step.what for step in chain)], *rows])
-                yield "±: half the interval's width; bold: the interval excludes zero; (1): one seed, no interval.\n"
+                yield "±: half the interval's width; bold: the interval excludes zero; (1): one seed, no interval."
+                yield "≤, ≥: the best rate of the arm, of what it is compared with, is at the end of what was tried, so"
+                yield "that a better one would lower, raise the difference; ?: of both.\n"
 
     # Setting by setting.
 
@@ -566,19 +569,19 @@ def _change(entry: dict[str, Any]) -> str:
 
 def _number(known: Interval) -> str:
     """A difference, with its interval where there is one."""
-    if known.count < 2:
-        return f"{known.mean:+.4f}"
-    return f"{known.mean:+.4f} [{known.low:+.4f}, {known.high:+.4f}]"
+    text = f"{known.bound}{known.mean:+.4f}"
+    return text if known.count < 2 else f"{text} [{known.low:+.4f}, {known.high:+.4f}]"
 
 
 def _short(known: Interval | None) -> str:
     """The same for a narrow column."""
     if known is None:
         return ""
+    text = f"{known.bound}{known.mean:+.4f}"
     if known.count < 2:
-        return f"{known.mean:+.4f} (1)"
-    text = f"{known.mean:+.4f} ± {known.half:.4f}"
-    return f"**{text}**" if known.decided else text
+        return f"{text} (1)"
+    text = f"{text} ± {known.half:.4f}"
+    return f"**{text}**" if known.verdict in (BETTER, WORSE) else text
 
 
 def _bold(verdict: str) -> str:
@@ -587,20 +590,22 @@ def _bold(verdict: str) -> str:
 
 def _judged(step: Step, known: Interval) -> str:
     """Whether a control comes out as it must."""
-    if known.verdict == ONE_SEED:
-        return ONE_SEED
+    if known.verdict in (ONE_SEED, UNTUNED):
+        return known.verdict
     return f"{known.verdict}, {'as it must be' if known.verdict == step.expected else '**as it must not be**'}"
 
 
 def _tally(verdicts: Sequence[str]) -> str:
     return _listed(
-        f"{verdicts.count(word)} {word}" for word in (BETTER, WORSE, UNDECIDED, ONE_SEED) if word in verdicts
+        f"{verdicts.count(word)} {word}" for word in (BETTER, WORSE, UNDECIDED, ONE_SEED, UNTUNED) if word in verdicts
     )
 
 
 def _sentence(step: Step, known: Interval) -> str:
     """A step in words."""
     subject = step.words[0].upper() + step.words[1:]
+    if known.verdict == UNTUNED:
+        return f"{subject} was not compared at the best rate of both ({_number(known)})."
     if known.verdict == UNDECIDED:
         return f"{subject} makes no difference that {known.count} seeds decide ({_number(known)})."
     direction = "lowers" if known.mean < 0 else "raises"

@@ -7,7 +7,7 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,10 @@ from megatron_moa.study.runner import losses_of
 
 CONFIDENCE = 0.95
 LEAST_SIZES = 4  # of a fit: a law of three parameters goes through three points whatever they are
+BASELINE = "swiglu"
 BETTER, WORSE, UNDECIDED, ONE_SEED = "better", "worse", "undecided", "not decided by one seed"
+UNTUNED = "not decided: best rate not found"
+AT_MOST, AT_LEAST, UNKNOWN = "≤ ", "≥ ", "? "  # of a difference, where an arm's best rate has not been found
 
 Setting = tuple[str, str, int, str, str]  # megatron_moa.study.grid.Cell.setting
 
@@ -30,12 +33,15 @@ class Interval:
     Attributes:
         mean, low, high: in the values' unit.
         count: of values.
+        bound: of a difference of which an arm has not been tuned out, in which direction the truth may lie:
+            :data:`AT_MOST`, :data:`AT_LEAST` or :data:`UNKNOWN`; else empty.
     """
 
     mean: float
     low: float
     high: float
     count: int
+    bound: str = ""
 
     @classmethod
     def of(cls, values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -64,7 +70,12 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a difference of losses: :data:`BETTER`, :data:`WORSE`, :data:`UNDECIDED` or :data:`ONE_SEED`."""
+        """Of a difference of losses: :data:`BETTER`, :data:`WORSE`, :data:`UNDECIDED`, :data:`ONE_SEED`, and
+        :data:`UNTUNED` where the rates that were not tried may turn it round.
+        """
+        low, high = (self.low, self.high) if self.count > 1 else (self.mean, self.mean)
+        if self.bound and not (high < 0 if self.bound == AT_MOST else low > 0 and self.bound == AT_LEAST):
+            return UNTUNED
         if self.count < 2:
             return ONE_SEED
         if not self.decided:
@@ -160,7 +171,7 @@ class Results:
         )
 
     def differences(self, setting: Setting, arm: str, to: str) -> dict[int, float]:
-        """By seed that both have: loss of one arm minus another's, each at its best rate."""
+        """By seed that both have: loss of one arm minus another's, each at its best rate of those that were tried."""
         first, second = self.tuned(setting, arm), self.tuned(setting, to)
         if first is None or second is None:
             return {}
@@ -179,7 +190,23 @@ class Results:
         """
         pairs = self.differences(setting, arm, to).items()
         values = [difference for seed, difference in pairs if seed not in without]
-        return Interval.of(values, confidence) if values else None
+        if not values:
+            return None
+        # An arm's loss at a better rate would be lower.
+        bound = {(True, False): AT_MOST, (False, True): AT_LEAST, (True, True): UNKNOWN}.get(
+            (self.may_be_lower(setting, arm), self.may_be_lower(setting, to)), ""
+        )
+        return replace(Interval.of(values, confidence), bound=bound)
+
+    def may_be_lower(self, setting: Setting, arm: str) -> bool:
+        """Whether a rate that was not tried may be an arm's best: the best is at the end of those that were tried.
+
+        An arm with one rate alone is taken for tuned where that is the baseline's best, and for not tuned elsewhere.
+        """
+        tuned, baseline = self.tuned(setting, arm), self.tuned(setting, BASELINE)
+        if len(tuned.rates) == 1:
+            return baseline is None or tuned.rate != baseline.rate
+        return not tuned.inside
 
     def lost(self, setting: Setting, arm: str, factor: float) -> dict[int, float]:
         """By seed: loss at ``factor`` times the best rate less that at the best; infinite where the run diverged.
