@@ -281,7 +281,8 @@ def test_suite_without_a_gpu(tmp_path: Path) -> None:
     records = read(out / "results.jsonl")
     steps = {record["step"]: record["status"] for record in records if record["benchmark"] == "suite"}
     assert set(steps.values()) == {"ok"}
-    assert {"accuracy-fp32-eager", "kernels", "layer-dense", "layer-moe", "step-dense-134m"} < steps.keys()
+    assert {"accuracy-fp32-eager-type1", "accuracy-fp32-eager-bi-sided"} < steps.keys()
+    assert {"kernels", "layer-dense", "layer-moe", "step-dense-134m"} < steps.keys()
     kinds = {record["benchmark"] for record in records}
     assert kinds == {"suite", "accuracy", "kernels", "layer", "step", "training"}
     trainings = {record["arm"]: record for record in records if record["benchmark"] == "training"}
@@ -291,6 +292,7 @@ def test_suite_without_a_gpu(tmp_path: Path) -> None:
     report = (out / "results.md").read_text()
     for title in ("Accuracy", "The activation step", "One layer", "A training step", "Trainings"):
         assert f"## {title}" in report
+    assert "kernels.py --check --device cpu --dtype fp32 --backend eager --form type1|bi-sided\n" in report
     assert all((out / "logs" / f"{name}.log").exists() for name in steps)
 
 
@@ -317,10 +319,21 @@ def test_suite_records_failures_and_goes_on(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     steps = {record["step"]: (record["status"], record["exit_code"]) for record in read(out / "results.jsonl")}
-    assert steps["accuracy-fp32-eager"] == steps["kernels"] == ("failed", 3)
+    assert steps["accuracy-fp32-eager-type1"] == steps["kernels"] == ("failed", 3)
     assert steps["layer-dense"] == ("out of time", 124)
     assert steps["training-none"] == ("out of time", 124)  # no time was left
     assert "| layer-dense | out of time | 124 |" in (out / "results.md").read_text()
+
+
+def test_the_table_of_the_first_gpu_is_that_of_its_records() -> None:
+    folder = ROOT / "docs/results/h200"
+    table = run_script("tools/gpu_report.py", ["table", str(folder / "results.jsonl")]).log
+    assert table == (folder / "results.md").read_text()
+    by_arm = {r["arm"]: r for r in read(folder / "results.jsonl") if r.get("recipe") == "dense-2b"}
+    assert f"| dense-2b | 8, cut | MoA | 668,207,104 | 4 | {by_arm['MoA']['ms']['step']:.4g} |" in table
+    # Processes that differ in dtype, backend and form are one command.
+    assert "--dtype bf16|fp16|fp32 --backend triton --form bi-sided|one-sided|quadratic|type1\n" in table
+    assert "--json" not in table
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ PROGRAM = "gpu_report.py"
 END_OF_DOCUMENT = 256
 
 Record = dict[str, Any]
+_ONE_OF_MANY = ("dtype ", "backend ", "form ")  # flags of the suite's processes beside each other
 
 
 def write_corpus(prefix: Path, pattern: str) -> int:
@@ -91,12 +92,30 @@ def report(records: list[Record]) -> str:
     """All records as markdown, a section a kind of benchmark; the environment once, if it is one."""
     surroundings = {measuring.describe({**r["environment"], "date": ""})[2:] for r in records if "environment" in r}
     dates = sorted(r["environment"]["date"] for r in records if "environment" in r)
-    parts = ["# GPU suite", *(f"{text}; from {dates[0]} to {dates[-1]}" for text in sorted(surroundings))]
+    parts = ["# GPU results", *(f"{text}; from {dates[0]} to {dates[-1]}" for text in sorted(surroundings))]
     for kind, (title, section) in _SECTIONS.items():
         own = [record for record in records if record["benchmark"] == kind]
         if own:
             parts += [f"## {title}", *section(own)]
+            commands = _commands(record["environment"]["command"] for record in own if "environment" in record)
+            parts += ["Measured by\n\n" + "\n".join(f"    {command}" for command in commands)] if commands else []
     return "\n\n".join(parts) + "\n"
+
+
+def _commands(commands: Iterable[str]) -> list[str]:
+    """Each once, without its --json; those that differ in dtype, backend or form alone as one."""
+    together: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for command in dict.fromkeys(commands):
+        parts = [part for part in command.split(" --") if not part.startswith("json ")]
+        flags = {part.split(" ", 1)[0]: part for part in parts if part.startswith(_ONE_OF_MANY)}
+        pattern = tuple(flag if (flag := part.split(" ", 1)[0]) in flags else part for part in parts)
+        values = together.setdefault(pattern, {flag: [] for flag in flags})
+        for flag, part in flags.items():
+            values[flag].append(part.removeprefix(f"{flag} "))
+    return [
+        " --".join(f"{part} {'|'.join(dict.fromkeys(values[part]))}" if part in values else part for part in pattern)
+        for pattern, values in together.items()
+    ]
 
 
 def _status(records: list[Record]) -> Iterator[str]:
@@ -116,9 +135,9 @@ def _accuracy(records: list[Record]) -> Iterator[str]:
 def _kernels(records: list[Record]) -> Iterator[str]:
     header = ("", "forward ms", "backward ms", "forward GB/s", "of copy", "backward GB/s", "of copy")
     header += ("forward to baseline", "backward", "total")
-    for (tokens, ffn, dtype, k), own in _grouped(records, "tokens", "ffn", "dtype", "K"):
+    for (tokens, ffn, hidden, dtype, k), own in _grouped(records, "tokens", "ffn", "hidden", "dtype", "K"):
         growing = "" if k is None else f", K {k}"
-        yield f"{tokens} tokens, f {ffn}, {dtype}{growing}; copy {own[0]['copy_gb_per_s']:.0f} GB/s"
+        yield f"{tokens} tokens, f {ffn}, h {hidden} (gates), {dtype}{growing}; copy {own[0]['copy_gb_per_s']:.0f} GB/s"
         yield measuring.table(
             header,
             (
@@ -139,8 +158,8 @@ def _kernels(records: list[Record]) -> Iterator[str]:
 
 
 def _layers(records: list[Record]) -> Iterator[str]:
-    header = ("", "forward ms", "backward ms", "total ms", "to stock", "to compiled", "peak MB", "to stock")
-    header += ("saved MB", "coefficients MB")
+    header = ("", "forward ms", "backward ms", "total ms", "quartiles", "to stock", "to compiled", "peak MB")
+    header += ("to stock", "saved MB", "coefficients MB")
     for (hidden, ffn, tokens, experts, dtype), own in _grouped(records, "hidden", "ffn", "tokens", "experts", "dtype"):
         moe = f", {experts} experts, {own[0]['topk']} a token" if experts else ""
         yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}"
@@ -150,6 +169,7 @@ def _layers(records: list[Record]) -> Iterator[str]:
                 (
                     r["arm"],
                     *(r["ms"][phase] for phase in ("forward", "backward", "total")),
+                    _quartiles(r, "total"),
                     r["ratio_to_stock"] and r["ratio_to_stock"]["total"],
                     r["ratio_to_compiled"],
                     r["peak_bytes"] / 1e6,
@@ -163,8 +183,8 @@ def _layers(records: list[Record]) -> Iterator[str]:
 
 
 def _steps(records: list[Record]) -> Iterator[str]:
-    header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "to SwiGLU", "tokens/s")
-    header += ("model TFLOP/s", "state MB", "peak MB", "to SwiGLU")
+    header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "quartiles", "to SwiGLU")
+    header += ("tokens/s", "model TFLOP/s", "state MB", "peak MB", "to SwiGLU")
     yield measuring.table(
         header,
         (
@@ -175,6 +195,7 @@ def _steps(records: list[Record]) -> Iterator[str]:
                 f"{r['parameters']:,}",
                 r["global_batch_size"],
                 r["ms"]["step"],
+                _quartiles(r, "step"),
                 r["ratio"],
                 f"{r['tokens_per_s']:.0f}",
                 r["tflop_per_s_per_gpu"],
@@ -196,6 +217,11 @@ def _trainings(records: list[Record]) -> Iterator[str]:
     ]
     yield measuring.table(header, rows)
     yield "One seed: a difference of losses here is no comparison of methods."
+
+
+def _quartiles(record: Record, phase: str) -> str:
+    first, third = record["ms_quartiles"][phase]
+    return f"{first:.4g} to {third:.4g}"
 
 
 def _grouped(records: list[Record], *names: str) -> Iterator[tuple[tuple, list[Record]]]:
