@@ -85,7 +85,8 @@ def test_checkpoint_and_export_have_equal_logits_and_losses(used: dict[str, Any]
     assert checkpoint["batch"] == export["batch"] == [2, 3, checkpoint["vocabulary"]]
     assert checkpoint["losses"] == pytest.approx(export["losses"], rel=1e-5)
     assert len(set(checkpoint["losses"])) == 3
-    assert checkpoint["mixing"] == export["mixing"]
+    # An export does not say how large the mixture was at step 0: nothing it computes depends on it.
+    assert checkpoint["mixing"].removesuffix(", swiglu output scale at step 0") == export["mixing"]
 
 
 @pytest.mark.slow
