@@ -200,7 +200,7 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
         assert abs(value - truth) <= half < 0.2
     overview = text.split("### The same steps in every setting, at the paper's scale")[1].split("##")[0]
     assert row(overview, "python, size 8M, 2M tokens, AdamW, cosine")[4].startswith("**-0.1000 ±")
-    assert (tmp_path / "report" / "parameters-python-2M-adamw-cosine.png").exists()
+    assert (tmp_path / "report" / "parameters-python-1M-2M-adamw-cosine.png").exists()
     few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
     assert "needs 4 sizes or budgets of an arm, all else equal; there are at most 3 and 1." in few
 
@@ -340,3 +340,21 @@ def test_an_old_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
     text = report_of(tmp_path, write(tmp_path / "study", [line("moa", 3.0)]))
     assert [path.name for path in (tmp_path / "report").iterdir()] == re.findall(r"\]\(report/([^)]+)\)", text)
     assert sorted(os.listdir(tmp_path)) == ["report", "report.md", "study"]
+
+
+def test_best_rates_and_missing_arms_over_all_settings(tmp_path: Path) -> None:
+    other = ("python", "0_4M", 2_000_000, "muon", "cosine")
+    lines = study()
+    for rate, loss in ((0.004, 3.2), (0.008, 3.1), (0.016, 3.3)):
+        lines.append(line("swiglu", loss, rate=rate, setting=other))
+    lines += [line("moa", 3.1, rate=0.008, setting=other), line("moa", 3.0, rate=0.016, setting=other)]
+    lines.append(line("moa-small", 3.1, setting=other))
+    lines.append(line("gelu", 3.1, setting=other))
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    rates = text.split("### Best rates in every setting")[1].split("##")[0]
+    # SwiGLU; LA and MoA at the paper's and at SwiGLU's scale
+    assert row(rates, "python, size 0.4M, 2M tokens, AdamW, cosine")[1:] == ["0.008"] * 5
+    assert row(rates, "python, size 0.4M, 2M tokens, Muon, cosine")[1:] == ["0.008", "", "", "≥ 0.016", "0.008 (?)"]
+    limits = text.split("## What is not shown")[1].split("##")[0]
+    assert "- What needs these arms, not run in the main setting but in others: GELU.\n" in limits
+    assert "not run: MoA, gates frozen at random, paper's scale;" in limits

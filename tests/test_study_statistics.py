@@ -207,3 +207,21 @@ def test_a_difference_of_an_arm_whose_best_rate_is_at_the_end_is_a_bound() -> No
     assert seen("moa", "la") == (UNKNOWN, UNTUNED)
     assert seen("gelu", "swiglu") == (AT_MOST, ONE_SEED)  # one rate, not the baseline's best
     assert seen("swiglu-half", "swiglu") == ("", WORSE)  # one rate, the baseline's best
+
+
+def test_a_law_over_sizes_is_of_models_of_one_kind() -> None:
+    def of(size: str, deviation: float, hidden: int, *more: str) -> dict[str, Any]:
+        content = line("swiglu", 3.0, setting=("python", size, *SETTING[2:]))
+        shape = ["--num-layers", "4", "--hidden-size", str(hidden), "--init-method-std", str(deviation)]
+        return content | {"flags": [*shape, *more, "--lr", "0.004", "--moa-mixing", "none", "--swiglu"]}
+
+    def groups(*lines: dict[str, Any]) -> list[set[str]]:
+        results = Results(lines)
+        kinds = results.kinds(results.settings)
+        return [{s[1] for s in kinds if kinds[s] == kind} for kind in dict.fromkeys(kinds.values())]
+
+    small, large = of("small", 0.08, 64), of("large", 0.0444, 208)
+    assert groups(small, large) == [{"small", "large"}]
+    assert groups(small, large, of("moe", 0.08, 64, "--num-experts", "8")) == [{"small", "large"}, {"moe"}]
+    assert groups(small, of("starved", 0.02, 96), large) == [{"small", "large"}, {"starved"}]
+    assert groups(of("one", 0.02, 64), of("other", 0.02, 208)) == [{"one", "other"}]

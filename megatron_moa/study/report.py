@@ -24,6 +24,8 @@ from megatron_moa.study.pictures import (
     size_title,
 )
 from megatron_moa.study.statistics import (
+    AT_LEAST,
+    AT_MOST,
     BASELINE,
     BETTER,
     CONFIDENCE,
@@ -234,13 +236,15 @@ class _Report:
                 f"- Differences below about {statistics.median(halves):.3f} nats, half the width of the main setting's "
                 "middle interval."
             )
-        missing = [
-            arm_title(arm)
-            for arm in dict.fromkeys(arm for _, chain in CHAINS for step in chain for arm in (step.arm, step.to))
-            if self.results.tuned(self.main, arm) is None
-        ]
-        if missing:
-            yield f"- What needs these arms, not run in the main setting: {_listed(missing, '; ')}."
+        compared = dict.fromkeys(arm for _, chain in CHAINS for step in chain for arm in (step.arm, step.to))
+        there = {cell.arm for cell in self.results.lines}
+        missing = [arm for arm in compared if self.results.tuned(self.main, arm) is None]
+        for text, arms in (
+            ("not run in the main setting but in others", [arm for arm in missing if arm in there]),
+            ("not run", [arm for arm in missing if arm not in there]),
+        ):
+            if arms:
+                yield f"- What needs these arms, {text}: {_listed(map(arm_title, arms), '; ')}."
 
     def _weak_tuning(self) -> Lines:
         """Arms whose best rate may lie elsewhere, and runs that diverged."""
@@ -399,6 +403,23 @@ class _Report:
         yield from _table(rows)
         for arm in ("moa", "moa-small"):
             yield from self._bears_more(arm)
+        yield from self._best_rates()
+
+    def _best_rates(self) -> Lines:
+        """Of the arms that have a learning rate in several settings, beside one another."""
+        rows = []
+        for setting in self.results.settings:
+            baseline = self.results.tuned(setting, BASELINE)
+            known = [self.results.tuned(setting, arm) for arm in ("la", "la-small", "moa", "moa-small")]
+            if baseline is not None and any(known):
+                rows.append([setting_title(setting), _rate(baseline), *map(_rate, known)])
+        if len(rows) > 1:
+            yield "### Best rates in every setting\n"
+            titles = [arm_title(arm) for arm in (BASELINE, "la", "la-small", "moa", "moa-small")]
+            yield from _table([["setting", *titles], *rows])
+            seed = self.results.tuning_seed
+            yield f"With seed {seed}; ≤, ≥: at the lower, upper end of what was tried, a better one may lie beyond;"
+            yield "(?): the only one tried.\n"
 
     def _bears_more(self, arm: str) -> Lines:
         """The paper's claim, in a sentence."""
@@ -465,41 +486,26 @@ class _Report:
     def _growth(self) -> Lines:
         """Over sizes and over budgets: pictures and fits."""
         yield "## Against parameters, and fits\n"
-        by_size = self._families(lambda setting: (setting[0], *setting[2:]))
-        by_tokens = self._families(lambda setting: (setting[0], setting[1], *setting[3:]))
+        by_size = []
+        for family in self._families(self.results.settings, lambda setting: (setting[0], *setting[2:])):
+            by_size += self._families(family, self.results.kinds(family).__getitem__)
+        by_tokens = self._families(self.results.settings, lambda setting: (setting[0], setting[1], *setting[3:]))
         for family in by_size:
             if len(family) > 1 or family == [self.main]:
-                name = f"parameters-{family[0][0]}-{anchor(family[0]).split('-', 2)[2]}.png"
+                name = f"parameters-{anchor(family[0])}.png"
                 yield from self._picture(name, "loss against parameters", draw_growth, family)
         for family in by_tokens:
             if len(family) > 1:
                 name = f"budgets-{family[0][0]}-{family[0][1]}-{'-'.join(family[0][3:])}.png"
                 yield from self._picture(name, "loss against tokens trained on", draw_growth, family, True)
-        fitted = False
-        for families, what, unit in ((by_size, "sizes", 1), (by_tokens, "budgets", 2)):
-            for family in families:
-                rows = [["arm", what, "E", "A", "a"]]
-                for arm in dict.fromkeys(arm for setting in family for arm in self.results.arms(setting)):
-                    points = [
-                        ((setting[2] if unit == 2 else tuned.non_embedding) / 1e6, loss)
-                        for setting in family
-                        if (tuned := self.results.tuned(setting, arm)) is not None
-                        for loss in tuned.losses.values()
-                    ]
-                    law = fit_power_law(*zip(*points, strict=True)) if points else None
-                    if law is not None:
-                        pairs = zip(law.values, law.halves, strict=True)
-                        cells = [
-                            f"{value:.3g} ± {half:.2g}" if math.isfinite(half) else "open" for value, half in pairs
-                        ]
-                        rows.append([arm_title(arm), str(len({x for x, _ in points})), *cells])
-                if len(rows) > 1:
-                    fitted = True
-                    n = "parameters without embeddings" if unit == 1 else "tokens"
-                    where = f"{family[0][0]}, {plan_title(*family[0][3:])}"
-                    yield f"L = E + A N^-a over {what}, N in million {n} ({where}):\n"
-                    yield from _table(rows)
-        if fitted:
+        fits = [
+            line
+            for families, over_tokens in ((by_size, False), (by_tokens, True))
+            for family in families
+            for line in self._fits(family, over_tokens)
+        ]
+        if fits:
+            yield from fits
             yield "±: half the 95 % interval, by the fit's linearisation; open: the points do not determine it.\n"
         else:
             sizes, budgets = (max(map(len, families), default=0) for families in (by_size, by_tokens))
@@ -508,9 +514,32 @@ class _Report:
                 f"are at most {sizes} and {budgets}.\n"
             )
 
-    def _families(self, key: Callable[[Setting], tuple]) -> list[list[Setting]]:
+    def _fits(self, family: Sequence[Setting], over_tokens: bool) -> Lines:
+        """A table of the arms that have points enough for a law; nothing where none has."""
+        what, n = ("budgets", "tokens") if over_tokens else ("sizes", "parameters without embeddings")
+        rows = [["arm", what, "E", "A", "a"]]
+        for arm in dict.fromkeys(arm for setting in family for arm in self.results.arms(setting)):
+            points = [
+                ((setting[2] if over_tokens else tuned.non_embedding) / 1e6, loss)
+                for setting in family
+                if (tuned := self.results.tuned(setting, arm)) is not None
+                for loss in tuned.losses.values()
+            ]
+            law = fit_power_law(*zip(*points, strict=True)) if points else None
+            if law is not None:
+                pairs = zip(law.values, law.halves, strict=True)
+                fitted = [f"{value:.3g} ± {half:.2g}" if math.isfinite(half) else "open" for value, half in pairs]
+                rows.append([arm_title(arm), str(len({x for x, _ in points})), *fitted])
+        if len(rows) > 1:
+            corpus, size, tokens, *plan = family[0]
+            fixed = f"size {size_title(size)}" if over_tokens else f"{tokens / 1e6:g}M tokens"
+            yield f"L = E + A N^-a over {what}, N in million {n} ({corpus}, {fixed}, {plan_title(*plan)}):\n"
+            yield from _table(rows)
+
+    def _families(self, settings: Sequence[Setting], key: Callable[[Setting], tuple]) -> list[list[Setting]]:
+        """Those with the same key together, smaller ones first."""
         families: dict[tuple, list[Setting]] = {}
-        for setting in self.results.settings:
+        for setting in settings:
             families.setdefault(key(setting), []).append(setting)
         return [sorted(family, key=self._extent) for family in families.values()]
 
@@ -615,6 +644,16 @@ def _sentence(step: Step, known: Interval) -> str:
 
 def _loss(loss: float) -> str:
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def _rate(tuned: Tuned | None) -> str:
+    """An arm's best learning rate, and where among those that were tried it lies."""
+    if tuned is None:
+        return ""
+    if len(tuned.rates) == 1:
+        return f"{tuned.rate:g} (?)"
+    bound = "" if tuned.inside else AT_MOST if tuned.rate == min(tuned.rates) else AT_LEAST
+    return f"{bound}{tuned.rate:g}"
 
 
 def _lost(found: dict[int, float]) -> str:

@@ -23,6 +23,10 @@ BETTER, WORSE, UNDECIDED, ONE_SEED = "better", "worse", "undecided", "not decide
 UNTUNED = "not decided: best rate not found"
 AT_MOST, AT_LEAST, UNKNOWN = "≤ ", "≥ ", "? "  # of a difference, where an arm's best rate has not been found
 
+# Flags in which the runs of one kind of model may differ: its size, and what belongs to a run rather than to a model.
+_OF_SIZE = ("--num-layers", "--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--init-method-std")
+_OF_RUN = ("--lr", "--min-lr", "--seed", "--micro-batch-size", "--swiglu")
+
 Setting = tuple[str, str, int, str, str]  # megatron_moa.study.grid.Cell.setting
 
 
@@ -169,6 +173,37 @@ class Results:
             {cell.seed: self.lines[cell] for cell in ended},
             tuple(cell.seed for cell in cells if cell not in ended),
         )
+
+    def kinds(self, settings: Collection[Setting]) -> dict[Setting, tuple[object, ...]]:
+        """What models of different sizes must have in common for a law over sizes to be one of them, by setting.
+
+        All flags but those of the size itself (a dense model and a MoE are not two sizes of one model), and the weights
+        at step 0: where their standard deviation is not everywhere the same, pre-activations as large, to two digits.
+        """
+        flags = {setting: self._flags(setting) for setting in settings}
+        deviations = {values.get("--init-method-std") for values in flags.values()}
+        kinds = {}
+        for setting, values in flags.items():
+            scale = ""
+            if len(deviations) > 1 and "--init-method-std" in values:
+                (deviation,), (hidden,) = values["--init-method-std"], values["--hidden-size"]
+                scale = f"{float(deviation) * float(hidden) ** 0.5:.2g}"
+            shared = {name: words for name, words in values.items() if name not in (*_OF_SIZE, *_OF_RUN)}
+            kinds[setting] = (scale, *sorted(pair for pair in shared.items() if not pair[0].startswith("--moa-")))
+        return kinds
+
+    def _flags(self, setting: Setting) -> dict[str, tuple[str, ...]]:
+        """The first run's, each with its values."""
+        line = next(line for cell, line in self.lines.items() if cell.setting == setting)
+        flags: dict[str, tuple[str, ...]] = {}
+        name = ""
+        for word in line["flags"]:
+            if word.startswith("--"):
+                name = word
+                flags[name] = ()
+            else:
+                flags[name] += (word,)
+        return flags
 
     def differences(self, setting: Setting, arm: str, to: str) -> dict[int, float]:
         """By seed that both have: loss of one arm minus another's, each at its best rate of those that were tried."""
