@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from megatron_moa.gate_probe import Ablation, Site
 
 _SHOWN = 5  # tokens that ask most for an activation
+_COLUMNS = (
+    "Medians over a branch's gates (of the means, their range). Shares are of a gate's variance over tokens: "
+    "between token types (corrected for types with few occurrences), the rest within a type, which is the "
+    "context's; by position in the window. Rank: effective rank and participation ratio of the centred "
+    "tokens-by-coefficients matrix. Output: relative change of the layer's output when its coefficients are "
+    "replaced by their mean."
+)
+_NOT_SHOWN = (
+    "Not shown: this is one trained model on one text; its intervals are of the text, not of other seeds, sizes or "
+    "data. An ablation says what the trained model uses, not what a model trained without it would lose: there the "
+    "other weights would have adapted."
+)
 
 
 # The JSON.
@@ -116,12 +128,41 @@ def shown_token(text: str, end: bool = False) -> str:
 # In words.
 
 
-def markdown(analysis: dict[str, Any]) -> Iterator[str]:
+def beside_one_another(analyses: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown: a row a model, what its gates do and what it loses without that.
+
+    Args:
+        analyses: as tools/analyze_gates.py writes them, by name.
+    """
+    kinds = {"mean": "at their means", "type mean": "at their types' means", "permuted": "permuted"}
+    yield f"| model | between types | rank | loss | {' | '.join(kinds.values())} |"
+    yield f"|{' --- |' * (4 + len(kinds))}"
+    for name, analysis in analyses.items():
+        sites = analysis["sites"]
+        ranks = [f"{site['effective_rank']:.1f}" for site in sites if site["effective_rank"] is not None]
+        ranks = sorted(ranks, key=float) or ["-"]
+        of = max(site["coefficients"] for site in sites)
+        cells = [name, _median([gate for site in sites for gate in site["gates"]], "type_share", "%")]
+        cells.append(f"{ranks[0]} to {ranks[-1]} of {of}")
+        ablation = analysis.get("ablation") or {"rows": []}
+        cells.append(f"{ablation['loss']:.4f}" if "loss" in ablation else "")
+        rows = {row["kind"]: row for row in ablation["rows"]}
+        cells += [change(rows[kind]) if kind in rows else "" for kind in kinds]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield (
+        "Between types: the median share, over all gates. Rank: the effective one, over layers. Differences to the "
+        "loss as it is, with a 95 % interval over the text."
+    )
+
+
+def markdown(analysis: dict[str, Any], explained: bool = True) -> Iterator[str]:
     """Lines of Markdown: what was analysed, a table of the layers, the ablations with their intervals, training
     continued, and what all that does not show.
 
     Args:
         analysis: as tools/analyze_gates.py writes it.
+        explained: whether it is said what the columns are, and what is not shown.
     """
     text, model = analysis["text"], analysis["mixing"]
     yield f"Model: {model['description']}; {analysis['name']}, iteration {analysis['iteration']:,}."
@@ -132,6 +173,9 @@ def markdown(analysis: dict[str, Any]) -> Iterator[str]:
     yield f"`{analysis['command']}` on {analysis['machine']}, {analysis['date']}."
     yield ""
     yield from _layer_table(analysis)
+    if explained:
+        yield ""
+        yield _COLUMNS
     if model["mixing"] == "la":
         yield ""
         yield "LA: the coefficients are the same for every token, so nothing varies and there is no gate to analyse."
@@ -141,8 +185,12 @@ def markdown(analysis: dict[str, Any]) -> Iterator[str]:
     if analysis.get("continued"):
         yield ""
         yield from _continued_table(analysis["continued"])
-    yield ""
-    yield from _not_shown(analysis)
+    if explained:
+        yield ""
+        yield _NOT_SHOWN
+    if not analysis.get("continued"):
+        yield ""
+        yield "Training on with frozen or collapsed gates was not run for this model."
 
 
 def _layer_table(analysis: dict[str, Any]) -> Iterator[str]:
@@ -161,14 +209,6 @@ def _layer_table(analysis: dict[str, Any]) -> Iterator[str]:
             cells += [_median(gates, share, "%") for share in shares]
             cells += [rank, _percent(site["output_change"])] if number == 0 else ["", ""]
             yield f"| {' | '.join(cells)} |"
-    yield ""
-    yield (
-        "Medians over a branch's gates (of the means, their range). Shares are of a gate's variance over tokens: "
-        "between token types (corrected for types with few occurrences), the rest within a type, which is the "
-        "context's; by position in the window. Rank: effective rank and participation ratio of the centred "
-        "tokens-by-coefficients matrix. Output: relative change of the layer's output when its coefficients are "
-        "replaced by their mean."
-    )
 
 
 def gate_table(analysis: dict[str, Any]) -> Iterator[str]:
@@ -264,16 +304,6 @@ def _continued_table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield f"| {WAYS[entry['way']]} | {len(entry['seeds'])} | {entry['loss']:.4f} | {difference} | {interval} |"
 
 
-def _not_shown(analysis: dict[str, Any]) -> Iterator[str]:
-    yield (
-        "Not shown: this is one trained model on one text; its intervals are of the text, not of other seeds, sizes or "
-        "data. An ablation says what the trained model uses, not what a model trained without it would lose: there the "
-        "other weights would have adapted."
-    )
-    if not analysis.get("continued"):
-        yield "Training on with frozen or collapsed gates was not run for this model."
-
-
 def _branches(gates: Sequence[dict[str, Any]], form: str) -> dict[str, list[dict[str, Any]]]:
     if form != "bi-sided":
         return {"both" if form == "quadratic" else "activated": list(gates)}
@@ -291,6 +321,12 @@ def _median(gates: Sequence[dict[str, Any]], key: str, unit: str = "") -> str:
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def change(row: dict[str, Any]) -> str:
+    """A difference and its interval; the limits are None where they are not known."""
+    low, high = row["interval"]
+    return f"{row['difference']:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
 
 
 def _interval(limits: Sequence[float | None]) -> str:

@@ -522,12 +522,10 @@ def test_a_report_of_a_study_has_the_real_analysis(
     text = report_of(tmp_path, folder)
     rows = {row["kind"]: row for row in analysis["ablation"]["rows"]}
     low, high = rows["mean"]["interval"]
-    short = f"([tiny](#trained-gates)): {rows['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]."
+    change = f"{rows['mean']['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
     in_short = text.split("## What was run")[0]
-    assert short in in_short
-    trained_on = (
-        "- The same model trained on with frozen gates, against training on as it is ([tiny](#trained-gates)): "
-    )
+    assert f"- [Trained gates](#trained-gates) replaced by their means: tiny {change}.\n" in in_short
+    trained_on = "- tiny trained on with frozen gates, against training on as it is: "
     assert f"{trained_on}-0.0010 [-0.0035, +0.0015], 3 seeds.\n" in in_short
     section = text.split("## Trained gates")[1].split("\n## ")[0]
     assert "### tiny\n" in section

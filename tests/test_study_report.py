@@ -246,11 +246,23 @@ def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
     (folder / "gates-0.4M.json").write_text(json.dumps(content))
     text = report_of(tmp_path, folder)
     short, gates = text.split("## What was run")[0], text.split("## Trained gates")[1]
-    assert "- Trained gates replaced by their means ([0.4M](#trained-gates)): +0.0310 [+0.0200, +0.0420]." in short
+    assert "- [Trained gates](#trained-gates) replaced by their means: 0.4M +0.0310 [+0.0200, +0.0420]." in short
     assert "### 0.4M\n" in gates
     assert "Loss as it is: 3.0000" in gates
     assert "](report/gates-0.4M.png)" in gates
     assert "What trained gates do: there is no analysis" not in text
+    assert gates.count("Medians over a branch's gates") == gates.count("Not shown: this is one") == 1
+
+    del content["ablation"]
+    alone = content | {"name": "b/checkpoint", "sites": [content["sites"][0] | {"coefficients": 9}]}
+    (folder / "gates-1M.json").write_text(json.dumps(alone))
+    both = report_of(tmp_path, folder)
+    gates = both.split("## Trained gates")[1]
+    change = "+0.0310 [+0.0200, +0.0420]"
+    assert row(gates, "0.4M") == ["0.4M", "60 %", "1.5 to 1.5 of 2", "3.0000", change, change]
+    assert "| 1M | 60 % | 1.5 to 1.5 of 9 |  |  |  |  |\n" in gates
+    assert gates.count("Medians over a branch's gates") == gates.count("Not shown: this is one") == 1
+    assert gates.count("Training on with frozen or collapsed gates was not run for this model.") == 2
 
 
 def test_settings_of_all_kinds_and_tables_that_can_be_read(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_moa.study.arms import ARMS
 from megatron_moa.study.evidence import Evidence
@@ -130,19 +129,23 @@ class _Report:
                 yield f"- {arm_title(arm)}, against SwiGLU, in {len(verdicts)} settings: {_tally(verdicts)}."
 
     def _gates_in_short(self) -> Lines:
-        from megatron_moa.gate_analysis import continued_summary
+        from megatron_moa.gate_analysis import change, continued_summary
 
         what = {"frozen": "with frozen gates", "la": "with gates replaced by their means, which train"}
+        means = [
+            f"{name} {change(row)}"
+            for name, content in self.evidence.gates.items()
+            for row in (content.get("ablation") or {"rows": []})["rows"]
+            if row["kind"] == "mean"
+        ]
+        if means:
+            yield f"- [Trained gates](#trained-gates) replaced by their means: {_listed(means, '; ')}."
         for name, content in self.evidence.gates.items():
-            link = f"[{name}](#trained-gates)"
-            for row in content.get("ablation", {"rows": []})["rows"]:
-                if row["kind"] == "mean":
-                    yield f"- Trained gates replaced by their means ({link}): {_change(row)}."
-            for entry in continued_summary(content.get("continued", [])):
+            for entry in continued_summary(content.get("continued") or []):
                 if "difference" in entry:
                     yield (
-                        f"- The same model trained on {what[entry['way']]}, against training on as it is ({link}): "
-                        f"{_change(entry)}, {_count(len(entry['seeds']), 'seed')}."
+                        f"- {name} trained on {what[entry['way']]}, against training on as it is: "
+                        f"{change(entry)}, {_count(len(entry['seeds']), 'seed')}."
                     )
 
     def _controls_in_short(self) -> Lines:
@@ -549,13 +552,16 @@ class _Report:
     def _gates(self) -> Lines:
         if not self.evidence.gates:
             return
-        from megatron_moa.gate_analysis import markdown
+        from megatron_moa.gate_analysis import beside_one_another, markdown
         from megatron_moa.gate_pictures import draw_curves
 
         yield "## Trained gates\n"
-        for name, content in self.evidence.gates.items():
+        if len(self.evidence.gates) > 1:
+            yield from beside_one_another(self.evidence.gates)
+            yield ""
+        for number, (name, content) in enumerate(self.evidence.gates.items()):
             yield f"### {name}\n"
-            yield from markdown(content)
+            yield from markdown(content, explained=number == 0)
             file = f"gates-{name}.png"
             draw_curves(content, self.pictures / file)
             yield ""
@@ -588,12 +594,6 @@ def _table(rows: Sequence[Sequence[str]]) -> Lines:
         if number == 0:
             yield f"|{' --- |' * len(row)}"
     yield ""
-
-
-def _change(entry: dict[str, Any]) -> str:
-    """A difference and its interval as an analysis of gates has them, None for limits that are not known."""
-    low, high = entry["interval"]
-    return f"{entry['difference']:+.4f}" + ("" if low is None else f" [{low:+.4f}, {high:+.4f}]")
 
 
 def _number(known: Interval) -> str:
