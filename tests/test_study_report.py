@@ -365,8 +365,9 @@ def test_best_rates_and_missing_arms_over_all_settings(tmp_path: Path) -> None:
     text = report_of(tmp_path, write(tmp_path / "study", lines))
     rates = text.split("### Best rates in every setting")[1].split("##")[0]
     # SwiGLU; LA and MoA at the paper's and at SwiGLU's scale
-    assert row(rates, "python, size 0.4M, 2M tokens, AdamW, cosine")[1:] == ["0.008"] * 5
-    assert row(rates, "python, size 0.4M, 2M tokens, Muon, cosine")[1:] == ["0.008", "", "", "≥ 0.016", "0.008 (?)"]
+    assert row(rates, "python, size 0.4M, 2M tokens, AdamW, cosine")[1:] == ["0.008 (+0.1000)"] * 5
+    cells = row(rates, "python, size 0.4M, 2M tokens, Muon, cosine")[1:]
+    assert cells == ["0.008 (+0.2000)", "", "", "≥ 0.016", "0.008 (?)"]
     limits = text.split("## What is not shown")[1].split("##")[0]
     assert "- What needs these arms, not run in the main setting but in others: GELU.\n" in limits
     assert "not run: MoA, gates frozen at random, paper's scale;" in limits

@@ -153,10 +153,12 @@ def test_differences_are_of_the_seeds_that_both_have() -> None:
 
 def test_the_main_setting_and_the_tuning_seed_are_where_the_runs_are() -> None:
     other = ("english", *SETTING[1:])
-    lines = [line("moa", 3.0, seed=5, rate=rate, setting=other) for rate in (0.1, 0.2, 0.4)]
-    lines += [line("moa", 3.0, seed=2), line("moa", 3.0, seed=3)]
-    results = Results(lines)
+    rates = [line("moa", 3.0, seed=5, rate=rate, setting=other) for rate in (0.1, 0.2, 0.4)]
+    results = Results([*rates, line("moa", 3.0, seed=5)])
     assert (results.main, results.tuning_seed) == (other, 5)
+    # Further seeds decide more than further rates.
+    results = Results([*rates, line("moa", 3.0, seed=5), line("moa", 3.0, seed=2)])
+    assert (results.main, results.tuning_seed) == (SETTING, 5)
 
 
 def test_what_a_multiple_of_the_best_rate_loses() -> None:

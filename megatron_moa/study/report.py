@@ -415,14 +415,25 @@ class _Report:
             baseline = self.results.tuned(setting, BASELINE)
             known = [self.results.tuned(setting, arm) for arm in ("la", "la-small", "moa", "moa-small")]
             if baseline is not None and any(known):
-                rows.append([setting_title(setting), _rate(baseline), *map(_rate, known)])
+                rows.append([setting_title(setting), *(self._rate(setting, tuned) for tuned in (baseline, *known))])
         if len(rows) > 1:
-            yield "### Best rates in every setting\n"
+            yield "### Best rates in every setting, and what is lost at twice\n"
             titles = [arm_title(arm) for arm in (BASELINE, "la", "la-small", "moa", "moa-small")]
             yield from _table([["setting", *titles], *rows])
             seed = self.results.tuning_seed
             yield f"With seed {seed}; ≤, ≥: at the lower, upper end of what was tried, a better one may lie beyond;"
-            yield "(?): the only one tried.\n"
+            yield "(?): the only one tried. In brackets: the loss at twice that rate, less that at it.\n"
+
+    def _rate(self, setting: Setting, tuned: Tuned | None) -> str:
+        """An arm's best learning rate, where among those that were tried it lies, and how much is lost at twice."""
+        if tuned is None:
+            return ""
+        if len(tuned.rates) == 1:
+            return f"{tuned.rate:g} (?)"
+        bound = "" if tuned.inside else AT_MOST if tuned.rate == min(tuned.rates) else AT_LEAST
+        twice = self.results.lost(setting, tuned.arm, 2)
+        seed = self.results.tuning_seed
+        return f"{bound}{tuned.rate:g}" + (f" ({_lost({seed: twice[seed]})})" if seed in twice else "")
 
     def _bears_more(self, arm: str) -> Lines:
         """The paper's claim, in a sentence."""
@@ -644,16 +655,6 @@ def _sentence(step: Step, known: Interval) -> str:
 
 def _loss(loss: float) -> str:
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
-
-
-def _rate(tuned: Tuned | None) -> str:
-    """An arm's best learning rate, and where among those that were tried it lies."""
-    if tuned is None:
-        return ""
-    if len(tuned.rates) == 1:
-        return f"{tuned.rate:g} (?)"
-    bound = "" if tuned.inside else AT_MOST if tuned.rate == min(tuned.rates) else AT_LEAST
-    return f"{bound}{tuned.rate:g}"
 
 
 def _lost(found: dict[int, float]) -> str:
