@@ -139,11 +139,10 @@ def beside_one_another(analyses: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     yield f"|{' --- |' * (4 + len(kinds))}"
     for name, analysis in analyses.items():
         sites = analysis["sites"]
-        ranks = [f"{site['effective_rank']:.1f}" for site in sites if site["effective_rank"] is not None]
-        ranks = sorted(ranks, key=float) or ["-"]
+        ranks = [site["effective_rank"] for site in sites if site["effective_rank"] is not None]
         of = max(site["coefficients"] for site in sites)
         cells = [name, _median([gate for site in sites for gate in site["gates"]], "type_share", "%")]
-        cells.append(f"{ranks[0]} to {ranks[-1]} of {of}")
+        cells.append(f"{min(ranks):.1f} to {max(ranks):.1f} of {of}" if ranks else "-")
         ablation = analysis.get("ablation") or {"rows": []}
         cells.append(f"{ablation['loss']:.4f}" if "loss" in ablation else "")
         rows = {row["kind"]: row for row in ablation["rows"]}

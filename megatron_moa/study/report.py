@@ -410,16 +410,15 @@ class _Report:
 
     def _best_rates(self) -> Lines:
         """Of the arms that have a learning rate in several settings, beside one another."""
+        arms = (BASELINE, "la", "la-small", "moa", "moa-small")
         rows = []
         for setting in self.results.settings:
-            baseline = self.results.tuned(setting, BASELINE)
-            known = [self.results.tuned(setting, arm) for arm in ("la", "la-small", "moa", "moa-small")]
-            if baseline is not None and any(known):
-                rows.append([setting_title(setting), *(self._rate(setting, tuned) for tuned in (baseline, *known))])
+            baseline, *mixtures = (self.results.tuned(setting, arm) for arm in arms)
+            if baseline is not None and any(mixtures):
+                rows.append([setting_title(setting), *(self._rate(setting, tuned) for tuned in (baseline, *mixtures))])
         if len(rows) > 1:
             yield "### Best rates in every setting, and what is lost at twice\n"
-            titles = [arm_title(arm) for arm in (BASELINE, "la", "la-small", "moa", "moa-small")]
-            yield from _table([["setting", *titles], *rows])
+            yield from _table([["setting", *map(arm_title, arms)], *rows])
             seed = self.results.tuning_seed
             yield f"With seed {seed}; ≤, ≥: at the lower, upper end of what was tried, a better one may lie beyond;"
             yield "(?): the only one tried. In brackets: the loss at twice that rate, less that at it.\n"
