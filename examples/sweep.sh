@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
 # Trains a model with every mixture, learning rate and seed, one after the other, and prints one table of the results.
 #
-#   DATA_PATH=data/corpus TOKENIZER_MODEL=tokenizer.model MODEL=dense-134m examples/sweep.sh
-#   MODEL=dense-134m MIXINGS='none bi-sided' LRS='1e-3 2e-3' SEEDS=1 examples/sweep.sh --list
+#   DATA_PATH=data/corpus TOKENIZER_MODEL=tokenizer.model MODEL=dense-0.12b examples/sweep.sh
+#   MODEL=dense-0.12b MIXINGS='none bi-sided' LRS='1e-3 2e-3' SEEDS=1 examples/sweep.sh --list
 #
 # --list     print the runs, one a line, and what is known of each
 # --run N    only the N-th of them, counted from 0: what an array job calls (examples/slurm/sweep.sbatch)
 # --table    only the table
 # flags      of pretrain_gpt_moa.py, for every run
 #
-# Variables: MODEL (dense-134m), MIXINGS (none la moa), LRS (5e-4 1e-3 2e-3), SEEDS (1 2 3), SWEEP_DIR (runs/sweep-MODEL), and
-# those of examples/pretrain.sh. Started again it goes on where it was: finished runs are left alone, a cut-off one goes on from its
-# last checkpoint. A run whose flags have changed since is refused. Learning rates are what arms must be compared at their
-# best of: an untuned comparison says nothing.
+# Variables: MODEL (dense-0.12b), MIXINGS (none la moa), LRS (1e-3 2e-3 4e-3), SEEDS (1 2 3), SWEEP_DIR (runs/sweep-MODEL, with
+# FFN=type1 runs/sweep-MODEL-type1), and those of examples/pretrain.sh. Started again it goes on where it was: finished runs are left
+# alone, a cut-off one goes on from its last checkpoint. A run whose flags have changed since is refused. Learning rates are what
+# arms must be compared at their best of: an untuned comparison says nothing. The paper tries 6e-4 1e-3 2e-3 3e-3 4e-3 5e-3 6e-3.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/common.sh
 source "$ROOT/examples/common.sh"
-MODEL=${MODEL:-dense-134m}
+MODEL=${MODEL:-dense-0.12b}
 read -ra MIXINGS <<<"${MIXINGS:-none la moa}"
-read -ra LRS <<<"${LRS:-5e-4 1e-3 2e-3}"
+read -ra LRS <<<"${LRS:-1e-3 2e-3 4e-3}"
 read -ra SEEDS <<<"${SEEDS:-1 2 3}"
-SWEEP_DIR=${SWEEP_DIR:-runs/sweep-$(basename "$MODEL" .sh)}
+FFN_SUFFIX=''
+[ "${FFN:-type2}" = type2 ] || FFN_SUFFIX=-$FFN
+SWEEP_DIR=${SWEEP_DIR:-runs/sweep-$(basename "$MODEL" .sh)$FFN_SUFFIX}
 
 ACTION=all
 case ${1:-} in

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_moa.inference import from_checkpoint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "from_checkpoint"]
 
 

@@ -14,15 +14,16 @@ from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import (
     AMPLITUDES,
     BACKENDS,
+    DEFAULT_GATE_INIT_STD,
     DEFAULT_INITIAL_COEFFICIENT,
+    DICTIONARIES,
     FORMS,
-    GATED_DICTIONARY,
     GATES,
     INIT_SCALES,
     MIXINGS,
-    TYPE1_DICTIONARY,
     MixingConfig,
-    resolve_form,
+    auto_form,
+    check_form,
 )
 from megatron_moa.errors import UserError, fail
 from megatron_moa.functional import check_overwrite, resolve_backend
@@ -36,8 +37,9 @@ MODEL_FLAGS = (
     "moa_gate",
     "moa_gate_bias",
     "moa_amplitude",
+    "moa_init",
+    "moa_gate_init_std",
     "moa_init_scale",
-    "moa_la_init",
 )
 
 
@@ -55,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--moa-form",
         default="auto",
         metavar=_one_of("auto", *FORMS),
-        help="which branches are mixed; auto is bi-sided with --swiglu, else type1",
+        help="which branches are mixed; auto is type1 without --swiglu, one-sided with --num-experts, else bi-sided",
     )
     group.add_argument(
         "--moa-activations",
         nargs="+",
         metavar="NAME",
-        help=f"the dictionary, from: {', '.join(ACTIVATIONS)}; default {' '.join(GATED_DICTIONARY)} "
-        f"(type1: {' '.join(TYPE1_DICTIONARY)})",
+        help=f"the dictionary, from: {', '.join(ACTIVATIONS)}; default {' '.join(DICTIONARIES['bi-sided'])} "
+        f"(type1: {' '.join(DICTIONARIES['type1'])}; quadratic: {' '.join(DICTIONARIES['quadratic'])})",
     )
     group.add_argument("--moa-gate", default="sigmoid", metavar=_one_of(*GATES), help="the gates' nonlinearity")
     group.add_argument("--moa-gate-bias", action="store_true", help="gates have a bias, started at 0")
@@ -73,19 +75,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="learned: a factor per coefficient, so that MoA contains LA",
     )
     group.add_argument(
-        "--moa-init-scale",
-        metavar=_one_of(*INIT_SCALES),
-        help="swiglu: coefficients scaled so that the layer starts with SwiGLU's (type1: GELU's) output variance; "
-        "mixture: as their initial values are, the paper's make it several times as large; default swiglu, mixture "
-        "where --moa-la-init gives the values",
-    )
-    group.add_argument(
-        "--moa-la-init",
+        "--moa-init",
         nargs="+",
         type=float,
         metavar="V",
         help="start of the LA coefficients and of learned amplitudes: one value, or all n; "
-        f"default {DEFAULT_INITIAL_COEFFICIENT}",
+        f"default {DEFAULT_INITIAL_COEFFICIENT:g}",
+    )
+    group.add_argument(
+        "--moa-gate-init-std",
+        type=float,
+        default=DEFAULT_GATE_INIT_STD,
+        metavar="STD",
+        help=f"gate vectors start normal with this standard deviation; default {DEFAULT_GATE_INIT_STD}",
+    )
+    group.add_argument(
+        "--moa-init-scale",
+        default="paper",
+        metavar=_one_of(*INIT_SCALES),
+        help="paper: the initial values as they are; matched: coefficients scaled so that the layer starts with "
+        "SwiGLU's (type1: GELU's) output variance; default paper",
     )
     group.add_argument(
         "--moa-freeze-gates", action="store_true", help="gates, amplitudes and LA coefficients stay as they start"
@@ -142,15 +151,17 @@ def _one_of(*names: str) -> str:
 def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
     """The mixture that the parsed flags ask for; None for ``--moa-mixing none``.
 
-    Writes the resolved form, dictionary and scale back to ``args``, so that checkpoints carry them.
+    Writes the resolved form, dictionary and initial values back to ``args``, so that checkpoints carry them, and why
+    ``auto`` became that form as ``args.moa_form_reason`` (None for a form that was named).
 
     Raises:
-        UserError: flags that cannot be, or contradict each other.
+        UserError: flags that are invalid or contradict each other.
     """
     if args.moa_log_interval < 0:
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never"
         )
+    args.moa_form_reason = None
     if args.moa_mixing == "none":
         _refuse_mixture_flags(args)
         return None
@@ -158,15 +169,20 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
         if given:
             raise UserError(f"{flag}: the mixture replaces the activation; name it in --moa-activations instead")
     optimizer.check_arguments(args)
+    form = args.moa_form
+    if form == "auto":
+        form, args.moa_form_reason = auto_form(args.swiglu, bool(args.num_experts))
+    check_form(form, args.swiglu)
     mixing = MixingConfig(
         mixing=args.moa_mixing,
-        form=resolve_form(args.moa_form, args.swiglu),
+        form=form,
         activations=tuple(args.moa_activations or ()),
         gate=args.moa_gate,
         gate_bias=args.moa_gate_bias,
         amplitude=args.moa_amplitude,
-        initial_coefficients=tuple(args.moa_la_init or (DEFAULT_INITIAL_COEFFICIENT,)),
-        init_scale=args.moa_init_scale or ("mixture" if args.moa_la_init else "swiglu"),
+        initial_coefficients=tuple(args.moa_init or (DEFAULT_INITIAL_COEFFICIENT,)),
+        gate_init_std=args.moa_gate_init_std,
+        init_scale=args.moa_init_scale,
         freeze=args.moa_freeze_gates,
         recompute=args.moa_recompute,
         overwrite=args.moa_overwrite_preactivation,
@@ -174,8 +190,7 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
     )
     args.moa_form = mixing.form
     args.moa_activations = list(mixing.activations)
-    args.moa_la_init = list(mixing.initial_coefficients)
-    args.moa_init_scale = mixing.init_scale
+    args.moa_init = list(mixing.initial_coefficients)
     return mixing
 
 

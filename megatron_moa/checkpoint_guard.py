@@ -41,7 +41,7 @@ from megatron_moa.checkpoint_files import (
     write_tracker,
 )
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import check_format_version, check_saved_settings, check_vocabulary
+from megatron_moa.saved_settings import check_saved_settings, check_vocabulary, upgrade_saved_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -149,7 +149,7 @@ def read_saved_settings(
         except DamagedCheckpoint as error:
             checkpoint = _earlier(args, checkpoint, str(error))
     if saved is not None:
-        check_format_version(saved, checkpoint)
+        upgrade_saved_settings(saved, checkpoint)
     elif args.moa_mixing != "none":
         raise UserError(
             f"{checkpoint}: holds no settings to compare; a mixture is loaded from its own checkpoints only"

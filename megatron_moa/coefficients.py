@@ -175,7 +175,7 @@ class GateCoefficients(Coefficients):
     """MoA: c(x) = psi(u x + b), or a psi_hat(u x + b) with learned amplitude (reference.gate).
 
     State: ``weight`` u [n, h]; ``bias`` b [n] with ``--moa-gate-bias``; ``amplitude`` a [n] with
-    ``--moa-amplitude learned``; ``scale`` [1], a constant, with ``--moa-init-scale swiglu`` and fixed amplitude.
+    ``--moa-amplitude learned``; ``scale`` [1], a constant, with ``--moa-init-scale matched`` and fixed amplitude.
     """
 
     def __init__(
@@ -193,18 +193,22 @@ class GateCoefficients(Coefficients):
         self.amplitude = self._new_parameter(n) if mixing.amplitude == "learned" else None
         if config.perform_initialization:
             with gate_random_numbers(config):
-                config.init_method(self.weight)
+                self.draw(self.weight)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         scale = coefficient_scale(mixing, config)
         if self.amplitude is not None:
             self._fill(self.amplitude, scale)
-        elif mixing.init_scale == "swiglu":
+        elif mixing.init_scale == "matched":
             self.register_buffer("scale", torch.tensor([scale], device=self.weight.device))
         if self.layout is InputLayout.SEQUENCE_SHARD:
             # Each rank sees its tokens only; Megatron sums the gradients of parameters marked so.
             for parameter in self.parameters():
                 parameter.sequence_parallel = True
+
+    def draw(self, weight: Tensor) -> None:
+        """Fills gate vectors with their initial values, whose standard deviation is ``--moa-gate-init-std``."""
+        torch.nn.init.normal_(weight, std=self.mixing.gate_init_std)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Coefficients of every token fc1 sees.

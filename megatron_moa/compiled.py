@@ -174,15 +174,16 @@ def _evaluate(
         return _Evaluated(_dot(c, terms), lambda: [_dot(c, derivatives(z))], lambda: terms)
 
     z1, z2 = z.chunk(2, dim=-1)
-    values1 = values(z1)
-    if form == "one-sided":
-        first = _dot(c, values1)
-        return _Evaluated(
-            first * z2,
-            lambda: [_dot(c, derivatives(z1)) * z2, first],
-            lambda: [value * z2 for value in values1],
-        )
     values2 = values(z2)
+    if form == "one-sided":
+        silu, second = ACTIVATIONS["silu"], _dot(c, values2)
+        first = silu.value(z1)
+        return _Evaluated(
+            first * second,
+            lambda: [silu.derivative(z1) * second, first * _dot(c, derivatives(z2))],
+            lambda: [first * value for value in values2],
+        )
+    values1 = values(z1)
     if form == "bi-sided":
         first, second = _dot(c[:k], values1), _dot(c[k:], values2)
         return _Evaluated(
@@ -190,13 +191,16 @@ def _evaluate(
             lambda: [_dot(c[:k], derivatives(z1)) * second, first * _dot(c[k:], derivatives(z2))],
             lambda: [value * second for value in values1] + [first * value for value in values2],
         )
-    rows = [c[i * k : (i + 1) * k] for i in range(k)]  # quadratic: c_kl, row-major
-    by_first = [_dot(row, values2) for row in rows]  # sum_l c_kl sigma_l(z2), one for each k
-    by_second = [_dot(column, values1) for column in zip(*rows, strict=True)]
+    pairs = [(i, j) for i in range(k) for j in range(i, k)]  # quadratic: c_kl, row-major over k <= l
+    by_pair = dict(zip(pairs, c, strict=True))
+    rows = [[by_pair[i, j] for j in range(i, k)] for i in range(k)]
+    columns = [[by_pair[i, j] for i in range(j + 1)] for j in range(k)]
+    by_first = [_dot(row, values2[i:]) for i, row in enumerate(rows)]  # sum_{l >= k} c_kl sigma_l(z2), one for each k
+    by_second = [_dot(column, values1[: j + 1]) for j, column in enumerate(columns)]
     return _Evaluated(
         _dot(by_first, values1),
         lambda: [_dot(by_first, derivatives(z1)), _dot(by_second, derivatives(z2))],
-        lambda: [first * second for first in values1 for second in values2],
+        lambda: [values1[i] * values2[j] for i, j in pairs],
     )
 
 

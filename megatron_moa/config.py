@@ -9,19 +9,34 @@ from dataclasses import dataclass
 from megatron_moa.errors import UserError
 from megatron_moa.reference import DEFINITIONS
 
+# Of what a mixture's checkpoints and exports hold: raised when an older reader would misread a newer one. Version 2
+# has the paper's one-sided and quadratic forms.
+FORMAT_VERSION = 2
+# Forms of version 1 that compute another function than today's of that name, and how.
+CHANGED_FORMS = {
+    "one-sided": "it mixed W1's branch and left W2's linear, where SiLU now stays on W1's and W2's is mixed",
+    "quadratic": "it had K² coefficients, where now K(K+1)/2 are left, those of k <= l",
+}
+
 MIXINGS = ("la", "moa")
 FORMS = ("type1", "one-sided", "bi-sided", "quadratic")
 GATES = ("sigmoid", "softmax", "tanh")
 AMPLITUDES = ("fixed", "learned")
-INIT_SCALES = ("mixture", "swiglu")
+INIT_SCALES = ("paper", "matched")
 BACKENDS = ("auto", "triton", "compile", "eager")
 
-# The paper's dictionary for gated (Type II) FFNs; Type I leaves out the identity (our decision, docs/mixture.md).
-GATED_DICTIONARY = ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh")
-TYPE1_DICTIONARY = GATED_DICTIONARY[1:]
+# The best dictionaries of the paper's table 1. Identity is last (ours): SwiGLU is the pair (silu, identity), and the
+# quadratic form has no pair (identity, silu).
+DICTIONARIES = {
+    "type1": ("gelu", "silu", "relu2", "leaky_relu", "relu"),
+    "one-sided": ("gelu", "silu", "relu2", "leaky_relu", "tanh", "relu", "identity"),
+    "bi-sided": ("gelu", "silu", "relu2", "leaky_relu", "tanh", "relu", "identity"),
+    "quadratic": ("gelu", "silu", "relu2", "identity"),
+}
 
-# Where a sigmoid gate starts near, so that LA and MoA begin as the same function.
-DEFAULT_INITIAL_COEFFICIENT = 0.5
+# The paper's initial values (section 5).
+DEFAULT_INITIAL_COEFFICIENT = 1.0
+DEFAULT_GATE_INIT_STD = 0.02
 
 
 def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -42,15 +57,16 @@ class MixingConfig:
         gate_bias: whether gates have a bias b_k (MoA).
         amplitude: ``learned`` gives c_k = a_k psi_hat(u_k x + b_k) with psi_hat(0) = 1 (MoA).
         initial_coefficients: one value, or all n, from which the LA coefficients or the learned amplitudes start.
-        init_scale: ``swiglu`` scales the coefficients so that the layer's output has the variance of SwiGLU's
-            (GELU's for ``type1``) at step 0.
+        gate_init_std: standard deviation of the normal distribution that gate vectors are drawn from (MoA).
+        init_scale: ``paper`` leaves the initial values as they are; ``matched`` scales the coefficients so that the
+            layer's output has the variance of SwiGLU's (GELU's for ``type1``) at step 0.
         freeze: keeps gates, amplitudes and LA coefficients as they start.
         recompute: keeps fc1's output and drops the mixture's, which backward computes again.
         overwrite: backward writes the gradient of fc1's output where that lay.
         backend: ``eager``, ``compile``, ``triton``, or ``auto`` for the fastest that is there.
 
     Raises:
-        UserError: for a setting that cannot be; the text names the flag, the value and the remedy.
+        UserError: for an invalid setting; the text names the flag, the value and the remedy.
     """
 
     mixing: str = "moa"
@@ -60,7 +76,8 @@ class MixingConfig:
     gate_bias: bool = False
     amplitude: str = "fixed"
     initial_coefficients: tuple[float, ...] = (DEFAULT_INITIAL_COEFFICIENT,)
-    init_scale: str = "mixture"
+    gate_init_std: float = DEFAULT_GATE_INIT_STD
+    init_scale: str = "paper"
     freeze: bool = False
     recompute: bool = False
     overwrite: bool = False
@@ -74,9 +91,14 @@ class MixingConfig:
         _require_choice("--moa-init-scale", self.init_scale, INIT_SCALES)
         _require_choice("--moa-backend", self.backend, BACKENDS)
         if not self.activations:
-            object.__setattr__(self, "activations", GATED_DICTIONARY if self.gated else TYPE1_DICTIONARY)
+            object.__setattr__(self, "activations", DICTIONARIES[self.form])
         self._check_activations()
         self._check_initial_coefficients()
+        if not (math.isfinite(self.gate_init_std) and self.gate_init_std >= 0):
+            raise UserError(
+                f"--moa-gate-init-std {self.gate_init_std:g}: not a standard deviation; give 0 or a positive number "
+                f"such as {DEFAULT_GATE_INIT_STD}"
+            )
         if self.mixing == "la":
             self._refuse_gate_settings()
         elif self.gate == "softmax" and self.softmax_size == 1:
@@ -97,15 +119,15 @@ class MixingConfig:
         text = " ".join(f"{value:g}" for value in values)
         if len(values) not in (1, self.num_coefficients):
             raise UserError(
-                f"--moa-la-init {text}: {len(values)} values; give one, or {self.num_coefficients} "
+                f"--moa-init {text}: {len(values)} values; give one, or {self.num_coefficients} "
                 f"({self.form} over {self.num_activations} activations)"
             )
         if not all(math.isfinite(value) for value in values):
-            raise UserError(f"--moa-la-init {text}: not finite; give ordinary numbers such as 0.5")
+            raise UserError(f"--moa-init {text}: not finite; give ordinary numbers such as 1")
         has_no_effect = self.mixing == "moa" and self.amplitude == "fixed"
         if has_no_effect and values != (DEFAULT_INITIAL_COEFFICIENT,):
             raise UserError(
-                f"--moa-la-init {text}: has no effect on gates of fixed amplitude; "
+                f"--moa-init {text}: has no effect on gates of fixed amplitude; "
                 "add --moa-amplitude learned, or take --moa-mixing la"
             )
 
@@ -114,6 +136,7 @@ class MixingConfig:
             ("--moa-gate", self.gate, "sigmoid"),
             ("--moa-gate-bias", self.gate_bias, False),
             ("--moa-amplitude", self.amplitude, "fixed"),
+            ("--moa-gate-init-std", self.gate_init_std, DEFAULT_GATE_INIT_STD),
         ):
             if value != neutral:
                 shown = flag if value is True else f"{flag} {value}"
@@ -136,12 +159,19 @@ class MixingConfig:
             "type1": self.num_activations,
             "one-sided": self.num_activations,
             "bi-sided": 2 * self.num_activations,
-            "quadratic": self.num_activations**2,
+            "quadratic": len(self.pairs),
         }[self.form]
 
     @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(k, l), k <= l, row-major: the quadratic form's coefficients, k on W1's side and l on W2's."""
+        size = self.num_activations
+        # No itertools: torch.compile has to trace this.
+        return tuple((first, second) for first in range(size) for second in range(first, size))
+
+    @property
     def softmax_size(self) -> int:
-        """Entries that one softmax gate normalises over: a branch's K, or all K² of the quadratic form."""
+        """Entries that one softmax gate normalises over: a branch's K, or all K(K+1)/2 of the quadratic form."""
         return self.num_coefficients if self.form == "quadratic" else self.num_activations
 
     @property
@@ -151,12 +181,14 @@ class MixingConfig:
 
     @property
     def coefficient_names(self) -> tuple[str, ...]:
-        """A name for each of the n coefficients, in their order: ``silu``, ``linear.silu``, ``silu*tanh``."""
+        """A name for each of the n coefficients, in their order: ``silu``, ``linear.silu`` (of W2's branch),
+        ``silu*identity``.
+        """
+        names = self.activations
         if self.form == "quadratic":
-            return tuple(f"{first}*{second}" for first in self.activations for second in self.activations)
-        if self.form == "bi-sided":
-            return self.activations + tuple(f"linear.{name}" for name in self.activations)
-        return self.activations
+            return tuple(f"{names[first]}*{names[second]}" for first, second in self.pairs)
+        linear = tuple(f"linear.{name}" for name in names)
+        return {"type1": names, "one-sided": linear, "bi-sided": names + linear}[self.form]
 
     def start_values(self) -> Iterator[float]:
         """The n values LA coefficients and learned amplitudes start from."""
@@ -171,22 +203,39 @@ class MixingConfig:
             parts.append(gate + (" and learned amplitude" if self.amplitude == "learned" else ""))
         if self.freeze:
             parts.append("frozen")
-        if self.init_scale != "mixture":
-            parts.append(f"{self.init_scale} output scale at step 0")
+        if self.init_scale == "matched":
+            parts.append(f"output scale at step 0 matched to {'SwiGLU' if self.gated else 'GELU'}'s")
         return ", ".join(parts)
 
 
-def resolve_form(form: str, gated_linear_unit: bool) -> str:
-    """``auto`` becomes ``bi-sided`` with a gated linear unit, else ``type1``; other forms must fit the unit.
+def auto_form(gated_linear_unit: bool, routed_experts: bool) -> tuple[str, str]:
+    """What ``--moa-form auto`` stands for, and why: the forms the paper goes on with (section 5).
 
-    Raises:
-        UserError: a gated form without ``--swiglu``, or ``type1`` with it.
+    Bi-sided is its best form in dense models and gained nothing in MoE models, where one-sided did.
     """
-    if form == "auto":
-        return "bi-sided" if gated_linear_unit else "type1"
+    if not gated_linear_unit:
+        return "type1", "no --swiglu"
+    return ("one-sided", "routed experts") if routed_experts else ("bi-sided", "a dense model")
+
+
+def check_form(form: str, gated_linear_unit: bool) -> None:
+    """Raises UserError for a gated form without ``--swiglu``, or ``type1`` with it."""
     _require_choice("--moa-form", form, ("auto", *FORMS))
     if form == "type1" and gated_linear_unit:
         raise UserError("--moa-form type1: has no linear branch; drop --swiglu, or take --moa-form one-sided")
     if form != "type1" and not gated_linear_unit:
         raise UserError(f"--moa-form {form}: needs a gated linear unit; add --swiglu, or take --moa-form type1")
-    return form
+
+
+def refuse_changed_form(form: str, where: str) -> None:
+    """Raises UserError if a mixture of format version 1 has a form that means another function today.
+
+    Args:
+        form: the mixture's.
+        where: the checkpoint or export, for the message.
+    """
+    if form in CHANGED_FORMS:
+        raise UserError(
+            f"{where}: its {form} form is of format version 1, in which {CHANGED_FORMS[form]}; train it anew, or use "
+            "the megatron_moa 0.1 that wrote it"
+        )

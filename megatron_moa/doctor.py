@@ -2,6 +2,7 @@
 
     python -m megatron_moa.doctor                     what is here; exit code 0 if training can start, else 1
     python -m megatron_moa.doctor --smoke             and trains a tiny mixture for five steps
+    python -m megatron_moa.doctor --recipe moe-2b     and whether GPUs take the widths of that recipe well
     python -m megatron_moa.launch --nproc-per-node 8 -m megatron_moa.doctor --nccl     an all-reduce across these ranks
 
 Each line has a state:
@@ -479,8 +480,8 @@ def judge_emerging_optimizers(facts: Facts) -> Finding:
     """What --optimizer muon needs."""
     name, install = "emerging-optimizers", f"pip install emerging-optimizers=={EMERGING_OPTIMIZERS}"
     if not facts:
-        text = "not installed: --optimizer muon, soap and lion are not there; AdamW is"
-        return Finding(name, FALLS_BACK, text, install)
+        text = "not installed: --optimizer muon, which MoE recipes train with, soap and lion end a run; AdamW is there"
+        return Finding(name, CHECK, text, f"{install}, or OPTIMIZER=adamw")
     if "error" in facts:
         return Finding(name, MISSING, f"cannot be imported, and Megatron imports it: {facts['error']}", install)
     if facts["version"].startswith("999"):
@@ -748,16 +749,18 @@ class Report:
         return all(finding.state != MISSING for finding in [*self.findings, *filter(None, [self.smoke])])
 
 
-def examine(seconds: float, save: str | None = None) -> Report:
+def examine(seconds: float, save: str | None = None, recipe: str | None = None) -> Report:
     """Looks at everything.
 
     Args:
         seconds: how long each import may take.
         save: the folder that --save will name.
+        recipe: one of examples/models that will be trained.
     """
     python = judge_python(sys.version_info, sys.executable)
     if python.state == MISSING:
         return Report([python], {})
+    recipe_findings = [check_recipe(recipe)] if recipe else []
     with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
         found = dict(zip(PROBES, pool.map(lambda name: probe(name, seconds), PROBES), strict=True))
     environment = dict(os.environ)
@@ -779,8 +782,25 @@ def examine(seconds: float, save: str | None = None) -> Report:
         *([check_disk("disk, --save", save, needed=True)] if save else []),
         *check_limits(),
         *judge_environment(environment, torch, "RANK" in environment),
+        *recipe_findings,
     ]
     return Report(findings, uses(found["megatron"], torch))
+
+
+def check_recipe(model: str) -> Finding:
+    """Looks at a recipe's feed-forward widths, with FFN, FFN_MULTIPLE and TP as they are set."""
+    from megatron_moa.errors import UserError
+    from megatron_moa.recipes import awkward_widths, feed_forward_widths, recipe_flags
+
+    try:
+        widths = feed_forward_widths(recipe_flags(model, "none", ["--mock-data"]))
+    except UserError as error:
+        _fail(f"--recipe {error}")
+    text = ", ".join(f"{name} {width}" for name, (width, _) in widths.items())
+    if awkward := awkward_widths(widths):
+        found, _, remedy = awkward.partition("; ")
+        return Finding("recipe", CHECK, f"{model}: {found}", remedy)
+    return Finding("recipe", OK, f"{model}: {text}")
 
 
 def smoke() -> Finding:
@@ -845,6 +865,7 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="only test all-reduces across the ranks this is launched on, and print bandwidths (gloo without GPUs)",
     )
+    parser.add_argument("--recipe", metavar="MODEL", help="also look at the widths of a recipe of examples/models")
     parser.add_argument("--save", metavar="FOLDER", help="also look at the disk that training's --save will name")
     parser.add_argument(
         "--timeout", type=float, default=120, metavar="S", help="seconds an import may take, or with --nccl a rank"
@@ -854,8 +875,8 @@ def main(argv: list[str] | None = None) -> int:
     if not 0 < options.timeout < 86400:
         _fail(f"--timeout {options.timeout}: give a positive number of seconds, below a day")
     if options.nccl:
-        if options.smoke or options.save:
-            _fail("--nccl: runs on every rank and alone; drop --smoke and --save")
+        if options.smoke or options.save or options.recipe:
+            _fail("--nccl: runs on every rank and alone; drop --smoke, --save and --recipe")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a time-out is a page of C++ frames
         try:
             from megatron_moa import network
@@ -865,7 +886,7 @@ def main(argv: list[str] | None = None) -> int:
 
         with one_line_errors(PROGRAM):
             return network.main(options.timeout, options.json)
-    report = examine(options.timeout, options.save)
+    report = examine(options.timeout, options.save, options.recipe)
     if options.smoke and report.can_start:
         report = Report(report.findings, report.uses, smoke())
     if options.json:

@@ -42,7 +42,7 @@ class _OwnGates:
         start = self.ep_group.rank() * self.num_local_experts
         with gate_random_numbers(self.config):
             for expert in range(self.ep_group.size() * self.num_local_experts):
-                self.config.init_method(drawn)
+                first.draw(drawn)
                 if start <= expert < start + self.num_local_experts:
                     self.local_experts[expert - start].coefficients.weight.copy_(drawn)
 

@@ -14,7 +14,7 @@ What the mixture adds, per token and feed-forward layer (per expert that a token
     mixture   sum_k c_k sigma_k(x), an inner product of length K for each of f elements: 2 K forward, 4 K backward
               type1, one-sided   6 K f
               bi-sided          12 K f
-              quadratic          6 (K^2 + K) f, as sum_k sigma_k(x) (sum_l c_kl sigma_l(y))
+              quadratic          6 (K (K + 1) / 2 + K) f, as sum_k sigma_k(y) (sum_{l >= k} c_kl sigma_l(z))
 
 with f the layer's (the expert's) width. Evaluating the activations, psi, and the product of two branches are not
 counted, as SwiGLU's are not. LA has no gates.
@@ -105,7 +105,7 @@ def _mixture_flops(args: argparse.Namespace, mixing: MixingConfig | None) -> tup
     if mixing is None:
         return 0, 0
     k = mixing.num_activations
-    products = {"type1": k, "one-sided": k, "bi-sided": 2 * k, "quadratic": k * (k + 1)}[mixing.form]
+    products = {"type1": k, "one-sided": k, "bi-sided": 2 * k, "quadratic": len(mixing.pairs) + k}[mixing.form]
     n = mixing.num_coefficients if mixing.mixing == "moa" else 0
     layers = list(_feed_forwards(args))
     gates = sum(hidden_size * n for hidden_size, _ in layers)

@@ -1,4 +1,4 @@
-"""What is known of a model's gates, as JSON and in words.
+"""Turns what was recorded of a model's gates into JSON, and that into tables and sentences.
 
 :func:`site_entry` and :func:`ablation_entry` make the JSON of what :mod:`megatron_moa.gate_probe` has recorded;
 :func:`markdown` and :func:`gate_table` tell it, from the JSON alone. docs/gates.md says how to read it.
@@ -305,7 +305,7 @@ def _continued_table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _branches(gates: Sequence[dict[str, Any]], form: str) -> dict[str, list[dict[str, Any]]]:
     if form != "bi-sided":
-        return {"both" if form == "quadratic" else "activated": list(gates)}
+        return {{"type1": "activated", "one-sided": "linear", "quadratic": "both"}[form]: list(gates)}
     half = len(gates) // 2
     return {"activated": list(gates[:half]), "linear": list(gates[half:])}
 

@@ -1,4 +1,4 @@
-"""A trained MoA as the LA that its gates are on average: every gate becomes the constant that is its mean."""
+"""Converts a trained MoA model to LA by replacing each gate with its mean over a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_moa.checkpoint import PreparedCheckpoint, empty_model, prepare_che
 from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.checkpoint_writer import write_release
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import DEFAULT_INITIAL_COEFFICIENT, MixingConfig
+from megatron_moa.config import DEFAULT_GATE_INIT_STD, DEFAULT_INITIAL_COEFFICIENT, MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.gate_probe import GateProbe, Site
 from megatron_moa.model import model_config_from_args
@@ -27,11 +27,12 @@ def collapsed_mixing(mixing: MixingConfig) -> MixingConfig:
     return dataclasses.replace(
         mixing,
         mixing="la",
-        gate="sigmoid",  # neutral: LA has none
+        gate="sigmoid",  # LA has no gates; these four are what their absence is written as
         gate_bias=False,
+        gate_init_std=DEFAULT_GATE_INIT_STD,
         amplitude="fixed",
         initial_coefficients=(DEFAULT_INITIAL_COEFFICIENT,),
-        init_scale="mixture",
+        init_scale="paper",
         freeze=False,
     )
 

@@ -1,4 +1,4 @@
-"""The end of examples/studies/continue_frozen.sh: its trainings as JSON lines, with differences to the first way.
+"""Writes the trainings of examples/studies/continue_frozen.sh as JSON lines, with differences to the first way.
 
 python -m megatron_moa.gate_continued runs/continued
 """

@@ -1,4 +1,4 @@
-"""Pictures of an analysis of gates: how far each goes, and the activations that come of it. From the JSON alone."""
+"""Draws an analysis of gates from its JSON: how much each gate varies, and the activations that result."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ _TOKENS, _MEAN = "tab:orange", "black"
 
 
 def draw_curves(analysis: dict[str, Any], file: Path) -> None:
-    """The effective activations: a row a layer, a panel a branch, at the mean coefficients and at sampled tokens'.
+    """The effective activations at the mean coefficients and at sampled tokens': a row a layer, a panel a mixed branch.
 
-    A quadratic form has no curve a branch: its mean is a map over both pre-activations, and beside it the standard
-    deviation over the tokens.
+    A quadratic form has no curve for each branch: its mean is a map over both pre-activations, and beside that the
+    standard deviation over the tokens.
 
     Args:
         analysis: as tools/analyze_gates.py writes it.
         file: a PNG.
     """
     sites, form = analysis["sites"], analysis["mixing"]["form"]
-    columns = 1 if form in ("type1", "one-sided") else 2
-    with _figure(len(sites), columns, (0.6 + 3.4 * columns, 0.6 + 2.3 * len(sites)), file) as grid:
+    panels = {"type1": ("activated",), "one-sided": ("linear",)}.get(form, ("activated", "linear"))
+    with _figure(len(sites), len(panels), (0.6 + 3.4 * len(panels), 0.6 + 2.3 * len(sites)), file) as grid:
         for site, row in zip(sites, grid, strict=True):
-            (_draw_maps if form == "quadratic" else _draw_branches)(analysis, site, row)
+            if form == "quadratic":
+                _draw_maps(analysis, site, row)
+            else:
+                _draw_branches(analysis, site, dict(zip(panels, row, strict=True)))
 
 
-def _draw_branches(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axes]) -> None:
+def _draw_branches(analysis: dict[str, Any], site: dict[str, Any], panels: dict[str, Axes]) -> None:
     x, basis, mean, samples = _values(analysis, site, 161)
     size = len(basis)
-    for number, (axes, branch) in enumerate(zip(row, ("activated", "linear"), strict=False)):
+    for number, (branch, axes) in enumerate(panels.items()):
         part = slice(number * size, (number + 1) * size)
         for sample in samples[:, part]:
             axes.plot(x, sample @ basis, color=_TOKENS, alpha=0.5, linewidth=0.8)
@@ -50,11 +53,10 @@ def _draw_branches(analysis: dict[str, Any], site: dict[str, Any], row: Sequence
 
 def _draw_maps(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axes]) -> None:
     x, basis, mean, samples = _values(analysis, site, 81)
-    size = len(basis)
-    maps = basis.T @ samples.unflatten(-1, (size, size)) @ basis
+    maps = quadratic_map(basis, samples)
     spread = maps.std(0) if len(samples) > 1 else torch.zeros(len(x), len(x))
     shown = (
-        (basis.T @ mean.view(size, size) @ basis, "mean coefficients"),
+        (quadratic_map(basis, mean), "mean coefficients"),
         (spread, f"std over {len(samples)} random tokens"),
     )
     for axes, (values, title) in zip(row, shown, strict=True):
@@ -63,6 +65,20 @@ def _draw_maps(analysis: dict[str, Any], site: dict[str, Any], row: Sequence[Axe
         axes.set_title(f"{site['title']}, {title}", fontsize=9)
         axes.set_xlabel("activated branch", fontsize=7)
         axes.set_ylabel("linear branch", fontsize=7)
+
+
+def quadratic_map(basis: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_{k <= l} c_kl sigma_k(y) sigma_l(z) over y (rows) and z (columns).
+
+    Args:
+        basis: [K, points], every activation at the points.
+        coefficients: [..., K(K+1)/2], row-major over k <= l.
+
+    Returns:
+        [..., points, points]
+    """
+    first, second = torch.triu_indices(len(basis), len(basis))
+    return torch.einsum("...n,ny,nz->...yz", coefficients, basis[first], basis[second])
 
 
 def _values(analysis: dict[str, Any], site: dict[str, Any], points: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""A trained mixture on a text: its coefficients recorded, and its loss with other coefficients in their place.
+"""Records a trained mixture's coefficients on a text, and takes its loss with other coefficients in their place.
 
-Hooks on the modules that own the coefficients see, and may replace, what those return; nothing else of the model
-changes.
+Hooks on the modules that own the coefficients see, and may replace, what those modules return. Nothing else of the
+model changes.
 """
 
 from __future__ import annotations
@@ -344,18 +344,24 @@ class Ablation:
 
 
 def branches_of(mixing: MixingConfig) -> dict[str, dict[str, list[int]]]:
-    """Coefficients' numbers by branch and activation. Of the quadratic form, where c_kl belongs to both branches, those
-    of the activated branch's activation are a row, those of the linear branch's a column.
+    """Numbers of the coefficients by branch and activation: ``activated`` is W1's branch, ``linear`` W2's.
+
+    Of the one-sided form only the linear branch is mixed. Of the quadratic form c_kl belongs to both branches: to
+    sigma_k in the activated one, to sigma_l in the linear one.
     """
-    names, size = mixing.activations, mixing.num_activations
-    every = range(size)
-    branches = {"activated": {name: [k] for name, k in zip(names, every, strict=True)}}
-    if mixing.form == "bi-sided":
-        branches["linear"] = {name: [size + k] for name, k in zip(names, every, strict=True)}
+    names = mixing.activations
     if mixing.form == "quadratic":
-        branches["activated"] = {name: [k * size + j for j in every] for name, k in zip(names, every, strict=True)}
-        branches["linear"] = {name: [j * size + k for j in every] for name, k in zip(names, every, strict=True)}
-    return branches
+        return {
+            branch: {
+                name: [number for number, pair in enumerate(mixing.pairs) if pair[side] == k]
+                for k, name in enumerate(names)
+            }
+            for side, branch in enumerate(("activated", "linear"))
+        }
+    mixed = {"type1": ("activated",), "one-sided": ("linear",), "bi-sided": ("activated", "linear")}[mixing.form]
+    return {
+        branch: {name: [half * len(names) + k] for k, name in enumerate(names)} for half, branch in enumerate(mixed)
+    }
 
 
 def ablations(probe: GateProbe, statistics: Sequence[GateStatistics], seed: int) -> Iterator[Ablation]:

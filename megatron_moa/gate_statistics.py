@@ -1,7 +1,7 @@
-"""How mixing coefficients vary over the tokens of a text: sums taken batch by batch, and what follows from them.
+"""Measures how mixing coefficients vary over the tokens of a text, batch by batch.
 
-Everything follows from sums in float64: of coefficients by group (token type, position, expert), and of their products.
-No matrix of tokens by coefficients is kept.
+Every result follows from sums in float64: of coefficients by group (token type, position, expert), and of their
+products. No matrix of tokens by coefficients is kept.
 """
 
 from __future__ import annotations

@@ -1,39 +1,32 @@
-"""The scale that makes a mixture's output, at step 0, as large as SwiGLU's.
+"""Scales a mixture's coefficients so that a layer's output is, at step 0, as large as SwiGLU's (--moa-init-scale).
 
-Seven activations at 0.5 give a branch about twice its preactivation, so a mixture starts several times larger than
-SwiGLU: a comparison that leaves that alone compares scales as well (docs/mixture.md, "Scale at the start").
+With the paper's initial values a mixture starts several times larger than SwiGLU, so a comparison of the two compares
+scales as well (docs/mixture.md, "Scale at the start").
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.output_scale import start_scale
+from megatron_moa.output_scale import matching_scale
 
 
 def coefficient_scale(mixing: MixingConfig, config: TransformerConfig) -> float:
-    """The factor on all coefficients that ``--moa-init-scale`` asks for: 1 for ``mixture``.
+    """The factor on all coefficients that ``--moa-init-scale`` asks for: 1 for ``paper``.
 
-    For ``swiglu`` the layer's output then has, at step 0, the mean square of SwiGLU's (GELU's for type1).
+    For ``matched`` the layer's output then has, at step 0, the mean square of SwiGLU's (GELU's for type1).
 
     Raises:
         UserError: an initialisation whose standard deviation is not ``--init-method-std``.
     """
-    if mixing.init_scale == "mixture":
+    if mixing.init_scale == "paper":
         return 1.0
     if config.init_method is torch.nn.init.xavier_uniform_:
         raise UserError(
-            "--moa-init-scale swiglu: reckons with normal weights; drop --init-method-xavier-uniform, "
-            "or take --moa-init-scale mixture"
+            "--moa-init-scale matched: reckons with normal weights; drop --init-method-xavier-uniform, "
+            "or take --moa-init-scale paper"
         )
-    return start_scale(mixing, preactivation_std(config))
-
-
-def preactivation_std(config: TransformerConfig) -> float:
-    """Standard deviation of fc1's output (and of gate logits) at step 0: normalised input, normal weights."""
-    return config.init_method_std * math.sqrt(config.hidden_size)
+    return matching_scale(mixing, config.init_method_std, config.hidden_size)

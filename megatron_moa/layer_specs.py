@@ -29,7 +29,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moa.config import MixingConfig, resolve_form
+from megatron_moa.config import MixingConfig, auto_form, check_form
 from megatron_moa.errors import UserError
 from megatron_moa.experts import (
     MixedGroupedMLP,
@@ -82,12 +82,12 @@ _OFFLOADED_OF_EXPERTS = ("expert_fc1", "fused_group_mlp", "moe_act")
 
 
 def moa_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The paper's MoA with default settings: bi-sided with a gated linear unit, else type1."""
+    """The paper's MoA with default settings, of the form that ``--moa-form auto`` stands for."""
     return _named_layer_spec("moa", config, vp_stage)
 
 
 def la_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """LA with default settings: bi-sided with a gated linear unit, else type1."""
+    """LA with default settings, of the form that ``--moa-form auto`` stands for."""
     return _named_layer_spec("la", config, vp_stage)
 
 
@@ -99,8 +99,8 @@ def _named_layer_spec(mixing: str, config: Any, vp_stage: int | None) -> Transfo
             f"--mtp-num-layers {transformer.mtp_num_layers}: --spec does not reach these layers; "
             "train with pretrain_gpt_moa.py, which does"
         )
-    form = resolve_form("auto", transformer.gated_linear_unit)
-    return layer_spec(config, MixingConfig(mixing=mixing, form=form, init_scale="swiglu"), vp_stage)
+    form, _ = auto_form(transformer.gated_linear_unit, bool(transformer.num_moe_experts))
+    return layer_spec(config, MixingConfig(mixing=mixing, form=form), vp_stage)
 
 
 def transformer_config(config: Any) -> TransformerConfig:
@@ -173,7 +173,7 @@ def check_supported(config: TransformerConfig, mixing: MixingConfig | None) -> N
     if mixing is None:
         return
     if mixing.gated != config.gated_linear_unit:
-        resolve_form(mixing.form, config.gated_linear_unit)
+        check_form(mixing.form, config.gated_linear_unit)
     for attribute, neutral, flag in _REFUSED_WITH_MIXTURE:
         value = getattr(config, attribute, neutral)
         if value != neutral:

@@ -28,7 +28,6 @@ from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
 from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP
 from megatron_moa.functional import resolve_backend
-from megatron_moa.init_scale import preactivation_std
 from megatron_moa.layer_specs import layer_spec, mtp_spec
 from megatron_moa.mlp import MixedMLP
 from megatron_moa.output_scale import output_scale
@@ -140,8 +139,14 @@ class MixtureReport:
         return 100 * self.extra_parameters / (self.parameters - self.extra_parameters)
 
 
-def report_mixture(models: list[MegatronModule], mixing: MixingConfig | None) -> list[MegatronModule]:
-    """Checks that what was asked for was built, prints it in one line, and returns the models as they came."""
+def report_mixture(
+    models: list[MegatronModule], mixing: MixingConfig | None, form_reason: str | None = None
+) -> list[MegatronModule]:
+    """Checks that what was asked for was built, prints it in one line, and returns the models as they came.
+
+    Args:
+        form_reason: why ``--moa-form auto`` became the mixture's form; None where the form was named.
+    """
     check_mixture(models, mixing)
     report = measure_mixture(models)
     if torch.distributed.get_rank() != 0:
@@ -153,14 +158,15 @@ def report_mixture(models: list[MegatronModule], mixing: MixingConfig | None) ->
         return models
     config = models[0].config
     backend = resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
+    why = f" (--moa-form auto: {form_reason})" if form_reason else ""
     line = (
-        f"> mixture of activations: {mixing.describe()}, {backend} backend, "
+        f"> mixture of activations: {mixing.describe()}{why}, {backend} backend, "
         f"{report.layers} layers, {report.extra_parameters:,} extra parameters "
         f"({report.extra_percent:.4f} % of {report.parameters - report.extra_parameters:,})"
     )
-    if mixing.init_scale == "mixture" and config.init_method is not torch.nn.init.xavier_uniform_:
-        fixed = "SwiGLU" if mixing.gated else "GELU"
-        line += f", output at step 0 about {output_scale(mixing, preactivation_std(config)):.1f} x {fixed}'s"
+    if mixing.init_scale == "paper" and config.init_method is not torch.nn.init.xavier_uniform_:
+        scale = output_scale(mixing, config.init_method_std, config.hidden_size)
+        line += f", output at step 0 about {scale:.1f} x {'SwiGLU' if mixing.gated else 'GELU'}'s"
     print(line, flush=True)
     return models
 

@@ -1,4 +1,4 @@
-"""How large a mixture's output is at step 0, beside SwiGLU's. Needs PyTorch only: exported models carry this file."""
+"""Measures how large a mixture's output is at step 0, beside SwiGLU's; needs PyTorch only, since exports carry it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,31 @@ _SAMPLES = 1 << 16  # of each random variable; tests/test_init_scale.py holds th
 _SEED = 1234
 
 
-def start_scale(mixing: MixingConfig, std: float) -> float:
+# Must not be named start_scale. Exports of format version 1 try to import that from here; where it is missing they use
+# their own copy of the mixture, whose one-sided and quadratic forms are other functions than this package's.
+def matching_scale(mixing: MixingConfig, init_std: float, hidden_size: int) -> float:
     """The factor on all coefficients with which the layer's output has, at step 0, the mean square of SwiGLU's (GELU's
-    for type1), for preactivations of standard deviation ``std``.
+    for type1); arguments as in :func:`output_scale`.
     """
-    ratio = output_scale(mixing, std)
+    ratio = output_scale(mixing, init_std, hidden_size)
     # The bi-sided form multiplies two coefficients, so each takes half of the correction.
     return ratio**-0.5 if mixing.form == "bi-sided" else 1 / ratio
 
 
 @functools.cache
-def output_scale(mixing: MixingConfig, std: float) -> float:
-    """Root mean square of the mixture before the down projection, over SwiGLU's (GELU's for type1).
+def output_scale(mixing: MixingConfig, init_std: float, hidden_size: int) -> float:
+    """Root mean square of the mixture before the down projection, over SwiGLU's (GELU's for type1), both at step 0.
 
-    Both at step 0, for preactivations and gate logits that are independent normal numbers of standard deviation
-    ``std``. By sampling the reference itself, with a seed of its own: the same on every rank and in every run.
+    A normalised input makes preactivations and gate logits independent normal numbers, whose standard deviations are
+    the weights' times sqrt(h). The reference itself is sampled, with a seed of its own: the same on every rank and in
+    every run.
+
+    Args:
+        mixing: the mixture; has the standard deviation of its gate vectors.
+        init_std: standard deviation of fc1's weights.
+        hidden_size: h.
     """
+    std, logit_std = (each * math.sqrt(hidden_size) for each in (init_std, mixing.gate_init_std))
     # Sobol points: the squares of squares in it have heavy tails, on which plain sampling is off by per cents.
     uniform = torch.quasirandom.SobolEngine(2 if mixing.gated else 1, scramble=True, seed=_SEED)
     z = std * torch.special.ndtri(uniform.draw(_SAMPLES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
@@ -42,7 +51,7 @@ def output_scale(mixing: MixingConfig, std: float) -> float:
         amplitude = start if mixing.amplitude == "learned" else None
         generator = torch.Generator().manual_seed(_SEED)
         shape = (_SAMPLES, mixing.num_coefficients)
-        logits = std * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        logits = logit_std * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
         coefficients = gate(logits, mixing, amplitude)
     fixed = F.silu(z[:, :1]) * z[:, 1:] if mixing.gated else F.gelu(z)
     mixed = mix(z, coefficients, mixing)

@@ -1,7 +1,8 @@
-"""Recipes of examples/: which there are, and the flags of pretrain_gpt_moa.py that one stands for, read by bash."""
+"""Reads the recipes of examples/: their names, and the flags of pretrain_gpt_moa.py that one stands for."""
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import shlex
@@ -12,7 +13,9 @@ from pathlib import Path
 from megatron_moa.errors import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-MIXINGS = ("none", "la", "moa", "type1", "one-sided", "bi-sided", "quadratic")
+_FORMS = ("type1", "one-sided", "bi-sided", "quadratic")
+MIXINGS = ("none", "la", "moa", *_FORMS, *(f"la-{form}" for form in _FORMS))
+TENSOR_CORE_MULTIPLE = 8  # elements of two bytes; a row of a matrix must begin at a multiple of 16 bytes
 
 
 def model_files() -> dict[str, Path]:
@@ -66,7 +69,7 @@ def recipe_flags(
 
     Args:
         model: a name of :func:`model_files`, or the path of a recipe.
-        mixing: ``none``, ``la``, ``moa`` or a form.
+        mixing: one of :data:`MIXINGS`.
         flags: further ones; ``--mock-data`` among them gives the recipe's vocabulary without a tokenizer.
         environment: the script's variables (``TP``, ``MICRO_BATCH_SIZE``, …) beside this process's own, which hold too.
 
@@ -85,3 +88,42 @@ def recipe_flags(
     words = shlex.split(done.stdout.replace("\\\n", ""))
     script = next(index for index, word in enumerate(words) if word.endswith("pretrain_gpt_moa.py"))
     return words[script + 1 :]
+
+
+def feed_forward_widths(flags: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Reads the widths of feed-forward layers or experts off a recipe's flags.
+
+    Returns:
+        By name, a width and the tensor-parallel ranks that share it; routed experts are not cut (as in the recipes).
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    for name in ("ffn-hidden-size", "num-experts", "moe-ffn-hidden-size", "moe-shared-expert-intermediate-size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    own, _ = parser.parse_known_args(list(flags))
+    tp = own.tensor_model_parallel_size
+    if own.num_experts is None:
+        return {"feed-forward width": (own.ffn_hidden_size, tp)}
+    return {
+        "shared expert's width": (own.moe_shared_expert_intermediate_size, tp),
+        "routed experts' width": (own.moe_ffn_hidden_size, 1),
+    }
+
+
+def awkward_widths(widths: Mapping[str, tuple[int, int]]) -> str:
+    """Names in one line the widths that tensor cores or tensor parallelism do not take well; empty if there is none.
+
+    Args:
+        widths: as :func:`feed_forward_widths` gives them.
+    """
+    found = []
+    for name, (width, ranks) in widths.items():
+        if width % ranks:
+            found.append(f"{name} {width} is not divisible by TP {ranks}")
+        elif width // ranks % TENSOR_CORE_MULTIPLE:
+            share = f"{width // ranks} on each of {ranks} ranks" if ranks > 1 else str(width)
+            kind = "odd" if width // ranks % 2 else f"no multiple of {TENSOR_CORE_MULTIPLE}"
+            found.append(f"{name} {share} is {kind}")
+    if not found:
+        return ""
+    return f"{', '.join(found)}: slow on tensor cores; FFN_MULTIPLE=128 rounds a recipe's widths up"

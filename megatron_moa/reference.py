@@ -45,7 +45,7 @@ def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) 
 
     Args:
         logits: [..., n], l_k = u_k x + b_k.
-        mixing: which psi; softmax normalises over a branch's K entries, over all K² of the quadratic form.
+        mixing: which psi; softmax normalises over a branch's K entries, over all K(K+1)/2 of the quadratic form.
         amplitude: [n] or [..., n], or None for fixed amplitude.
 
     Returns:
@@ -100,39 +100,40 @@ def _of(tensor: Tensor | None, group: int) -> Tensor | None:
 
 
 def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
-    """The mixed activation, before the down projection.
+    """The mixed activation, before the down projection: W2's input (type1) or W3's, eq. 3 to 10 of the paper.
 
-    | form | value |
-    | --- | --- |
-    | type1 | sum_k c_k sigma_k(z) |
-    | one-sided | [sum_k c_k sigma_k(z1)] * z2 |
-    | bi-sided | [sum_k c_k sigma_k(z1)] * [sum_l d_l sigma_l(z2)] |
-    | quadratic | sum_kl c_kl sigma_k(z1) sigma_l(z2) |
+    | form | value | equations (LA, MoA) |
+    | --- | --- | --- |
+    | type1 | sum_k c_k sigma_k(y) | 3, 7 |
+    | one-sided | silu(y) * sum_k c_k sigma_k(z) | 4, 8 |
+    | bi-sided | [sum_k c_k sigma_k(y)] * [sum_l d_l sigma_l(z)] | 5, 9 |
+    | quadratic | sum_{k <= l} c_kl sigma_k(y) sigma_l(z) | 6, 10 |
 
     Args:
-        preactivation: z [..., f] for type1, else [z1, z2] as [..., 2f], z1 the activated, z2 the linear branch.
-        coefficients: [..., n] per token or [n] for all; bi-sided (c, d), quadratic row-major [K, K].
+        preactivation: y = W1 x as [..., f] for type1; else y and z = W2 x as [..., 2f], y first.
+        coefficients: [..., n] per token or [n] for all; bi-sided (c, d), quadratic c_kl row-major over k <= l.
 
     Returns:
         [..., f]
     """
+    names = mixing.activations
     if mixing.form == "type1":
-        return _weighted_sum(preactivation, coefficients, mixing)
-    activated, linear = preactivation.chunk(2, dim=-1)
+        return _weighted_sum(names, preactivation, coefficients)
+    y, z = preactivation.chunk(2, dim=-1)
     if mixing.form == "one-sided":
-        return _weighted_sum(activated, coefficients, mixing) * linear
+        return F.silu(y) * _weighted_sum(names, z, coefficients)
     if mixing.form == "bi-sided":
         first, second = coefficients.chunk(2, dim=-1)
-        return _weighted_sum(activated, first, mixing) * _weighted_sum(linear, second, mixing)
-    rows = coefficients.unflatten(-1, (mixing.num_activations, mixing.num_activations)).unbind(-2)
+        return _weighted_sum(names, y, first) * _weighted_sum(names, z, second)
+    rows = coefficients.split(tuple(range(len(names), 0, -1)), dim=-1)  # of one k each: l = k, ..., K
     return sum(
-        DEFINITIONS[name](activated) * _weighted_sum(linear, row, mixing)
-        for name, row in zip(mixing.activations, rows, strict=True)
+        DEFINITIONS[name](y) * _weighted_sum(names[k:], z, row)
+        for k, (name, row) in enumerate(zip(names, rows, strict=True))
     )
 
 
-def _weighted_sum(x: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
-    terms = zip(mixing.activations, coefficients.unbind(-1), strict=True)
+def _weighted_sum(names: tuple[str, ...], x: Tensor, coefficients: Tensor) -> Tensor:
+    terms = zip(names, coefficients.unbind(-1), strict=True)
     return sum(coefficient.unsqueeze(-1) * DEFINITIONS[name](x) for name, coefficient in terms)
 
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.config import (
+    DEFAULT_GATE_INIT_STD,
+    DEFAULT_INITIAL_COEFFICIENT,
+    FORMAT_VERSION,
+    refuse_changed_form,
+)
 from megatron_moa.errors import UserError
 
-FORMAT_VERSION = 1  # of what a mixture's checkpoints hold: raised when an older reader would misread a newer one
-
-# Decide which coefficients there are and what they mean. --moa-la-init only says where they start, --moa-freeze-gates
-# only whether they are trained: both may change.
+# Decide which coefficients there are and what they mean. --moa-init and --moa-gate-init-std only say where they start,
+# --moa-freeze-gates only whether they are trained: these may change.
 _MIXTURE = ("moa_form", "moa_activations")
 _GATES = ("moa_gate", "moa_gate_bias", "moa_amplitude")
 
@@ -63,14 +68,37 @@ def _has_gelu_and_bias(args: argparse.Namespace) -> bool:
     return args.add_bias_linear and not any(getattr(args, name, False) for name in others)
 
 
-def check_format_version(saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raises UserError for a checkpoint of a format this version cannot read; without a version it is the first one."""
+def upgrade_saved_settings(saved: argparse.Namespace, checkpoint: Checkpoint | Path) -> None:
+    """Brings the args in a checkpoint to this format version, in place; args without a version are of the first one.
+
+    Args:
+        checkpoint: where they are from, for the message.
+
+    Raises:
+        UserError: a format, or a form of it, that this version cannot read.
+    """
     version = getattr(saved, "moa_format_version", 1)
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise UserError(
             f"{checkpoint}: was saved in format version {version}, this megatron_moa reads versions up to "
             f"{FORMAT_VERSION}; load it with a megatron_moa that knows version {version}"
         )
+    if version == 1:
+        _upgrade_version_1(saved, checkpoint)
+
+
+def _upgrade_version_1(saved: argparse.Namespace, checkpoint: Checkpoint | Path) -> None:
+    if getattr(saved, "moa_mixing", "none") == "none":
+        for name in ("moa_la_init", "moa_init_scale"):  # None there; without them today's defaults hold
+            vars(saved).pop(name, None)
+        return
+    refuse_changed_form(saved.moa_form, str(checkpoint))
+    gates = saved.moa_mixing == "moa"
+    fixed = gates and saved.moa_amplitude == "fixed"
+    start = vars(saved).pop("moa_la_init", None)
+    saved.moa_init = [DEFAULT_INITIAL_COEFFICIENT] if fixed or not start else start  # gates never started there
+    saved.moa_gate_init_std = saved.init_method_std if gates else DEFAULT_GATE_INIT_STD
+    saved.moa_init_scale = "matched" if getattr(saved, "moa_init_scale", "mixture") == "swiglu" else "paper"
 
 
 def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:

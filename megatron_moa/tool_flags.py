@@ -1,4 +1,4 @@
-"""Flags that several tools have: which checkpoint, how equal, and the mixture that a model is converted to."""
+"""Adds the flags that several tools share: checkpoint, tolerance, and the mixture to convert a model to."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def add_target_flags(parser: argparse.ArgumentParser, required: bool) -> None:
     """
     default = "" if required else "; default: the model stays as it is"
     parser.add_argument("--mixing", required=required, choices=MIXINGS, help=f"of the result{default}")
-    parser.add_argument("--form", choices=FORMS, help="default: the source's; of a stock one bi-sided or type1")
-    parser.add_argument("--activations", nargs="+", default=(), metavar="NAME", help="all of the result's dictionary")
+    form = "default: the source's; of a stock one type1, of SwiGLU one-sided with routed experts, else bi-sided"
+    parser.add_argument("--form", choices=FORMS, help=form)
+    dictionary = "the result's dictionary; default: the source's, of a stock one the form's default"
+    parser.add_argument("--activations", nargs="+", default=(), metavar="NAME", help=dictionary)
     parser.add_argument("--gate", choices=GATES, help="of a MoA; default: the source's, else sigmoid")
     parser.add_argument("--gate-bias", action="store_true", help="gates get a bias, started at 0")
 
@@ -60,5 +62,5 @@ def target_settings(flags: argparse.Namespace) -> dict[str, Any] | None:
     for name, value in settings.items():
         if value:
             text = " ".join(value) if isinstance(value, (list, tuple)) else "" if value is True else value
-            raise UserError(f"{f'--{name.replace("_", "-")} {text}'.strip()}: says nothing without --mixing la or moa")
+            raise UserError(f"{f'--{name.replace("_", "-")} {text}'.strip()}: has no effect without --mixing la or moa")
     return None

@@ -1,9 +1,8 @@
-"""From one mixture to another that computes the same function: a trained model goes on with more to learn.
+"""Converts a model from one mixture to another that computes the same function and can learn more.
 
-A stock layer is the mixture of one activation: SwiGLU is LA, one-sided, over {silu} with the coefficient 1. So every
-conversion is one between mixtures, and each coefficient of the result is a product of some of the source's: of one that
-is kept, of two (c_kl = c_k d_l), of none (the constant 1, the identity in the linear branch), or it is 0, where the
-result has an activation that the source lacks (docs/upcycling.md).
+A stock layer is a mixture of one activation: SwiGLU is LA, one-sided, over {identity} with the coefficient 1, since
+SiLU is fixed on W1's branch. So every conversion is one between mixtures. A coefficient of the result is one of the
+source's, or 1 (silu on W1's branch, which has no coefficient in one-sided), or 0 (docs/upcycling.md has the table).
 """
 
 from __future__ import annotations
@@ -23,22 +22,28 @@ from megatron_moa.checkpoint import empty_model, prepare_checkpoint
 from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.checkpoint_writer import write_release
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig
+from megatron_moa.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, MixingConfig, auto_form
 from megatron_moa.errors import UserError
 from megatron_moa.model import model_config_from_args
 from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, has_tanh_gelu
 from megatron_moa.verification import Comparison, compared_tokens, reference_logits
 
-# Where each coefficient of a result comes from: indices of the source's to multiply, () for 1, None for 0.
-Origins = list[tuple[int, ...] | None]
+# What one-sided computes on W1's branch, without a coefficient.
+_FIXED = "silu"
 
-# What a form can become. The linear branch starts as the identity; a product of sums is a sum of products.
+# Where a coefficient of a result comes from: an index of the source's, or one of these (see start_amplitudes).
+ONE, ZERO = -2, -1
+
+# What a form can become.
 _BECOMES = {
     "type1": ("type1",),
     "one-sided": ("one-sided", "bi-sided", "quadratic"),
-    "bi-sided": ("bi-sided", "quadratic"),
+    "bi-sided": ("bi-sided",),
     "quadratic": ("quadratic",),
 }
+
+# What decides which function a mixture's parameters are.
+_FUNCTION = ("mixing", "form", "activations", "gate", "gate_bias", "amplitude")
 
 # Stock activations that no dictionary has, by the setting of Megatron's that asks for them, with its neutral value.
 _NO_MIXTURE = {"quick_geglu": False, "glu_linear_offset": 0.0, "activation_func_clamp_value": None}
@@ -67,7 +72,7 @@ def stock_as_mixture(saved: argparse.Namespace) -> MixingConfig:
         )
     form, activation = "type1", "gelu"
     if saved.swiglu:
-        form, activation = "one-sided", "silu"
+        form, activation = "one-sided", "identity"
     elif getattr(saved, "squared_relu", False):
         activation = "relu2"
     elif has_tanh_gelu(saved):
@@ -83,10 +88,11 @@ def target_mixing(
     gate: str | None = None,
     gate_bias: bool = False,
     stock: bool = False,
+    routed_experts: bool = False,
 ) -> MixingConfig:
     """The mixture to convert to: what is not given is the source's (of a stock one, the default of training).
 
-    Gates of the result have learned amplitudes: those are what makes it start as another function than its gates.
+    Gates of the result have learned amplitudes: the amplitude makes a gate start as the source's coefficient.
 
     Args:
         source: the mixture there is (:func:`stock_as_mixture`).
@@ -96,13 +102,12 @@ def target_mixing(
         gate: of a MoA.
         gate_bias: of a MoA; gates that have one keep it.
         stock: the source is :func:`stock_as_mixture`'s.
+        routed_experts: whether the model has some, which decides the form that training takes by default.
 
     Raises:
-        UserError: no such mixture, or none that computes the same function.
+        UserError: no such mixture, none that computes the same function, or the one there is.
     """
-    form = form or (source.form if not stock else "bi-sided" if source.gated else "type1")
-    if not activations:
-        activations = _default_dictionary(source) if stock else source.activations
+    form = form or (auto_form(source.gated, routed_experts)[0] if stock else source.form)
     is_moa = mixing == "moa"
     if source.mixing == "moa" and is_moa:
         gate, gate_bias = gate or source.gate, gate_bias or source.gate_bias
@@ -111,43 +116,56 @@ def target_mixing(
             source,
             mixing=mixing,
             form=form,
-            activations=tuple(activations),
+            activations=tuple(activations) or (_default_dictionary(source, form) if stock else source.activations),
             gate=gate or "sigmoid",
             gate_bias=gate_bias,
             amplitude="learned" if is_moa else "fixed",
             initial_coefficients=(1.0,),
+            gate_init_std=DEFAULT_GATE_INIT_STD,
+            init_scale="paper",
             freeze=False,  # it is converted to learn
         )
     except UserError as error:  # names the flags of training
         raise UserError(str(error).replace("--moa-", "--")) from None
     _check_exact(source, target)
+    if not stock and all(getattr(source, name) == getattr(target, name) for name in _FUNCTION):
+        raise UserError(
+            f"--mixing {mixing}: the checkpoint is {target.describe()} already; ask for another --form, --activations "
+            "or --gate-bias"
+        )
     start = [_gate_factor(source)] * source.num_coefficients if _fixed_gates(source) else list(source.start_values())
     values = start_amplitudes(torch.tensor(start, dtype=torch.float64), origins(source, target))
     return dataclasses.replace(target, initial_coefficients=tuple(values.tolist()))
 
 
-def _default_dictionary(source: MixingConfig) -> tuple[str, ...]:
+def _default_dictionary(source: MixingConfig, form: str) -> tuple[str, ...]:
     """Training's, of which GELU's tanh approximation takes the exact one's place where that is the source's."""
+    names = DICTIONARIES.get(form, ())  # none: MixingConfig refuses the form
     if source.activations == ("gelu_tanh",):
-        return tuple("gelu_tanh" if name == "gelu" else name for name in TYPE1_DICTIONARY)
-    return GATED_DICTIONARY if source.gated else TYPE1_DICTIONARY
+        return tuple("gelu_tanh" if name == "gelu" else name for name in names)
+    return names
 
 
 def _check_exact(source: MixingConfig, target: MixingConfig) -> None:
     """Raises UserError unless the target can compute every function of the source's."""
     forms = _BECOMES[source.form]
     if target.form not in forms:
+        why = ""
+        if (source.form, target.form) == ("bi-sided", "quadratic"):
+            why = "; its product of two sums has the pairs (k, l) and (l, k), the quadratic form those of k <= l only"
         raise UserError(
-            f"--form {target.form}: the checkpoint's form is {source.form}, which can become {', '.join(forms)}"
+            f"--form {target.form}: the checkpoint's form is {source.form}, which can become {', '.join(forms)}{why}"
         )
-    missing = [name for name in source.activations if name not in target.activations]
-    if source.form == "one-sided" and target.form != "one-sided" and "identity" not in target.activations:
-        missing.append("identity")  # what the linear branch has been
-    if missing:
+    needed = dict.fromkeys(source.activations)
+    if source.form == "one-sided" and target.form != "one-sided":
+        needed[_FIXED] = None
+    if missing := [name for name in needed if name not in target.activations]:
         raise UserError(
             f"--activations {' '.join(target.activations)}: {', '.join(missing)} must be among them for the same "
             "function; add what is missing"
         )
+    if target.form == "quadratic":
+        _check_order(source, target)
     if source.mixing == "la":
         return
     gates = f"{source.gate} gates of {source.amplitude} amplitude"
@@ -163,16 +181,28 @@ def _check_exact(source: MixingConfig, target: MixingConfig) -> None:
         )
     if target.gate != source.gate:
         raise UserError(f"--gate {target.gate}: the checkpoint has {gates}; leave that as it is, without --gate")
-    if (source.form, target.form) == ("bi-sided", "quadratic"):
-        raise UserError(
-            "--form quadratic: the checkpoint's bi-sided gates would have to become products of two gates, which one "
-            "gate cannot be; only LA's or a one-sided MoA's coefficients can, or keep --form bi-sided"
-        )
     if source.gate == "softmax" and target.softmax_size != source.softmax_size:
         raise UserError(
             f"--activations {' '.join(target.activations)} --form {target.form}: softmax over {target.softmax_size} "
             f"entries where the checkpoint's is over {source.softmax_size}; keep its form and activations"
         )
+
+
+def _check_order(source: MixingConfig, target: MixingConfig) -> None:
+    """Raises UserError, with an order that would do, if a quadratic target lacks a pair (k, l) that the source has."""
+    names = target.activations
+    lost = [pair for pair in _pairs(source) if names.index(pair[0]) > names.index(pair[1])]
+    if not lost:
+        return
+    kept = source.activations
+    if source.form == "one-sided":
+        kept = (_FIXED, *(name for name in names if name in source.activations and name != _FIXED))
+    in_order = iter(kept)
+    remedy = " ".join(next(in_order) if name in kept else name for name in names)
+    raise UserError(
+        f"--activations {' '.join(names)}: the checkpoint has the pair ({', '.join(lost[0])}), and the quadratic form "
+        f"has (k, l) only where k is not after l; take --activations {remedy}"
+    )
 
 
 def _fixed_gates(mixing: MixingConfig) -> bool:
@@ -189,50 +219,46 @@ def _gate_factor(mixing: MixingConfig) -> float:
 # Coefficients.
 
 
-def origins(source: MixingConfig, target: MixingConfig) -> Origins:
-    """Where each of the target's n coefficients comes from, in their order; for mixtures that
-    :func:`target_mixing` admits.
+def origins(source: MixingConfig, target: MixingConfig) -> list[int]:
+    """Where each of the target's n coefficients comes from, in their order: an index of the source's, :data:`ONE` or
+    :data:`ZERO`; for mixtures that :func:`target_mixing` admits.
     """
-    if source.form == "quadratic":
-        pairs = [(first, second) for first in source.activations for second in source.activations]
-        kept = {pair: (index,) for index, pair in enumerate(pairs)}
-        return [kept.get((first, second)) for first in target.activations for second in target.activations]
-    activated = {name: (index,) for index, name in enumerate(source.activations)}
-    linear: dict[str, tuple[int, ...]] = {"identity": ()}
-    if source.form == "bi-sided":
-        linear = {name: (source.num_activations + index,) for index, name in enumerate(source.activations)}
-    first = [activated.get(name) for name in target.activations]
-    second = [linear.get(name) for name in target.activations]
-    if target.form == "bi-sided":
-        return first + second
+    names = target.activations
     if target.form == "quadratic":
-        return [None if row is None or column is None else row + column for row in first for column in second]
-    return first
+        pairs = _pairs(source)
+        return [pairs.get((names[first], names[second]), ZERO) for first, second in target.pairs]
+    own = {name: index for index, name in enumerate(source.activations)}
+    if target.form != "bi-sided":
+        return [own.get(name, ZERO) for name in names]
+    first, second = own, own
+    if source.form == "one-sided":
+        first = {_FIXED: ONE}
+    else:
+        second = {name: source.num_activations + index for name, index in own.items()}
+    return [branch.get(name, ZERO) for branch in (first, second) for name in names]
 
 
-def start_amplitudes(source: Tensor, origins: Origins) -> Tensor:
-    """The target's coefficients (or amplitudes) from the source's.
-
-    Args:
-        source: [n].
-        origins: one of each of the target's n'.
-
-    Returns:
-        [n'], source's dtype.
-    """
-    values = [source.new_zeros(()) if origin is None else source[list(origin)].prod() for origin in origins]
-    return torch.stack(values)
+def _pairs(source: MixingConfig) -> dict[tuple[str, str], int]:
+    """The coefficient of each product sigma_k(y) sigma_l(z) of a one-sided or quadratic source, by its index."""
+    names = source.activations
+    if source.form == "one-sided":
+        return {(_FIXED, name): index for index, name in enumerate(names)}
+    return {(names[first], names[second]): index for index, (first, second) in enumerate(source.pairs)}
 
 
-def _kept_rows(source: Tensor | None, rows: Tensor, origins: Origins) -> Tensor:
+def start_amplitudes(source: Tensor, origins: list[int]) -> Tensor:
+    """The target's coefficients (or amplitudes) [n'] from the source's [n], of its dtype."""
+    return torch.cat((source, source.new_tensor([1.0, 0.0])))[origins]  # ONE and ZERO count from the end
+
+
+def _kept_rows(source: Tensor | None, rows: Tensor, origins: list[int]) -> Tensor:
     """Gate weights [n', h] or biases [n'], filled in ``rows``: a kept gate's, 0 for every other, where psi_hat is 1."""
     rows.zero_()
     if source is None:
         return rows
     for row, origin in enumerate(origins):
-        if origin:
-            (index,) = origin  # a product of two gates was refused
-            rows[row] = source[index]
+        if origin not in (ONE, ZERO):
+            rows[row] = source[origin]
     return rows
 
 
@@ -268,7 +294,7 @@ def upcycled(
             return read(f"{module}.value").float()
         if source.amplitude == "learned":
             return read(f"{module}.amplitude").float()
-        scale = read(f"{module}.scale").float() if source.init_scale == "swiglu" else torch.ones(1)
+        scale = read(f"{module}.scale").float() if source.init_scale == "matched" else torch.ones(1)
         return (scale * _gate_factor(source)).expand(source.num_coefficients)
 
     def read_converted(name: str) -> Tensor:
@@ -295,8 +321,9 @@ def mixture_flags(target: MixingConfig) -> dict[str, Any]:
         "moa_gate": target.gate,
         "moa_gate_bias": target.gate_bias,
         "moa_amplitude": target.amplitude,
+        "moa_init": list(target.initial_coefficients),
+        "moa_gate_init_std": target.gate_init_std,
         "moa_init_scale": target.init_scale,
-        "moa_la_init": list(target.initial_coefficients),
         "moa_freeze_gates": target.freeze,
         "squared_relu": False,  # the mixture has it as relu2
         "bias_gelu_fusion": False,
@@ -345,11 +372,7 @@ def convert(
     mixing, saved = prepared.config.mixing, prepared.saved
     stock = mixing is None
     source = stock_as_mixture(saved) if stock else mixing
-    target = target_mixing(source, stock=stock, **target_settings)
-    if target == mixing:
-        raise UserError(
-            f"--load {load}: is {target.describe()} already; ask for another --form, --activations or --gate-bias"
-        )
+    target = target_mixing(source, stock=stock, routed_experts=bool(saved.num_experts), **target_settings)
 
     args = copy.copy(prepared.args)
     vars(args).update(mixture_flags(target))

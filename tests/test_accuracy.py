@@ -1,4 +1,8 @@
-"""Where the limits of megatron_moa.accuracy come from: what an H200 was off by (docs/results/h200), computed here."""
+"""Where the limits of megatron_moa.accuracy come from: what an H200 was off by (docs/results/h200), computed here.
+
+That was with earlier dictionaries and forms: the figures used here are those of gates, of which only the number of
+coefficients counts (49 of the quadratic form, 7 of the one-sided one), and of type1.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa import accuracy, reference
+from megatron_moa import accuracy
 from megatron_moa.config import MixingConfig
 from tests.training import ROOT
 
@@ -53,11 +57,17 @@ def one_by_one(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def error_of_gates(
-    mixing: MixingConfig, dtype: torch.dtype, add: Callable[[Tensor, Tensor], Tensor], tokens: int, h: int, groups: int
+    psi: Callable[[Tensor], Tensor],
+    n: int,
+    dtype: torch.dtype,
+    add: Callable[[Tensor, Tensor], Tensor],
+    tokens: int,
+    h: int,
+    groups: int,
 ) -> float:
     """On check_gate's numbers, the logits added up by ``add``; of ``groups``, if any, the first and last have rows."""
     random = accuracy._Random(dtype, "cpu", 1)
-    shape = (groups, mixing.num_coefficients) if groups else (1, mixing.num_coefficients)
+    shape = (groups, n) if groups else (1, n)
     x = random.normal(tokens, h).detach()
     weight = random.normal(*shape, h, std=h**-0.5).detach()
     parts = [(x, weight[0])]
@@ -65,28 +75,30 @@ def error_of_gates(
         parts = [(x[: tokens // 3], weight[0]), (x[tokens // 3 :], weight[-1])]
 
     def gates(logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return torch.cat([reference.gate(logits(*part), mixing) for part in parts])
+        return torch.cat([psi(logits(*part)) for part in parts])
 
     return accuracy._relative_error(gates(add), gates(lambda x, weight: x.double() @ weight.double().T))
 
 
 @pytest.mark.parametrize(
-    ("form", "gate", "dtype", "add", "groups", "exactness"),
+    ("form", "n", "gate", "dtype", "add", "groups"),
     [
-        pytest.param("quadratic", "softmax", torch.bfloat16, as_tensor_cores, 5, 1e-3, marks=pytest.mark.slow),
-        ("one-sided", "tanh", torch.float16, as_tensor_cores, 5, 1e-3),
-        ("type1", "tanh", torch.float16, as_tensor_cores, 0, 1e-3),
-        ("quadratic", "softmax", torch.float32, one_by_one, 5, 0.1),  # the GPU's exponentials are other ones
+        pytest.param("quadratic", 49, "softmax", torch.bfloat16, as_tensor_cores, 5, marks=pytest.mark.slow),
+        ("one-sided", 7, "tanh", torch.float16, as_tensor_cores, 5),
+        ("type1", 6, "tanh", torch.float16, as_tensor_cores, 0),
+        ("quadratic", 49, "softmax", torch.float32, one_by_one, 5),
     ],
 )
 def test_a_gate_is_off_by_what_its_sum_explains(
-    form: str, gate: str, dtype: torch.dtype, add: Callable[..., Tensor], groups: int, exactness: float
+    form: str, n: int, gate: str, dtype: torch.dtype, add: Callable[..., Tensor], groups: int
 ) -> None:
-    mixing = MixingConfig(form=form, gate=gate, backend="triton")
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     record = measured(f"moa {form}", names[dtype])
     assert record["worst"].startswith(f"gate {gate} {form} ")
-    assert error_of_gates(mixing, dtype, add, 128, 512, groups) == pytest.approx(record["error"], rel=exactness)
+    # In float64 and rounded once: PyTorch's own float32 exponentials differ from one kind of CPU to another.
+    psi = {"softmax": lambda logits: logits.double().softmax(-1).to(logits.dtype), "tanh": torch.tanh}[gate]
+    assert error_of_gates(psi, n, dtype, add, 128, 512, groups) == pytest.approx(record["error"], rel=1e-3)
+    mixing = MixingConfig(gate=gate, backend="triton")
     elsewhere, on_a_gpu = (
         accuracy.FLOORS[torch.float32] + accuracy._sum_floor(mixing, dtype, device, 512) for device in ("cpu", "cuda")
     )
@@ -100,21 +112,12 @@ def test_a_gate_is_off_by_what_its_sum_explains(
 # A bias' gradient.
 
 
-@pytest.mark.parametrize(
-    ("mixing_name", "form", "dtype"),
-    [
-        ("moa", "one-sided", "bf16"),
-        ("moa", "type1", "bf16"),
-        pytest.param("moa", "quadratic", "fp16", marks=pytest.mark.slow),
-    ],
-)
-def test_a_bias_gradient_adds_up_rounded_gradients(mixing_name: str, form: str, dtype: str) -> None:
+def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
     """The kernels round z's gradient to its dtype, and the bias gets the sum of that, as from a linear layer."""
-    record = measured(f"{mixing_name} {form}", dtype)
+    record = measured("moa type1", "bf16")
     assert record["worst"].endswith(" [128, 1024] triton bias")
-    mixing = MixingConfig(mixing=mixing_name, form=form, backend="eager")
-    own = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    checks = accuracy.check_mixture(mixing, own, "cpu", tokens=128, width=1024, bias=True, scale=True)
+    mixing = MixingConfig(form="type1", activations=tuple(record["activations"]), backend="eager")
+    checks = accuracy.check_mixture(mixing, torch.bfloat16, "cpu", tokens=128, width=1024, bias=True, scale=True)
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
     assert bias.error == pytest.approx(record["same_dtype_error"], rel=1e-3)  # the reference rounds the sum alone
     assert bias.same_dtype_error == pytest.approx(record["error"], rel=1e-3)
@@ -122,8 +125,8 @@ def test_a_bias_gradient_adds_up_rounded_gradients(mixing_name: str, form: str, 
 
 
 def test_few_tokens_sum_to_less_than_they_round() -> None:
-    """The case in which tests/test_gpu.py failed while kernels were held to a sum of gradients that nobody rounds."""
-    mixing = MixingConfig(mixing="la", form="quadratic", backend="eager")
-    checks = accuracy.check_mixture(mixing, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True)
+    """As where tests/test_gpu.py failed while kernels were held to a sum of gradients that nobody rounds."""
+    mixing = MixingConfig(mixing="la", form="bi-sided", backend="eager")
+    checks = accuracy.check_mixture(mixing, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True, seed=3)
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
     assert bias.same_dtype_error > accuracy.ALLOWED * bias.error + accuracy.FLOORS[torch.bfloat16]

@@ -13,7 +13,7 @@ import pytest
 import pretrain_gpt_moa
 from megatron_moa import checkpoint_guard, functional
 from megatron_moa.arguments import add_arguments, mixing_from_args, restore_model_flags
-from megatron_moa.config import GATED_DICTIONARY, MixingConfig
+from megatron_moa.config import DICTIONARIES, MixingConfig
 from megatron_moa.errors import UserError
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run
@@ -24,21 +24,39 @@ SAVE = ["--train-iters", "2", "--save-interval", "2", "--save"]
 def parse(*flags: str, swiglu: bool = True, **others: object) -> argparse.Namespace:
     """Our flags, with the few of Megatron's that the mixture looks at."""
     args = add_arguments(argparse.ArgumentParser()).parse_args(flags)
-    vars(args).update({"swiglu": swiglu, "squared_relu": False, "quick_geglu": False, **others})
+    stock = {"swiglu": swiglu, "num_experts": None, "squared_relu": False, "quick_geglu": False}
+    vars(args).update({**stock, **others})
     return args
 
 
-def test_default_is_the_papers_best_form_at_swiglus_scale() -> None:
-    mixing = mixing_from_args(parse())
-    assert mixing == MixingConfig("moa", "bi-sided", GATED_DICTIONARY, gate="sigmoid", init_scale="swiglu")
-    assert mixing_from_args(parse(swiglu=False)).form == "type1"
+@pytest.mark.parametrize(
+    ("settings", "form", "reason"),
+    [
+        ({}, "bi-sided", "a dense model"),
+        ({"num_experts": 8}, "one-sided", "routed experts"),
+        ({"swiglu": False}, "type1", "no --swiglu"),
+        ({"swiglu": False, "num_experts": 8}, "type1", "no --swiglu"),
+    ],
+)
+def test_default_is_the_papers_best_form_and_initial_values(settings: dict, form: str, reason: str) -> None:
+    args = parse(**settings)
+    expected = MixingConfig("moa", form, DICTIONARIES[form], gate="sigmoid", gate_init_std=0.02, init_scale="paper")
+    assert mixing_from_args(args) == expected
+    assert args.moa_form_reason == reason
 
 
-def test_initial_values_that_are_given_are_taken_as_they_are() -> None:
-    args = parse("--moa-mixing", "la", "--moa-la-init", "0")
-    assert mixing_from_args(args).init_scale == args.moa_init_scale == "mixture"
-    both = parse("--moa-mixing", "la", "--moa-la-init", "0.1", "--moa-init-scale", "swiglu")
-    assert mixing_from_args(both).init_scale == "swiglu"
+def test_a_named_form_needs_no_reason() -> None:
+    args = parse("--moa-form", "bi-sided", num_experts=8)
+    assert mixing_from_args(args).form == "bi-sided"
+    assert args.moa_form_reason is None
+
+
+def test_initial_values_are_taken_as_they_are_given() -> None:
+    mixing = mixing_from_args(parse("--moa-mixing", "la", "--moa-init", "0"))
+    assert (set(mixing.start_values()), mixing.init_scale) == ({0.0}, "paper")
+    both = mixing_from_args(parse("--moa-mixing", "la", "--moa-init", "0.1", "--moa-init-scale", "matched"))
+    assert (set(both.start_values()), both.init_scale) == ({0.1}, "matched")
+    assert mixing_from_args(parse("--moa-gate-init-std", "0.1")).gate_init_std == 0.1
 
 
 def test_none_is_stock() -> None:
@@ -49,8 +67,9 @@ def test_resolved_settings_are_written_back_for_the_checkpoint() -> None:
     args = parse()
     mixing_from_args(args)
     assert args.moa_form == "bi-sided"
-    assert args.moa_activations == list(GATED_DICTIONARY)
-    assert args.moa_la_init == [0.5]
+    assert args.moa_activations == list(DICTIONARIES["bi-sided"])
+    assert args.moa_init == [1.0]
+    assert (args.moa_gate_init_std, args.moa_init_scale) == (0.02, "paper")
 
 
 def test_settings_come_back_from_a_checkpoints_args() -> None:
@@ -163,7 +182,9 @@ def without_data() -> list[str]:
         ([*SWIGLU, "--moa-gate", "softmax", "--moa-activations", "silu"], ["--moa-gate softmax", "two or more"]),
         ([*SWIGLU, "--moa-backend", "cudnn"], ["--moa-backend cudnn", "choose one of"]),
         ([*SWIGLU, "--moa-mixing", "maybe"], ["--moa-mixing maybe", "la, moa"]),
-        ([*SWIGLU, "--moa-la-init", "half"], ["--moa-la-init", "half"]),
+        ([*SWIGLU, "--moa-init", "half"], ["--moa-init", "half"]),
+        ([*SWIGLU, "--moa-la-init", "0.5"], ["--moa-la-init"]),  # its name in version 1
+        ([*SWIGLU, "--moa-init-scale", "swiglu"], ["--moa-init-scale swiglu", "paper, matched"]),
         ([*SWIGLU, "--no-such-flag", "3"], ["--no-such-flag"]),
         ([*SWIGLU, "--num-attention-heads", "5"], ["num_attention_heads"]),
         ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),

@@ -93,7 +93,7 @@ def test_layer_memory(layer: list[dict[str, Any]]) -> None:
     assert by_arm["SwiGLU fused"]["saved_bytes"] == 4 * tokens * (h + 3 * f)
     assert by_arm["SwiGLU"]["saved_bytes"] == 4 * tokens * (h + 5 * f)
     assert by_arm["MoA one-sided"]["saved_coefficient_bytes"] == 4 * tokens * 7
-    assert by_arm["MoA type1"]["saved_coefficient_bytes"] == 4 * tokens * 6
+    assert by_arm["MoA type1"]["saved_coefficient_bytes"] == 4 * tokens * 5
     assert by_arm["GELU"]["saved_coefficient_bytes"] == 0
     for record in layer:
         assert record["peak_bytes"] > record["saved_bytes"] - 4 * tokens * h  # the input is there before
@@ -153,11 +153,11 @@ def test_kernels_records(tmp_path: Path) -> None:
     by_arm = {record["arm"]: record for record in read(results)}
     assert {"SwiGLU Megatron", "SwiGLU torch.compile", "SwiGLU eager"} < by_arm.keys()
     swiglu, moa, la = by_arm["SwiGLU Megatron"], by_arm["MoA quadratic eager"], by_arm["LA quadratic eager"]
-    gate = by_arm["gate n 49 eager"]
+    gate = by_arm["gate n 10 eager"]
     one = 16 * 8 * 4
     assert swiglu["bytes"] == la["bytes"] == {"forward": 3 * one, "backward": 5 * one}
-    assert moa["bytes"] == {"forward": 3 * one + 16 * 49 * 4, "backward": 5 * one + 2 * 16 * 49 * 4}
-    assert gate["bytes"] == {"forward": 16 * (4 + 49) * 4, "backward": 16 * (2 * 4 + 49) * 4}
+    assert moa["bytes"] == {"forward": 3 * one + 16 * 10 * 4, "backward": 5 * one + 2 * 16 * 10 * 4}
+    assert gate["bytes"] == {"forward": 16 * (4 + 10) * 4, "backward": 16 * (2 * 4 + 10) * 4}
     assert swiglu["ratio"] == {"forward": 1, "backward": 1, "total": 1}
     assert moa["baseline"] == "SwiGLU Megatron"
     assert moa["gb_per_s"]["forward"] == pytest.approx(moa["bytes"]["forward"] / moa["ms"]["forward"] / 1e6)
@@ -202,7 +202,7 @@ def test_accuracy_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_recipe(tmp_path: Path) -> Path:
-    flags = " ".join(recipe("dense-134m"))
+    flags = " ".join(recipe("dense-0.12b"))
     path = tmp_path / "tiny.sh"
     path.write_text(f"MODEL_ARGS=({flags} {' '.join(TINY_MODEL)})\n")
     return path
@@ -283,7 +283,7 @@ def test_suite_without_a_gpu(tmp_path: Path) -> None:
     steps = {record["step"]: record["status"] for record in records if record["benchmark"] == "suite"}
     assert set(steps.values()) == {"ok"}
     assert {"accuracy-fp32-eager-type1", "accuracy-fp32-eager-bi-sided"} < steps.keys()
-    assert {"kernels", "layer-dense", "layer-moe", "step-dense-134m"} < steps.keys()
+    assert {"kernels", "layer-dense", "layer-moe", "step-dense-0.12b"} < steps.keys()
     kinds = {record["benchmark"] for record in records}
     assert kinds == {"suite", "accuracy", "kernels", "layer", "step", "training"}
     trainings = {record["arm"]: record for record in records if record["benchmark"] == "training"}

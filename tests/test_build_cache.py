@@ -136,7 +136,7 @@ def test_the_flags_of_a_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
     variables = {"DATA_ARGS_PATH": "blend.txt", "DATA_CACHE_PATH": "cache", "TOKENIZER_TYPE": "NullTokenizer"}
     for name, value in {**variables, "TP": "2", "TOKENS": "5000000", "SPLIT": "80,10,10"}.items():
         monkeypatch.setenv(name, value)
-    flags = ["--recipe", "dense-134m", "moa", "--vocab-size", 63, "--seq-length", 32, "--max-position-embeddings", 32]
+    flags = ["--recipe", "dense-0.12b", "moa", "--vocab-size", 63, "--seq-length", 32, "--max-position-embeddings", 32]
     log = run("tools/build_cache.py", place, "--world-size", 8, *flags)
     assert BUILT.format(33, 33) in log
     assert FOUND.format(33) in run("tools/build_cache.py", place, "--world-size", 8, *flags)

@@ -38,7 +38,7 @@ CASES = {
         [TP, "1", PP, "2"],
     ),
     "SwiGLU, a scale of the gates, PP 2 to TP 2": (
-        [*TINY, *SWIGLU, "--moa-init-scale", "swiglu", *EAGER, PP, "2"],
+        [*TINY, *SWIGLU, "--moa-init-scale", "matched", *EAGER, PP, "2"],
         2,
         [TP, "2", PP, "1"],
     ),

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from megatron_moa.config import GATED_DICTIONARY, TYPE1_DICTIONARY, MixingConfig, resolve_form
+from megatron_moa.config import MixingConfig, auto_form, check_form
 from megatron_moa.errors import UserError
 
 
-@pytest.mark.parametrize(("form", "expected"), [("type1", 6), ("one-sided", 7), ("bi-sided", 14), ("quadratic", 49)])
-def test_number_of_coefficients(form: str, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("form", "count", "softmax_size"),
+    [
+        ("type1", lambda k: k, lambda k: k),
+        ("one-sided", lambda k: k, lambda k: k),
+        ("bi-sided", lambda k: 2 * k, lambda k: k),
+        ("quadratic", lambda k: k * (k + 1) // 2, lambda k: k * (k + 1) // 2),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 2, 4, 7])
+def test_number_of_coefficients(form: str, count: Callable, softmax_size: Callable, k: int) -> None:
+    names = ("gelu", "silu", "relu2", "leaky_relu", "tanh", "relu", "identity")[:k]
+    mixing = MixingConfig(form=form, activations=names)
+    assert mixing.num_coefficients == count(k) == len(set(mixing.coefficient_names))
+    assert mixing.softmax_size == softmax_size(k)
+    assert len(list(mixing.start_values())) == count(k)
+
+
+@pytest.mark.parametrize(
+    ("form", "dictionary", "coefficients"),
+    [
+        ("type1", "gelu silu relu2 leaky_relu relu", 5),
+        ("one-sided", "gelu silu relu2 leaky_relu tanh relu identity", 7),
+        ("bi-sided", "gelu silu relu2 leaky_relu tanh relu identity", 14),
+        ("quadratic", "gelu silu relu2 identity", 10),
+    ],
+)
+def test_default_dictionaries_are_the_papers(form: str, dictionary: str, coefficients: int) -> None:
     mixing = MixingConfig(form=form)
-    assert mixing.num_coefficients == expected == len(set(mixing.coefficient_names))
-    assert len(list(mixing.start_values())) == expected
+    assert mixing.activations == tuple(dictionary.split())
+    assert mixing.num_coefficients == coefficients
 
 
-def test_default_dictionaries() -> None:
-    assert MixingConfig(form="bi-sided").activations == GATED_DICTIONARY
-    assert MixingConfig(form="type1").activations == TYPE1_DICTIONARY
-    assert "identity" not in TYPE1_DICTIONARY
+def test_default_initial_values_are_the_papers() -> None:
+    mixing = MixingConfig(mixing="la", form="quadratic")
+    assert list(mixing.start_values()) == [1.0] * 10
+    assert (mixing.gate_init_std, mixing.init_scale) == (0.02, "paper")
+
+
+@pytest.mark.parametrize(
+    ("form", "names"),
+    [
+        ("type1", "silu relu2 identity"),
+        ("one-sided", "linear.silu linear.relu2 linear.identity"),
+        ("bi-sided", "silu relu2 identity linear.silu linear.relu2 linear.identity"),
+        ("quadratic", "silu*silu silu*relu2 silu*identity relu2*relu2 relu2*identity identity*identity"),
+    ],
+)
+def test_coefficients_are_named_in_their_order(form: str, names: str) -> None:
+    assert MixingConfig(form=form, activations=("silu", "relu2", "identity")).coefficient_names == tuple(names.split())
 
 
 def test_any_subset_in_any_order() -> None:
@@ -32,17 +73,20 @@ def test_any_subset_in_any_order() -> None:
         ({"form": "two-sided"}, ["--moa-form two-sided", "bi-sided"]),
         ({"gate": "relu"}, ["--moa-gate relu", "softmax"]),
         ({"amplitude": "free"}, ["--moa-amplitude free", "learned"]),
-        ({"init_scale": "half"}, ["--moa-init-scale half", "swiglu"]),
+        ({"init_scale": "swiglu"}, ["--moa-init-scale swiglu", "paper, matched"]),
         ({"backend": "cuda"}, ["--moa-backend cuda", "compile"]),
         ({"activations": ("silu", "swish")}, ["--moa-activations swish", "unknown", "gelu_tanh"]),
         ({"activations": ("silu", "relu", "silu")}, ["--moa-activations silu", "twice"]),
         ({"activations": ("silu",), "gate": "softmax"}, ["--moa-gate softmax", "silu", "sigmoid"]),
-        ({"mixing": "la", "initial_coefficients": (1.0, 2.0)}, ["--moa-la-init 1 2", "14"]),
-        ({"mixing": "la", "initial_coefficients": (float("nan"),)}, ["--moa-la-init nan", "finite"]),
-        ({"initial_coefficients": (1.0,)}, ["--moa-la-init 1", "--moa-amplitude learned"]),
+        ({"mixing": "la", "initial_coefficients": (1.0, 2.0)}, ["--moa-init 1 2", "14"]),
+        ({"mixing": "la", "initial_coefficients": (float("nan"),)}, ["--moa-init nan", "finite"]),
+        ({"initial_coefficients": (0.5,)}, ["--moa-init 0.5", "--moa-amplitude learned"]),
         ({"mixing": "la", "gate": "tanh"}, ["--moa-gate tanh", "--moa-mixing moa"]),
         ({"mixing": "la", "gate_bias": True}, ["--moa-gate-bias:", "--moa-mixing moa"]),
         ({"mixing": "la", "amplitude": "learned"}, ["--moa-amplitude learned", "--moa-mixing moa"]),
+        ({"mixing": "la", "gate_init_std": 0.1}, ["--moa-gate-init-std 0.1", "--moa-mixing moa"]),
+        ({"gate_init_std": -0.1}, ["--moa-gate-init-std -0.1", "positive"]),
+        ({"gate_init_std": float("inf")}, ["--moa-gate-init-std inf", "positive"]),
     ],
 )
 def test_illegal_settings_are_one_line(settings: dict, parts: list[str]) -> None:
@@ -54,12 +98,24 @@ def test_illegal_settings_are_one_line(settings: dict, parts: list[str]) -> None
 
 
 def test_form_must_fit_the_unit() -> None:
-    assert resolve_form("auto", True) == "bi-sided"
-    assert resolve_form("auto", False) == "type1"
-    assert resolve_form("quadratic", True) == "quadratic"
+    check_form("quadratic", True)
+    check_form("type1", False)
     with pytest.raises(UserError, match=r"--moa-form type1: .*drop --swiglu"):
-        resolve_form("type1", True)
+        check_form("type1", True)
     with pytest.raises(UserError, match=r"--moa-form one-sided: .*add --swiglu"):
-        resolve_form("one-sided", False)
+        check_form("one-sided", False)
     with pytest.raises(UserError, match="--moa-form three-sided: unknown"):
-        resolve_form("three-sided", True)
+        check_form("three-sided", True)
+
+
+@pytest.mark.parametrize(
+    ("gated", "experts", "form", "reason"),
+    [
+        (False, False, "type1", "no --swiglu"),
+        (False, True, "type1", "no --swiglu"),
+        (True, False, "bi-sided", "a dense model"),
+        (True, True, "one-sided", "routed experts"),
+    ],
+)
+def test_the_form_for_a_model(gated: bool, experts: bool, form: str, reason: str) -> None:
+    assert auto_form(gated, experts) == (form, reason)

@@ -4,6 +4,7 @@ and it goes on training.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -235,30 +237,81 @@ def write_data(pattern: list[int], prefix: str) -> None:
     builder.finalize(get_idx_path(prefix))
 
 
+# The paper's one-sided and quadratic forms.
+
+
+def forms_there_and_back(folder: Path) -> None:
+    """A target of :func:`run`: LA and MoA, dense and with experts, become checkpoints and exports again."""
+    import megatron_moa
+    from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+
+    tokens = torch.randint(67, (1, 37), generator=torch.Generator().manual_seed(3))
+    for number, (kind, form, experts) in enumerate(
+        itertools.product(("la", "moa"), ("one-sided", "quadratic"), ({}, {**EXPERTS, **SHARED}))
+    ):
+        torch.manual_seed(number)
+        settings = {**mixing(kind, form, "gelu", "silu", "relu2", "identity"), "gate_init_std": 0.5}
+        if kind == "la":
+            del settings["gate_init_std"]
+        own = GPTMoAConfig(**{**PLAIN, "initializer_range": 0.3, "mixing": settings, **experts})
+        model = GPTMoAForCausalLM(own).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("coefficients.value"):
+                    parameter.normal_()  # they start at 1, all alike
+            logits = model(tokens).logits[0]
+        source, checkpoint, back = (str(folder / f"{name}{number}") for name in ("hf", "out", "back"))
+        model.save_pretrained(source)
+        convert_from_hf.main(["--hf", source, "--out", checkpoint, "--no-verify"])
+        found = megatron_moa.from_checkpoint(checkpoint)
+        assert (found.mixing.mixing, found.mixing.form) == (kind, form)
+        assert logits.std() > 0.5
+        difference = (found.logits(tokens[0]) - logits).abs().max()
+        assert difference < 1e-5 * logits.abs().max(), (kind, form, experts, difference)
+        convert_to_hf.main(["--load", checkpoint, "--out", back, "--no-verify"])
+        expected, again = (load_file(Path(path) / "model.safetensors") for path in (source, back))
+        assert again.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(again[name], tensor), (kind, form, name)
+        function = ("mixing", "form", "activations", "gate")
+        config = json.loads((Path(back) / "config.json").read_text())
+        assert [config["mixing"].get(name) for name in function] == [settings.get(name) for name in function]
+
+
+@pytest.mark.slow
+def test_one_sided_and_quadratic_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    run(forms_there_and_back, tmp_path)
+
+
 # There and back.
 
 WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weights"
 EAGER, STOCK = ["--moa-backend", "eager"], ["--moa-mixing", "none"]
-LA, MOA = ["--moa-mixing", "la", *EAGER], ["--moa-mixing", "moa", *EAGER]
+LA, MOA = ["--moa-mixing", "la", *EAGER], ["--moa-mixing", "moa", *EAGER, "--moa-gate-init-std", "0.3"]
+ONE_SIDED, QUADRATIC = ["--moa-form", "one-sided"], ["--moa-form", "quadratic"]
 LIKE_GPT2 = "--position-embedding-type learned_absolute --normalization LayerNorm --ffn-hidden-size 48".split()
 ROUTER = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-dtype fp32".split()
 SHARED_EXPERT = "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate".split()
 
 TRIPS: dict[str, tuple[list[str], dict[str, int]]] = {
-    "moa, TP 2": ([*SWIGLU, *MOA, "--moa-gate-bias"], {"tp": 2}),
-    "MoE, la, shared expert, PP 2, EP 2": ([*SWIGLU, *MOE, *SHARED_EXPERT, *LA], {"pp": 2, "ep": 2}),
+    "moa quadratic, TP 2": ([*SWIGLU, *MOA, *QUADRATIC, "--moa-gate-bias"], {"tp": 2}),
+    "MoE, la one-sided, shared expert, PP 2, EP 2": (
+        [*SWIGLU, *MOE, *SHARED_EXPERT, *LA, *ONE_SIDED],
+        {"pp": 2, "ep": 2},
+    ),
+    "moa bi-sided, TP 2": ([*SWIGLU, *MOA, "--moa-form", "bi-sided"], {"tp": 2}),
     "stock GPT-2, biases, tied": ([*LIKE_GPT2, *STOCK], {}),
     "stock SwiGLU, biases of q, k, v, TP 2": ([*SWIGLU, *STOCK, "--add-qkv-bias"], {"tp": 2}),
     "la type1, biases, tied, PP 2": ([*LIKE_GPT2, *LA], {"pp": 2}),
-    "la one-sided": ([*SWIGLU, *LA, "--moa-form", "one-sided"], {}),
-    "la quadratic, q/k norm": ([*SWIGLU, *LA, "--moa-form", "quadratic", "--qk-layernorm"], {}),
-    "moa one-sided, softmax": ([*SWIGLU, *MOA, *"--moa-form one-sided --moa-gate softmax".split()], {}),
+    "la one-sided": ([*SWIGLU, *LA, *ONE_SIDED], {}),
+    "la quadratic, q/k norm": ([*SWIGLU, *LA, *QUADRATIC, "--qk-layernorm"], {}),
+    "moa one-sided, softmax": ([*SWIGLU, *MOA, *ONE_SIDED, "--moa-gate", "softmax"], {}),
     "moa quadratic, learned amplitude": (
-        [*SWIGLU, *MOA, *"--moa-form quadratic --moa-gate tanh --moa-amplitude learned --moa-gate-bias".split()],
+        [*SWIGLU, *MOA, *QUADRATIC, *"--moa-gate tanh --moa-amplitude learned --moa-gate-bias".split()],
         {"tp": 2},
     ),
-    "MoE, moa with a scale, router bias, every second layer": (
-        [*SWIGLU, *MOE, *ROUTER, *MOA, *"--moa-init-scale swiglu --moe-layer-freq 2".split()],
+    "MoE, moa one-sided with a scale, router bias, every second layer": (
+        [*SWIGLU, *MOE, *ROUTER, *MOA, *ONE_SIDED, *"--moa-init-scale matched --moe-layer-freq 2".split()],
         {"ep": 2},
     ),
     "MoE, stock, TP 2": ([*SWIGLU, *MOE, *STOCK], {"tp": 2}),

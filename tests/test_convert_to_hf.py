@@ -38,29 +38,23 @@ SHARED = "--moe-shared-expert-intermediate-size 32".split()
 GATED = [*SHARED, "--moe-shared-expert-gate"]
 GPT2 = "--position-embedding-type learned_absolute --normalization LayerNorm --ffn-hidden-size 48".split()
 UNGROUPED = "--num-query-groups 4".split()
-STOCK = ["--moa-mixing", "none"]
+LA, STOCK = ["--moa-mixing", "la", *EAGER], ["--moa-mixing", "none"]
+MOA = ["--moa-mixing", "moa", *EAGER, "--moa-gate-init-std", "0.3"]
 
 # Flags, processes, and the class of the export.
 CASES: dict[str, tuple[list[str], int, str]] = {
-    "moa": ([*SWIGLU, "--moa-mixing", "moa", *EAGER], 1, "GPTMoAForCausalLM"),
-    "MoE, la, TP 2, PP 2, EP 2": (
-        [*SWIGLU, *EXPERTS, *SPLIT, *STAGES, "--moa-mixing", "la", *EAGER],
-        4,
-        "GPTMoAForCausalLM",
-    ),
-    "moa, GPT-2-like, biases, tied, PP 2": ([*GPT2, *STAGES, "--moa-mixing", "moa", *EAGER], 2, "GPTMoAForCausalLM"),
-    "la quadratic, TP 2": (
-        [*SWIGLU, *SPLIT, *"--moa-mixing la --moa-form quadratic".split(), *EAGER],
-        2,
-        "GPTMoAForCausalLM",
-    ),
-    "MoE, moa, shared expert": (
-        [*SWIGLU, *MOE, *SHARED, "--moa-mixing", "moa", *EAGER],
+    "moa bi-sided": ([*SWIGLU, *MOA], 1, "GPTMoAForCausalLM"),
+    "MoE, la one-sided, TP 2, PP 2, EP 2": ([*SWIGLU, *EXPERTS, *SPLIT, *STAGES, *LA], 4, "GPTMoAForCausalLM"),
+    "moa type1, GPT-2-like, biases, tied, PP 2": ([*GPT2, *STAGES, *MOA], 2, "GPTMoAForCausalLM"),
+    "la quadratic, TP 2": ([*SWIGLU, *SPLIT, *LA, "--moa-form", "quadratic"], 2, "GPTMoAForCausalLM"),
+    "moa one-sided": ([*SWIGLU, *MOA, "--moa-form", "one-sided"], 1, "GPTMoAForCausalLM"),
+    "MoE, moa quadratic, shared expert": (
+        [*SWIGLU, *MOE, *SHARED, *MOA, "--moa-form", "quadratic"],
         1,
         "GPTMoAForCausalLM",
     ),
-    "MoE, grouped experts, bf16": (
-        [*SWIGLU, *MOE, *SIGMOID, *"--moe-grouped-gemm --bf16 --moa-mixing moa".split(), *EAGER],
+    "MoE, moa one-sided, grouped experts, bf16": (
+        [*SWIGLU, *MOE, *SIGMOID, *"--moe-grouped-gemm --bf16".split(), *MOA],
         1,
         "GPTMoAForCausalLM",
     ),
@@ -95,9 +89,17 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "MoE, stock, sigmoid router": ([*SWIGLU, *MOE, *SIGMOID, *STOCK], 1, "GPTMoAForCausalLM"),
 }
 SELECTION = (
-    *("moa", "MoE, la, TP 2, PP 2, EP 2", "stock, biases, tied, TP 2", "stock, GPT-2-like, biases, tied"),
+    *("moa bi-sided", "MoE, la one-sided, TP 2, PP 2, EP 2", "MoE, moa quadratic, shared expert"),
+    *("stock, biases, tied, TP 2", "stock, GPT-2-like, biases, tied"),
     "MoE, stock, shared expert with gate, dense layers",
 )
+# What a card says of the mixture, by form.
+EQUATIONS = {
+    "type1": "`sum_k c_k s_k(y)`",
+    "one-sided": "`silu(y) * sum_k c_k s_k(z)`",
+    "bi-sided": "`(sum_k c_k s_k(y)) * (sum_k c_{K+k} s_k(z))`",
+    "quadratic": "`sum_{k <= l} c_kl s_k(y) s_l(z)`",
+}
 WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weights"
 
 
@@ -204,8 +206,14 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     for text in ("| iteration | 2 |", "| tokens trained on | 256 |", "| --seq-length | 32 |", "same likeliest token"):
         assert text in card
     assert ("trust_remote_code" in card) == architecture.startswith("GPTMoA")
+    if "mixing_format_version" in config:
+        assert config["mixing_format_version"] == 2
+    form = (config.get("mixing") or {}).get("form")
+    assert form is None or form in case
+    for name, text in EQUATIONS.items():
+        assert (f"| {name} |" in card) == (text in card) == (name == form)
 
-    if case == "moa":  # the same checkpoint, further
+    if case == "moa bi-sided":  # the same checkpoint, further
         check_mistakes(checkpoint, out, tmp_path)
 
 

@@ -261,6 +261,7 @@ def test_disk_of_save(tmp_path: Path) -> None:
     [
         (("--timeout", "0"), "--timeout 0.0: give a positive number"),
         (("--nccl", "--smoke"), "--nccl: runs on every rank and alone"),
+        (("--recipe", "moe2b"), "--recipe moe2b: there is no such recipe; did you mean moe-2b"),
         (("--smok",), "unrecognized arguments: --smok"),
     ],
 )
@@ -269,6 +270,18 @@ def test_mistakes_are_one_line(flags: tuple[str, ...], text: str) -> None:
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert text in result.stderr
+
+
+def test_widths_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = doctor.check_recipe("dense-0.5b")
+    assert (finding.state, finding.text) == (
+        "check",
+        "dense-0.5b: feed-forward width 3413 is odd: slow on tensor cores",
+    )
+    assert finding.remedy.startswith("FFN_MULTIPLE=128 ")
+    monkeypatch.setenv("FFN_MULTIPLE", "128")
+    finding = doctor.check_recipe("dense-0.5b")
+    assert (finding.state, finding.text) == ("ok", "dense-0.5b: feed-forward width 3456")
 
 
 @pytest.mark.slow

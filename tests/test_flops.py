@@ -106,18 +106,19 @@ def test_matrix_products_are_those_of_the_built_model(name: str, monkeypatch: py
     [
         ([*SWIGLU, "--moa-mixing", "none"], 0, 0),
         ([*SWIGLU, "--moa-mixing", "la"], 0, 2 * 6 * 14 * 48),
-        (TYPE1, 2 * 6 * 32 * 6, 2 * 6 * 6 * 48),
+        (TYPE1, 2 * 6 * 32 * 5, 2 * 6 * 5 * 48),
         ([*TYPE1, "--moa-activations", "silu", "tanh"], 2 * 6 * 32 * 2, 2 * 6 * 2 * 48),
         ([*SWIGLU, "--moa-form", "one-sided"], 2 * 6 * 32 * 7, 2 * 6 * 7 * 48),
         (SWIGLU, 2 * 6 * 32 * 14, 2 * 6 * 14 * 48),
-        ([*SWIGLU, "--moa-form", "quadratic"], 2 * 6 * 32 * 49, 2 * 6 * (49 + 7) * 48),
-        # Two of four experts a token, of width 32; each with gates of its own.
-        ([*SWIGLU, *MOE], 2 * 2 * 6 * 32 * 14, 2 * 2 * 6 * 14 * 32),
-        ([*SWIGLU, *MOE, *SHARED], 2 * (2 + 1) * 6 * 32 * 14, 2 * 6 * 14 * (2 * 32 + 40)),
+        ([*SWIGLU, "--moa-form", "quadratic"], 2 * 6 * 32 * 10, 2 * 6 * (10 + 4) * 48),
+        # One-sided by default; two of four experts a token, of width 32, each with gates of its own.
+        ([*SWIGLU, *MOE], 2 * 2 * 6 * 32 * 7, 2 * 2 * 6 * 7 * 32),
+        ([*SWIGLU, *MOE, "--moa-form", "bi-sided"], 2 * 2 * 6 * 32 * 14, 2 * 2 * 6 * 14 * 32),
+        ([*SWIGLU, *MOE, *SHARED], 2 * (2 + 1) * 6 * 32 * 7, 2 * 6 * 7 * (2 * 32 + 40)),
         # The first layer dense.
-        ([*SWIGLU, *MOE, "--moe-layer-freq", "[0,1]"], (1 + 2) * 6 * 32 * 14, 6 * 14 * (48 + 2 * 32)),
+        ([*SWIGLU, *MOE, "--moe-layer-freq", "[0,1]"], (1 + 2) * 6 * 32 * 7, 6 * 7 * (48 + 2 * 32)),
         # Experts' input has the latent size.
-        ([*SWIGLU, *MOE, "--moe-latent-size", "24"], 2 * 2 * 6 * 24 * 14, 2 * 2 * 6 * 14 * 32),
+        ([*SWIGLU, *MOE, "--moe-latent-size", "24"], 2 * 2 * 6 * 24 * 7, 2 * 2 * 6 * 7 * 32),
         ([*SWIGLU, *MTP], 4 * 6 * 32 * 14, 4 * 6 * 14 * 48),
     ],
 )

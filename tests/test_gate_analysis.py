@@ -1,4 +1,4 @@
-"""Gates of a trained mixture: coefficients that are recorded, losses with others in their place, what is said of both.
+"""Gates of a trained mixture: recorded coefficients, losses with others in their place, and the reports of both.
 
 megatron_moa/gate_probe.py on models made by hand; then tools/analyze_gates.py and examples/studies/continue_frozen.sh.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.axes import Axes
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from megatron_moa.coefficients import Coefficients
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.gate_collapse import collapsed_mixing
+from megatron_moa.gate_pictures import draw_curves, quadratic_map
 from megatron_moa.gate_probe import (
     DENSE,
     ROUTED,
@@ -51,7 +53,12 @@ from tools import analyze_gates
 
 CONTEXT, END = 8, 31
 MOA = MixingConfig(
-    form="bi-sided", activations=("silu", "relu2", "tanh"), gate_bias=True, amplitude="learned", backend="eager"
+    form="bi-sided",
+    activations=("silu", "relu2", "tanh"),
+    gate_bias=True,
+    amplitude="learned",
+    gate_init_std=0.1,
+    backend="eager",
 )
 KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": moe_settings(moe_shared_expert_intermediate_size=12)}
 
@@ -129,7 +136,7 @@ def close(found: Tensor, expected: Tensor) -> None:
     [
         ("dense", MOA),
         ("dense", dataclasses.replace(MOA, form="quadratic", gate="softmax")),
-        ("dense", MixingConfig(form="one-sided", activations=("gelu", "relu"), init_scale="swiglu", backend="eager")),
+        ("dense", MixingConfig(form="one-sided", activations=("gelu", "relu"), init_scale="matched", backend="eager")),
         ("moe", MOA),
         ("moe", dataclasses.replace(MOA, gate="tanh", amplitude="fixed")),
     ],
@@ -245,19 +252,28 @@ def test_an_activation_left_out_has_coefficient_zero(recorded: tuple[GateProbe, 
 
 
 @pytest.mark.usefixtures("megatron")
-def test_an_activation_left_out_of_the_quadratic_form_is_a_row_or_a_column() -> None:
-    probe = probed(load("dense", dataclasses.replace(MOA, form="quadratic")))
-    names = tried(probe, probe.record([]))
-    products = probe.mixing.coefficient_names
-    for branch, place in (("activated", 0), ("linear", 1)):
-        zeroed = [number for number, name in enumerate(products) if name.split("*")[place] == "tanh"]
-        assert len(zeroed) == 3
+@pytest.mark.parametrize(
+    ("form", "branch", "title", "zeroed"),
+    [
+        ("type1", "activated", "without relu2", {"relu2"}),
+        ("one-sided", "linear", "without relu2", {"linear.relu2"}),
+        ("quadratic", "activated", "without relu2, activated branch", {"relu2*relu2", "relu2*tanh"}),
+        ("quadratic", "linear", "without relu2, linear branch", {"silu*relu2", "relu2*relu2"}),
+        ("quadratic", "both", "without relu2, both branches", {"silu*relu2", "relu2*relu2", "relu2*tanh"}),
+    ],
+)
+def test_an_activation_left_out_of_the_other_forms(form: str, branch: str, title: str, zeroed: set[str]) -> None:
+    probe = probed(load("dense", dataclasses.replace(MOA, form=form), gated=form != "type1"))
+    ablation = tried(probe, probe.record([]))[title]
+    assert ablation.about == {"activation": "relu2", "branch": branch}
+    numbers = [number for number, name in enumerate(probe.mixing.coefficient_names) if name in zeroed]
+    assert len(numbers) == len(zeroed)
 
-        def without(_: int, module: Coefficients, zeroed: list[int] = zeroed) -> None:
-            module.amplitude.data[zeroed] = 0.0
+    def without(_: int, module: Coefficients) -> None:
+        module.amplitude.data[numbers] = 0.0
 
-        found = ablated(probe, names[f"without tanh, {branch} branch"])
-        close(found, loss_without_probe(edited(probe.loaded, without), probe.windows.tokens[probe.windows.half :]))
+    tokens = probe.windows.tokens[probe.windows.half :]
+    close(ablated(probe, ablation), loss_without_probe(edited(probe.loaded, without), tokens))
 
 
 def test_permuting_hands_the_same_coefficients_to_other_tokens(recorded: tuple[GateProbe, Recording]) -> None:
@@ -369,6 +385,53 @@ def test_windows_are_the_text_as_training_sees_it() -> None:
         Windows.of([[1] * 8], END, 4, 400, seed=1)
     with pytest.raises(UserError, match=r"TEXT: 15 tokens .* and --tokens of at least 16"):
         Windows.of([[1] * 80], END, 4, 15, seed=1)
+
+
+# Pictures.
+
+
+def test_a_map_of_the_quadratic_form_is_the_reference() -> None:
+    mixing = MixingConfig(form="quadratic", activations=("silu", "relu2", "tanh"))
+    coefficients = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    basis = torch.stack([reference.DEFINITIONS[name](x) for name in mixing.activations])
+    y, z = torch.meshgrid(x, x, indexing="ij")
+    expected = reference.mix(torch.stack((y, z), -1), coefficients, mixing)[..., 0]
+    torch.testing.assert_close(quadratic_map(basis, coefficients), expected)
+    torch.testing.assert_close(quadratic_map(basis, torch.stack((coefficients, -coefficients))[1]), -expected)
+
+
+@pytest.mark.parametrize(
+    ("form", "titles"),
+    [
+        ("type1", ["layer 1, activated branch"]),
+        ("one-sided", ["layer 1, linear branch"]),
+        ("bi-sided", ["layer 1, activated branch", "layer 1, linear branch"]),
+        ("quadratic", ["layer 1, mean coefficients", "layer 1, std over 2 random tokens"]),
+    ],
+)
+def test_every_mixed_branch_has_a_picture_of_its_own(
+    form: str, titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixing = MixingConfig(form=form, activations=("relu", "tanh"))
+    n = mixing.num_coefficients
+    sampled = [[0.5 + k for k in range(n)], [0.1 * k for k in range(n)]]
+    gates = [{"name": name, "mean": 1.0 + k} for k, name in enumerate(mixing.coefficient_names)]
+    site = {"title": "layer 1", "gates": gates, "sampled": sampled}
+    curves: dict[int, list[Tensor]] = {}
+    shown: list[str] = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, _, y, **__: curves.setdefault(id(axes), []).append(y))
+    monkeypatch.setattr(Axes, "set_title", lambda _, title, **__: shown.append(title))
+    model = {"form": form, "activations": list(mixing.activations)}
+    draw_curves({"sites": [site], "mixing": model}, tmp_path / "curves.png")
+    assert shown == titles
+    assert (tmp_path / "curves.png").is_file()
+    if form != "quadratic":
+        x = torch.linspace(-4, 4, 161, dtype=torch.float64)
+        for number, drawn in enumerate(curves.values()):
+            first, second = (1.0 + number * 2 + k for k in range(2))  # the means of this branch
+            torch.testing.assert_close(drawn[-1], first * x.relu() + second * x.tanh())
+            assert len(drawn) == 3
 
 
 # The tool.
@@ -506,6 +569,11 @@ def test_grouped_experts_and_a_dataset(trained: Path) -> None:
     ]
     assert analysis["text"]["source"] == f"training part of {trained / 'corpus'}"
     assert "| between experts |" in log
+    # One-sided: SiLU is fixed on W1's branch.
+    assert [gate["name"] for gate in analysis["sites"][0]["gates"]] == ["linear.silu", "linear.relu2"]
+    assert re.search(r"\| layer 2, routed experts \| linear \| \S+ to ", log)
+    assert "| without relu2 |" in log
+    assert "activated" not in log
     assert float(re.search(r"> wrote the LA, .* largest difference of logits (\S+) of", log)[1]) < 1e-5
     assert all(gate["expert_share"] > 0.01 for site in analysis["sites"] for gate in site["gates"])
     log = tool(trained / "moe", trained / "corpus", "--no-ablate")

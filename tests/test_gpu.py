@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_moa import accuracy
+from megatron_moa.activations import ACTIVATIONS
 from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.functional import gate_coefficients, mixed_activation
 from tests.training import MOE, SWIGLU, train
@@ -68,6 +69,13 @@ def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
         accuracy.require(accuracy.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
         learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
         accuracy.require(accuracy.check_gate(learned, dtype, "cuda", 300, 1000, groups))
+
+
+@pytest.mark.parametrize("k", [8, 14])
+def test_quadratic_sums_in_several_launches(k: int) -> None:
+    mixing = MixingConfig(form="quadratic", activations=tuple(ACTIVATIONS)[:k], backend="triton")
+    accuracy.require(accuracy.check_mixture(mixing, torch.float32, "cuda", 65, 1408, scale=True))
+    accuracy.require(accuracy.check_gate(mixing, torch.bfloat16, "cuda", 300, 768))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from transformers import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,13 +21,14 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.export import code_files
 from megatron_moa.hf.mapping import entries, from_hf, to_hf
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
-from megatron_moa.output_scale import start_scale
+from megatron_moa.output_scale import matching_scale
 from tests import hf_models, launch
 from tests.tiny_hf import KINDS, build, tokens_of
 from tests.training import MOE, ROOT, SWIGLU, TINY
 
 EAGER = ["--moa-backend", "eager"]
-MOA, STOCK = ["--moa-mixing", "moa", *EAGER], ["--moa-mixing", "none"]
+LA, STOCK = ["--moa-mixing", "la", *EAGER], ["--moa-mixing", "none"]
+MOA = ["--moa-mixing", "moa", *EAGER, "--moa-gate-init-std", "0.3"]
 SHARED = "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate".split()
 SIGMOID = (
     "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5 "
@@ -36,14 +40,9 @@ WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weig
 
 CASES: dict[str, list[str]] = {
     "stock": [*SWIGLU, *STOCK],
-    "la bi-sided": [
-        *SWIGLU,
-        "--moa-mixing",
-        "la",
-        *EAGER,
-        "--moa-la-init",
-        *"1 .5 .2 .1 .7 .3 .6 1 0 .1 .2 .3 .4 .5".split(),
-    ],
+    "la one-sided": [*SWIGLU, *LA, *"--moa-form one-sided --moa-init 1 .5 .2 .1 .7 .3 .6".split()],
+    "la bi-sided": [*SWIGLU, *LA, *"--moa-init 1 .5 .2 .1 .7 .3 .6 1 0 .1 .2 .3 .4 .5".split()],
+    "la quadratic": [*SWIGLU, *LA, *"--moa-form quadratic --moa-init 1 .5 .2 .1 .7 .3 .6 1 0 .1".split()],
     "moa bi-sided": [*SWIGLU, *MOA],
     "moa one-sided, softmax, bias": [*SWIGLU, *MOA, *"--moa-form one-sided --moa-gate softmax --moa-gate-bias".split()],
     "moa quadratic, tanh, amplitude": [
@@ -51,8 +50,8 @@ CASES: dict[str, list[str]] = {
         *MOA,
         *"--moa-form quadratic --moa-gate tanh --moa-amplitude learned".split(),
     ],
-    "moa with SwiGLU's scale": [*SWIGLU, *MOA, "--moa-init-scale", "swiglu"],
-    "la type1, GPT-2-like, biases, tied": [*GPT2, "--moa-mixing", "la", *EAGER],
+    "moa with SwiGLU's scale": [*SWIGLU, *MOA, "--moa-init-scale", "matched"],
+    "la type1, GPT-2-like, biases, tied": [*GPT2, *LA],
     "stock, GPT-2-like, biases, tied": [*GPT2, *STOCK],
     "q/k norm, bias of q, k, v, partial rotation": [
         *SWIGLU,
@@ -60,9 +59,9 @@ CASES: dict[str, list[str]] = {
         *"--qk-layernorm --add-qkv-bias --rotary-percent 0.5".split(),
     ],
     "LLaMA 3's rope": [*SWIGLU, *MOA, *"--use-rope-scaling --rope-scaling-factor 4 --rotary-base 500000".split()],
-    "MoE, moa, shared expert with gate": [*SWIGLU, *MOE, *SHARED, *MOA, "--moe-router-pre-softmax"],
-    "MoE, la, every second layer": [*SWIGLU, *MOE, "--moa-mixing", "la", *EAGER, "--moe-layer-freq", "2"],
-    "MoE, moa, sigmoid router with bias": [*SWIGLU, *MOE, *SIGMOID, *MOA],
+    "MoE, moa one-sided, shared expert with gate": [*SWIGLU, *MOE, *SHARED, *MOA, "--moe-router-pre-softmax"],
+    "MoE, la one-sided, every second layer": [*SWIGLU, *MOE, *LA, "--moe-layer-freq", "2"],
+    "MoE, moa quadratic, sigmoid router with bias": [*SWIGLU, *MOE, *SIGMOID, *MOA, "--moa-form", "quadratic"],
     "MoE, stock": [*SWIGLU, *MOE, *SHARED, *STOCK],
 }
 
@@ -292,31 +291,47 @@ def test_trains_with_labels_and_gradient_checkpointing(kind: str) -> None:
 
 
 @pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The modeling file of an export, imported as where megatron_moa is not installed."""
+def exported_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a package that can be imported: the Python files of an export."""
     (tmp_path / "alone").mkdir()
     for name, text in {"__init__.py": "", **code_files()}.items():
         (tmp_path / "alone" / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "megatron_moa.config", None)
-        module = importlib.import_module("alone.modeling_gpt_moa")
-    yield module
+    yield "alone"
     for name in [name for name in sys.modules if name.partition(".")[0] == "alone"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def alone(exported_code: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The modeling file of an export, imported as where megatron_moa is not installed."""
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "megatron_moa.config", None)
+        return importlib.import_module(f"{exported_code}.modeling_gpt_moa")
+
+
+@pytest.mark.parametrize(("version", "source"), [(2, "megatron_moa.functional"), (3, "alone.reference")])
+def test_an_export_uses_a_megatron_moa_of_its_format_version(
+    version: int, source: str, exported_code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_moa.config.FORMAT_VERSION", version)
+    module = importlib.import_module(f"{exported_code}.modeling_gpt_moa")
+    assert {module.mixed_activation.__module__, module.gate_coefficients.__module__} == {source}
+    assert module.GPTMoAConfig().mixing_format_version == 2
 
 
 COMPILED = [
     pytest.param(kind, "compile", marks=[pytest.mark.slow, *([] if kind == "moa" else [pytest.mark.full])])
     for kind in KINDS
 ]
-BACKENDS = [(kind, backend) for kind in KINDS for backend in ("eager", "triton")]
+BACKENDS = [(kind, backend) for kind in (*KINDS, "one-sided") for backend in ("eager", "triton")]
 
 
 @pytest.mark.parametrize(("kind", "backend"), [*BACKENDS, *COMPILED])
 def test_fused_kernels_compute_what_an_export_does_without_them(kind: str, backend: str, alone: ModuleType) -> None:
     assert alone.mixed_activation.__module__ == "alone.reference"
-    fused = build(kind, mixing_backend=backend)
+    changed = {"mixing": {**KINDS["moa"]["mixing"], "form": "one-sided"}} if kind == "one-sided" else {}
+    fused = build("moa" if changed else kind, mixing_backend=backend, **changed)
     plain = alone.GPTMoAForCausalLM(alone.GPTMoAConfig(**fused.config.to_diff_dict()))
     plain.load_state_dict(fused.state_dict())
     tokens = tokens_of(fused, 1, 7)
@@ -406,9 +421,56 @@ def test_a_biased_experts_output_is_scaled_with_its_bias() -> None:
     torch.testing.assert_close(layer(x)[0], expected, atol=1e-3, rtol=1e-4)
 
 
+# The mixture.
+
+
+@pytest.mark.parametrize("kind", ["la", "moa"])
+@pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided", "quadratic"])
+def test_feed_forward_layers_compute_the_papers_equations(form: str, kind: str) -> None:
+    """Equations 3 to 10, written out in numpy: W1 is gate_proj (up_proj without a second branch), W2 is up_proj."""
+    names = ["gelu", "silu", "tanh", "identity"]
+    start = {"gate_init_std": 0.3} if kind == "moa" else {}
+    model = build("moa", mixing={"mixing": kind, "form": form, "activations": names, **start}, gated=form != "type1")
+    layer = model.model.layers[0].mlp.double()
+    coefficients = layer.coefficients
+    if kind == "la":
+        torch.nn.init.normal_(coefficients.value)
+    x = torch.randn(5, 32, dtype=torch.float64)
+
+    def weight(module: torch.nn.Module) -> np.ndarray:
+        return module.weight.detach().numpy()
+
+    activations = [
+        lambda v: v * scipy.stats.norm.cdf(v),
+        lambda v: v / (1 + np.exp(-v)),
+        np.tanh,
+        lambda v: v,
+    ]
+    n = {"type1": 4, "one-sided": 4, "bi-sided": 8, "quadratic": 10}[form]
+    if kind == "la":
+        c = np.broadcast_to(coefficients.value.detach().float().numpy(), (5, n))  # as the model reads them
+    else:
+        assert coefficients.weight.shape == (n, 32)
+        c = 1 / (1 + np.exp(-x.numpy() @ weight(coefficients).T))
+    y = x.numpy() @ weight(layer.up_proj if form == "type1" else layer.gate_proj).T
+    z = x.numpy() @ weight(layer.up_proj).T
+    of_y, of_z = ([activation(branch) for activation in activations] for branch in (y, z))
+    if form == "type1":
+        mixed = sum(c[:, [k]] * of_y[k] for k in range(4))
+    elif form == "one-sided":
+        mixed = of_y[1] * sum(c[:, [k]] * of_z[k] for k in range(4))
+    elif form == "bi-sided":
+        mixed = sum(c[:, [k]] * of_y[k] for k in range(4)) * sum(c[:, [4 + k]] * of_z[k] for k in range(4))
+    else:
+        pairs = [(first, second) for first in range(4) for second in range(first, 4)]
+        mixed = sum(c[:, [i]] * of_y[first] * of_z[second] for i, (first, second) in enumerate(pairs))
+    expected = mixed @ weight(layer.down_proj).T
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
 # The start.
 
-SCALED = {"mixing": {"mixing": "moa", "activations": ["silu", "relu2"], "init_scale": "swiglu"}}
+SCALED = {"mixing": {**KINDS["moa"]["mixing"], "init_scale": "matched"}}
 
 
 def test_starts_as_training_does() -> None:
@@ -427,25 +489,27 @@ def test_starts_as_training_does() -> None:
         "model.layers.0.mlp.down_proj.weight": 0.05 / 4,
     }.items():
         assert weights[name].std().item() == pytest.approx(expected, rel=0.15), name
-    assert weights["model.layers.0.mlp.coefficients.value"].tolist() == [0.5] * 4
+    assert weights["model.layers.0.mlp.coefficients.value"].tolist() == [1.0] * 3
     mixing = {"mixing": "la", "form": "one-sided", "activations": ["silu", "relu"], "initial_coefficients": [1.0, 0.25]}
     model = build("moa", mixing=mixing)
     assert model.model.layers[1].mlp.coefficients.value.tolist() == [1.0, 0.25]
     config = GPTMoAConfig.from_dict(json.loads(model.config.to_json_string()))
     assert GPTMoAForCausalLM(config).model.layers[1].mlp.coefficients.value.tolist() == [1.0, 0.25]
     # Scaled to SwiGLU's output: gates of fixed amplitude by a constant, all others in their coefficients.
-    std = 0.3 * 32**0.5
     for amplitude in ("fixed", "learned"):
         model = build("moa", mixing={**SCALED["mixing"], "amplitude": amplitude})
         coefficients = model.model.layers[0].mlp.coefficients
-        scale = start_scale(coefficients.mixing, std)
+        scale = matching_scale(coefficients.mixing, 0.3, 32)
         assert 0.1 < scale < 0.99
         assert model.config.mixing_scale == (amplitude == "fixed")
         if amplitude == "fixed":
             assert coefficients.scale.item() == pytest.approx(scale)
         else:
-            torch.testing.assert_close(coefficients.amplitude, torch.full((4,), 0.5 * scale))
-        assert coefficients.weight.std().item() == pytest.approx(0.3, rel=0.25)
+            torch.testing.assert_close(coefficients.amplitude, torch.full((6,), scale))
+    # Gate vectors, whatever the other weights start from.
+    for settings, std in (({}, 0.02), ({"gate_init_std": 0.7}, 0.7)):
+        model = build("moa", mixing={"mixing": "moa", **settings})  # bi-sided: 14 gates
+        assert model.model.layers[0].mlp.coefficients.weight.std().item() == pytest.approx(std, rel=0.15)
 
 
 def test_vllm_is_refused_experts_it_would_compute_as_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:

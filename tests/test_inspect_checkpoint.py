@@ -25,9 +25,11 @@ SETTINGS = {
     "moa_gate": "softmax",
     "moa_gate_bias": True,
     "moa_amplitude": "learned",
-    "moa_init_scale": "mixture",
+    "moa_init": [1.0],
+    "moa_gate_init_std": 0.02,
+    "moa_init_scale": "paper",
     "moa_freeze_gates": False,
-    "moa_format_version": 1,
+    "moa_format_version": 2,
     "num_layers": 2,
     "hidden_size": 4,
     "num_experts": 3,
@@ -126,7 +128,7 @@ def test_parameters_by_kind(moe: Path, capsys: pytest.CaptureFixture[str]) -> No
         "shards": 2,
         "files": ["__0_0.distcp", "__1_0.distcp"],
     }
-    assert (about["iteration"], about["format_version"], about["has_manifest"]) == (7, 1, False)
+    assert (about["iteration"], about["format_version"], about["has_manifest"]) == (7, 2, False)
     assert about["settings"]["params_dtype"] == "bfloat16"
     assert about["mixture"] == "moa, one-sided, silu+relu2, softmax gates with bias and learned amplitude"
 
@@ -136,7 +138,7 @@ def test_coefficients_are_those_of_the_reference(moe: Path, capsys: pytest.Captu
     mixing = MixingConfig("moa", "one-sided", ("silu", "relu2"), gate="softmax", gate_bias=True, amplitude="learned")
     prefix = f"{LAYERS}mlp.experts.experts.coefficients."
     weight, bias, amplitude = (moe_tensors()[prefix + name] for name in ("weight", "bias", "amplitude"))
-    assert about["coefficient_names"] == ["silu", "relu2"]
+    assert about["coefficient_names"] == ["linear.silu", "linear.relu2"]
     assert [(entry["layer"], entry["place"]) for entry in about["coefficients"]] == [
         (0, "mean of 3 experts"),
         (1, "mean of 3 experts"),
@@ -155,22 +157,22 @@ def test_layers_with_names_of_their_own(tmp_path: Path, capsys: pytest.CaptureFi
     """Where experts are in some layers only, Megatron stacks none; LA, and a scale of gates."""
     settings = {**SETTINGS, "moa_mixing": "la", "moa_form": "quadratic"}
     tensors = {
-        f"{LAYERS}10.mlp.coefficients.value": torch.tensor([0.5, 1.5, -1.0, 2.0]),
-        f"{LAYERS}9.mlp.experts.experts.coefficients.value": torch.tensor([[1.0, 2, 3, 4], [3.0, 2, 1, 0]]),
-        f"{LAYERS}9.mlp.shared_experts.coefficients.value": torch.zeros(4),
+        f"{LAYERS}10.mlp.coefficients.value": torch.tensor([0.5, 1.5, -1.0]),
+        f"{LAYERS}9.mlp.experts.experts.coefficients.value": torch.tensor([[1.0, 2, 3], [3.0, 2, 1]]),
+        f"{LAYERS}9.mlp.shared_experts.coefficients.value": torch.zeros(3),
     }
     about = inspect(capsys, write_checkpoint(tmp_path / "la", tensors, settings))
-    assert about["coefficient_names"] == ["silu*silu", "silu*relu2", "relu2*silu", "relu2*relu2"]
+    assert about["coefficient_names"] == ["silu*silu", "silu*relu2", "relu2*relu2"]
     assert about["coefficients"] == [
-        {"layer": 9, "place": "mean of 2 experts", "rows": {"value": [2, 2, 2, 2]}},
-        {"layer": 9, "place": "shared experts", "rows": {"value": [0, 0, 0, 0]}},
-        {"layer": 10, "place": "mlp", "rows": {"value": [0.5, 1.5, -1.0, 2.0]}},
+        {"layer": 9, "place": "mean of 2 experts", "rows": {"value": [2, 2, 2]}},
+        {"layer": 9, "place": "shared experts", "rows": {"value": [0, 0, 0]}},
+        {"layer": 10, "place": "mlp", "rows": {"value": [0.5, 1.5, -1.0]}},
     ]
 
 
 def test_constant_scale_of_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {**SETTINGS, "moa_gate": "sigmoid", "moa_gate_bias": False, "moa_amplitude": "fixed"}
-    settings["moa_init_scale"] = "swiglu"
+    settings["moa_init_scale"] = "matched"
     tensors = {
         f"{LAYERS}mlp.coefficients.weight": numbers(1, 2, 4),
         f"{LAYERS}mlp.coefficients.scale": torch.full((1, 1), 0.25),
@@ -184,6 +186,7 @@ def test_text_has_settings_as_one_would_type_them(moe: Path, capsys: pytest.Capt
     text = capsys.readouterr().out
     assert "--moa-mixing moa --moa-form one-sided --moa-activations silu relu2 --moa-gate softmax" in text
     assert "--num-layers 2 --hidden-size 4 --swiglu --disable-bias-linear --num-experts 3 --moe-router-topk 2" in text
+    assert "--moa-init 1.0 --moa-gate-init-std 0.02 --moa-init-scale paper" in text
     assert text.index("--moa-mixing") < text.index("--num-layers")
     assert "--qk-layernorm" not in text
     assert re.search(r"model: +724 parameters", text)
@@ -369,7 +372,7 @@ def test_settings_cannot_move_the_cursor(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.slow
 def test_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "run"
-    flags = "--moa-init-scale mixture --moa-backend eager --train-iters 2 --save-interval 1"
+    flags = "--moa-backend eager --train-iters 2 --save-interval 1"
     train(*SWIGLU, *flags.split(), "--save", root)
     about = inspect(capsys, root)
     assert (about["iteration"], about["has_manifest"]) == (2, True)

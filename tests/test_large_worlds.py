@@ -1,9 +1,14 @@
-"""The 2B recipes as single ranks of 64, 512 and 4096: shapes, counts, and the bytes of what the mixture sends."""
+"""Builds the largest recipes as single ranks of 64, 512 and 4096: shapes, counts, bytes of the mixture's messages.
+
+The MoE model is moe-1b, whose 12 layers 4 pipeline stages divide, with widths rounded up for tensor parallelism.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +19,17 @@ from tests.worlds import ROOT, Job, ParameterInfo, RankReport, visit
 
 pytestmark = pytest.mark.slow
 
-COEFFICIENTS = 14  # bi-sided over seven activations
+COEFFICIENTS = {"dense-2b": 14, "moe-1b": 7}  # seven activations, bi-sided and (with routed experts) one-sided
+FFN_MULTIPLE = 128
 VOCABULARY = 32_000
 
 
-def recipe(name: str) -> tuple[str, ...]:
+@functools.cache
+def recipe(name: str, ffn_multiple: int = FFN_MULTIPLE) -> tuple[str, ...]:
     """A recipe's array of flags, as bash reads it."""
     script = f'set -eu; source examples/models/{name}.sh; printf "%s\\n" "${{MODEL_ARGS[@]}}"'
-    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "FFN_MULTIPLE": str(ffn_multiple)}
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return tuple(done.stdout.split())
 
 
@@ -103,15 +111,14 @@ class Split:
                 shapes |= self._feed_forward(name, h, size["--moe-ffn-hidden-size"] // self.etp)
             shared = size["--moe-shared-expert-intermediate-size"]
             shapes |= self._feed_forward(block + "mlp.shared_experts.", h, shared // self.tp)
-            shapes[block + "mlp.shared_experts.gate_weight"] = (1, h)
         return shapes
 
     def _feed_forward(self, name: str, h: int, f: int) -> dict[str, tuple[int, ...]]:
         own = {"linear_fc1.weight": (2 * f, h), "linear_fc2.weight": (h, f)}
         if self.mixing == "moa":
-            own["coefficients.weight"] = (COEFFICIENTS, h)
+            own["coefficients.weight"] = (COEFFICIENTS[self.recipe], h)
         elif self.mixing == "la":
-            own["coefficients.value"] = (COEFFICIENTS,)
+            own["coefficients.value"] = (COEFFICIENTS[self.recipe],)
         return {name + key: shape for key, shape in own.items()}
 
     def total(self, padded_vocabulary: int) -> int:
@@ -121,10 +128,11 @@ class Split:
         experts = size.get("--num-experts", 0)
         if experts:
             width = experts * size["--moe-ffn-hidden-size"] + size["--moe-shared-expert-intermediate-size"]
-            mixtures, others = experts + 1, experts * h + h  # the router, and the shared expert's gate
+            mixtures, others = experts + 1, experts * h  # the router
         else:
             width, mixtures, others = size["--ffn-hidden-size"], 1, 0
-        mixture = {"none": 0, "la": COEFFICIENTS, "moa": COEFFICIENTS * h}[self.mixing]
+        n = COEFFICIENTS[self.recipe]
+        mixture = {"none": 0, "la": n, "moa": n * h}[self.mixing]
         block = 2 * h + 4 * h * h + 3 * h * width + others + mixtures * mixture
         return 2 * padded_vocabulary * h + h + layers * block
 
@@ -133,19 +141,19 @@ SPLITS = (
     Split("dense-2b", 64, tp=4, pp=4, sp=True),
     Split("dense-2b", 512, tp=8, pp=4, vpp=7, sp=True),
     Split("dense-2b", 4096, tp=8, pp=2, mixing="la"),
-    Split("moe-2b", 64, tp=2, pp=4, ep=8, sp=True),
-    Split("moe-2b", 512, pp=2, ep=32, mixing="la"),
-    Split("moe-2b", 4096, tp=4, pp=4, ep=8, etp=2, vpp=3, sp=True),
+    Split("moe-1b", 64, tp=2, pp=4, ep=8, sp=True),
+    Split("moe-1b", 512, pp=2, ep=32, mixing="la"),
+    Split("moe-1b", 4096, tp=4, pp=4, ep=8, etp=2, vpp=3, sp=True),
 )
 FURTHER_SPLITS = (
     Split("dense-2b", 64, tp=8, mixing="la"),
     Split("dense-2b", 512, pp=4, mixing="none"),
     Split("dense-2b", 512, tp=2, pp=4, mixing="la", sp=True),
     Split("dense-2b", 4096, tp=8, pp=4, sp=True),
-    Split("moe-2b", 64, ep=32, mixing="la"),
-    Split("moe-2b", 512, tp=4, pp=8, ep=16, sp=True),
-    Split("moe-2b", 512, tp=8, pp=2, ep=4, etp=8, sp=True, mixing="none"),
-    Split("moe-2b", 4096, tp=2, pp=8, ep=32, sp=True),
+    Split("moe-1b", 64, ep=32, mixing="la"),
+    Split("moe-1b", 512, tp=4, pp=4, ep=16, sp=True),
+    Split("moe-1b", 512, tp=8, pp=2, ep=4, etp=8, sp=True, mixing="none"),
+    Split("moe-1b", 4096, tp=2, pp=4, ep=32, sp=True),
 )
 
 
@@ -199,11 +207,22 @@ def test_all_ranks_of_a_world_hold_the_model(split: Split, tmp_path: Path) -> No
     assert held == split.total(reports[0].padded_vocab_size)
 
 
-@pytest.mark.parametrize(("name", "added"), [("dense-2b", 28), ("moe-2b", 24 * 33)])
-def test_the_recipes_are_of_2b_parameters(name: str, added: int) -> None:
-    stock, moa = (Split(name, 1, mixing=mixing).total(VOCABULARY) for mixing in ("none", "moa"))
-    assert stock == pytest.approx(2e9, rel=0.03)
-    assert moa - stock == added * COEFFICIENTS * sizes(recipe(name))["--hidden-size"]
+@pytest.mark.parametrize(
+    ("name", "stock", "feed_forwards", "h"),
+    [("dense-2b", 2_085_210_112, 28, 2048), ("moe-1b", 1_058_931_712, 12 * 33, 1024)],
+)
+def test_parameters_of_the_recipes(name: str, stock: int, feed_forwards: int, h: int) -> None:
+    """At their exact widths, with the vocabulary of the paper's sizes."""
+    size = sizes(recipe(name, ffn_multiple=1))
+    width = size["--ffn-hidden-size"]
+    experts = 0
+    if name == "moe-1b":
+        width += 32 * size["--moe-ffn-hidden-size"]
+        experts = 32
+    layers = size["--num-layers"]
+    assert 2 * 50_304 * h + h + layers * (2 * h + 4 * h * h + experts * h + 3 * h * width) == stock
+    none, moa = (Split(name, 1, mixing=mixing).total(VOCABULARY) for mixing in ("none", "moa"))
+    assert moa - none == feed_forwards * COEFFICIENTS[name] * h
 
 
 # Messages. One micro-batch of s tokens through layers as wide as the recipe's, on four tensor-parallel ranks of 64.
@@ -237,19 +256,25 @@ class Exchange:
 
 def _exchanges() -> list[Exchange]:
     layers = 2
-    n, h, expert_h = COEFFICIENTS, 2048, 1024
-    per_token, gates, expert_gates, free = (FLOAT32 * count for count in (TOKENS * n, n * h, n * expert_h, n))
+    n, h = COEFFICIENTS["dense-2b"], 2048
+    per_token, gates, free = (FLOAT32 * count for count in (TOKENS * n, n * h, n))
+    m, expert_h = COEFFICIENTS["moe-1b"], 1024
+    expert_per_token, expert_gates, expert_free = (FLOAT32 * count for count in (TOKENS * m, m * expert_h, m))
     local = 32 // 8  # experts on a rank
 
     def all_layers(traffic: Traffic) -> Traffic:
         return {key: (layers * number, layers * size) for key, (number, size) in traffic.items()}
 
-    dense_sum = {("backward", "allreduce", "tp"): (1, per_token)}
-    dense_sp = {
-        ("forward", "allgather_base", "tp"): (1, per_token),
-        ("backward", "reduce_scatter_base", "tp"): (1, per_token),
-    }
-    free_sum = {("backward", "allreduce", "tp"): (1, free)}
+    def free_sum(size: int) -> Traffic:
+        return {("backward", "allreduce", "tp"): (1, size)}
+
+    def sequence_parallel(size: int) -> Traffic:
+        return {
+            ("forward", "allgather_base", "tp"): (1, size),
+            ("backward", "reduce_scatter_base", "tp"): (1, size),
+        }
+
+    dense_sum, dense_sp = {("backward", "allreduce", "tp"): (1, per_token)}, sequence_parallel(per_token)
 
     def gradients(group: str, size: int) -> Traffic:
         return {("finalize", "allreduce_coalesced", group): (0, size)}
@@ -261,15 +286,15 @@ def _exchanges() -> list[Exchange]:
         "--sequence-parallel",
         "--sequence-parallel --expert-model-parallel-size 8 --expert-tensor-parallel-size",
     )
-    shared_moa = dense_sp | gradients("dp", expert_gates) | sp_gradients(expert_gates)
+    shared_moa = sequence_parallel(expert_per_token) | gradients("dp", expert_gates) | sp_gradients(expert_gates)
     return [
         Exchange("dense-2b", layers, "moa", "", all_layers(dense_sum | gradients("dp", gates))),
         Exchange("dense-2b", layers, "moa", sp, all_layers(dense_sp | gradients("dp", gates) | sp_gradients(gates))),
-        Exchange("dense-2b", layers, "la", "", all_layers(free_sum | gradients("dp", free))),
-        Exchange("dense-2b", layers, "la", sp, all_layers(free_sum | gradients("dp", free))),
-        Exchange("moe-2b", 1, "moa", f"{expert} 1", shared_moa | gradients("edp", local * expert_gates)),
+        Exchange("dense-2b", layers, "la", "", all_layers(free_sum(free) | gradients("dp", free))),
+        Exchange("dense-2b", layers, "la", sp, all_layers(free_sum(free) | gradients("dp", free))),
+        Exchange("moe-1b", 1, "moa", f"{expert} 1", shared_moa | gradients("edp", local * expert_gates)),
         Exchange(
-            "moe-2b",
+            "moe-1b",
             1,
             "moa",
             f"{expert} 2",
@@ -278,7 +303,7 @@ def _exchanges() -> list[Exchange]:
             | {("backward", "allreduce", "etp"): (local, local * expert_gates)},
         ),
         Exchange(
-            "moe-2b",
+            "moe-1b",
             1,
             "moa",
             f"{expert} 1 --moe-shared-expert-overlap",
@@ -287,14 +312,14 @@ def _exchanges() -> list[Exchange]:
             | gradients("edp", local * expert_gates),
         ),
         Exchange(
-            "moe-2b",
+            "moe-1b",
             1,
             "la",
             f"{expert} 2",
-            free_sum
-            | gradients("dp", free)
-            | gradients("edp", local * free)
-            | {("backward", "allreduce", "etp"): (local, local * free)},
+            free_sum(expert_free)
+            | gradients("dp", expert_free)
+            | gradients("edp", local * expert_free)
+            | {("backward", "allreduce", "etp"): (local, local * expert_free)},
         ),
     ]
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.fusions import fused_layer_norm
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
@@ -18,7 +20,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP, MixedSharedExpertMLP
 from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
 from megatron_moa.mlp import MixedMLP
-from megatron_moa.model import check_mixture, measure_mixture
+from megatron_moa.model import check_mixture, measure_mixture, report_mixture
 from megatron_moa.torch_grouped import TorchGroupedMLP
 from megatron_moa.torch_modules import TorchAttention, TorchNorm
 from tests.layers import build_model, logits_of, make_config, moe_settings
@@ -129,11 +131,85 @@ def test_mtp_layers_are_mixed_too() -> None:
     assert any(isinstance(m, MixedMLP) for m in mtp.modules())
 
 
-def test_named_specs_choose_the_form_by_the_unit() -> None:
-    for gated, form in ((True, "bi-sided"), (False, "type1")):
-        for spec, mixing in ((moa_layer_spec, "moa"), (la_layer_spec, "la")):
-            submodules = spec(make_config(gated)).layer_specs[0].submodules.mlp.keywords["submodules"]
-            assert (submodules.mixing.mixing, submodules.mixing.form) == (mixing, form)
+@pytest.mark.parametrize(
+    ("gated", "settings", "form"),
+    [
+        (True, {}, "bi-sided"),
+        (False, {}, "type1"),
+        (True, moe_settings(), "one-sided"),
+        (True, moe_settings(moe_layer_freq=[0, 1]), "one-sided"),  # one form a model, in its dense layers too
+        (False, moe_settings(), "type1"),
+    ],
+)
+def test_named_specs_choose_the_form_by_the_model(gated: bool, settings: dict[str, Any], form: str) -> None:
+    config = make_config(gated, **settings)
+    for spec, mixing in ((moa_layer_spec, "moa"), (la_layer_spec, "la")):
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec(config),
+            vocab_size=32,
+            max_sequence_length=16,
+            position_embedding_type="rope",
+        )
+        check_mixture([model], MixingConfig(mixing, form))  # with the paper's initial values
+
+
+GATE_KINDS = ("dense", "moe with shared expert", "moe grouped")
+
+
+def _initial(kind: str, mixing: MixingConfig, **settings: Any) -> dict[str, torch.Tensor]:
+    tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
+    torch.manual_seed(5)
+    return dict(build_model(make_config(**KINDS[kind], **settings), mixing).named_parameters())
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+@pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic"])
+def test_gate_vectors_start_with_their_own_standard_deviation(form: str, kind: str) -> None:
+    """N(0, 0.02^2), as the paper has it, however the other weights start."""
+    mixing = MixingConfig(form=form, backend="eager")
+    wide, narrow, uniform = (
+        _initial(kind, mixing, **settings)
+        for settings in (
+            {"init_method_std": 0.2},
+            {"init_method_std": 0.006},
+            {"init_method": torch.nn.init.xavier_uniform_},
+        )
+    )
+    gates = {name for name in wide if name.endswith("coefficients.weight")}
+    assert len(gates) == (2 if kind == "dense" else 2 * (4 + 1))
+    for name in gates:
+        assert torch.equal(wide[name], narrow[name])
+        assert torch.equal(wide[name], uniform[name])
+    drawn = torch.cat([wide[name].detach().flatten() for name in sorted(gates)])
+    assert len(drawn.unique()) == len(drawn)  # no two layers or experts have the same
+    assert drawn.mean().abs() < 4 * 0.02 / len(drawn) ** 0.5
+    assert drawn.std().item() == pytest.approx(0.02, rel=4 / (2 * len(drawn)) ** 0.5)
+    within_one_std = (drawn.abs() < 0.02).float().mean().item()
+    assert within_one_std == pytest.approx(0.6827, abs=2 / len(drawn) ** 0.5)  # a normal distribution's
+
+
+@pytest.mark.parametrize("kind", GATE_KINDS)
+def test_no_other_weight_depends_on_the_gates(kind: str) -> None:
+    """They draw from a stream of their own."""
+    papers = _initial(kind, MixingConfig(form="one-sided", backend="eager"))
+    wide = _initial(kind, MixingConfig(form="one-sided", gate_init_std=0.5, backend="eager"))
+    larger = _initial(kind, MixingConfig(form="quadratic", backend="eager"))
+    for name, value in papers.items():
+        if name.endswith("coefficients.weight"):
+            torch.testing.assert_close(wide[name], 25 * value)
+        else:
+            assert torch.equal(wide[name], value), name
+            assert torch.equal(larger[name], value), name
+
+
+@pytest.mark.parametrize("reason", ["routed experts", None])
+def test_the_start_line_says_why_auto_became_a_form(reason: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    mixing = MixingConfig(form="one-sided", activations=("silu", "identity"), backend="eager")
+    report_mixture([build_model(make_config(**moe_settings()), mixing)], mixing, reason)
+    why = " (--moa-form auto: routed experts)" if reason else ""
+    expected = f"> mixture of activations: moa, one-sided, silu+identity, sigmoid gates{why}, eager backend, "
+    assert capsys.readouterr().out.startswith(expected)
 
 
 def test_named_specs_refuse_mtp_which_they_do_not_reach() -> None:
@@ -227,7 +303,6 @@ def test_report_counts_the_built_model(grouped: bool) -> None:
 def test_stock_model_keeps_its_keys_and_its_function() -> None:
     """Mixing none is stock Megatron but for norm and attention in plain torch: the same keys, the same logits."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
 
     config = make_config(num_query_groups=2, qk_layernorm=True)
     ours = build_model(config, None)
@@ -248,7 +323,6 @@ def test_stock_model_keeps_its_keys_and_its_function() -> None:
 @pytest.mark.parametrize("kind", ["dense", "moe with shared expert", "moe grouped"])
 def test_arms_of_a_comparison_share_their_initial_weights(kind: str) -> None:
     """With the same seed stock, LA and MoA differ in their coefficients alone."""
-    from megatron.core import tensor_parallel
 
     def initial(mixing: MixingConfig | None) -> dict[str, torch.Tensor]:
         tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)

@@ -45,6 +45,7 @@ def mixings() -> list[MixingConfig]:
     for gate in GATES:
         result.append(MixingConfig(gate=gate, gate_bias=True, amplitude="learned", backend="eager"))
         result.append(MixingConfig(form="quadratic", gate=gate, activations=("silu", "tanh"), backend="eager"))
+        result.append(MixingConfig(form="one-sided", gate=gate, activations=("silu", "tanh"), backend="eager"))
     return [*result, MixingConfig(backend="compile")]
 
 
@@ -126,17 +127,21 @@ def one_hot(n: int, *hot: int) -> tuple[float, ...]:
     return tuple(float(index in hot) for index in range(n))
 
 
+# The default dictionaries' places of what is SwiGLU: identity on W2's side, silu on W1's, or the pair of the two.
+SWIGLU_PLACES = {"one-sided": (7, 6), "bi-sided": (14, 1, 7 + 6), "quadratic": (10, 4 + 2)}
+
+
 @pytest.mark.parametrize("gate", GATES)
-def test_one_hot_amplitudes_are_stock_swiglu_exactly(gate: str) -> None:
+@pytest.mark.parametrize("form", SWIGLU_PLACES)
+def test_one_hot_amplitudes_are_stock_swiglu_exactly(form: str, gate: str) -> None:
     config = make_config()
     stock = build_feed_forward(config, None)
-    start = MixingConfig(gate=gate, amplitude="learned", backend="eager")
-    silu, identity = start.activations.index("silu"), start.activations.index("identity")
     mixing = MixingConfig(
+        form=form,
         gate=gate,
         amplitude="learned",
         gate_bias=True,
-        initial_coefficients=one_hot(14, silu, 7 + identity),
+        initial_coefficients=one_hot(*SWIGLU_PLACES[form]),
         backend="eager",
     )
     layer = build_feed_forward(config, mixing)

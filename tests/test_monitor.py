@@ -112,7 +112,7 @@ class TestStatistics:
         record_once(mixing, **moe_settings(moe_shared_expert_intermediate_size=12))
         printed = capsys.readouterr().out
         for label in ("layer 1", "layer 1 shared expert", "layer 2", "layer 2 shared expert"):
-            assert logged(printed, label)["linear.tanh"] == (0.5, 0.0)
+            assert logged(printed, label)["linear.tanh"] == (1.0, 0.0)
         assert not gates_of(printed)
         assert all(name.endswith(("/mean", "/std")) for name in written[1])
 
@@ -144,7 +144,7 @@ class TestStatistics:
 def test_splitting_the_model_changes_no_statistic(tmp_path: Path) -> None:
     """Routed and shared experts, from the same weights: every token counts as often as any other, on whatever ranks."""
     flags = [*SWIGLU, *MOE, "--moe-shared-expert-intermediate-size", "32", "--micro-batch-size", "1"]
-    flags += ["--init-method-std", "0.3", "--moa-backend", "eager", "--moa-log-interval", "1", "--train-iters", "1"]
+    flags += ["--moa-gate-init-std", "0.3", "--moa-backend", "eager", "--moa-log-interval", "1", "--train-iters", "1"]
     start = tmp_path / "start"
     whole = record(start, *flags)
     splits = {
@@ -154,7 +154,9 @@ def test_splitting_the_model_changes_no_statistic(tmp_path: Path) -> None:
     }
     expected = gates_of(whole.log)
     assert list(expected) == ["layer 1", "layer 1 shared expert", "layer 2", "layer 2 shared expert"]
-    assert all(1 < rank < 14 and spread > 0.05 for rank, _, spread, _ in expected.values())
+    assert all(1 < rank < 7 and spread > 0.05 for rank, _, spread, _ in expected.values())
+    assert "moa, one-sided, " in whole.log
+    assert " (--moa-form auto: routed experts), eager backend" in whole.log
     for name, split in splits.items():
         run: Run = record(tmp_path / name, *flags, *split.split(), processes=2, start_from=start)
         for label, values in expected.items():

@@ -4,7 +4,9 @@ The matrix has a row for every split and a column for every arm (stock SwiGLU; L
 changes the mixture's arithmetic through the kind of its coefficients (none, [n], [tokens, n]) and through its form, and
 these two do not meet in code. So it is covered by pairs rather than in full: every split with stock, LA and MoA, and
 the form moving on from row to row, LA's two ahead of MoA's. Each form thus meets every kind of communication.
-``make test`` runs every split once, with the arms in turn; ``make test-all`` all these pairs.
+One-sided and quadratic LA and MoA also run in a model with dense layers, routed and shared experts under TP 2 with
+sequence parallelism and EP 2, and under PP 2. ``make test`` runs these and every other split once, with the arms in
+turn; ``make test-all`` all pairs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import pytest
 
 from megatron_moa.config import FORMS
 from megatron_moa.recording import Comparison, Record
-from tests.training import MOE, SWIGLU, recorded
+from tests.training import FORM_ARMS, MOE, SWIGLU, TWO_KINDS, recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -57,11 +59,16 @@ SHARED_SPLITS = {
 
 # Further settings of the gates, one a form, so that they are split too.
 _GATES = {
-    "type1": "--moa-gate softmax",
-    "one-sided": "--moa-gate tanh --moa-gate-bias",
+    "type1": "--moa-gate softmax --moa-gate-init-std 0.2",
+    "one-sided": "--moa-gate tanh --moa-gate-bias --moa-gate-init-std 0.2",
     "bi-sided": "",
-    "quadratic": "--moa-gate-bias --moa-amplitude learned",
+    "quadratic": "--moa-gate-bias --moa-amplitude learned --moa-gate-init-std 0.2",
 }
+_FORM_SPLITS = {
+    "tp2-sp-ep2": MOE_SPLITS["tp2-ep2"][1],
+    "pp2": SPLITS["pp2"][1],
+}
+_IN_FORM_SPLITS = {"tp2-sp", "pp2", "tp2-ep2", "ep2-alltoall", "shared-tp2-sp", "shared-ep2"}
 
 
 _IN_TURN = ("moa", "la", "moa", "moa", "none")  # MoA most often: it has the most to split
@@ -80,7 +87,7 @@ def _cases(splits: dict[str, tuple[int, str]]) -> list[object]:
     for row, (name, (processes, flags)) in enumerate(splits.items()):
         for column, mixing in enumerate(("moa", "la", "none")):
             form = FORMS[(row + row // len(FORMS) + 2 * column) % len(FORMS)]
-            in_turn = mixing == _IN_TURN[row % len(_IN_TURN)]
+            in_turn = mixing == _IN_TURN[row % len(_IN_TURN)] and name not in _IN_FORM_SPLITS
             label = f"{name}-{mixing}" if mixing == "none" else f"{name}-{mixing}-{form}"
             marks = () if in_turn else pytest.mark.full
             cases.append(pytest.param(_arm(mixing, form), processes, flags, id=label, marks=marks))
@@ -133,3 +140,14 @@ def test_shared_experts(
     one_process: dict[str, tuple[Path, Record]], tmp_path: Path, arm: str, processes: int, flags: str
 ) -> None:
     _assert_equal(one_process, tmp_path, f"{_BASE} {arm} {' '.join(MOE)} {_SHARED}", processes, flags)
+
+
+@pytest.mark.parametrize("arm", FORM_ARMS)
+def test_one_sided_and_quadratic_on_every_kind_of_layer(
+    one_process: dict[str, tuple[Path, Record]], tmp_path: Path, arm: str
+) -> None:
+    backend = "--moa-backend eager"
+    model = f"{_BASE} {' '.join([*SWIGLU, *TWO_KINDS])} {FORM_ARMS[arm]} {backend}"
+    for name, flags in _FORM_SPLITS.items():
+        (tmp_path / name).mkdir()
+        _assert_equal(one_process, tmp_path / name, model, 2, flags)

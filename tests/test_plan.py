@@ -54,15 +54,17 @@ class Built:
 
 
 VARIANTS = (
-    Built("dense-134m", "moa", "--moa-gate-bias --moa-amplitude learned"),
-    Built("dense-134m", "quadratic", "--moa-activations silu tanh one"),
-    Built("dense-134m", "la", "--group-query-attention --num-query-groups 4 --qk-layernorm --add-qkv-bias"),
+    Built("dense-0.12b", "moa", "--moa-gate-bias --moa-amplitude learned"),
+    Built("dense-0.12b", "quadratic", "--moa-activations silu tanh one"),
+    Built("dense-0.12b", "la-one-sided"),
+    Built("dense-0.12b", "la", "--group-query-attention --num-query-groups 4 --qk-layernorm --add-qkv-bias"),
     Built("gpt2-124m", "moa", "--moa-gate-bias --untie-embeddings-and-output-weights"),
     Built("gpt2-124m", "moa", "", Split(gpus=8, tp=4, pp=2)),
-    Built("dense-134m", "la", "--vocab-size 50001", Split(gpus=8, tp=4)),
-    Built("dense-134m", "moa", "", Split(gpus=12, tp=2, pp=3)),
-    Built("dense-134m", "none"),
+    Built("dense-0.12b", "la", "--vocab-size 50001", Split(gpus=8, tp=4)),
+    Built("dense-0.12b", "moa", "", Split(gpus=12, tp=2, pp=3)),
+    Built("dense-0.12b", "none"),
     Built("moe-0.25b", "none"),
+    Built("moe-0.25b", "quadratic", "--moe-shared-expert-gate"),
     Built("moe-0.25b", "la", "--moe-layer-freq 2"),
     Built("moe-0.25b", "moa", "--moa-gate-bias --moa-amplitude learned", Split(gpus=16, tp=2, pp=2, ep=8)),
 )
@@ -90,6 +92,45 @@ def test_every_recipes_parameters_are_the_built_models(mixing: str, tmp_path: Pa
         assert counted.total == elements(report), built
         mixture = {name: info for name, info in report.parameters.items() if ".coefficients." in name}
         assert counted.mixture == sum(math.prod(info.shape) for info in mixture.values()), built
+
+
+# Of the paper's shapes: all, and those that a token meets; without a mixture (arithmetic, not the planner's).
+PAPER = {
+    "dense-0.12b": (119_744_256, 119_744_256),
+    "dense-0.25b": (254_018_560, 254_018_560),
+    "dense-0.5b": (482_696_960, 482_696_960),
+    "moe-0.25b": (251_044_480, 113_633_920),
+    "moe-0.5b": (480_942_336, 183_671_040),
+    "moe-0.8b": (797_327_040, 281_231_040),
+    "moe-1b": (1_058_931_712, 354_976_768),
+    "moe-2b": (1_996_574_720, 620_856_320),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_models_have_its_parameters(name: str) -> None:
+    model = model_of(recipe_flags(name, "none", ["--mock-data"]))
+    counted = parameters.count(model)
+    assert model.padded_vocabulary(1) == 50304
+    assert (counted.total, counted.active) == PAPER[name]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mixing", "n", "layers"),
+    [
+        ("dense-0.12b", "moa", 14, 6),
+        ("dense-0.12b", "one-sided", 7, 6),
+        ("dense-0.12b", "quadratic", 10, 6),
+        ("moe-0.25b", "moa", 7, 6 * 33),
+        ("moe-0.25b", "quadratic", 10, 6 * 33),
+        ("gpt2-124m", "moa", 5, 12),
+    ],
+)
+def test_gate_vectors_are_counted_by_form(recipe: str, mixing: str, n: int, layers: int) -> None:
+    """K, 2K, K(K + 1)/2 vectors of h a layer or expert; ``moa`` is bi-sided in dense models, one-sided with experts."""
+    model = model_of(recipe_flags(recipe, mixing, ["--mock-data"]))
+    assert parameters.count(model).mixture == layers * n * model.hidden
+    assert model.coefficients == n
 
 
 @pytest.mark.slow
@@ -234,7 +275,7 @@ def test_a_distributed_optimizer_shares_its_state_out() -> None:
 
 def test_muon_keeps_one_moment_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTIMIZER", "muon")
-    model = model_of(recipe_flags("dense-134m", "moa", ["--mock-data"]))
+    model = model_of(recipe_flags("dense-0.12b", "moa", ["--mock-data"]))
     matrices = model.layers * (4 * model.hidden**2 + 3 * model.hidden * model.ffn)
     others = parameters.count(model).total - matrices
     assert memory.stage_memory(model, Split(gpus=1), 0).optimizer == 8 * matrices + 12 * others
@@ -247,7 +288,7 @@ def test_muon_keeps_one_moment_of_matrices(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
     split = Split(gpus=64, tp=4, micro_batch=1)
     shape = "--num-layers 2 --seq-length 64 --max-position-embeddings 64 --vocab-size 1024 --global-batch-size 16"
-    built = Built("dense-134m", "moa", f"{shape} --moa-backend eager", split)
+    built = Built("dense-0.12b", "moa", f"{shape} --moa-backend eager", split)
     ((report,),) = visit([Job(tuple(built.all_flags()), 64, (5,), messages=True)], tmp_path / "messages.json")
     moved = [message for message in report.messages if message.phase != "finalize" and message.group == "tp"]
     moved = [message for message in moved if message.operation in ("allgather_base", "reduce_scatter_base")]
@@ -269,7 +310,7 @@ def make(*arguments: str) -> plan.Report:
 
 PLANS = (
     ("moe-2b", "moa", "--gpus", "64", "--gpu", "h200"),
-    ("moe-2b", "moa", "--gpus", "64", "--gpu", "h100", "--tp", "2", "--pp", "4", "--vpp", "3"),
+    ("moe-1b", "moa", "--gpus", "64", "--gpu", "h100", "--tp", "2", "--pp", "4", "--vpp", "3"),
     ("moe-0.5b", "la", "--gpus", "24", "--gpu", "a100-80"),
     ("dense-2b", "moa", "--gpus", "64", "--gpu", "h100", "--pp", "2", "--recompute", "feed-forward"),
     ("dense-2b", "none", "--gpus", "16", "--gpu", "h100", "--recompute", "full"),
@@ -327,14 +368,27 @@ def test_time_and_cost_follow_from_the_step() -> None:
 def test_what_is_printed() -> None:
     report = make("moe-0.5b", "moa", "--gpus", "16", "--gpu", "h200")
     text = plan.full(report)
-    assert "549,925,376, active for a token" in text
+    total = 480_942_336 + 9 * 33 * 7 * 768  # the stock model; gates of 32 routed experts and a shared one, one-sided
+    assert f"{total:,}, active for a token" in text
+    assert "\nwidths " not in text  # 2048 and 512
     assert "allowance" in text
     assert "unmeasured" in text
     assert plan.command(report) in text
     lines = plan.brief(report).splitlines()
     assert [line.split(":")[0] for line in lines] == ["# Parameters", "# Hardware", "# Duration", "# Cost"]
     assert all(len(line) < 160 for line in lines)
-    assert json.loads(json.dumps(plan.record(report)))["parameters"]["total"] == 549_925_376
+    assert json.loads(json.dumps(plan.record(report)))["parameters"]["total"] == total
+
+
+def test_odd_widths_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = make("dense-0.5b", "none", "--gpus", "8", "--gpu", "h100", "--tp", "1")
+    line = "widths      feed-forward width 3413 is odd: slow on tensor cores; FFN_MULTIPLE=128 rounds"
+    assert sum(printed.startswith(line) for printed in plan.full(report).splitlines()) == 1
+    monkeypatch.setenv("FFN_MULTIPLE", "128")
+    report = make("dense-0.5b", "none", "--gpus", "8", "--gpu", "h100", "--tp", "2")
+    assert report.model.ffn == 3456
+    assert report.widths == ""
+    assert "FFN_MULTIPLE=128" in plan.command(report).split()
 
 
 @pytest.mark.slow
@@ -358,8 +412,9 @@ MISTAKES = {
     "moe-2b --gpus 8 --gpu h300": "invalid choice: 'h300'",
     "moe-2b --gpus 0 --gpu h100": "--gpus: 0 is below 1",
     "moe-2b --gpus 8 --gpu h100 --mfu 40": "--mfu: 40 is not between 0 and 1",
-    "dense-2b --gpus 24 --gpu h100 --tp 3": "--tp 3: does not divide the 32 attention heads, feed-forward width 8192; "
-    "take --tp 2 or --tp 4",
+    "dense-2b --gpus 24 --gpu h100 --tp 3": "--tp 3: does not divide the 32 attention heads; take --tp 2 or --tp 4",
+    "dense-0.5b --gpus 8 --gpu h100 --tp 2": "--tp 2: does not divide the feed-forward width 3413 (FFN_MULTIPLE=128 "
+    "rounds widths up); take --tp 1",
     "dense-2b --gpus 64 --gpu h100 --pp 8": "--pp 8: does not divide the 28 layers; take --pp 4",
     "dense-2b --gpus 64 --gpu h100 --pp 7": "--pp 7: times 1 ranks (TP, CP) does not divide 64 GPUs; take --pp 4",
     "dense-2b --gpus 8 --gpu h100 --pp 1 --vpp 2": "--vpp 2: virtual stages need --pp 2 or more",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -10,9 +11,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from megatron_moa import cpu
+from megatron_moa.planning import inputs
+from megatron_moa.planning.model import Model
+from megatron_moa.planning.parameters import Parameters, count
+from megatron_moa.recipes import recipe_flags
 from megatron_moa.training_log import TrainingLog
 from tests import launch
 from tests.training import ROOT, Run
@@ -22,6 +30,18 @@ MODELS = sorted(path.stem for path in (ROOT / "examples" / "models").glob("*.sh"
 MIXINGS = ("none", "la", "moa")
 PLANNED = ("# Parameters: ", "# Hardware: ", "# Duration: ", "# Cost: ")
 DATA = {"DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer.model"}
+
+# The paper's models: layers, hidden size, width of the feed-forward layer or shared expert, of a routed one, peak rate.
+PAPER = {
+    "dense-0.12b": (6, 768, 2048, None, 2e-3),
+    "dense-0.25b": (12, 1024, 2730, None, 2e-3),
+    "dense-0.5b": (18, 1280, 3413, None, 2e-3),
+    "moe-0.25b": (6, 640, 1706, 426, 2e-3),
+    "moe-0.5b": (9, 768, 2048, 512, 1e-3),
+    "moe-0.8b": (10, 960, 2560, 640, 1e-3),
+    "moe-1b": (12, 1024, 2730, 682, 1e-3),
+    "moe-2b": (15, 1280, 3413, 853, 6e-4),
+}
 
 # A model of the same kind, narrow and shallow.
 SHALLOW = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128".split()
@@ -52,6 +72,13 @@ def value(words: list[str], flag: str) -> str:
     return words[len(words) - 1 - words[::-1].index(flag) + 1]
 
 
+def count_of(flags: list[str]) -> Parameters:
+    """The planner's count, which tests/test_plan.py compares with built models."""
+    cpu.prepare()
+    args, mixing = inputs.parse(flags, 1)
+    return count(Model.from_args(inputs.validated(args), mixing))
+
+
 def small(model: str, mixing: str) -> list[str]:
     """Flags that scale a recipe down."""
     backend = ["--moa-backend", "eager"] if mixing != "none" else []  # compiling takes longer than training
@@ -59,9 +86,7 @@ def small(model: str, mixing: str) -> list[str]:
 
 
 def test_the_recipes_are_there() -> None:
-    sizes = ["134m", "0.23b", "0.25b", "0.5b", "0.75b", "0.9b", "1.3b", "2b"]
-    expected = [f"dense-{size}" for size in sizes] + ["gpt2-124m"] + [f"moe-{s}b" for s in ("0.25", "0.5", "1", "2")]
-    assert sorted(expected) == MODELS
+    assert sorted([*PAPER, "dense-1.3b", "dense-2b", "gpt2-124m"]) == MODELS
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -75,18 +100,71 @@ def test_baseline_and_mixture_differ_in_the_mixture_alone(model: str) -> None:
     assert rest["moa"] == ["--moa-mixing", "moa", *rest["la"][2:]]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_budget_and_schedule_follow_the_models_file(model: str) -> None:
+@pytest.mark.parametrize("model", PAPER)
+def test_the_papers_models_are_trained_as_it_says(model: str) -> None:
     words = dry_run(model, "moa", **DATA)
-    batch, length = int(value(words, "--global-batch-size")), int(value(words, "--seq-length"))
+    layers, hidden, width, expert_width, rate = PAPER[model]
+    shape = [int(value(words, f"--{name}")) for name in ("num-layers", "hidden-size", "num-attention-heads")]
+    assert shape == [layers, hidden, hidden // 64]
+    assert int(value(words, "--ffn-hidden-size")) == width
+    llama = {"--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights", "RMSNorm", "rope"}
+    assert llama < set(words)
+    unmentioned = {"--moe-shared-expert-gate", "--group-query-attention", "--num-query-groups", "--qk-layernorm"}
+    assert not unmentioned & set(words)
+    assert (value(words, "--seq-length"), value(words, "--global-batch-size")) == ("1024", "512")
+    assert float(value(words, "--lr")) == rate
+    assert (value(words, "--weight-decay"), value(words, "--clip-grad")) == ("0.1", "1.0")
+    assert (value(words, "--adam-beta1"), value(words, "--adam-beta2")) == ("0.9", "0.95")
     iterations = int(value(words, "--train-iters"))
-    # Twenty tokens a parameter, within what the models' names round away.
-    millions = {"m": 1, "b": 1000}[model[-1]] * float(model[:-1].split("-")[1])
-    assert iterations * batch * length == pytest.approx(20e6 * millions, rel=0.02)
-    assert value(words, "--lr-decay-iters") == str(iterations)
-    assert int(value(words, "--lr-warmup-iters")) == pytest.approx(iterations / 50, abs=1)
-    assert float(value(words, "--min-lr")) == pytest.approx(float(value(words, "--lr")) / 10)
-    assert int(value(words, "--hidden-size")) == 64 * int(value(words, "--num-attention-heads"))
+    assert int(value(words, "--lr-warmup-iters")) == pytest.approx(iterations / 50, abs=1)  # ours
+    if expert_width is None:
+        assert "--num-experts" not in words
+        assert (value(words, "--optimizer"), value(words, "--lr-decay-style")) == ("adam", "cosine")
+        assert float(value(words, "--min-lr")) == pytest.approx(rate / 20)
+        return
+    assert (value(words, "--num-experts"), value(words, "--moe-router-topk")) == ("32", "4")
+    assert int(value(words, "--moe-ffn-hidden-size")) == expert_width
+    assert int(value(words, "--moe-shared-expert-intermediate-size")) == width
+    assert (value(words, "--optimizer"), value(words, "--lr-decay-style")) == ("muon", "WSD")
+    assert value(words, "--lr-wsd-decay-style") == "linear"
+    assert int(value(words, "--lr-wsd-decay-iters")) == pytest.approx(iterations / 5, abs=1)
+    assert float(value(words, "--min-lr")) == 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_tokens_are_so_many_a_parameter(model: str) -> None:
+    """Of a model that Megatron counts: all parameters of a dense one, those that a token meets of a MoE."""
+    words = dry_run(model, "la", **DATA)
+    counted = count_of(recipe_flags(model, "none", ["--mock-data"])).active
+    batch = int(value(words, "--global-batch-size")) * int(value(words, "--seq-length"))
+    assert int(value(words, "--train-iters")) == -(-counted * (100 if "--num-experts" in words else 20) // batch)
+    assert value(words, "--lr-decay-iters") == value(words, "--train-iters")
+
+
+@pytest.mark.parametrize("model", ["dense-0.5b", "moe-0.25b"])
+@pytest.mark.parametrize("variables", [{"FFN": "type1"}, {"FFN_MULTIPLE": "128"}])
+def test_parameters_follow_the_width(model: str, variables: dict[str, str]) -> None:
+    one = {"TOKENS_PER_PARAMETER": "1", "GLOBAL_BATCH_SIZE": "1", "SEQ_LENGTH": "1", "WARMUP_TOKENS": "0"}
+    counted = count_of(recipe_flags(model, "none", ["--mock-data"], variables)).active
+    assert int(value(dry_run(model, "none", **variables, **one, **DATA), "--train-iters")) == counted
+
+
+def test_type1_models_have_squared_relu_as_their_baseline() -> None:
+    baseline, mixed = (dry_run("dense-0.25b", mixing, FFN="type1", **DATA) for mixing in ("none", "moa"))
+    assert value(baseline, "--ffn-hidden-size") == value(mixed, "--ffn-hidden-size") == "4096"
+    assert "--swiglu" not in {*baseline, *mixed}
+    assert ("--squared-relu" in baseline, "--squared-relu" in mixed) == (True, False)
+    assert value(baseline, "--save") == "runs/dense-0.25b-type1-none/checkpoints"
+    moe = dry_run("moe-0.25b", "la", FFN="type1", **DATA)
+    assert value(moe, "--moe-ffn-hidden-size") == "640"
+    assert value(moe, "--moe-shared-expert-intermediate-size") == "2560"
+
+
+def test_widths_are_rounded_up_on_request() -> None:
+    words = dry_run("moe-2b", "moa", FFN_MULTIPLE="128", TP="2", **DATA)
+    assert value(words, "--moe-shared-expert-intermediate-size") == value(words, "--ffn-hidden-size") == "3456"
+    assert value(words, "--moe-ffn-hidden-size") == "896"
+    assert value(dry_run("dense-2b", "moa", FFN_MULTIPLE="128", **DATA), "--ffn-hidden-size") == "8192"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -115,10 +193,8 @@ def test_every_recipe_trains_scaled_down(model: str, mixing: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
-    """With Muon, WSD and two processes; the second start goes on from the first one's checkpoint."""
+    """A MoE with Muon and WSD on two processes; the second start goes on from the first one's checkpoint."""
     settings = {
-        "OPTIMIZER": "muon",
-        "SCHEDULE": "wsd",
         "NPROC_PER_NODE": "2",
         "EP": "2",
         "RUN_DIR": str(tmp_path / "run"),
@@ -137,17 +213,134 @@ def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "tensorboard").is_dir()
 
 
+# Muon, on the optimizer that a recipe builds.
+
+# Five Newton-Schulz steps a x + b x^3 + c x^5, as modded-nanogpt has them; the paper does not say which.
+_NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+def _orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
+    """Newton and Schulz's iteration, in float64."""
+    x = matrix.double()
+    x = x / x.norm()
+    for a, b, c in _NEWTON_SCHULZ:
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+def _muon_update(name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The paper's Muon update, over the rate: Nesterov 0.95, each matrix by itself, times 0.2 sqrt(max(m, n))."""
+    momentum = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+    direction = 0.05 * gradients[-1] + 0.95 * momentum
+    rows, columns = direction.shape
+    if "linear_qkv" in name:  # of each head its queries, keys, values
+        parts = [part.reshape(-1, columns) for part in direction.view(HEADS, 3, -1, columns).unbind(1)]
+    else:
+        parts = direction.chunk(2) if "linear_fc1" in name else [direction]
+    updates = [0.2 * math.sqrt(max(part.shape)) * _orthogonalised(part) for part in parts]
+    if "linear_qkv" in name:
+        return torch.stack([update.view(HEADS, -1, columns) for update in updates], 1).reshape(rows, columns)
+    return torch.cat(updates)
+
+
+HEADS = 4
+
+
+def _take_two_steps(words: list[str], results: str) -> None:
+    """In a process of its own: the recipe's model and optimizer, two steps on gradients of this test's."""
+    cpu.prepare()
+    from megatron.training import training
+
+    setup = training.setup_model_and_optimizer
+
+    def setup_and_step(*args: Any, **kwargs: Any) -> None:
+        (model,), optimizer, _ = setup(*args, **kwargs)
+        named = {name.replace("module.", ""): p for name, p in model.named_parameters()}
+        generator = torch.Generator().manual_seed(1)
+        found = {name: {"start": p.detach().clone(), "gradients": []} for name, p in named.items()}
+        for _ in range(2):
+            for name, p in named.items():
+                p.main_grad.copy_(1e-5 * torch.randn(p.shape, generator=generator))  # their norm is below --clip-grad
+                found[name]["gradients"].append(p.main_grad.clone())
+            for group in (group for part in optimizer.chained_optimizers for group in part.optimizer.param_groups):
+                group["lr"] = 1e-2
+            optimizer.step()
+        owners = {
+            id(p): type(part.optimizer).__name__
+            for part in optimizer.chained_optimizers
+            for group in part.optimizer.param_groups
+            for p in group["params"]
+        }
+        for name, p in named.items():
+            found[name] |= {"end": p.detach().clone(), "optimizer": owners[id(p)]}
+        torch.save(found, results)
+        raise SystemExit(0)
+
+    training.setup_model_and_optimizer = setup_and_step
+    launch.script(words[1], words[2:])
+
+
+@pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_muon_is_the_papers(grouped: bool, tmp_path: Path) -> None:
+    """Scale, momentum, decay, and whose: matrices of the blocks; gates, embeddings and vectors are AdamW's."""
+    settings = {"PRECISION": "fp32", "DISTRIBUTED_OPTIMIZER": "0", "RUN_DIR": str(tmp_path), **SMALL_BATCH}
+    words = dry_run("moe-0.25b", "moa", *small("moe-0.25b", "moa"), **settings)
+    if not grouped:
+        words.remove("--moe-grouped-gemm")
+    results = tmp_path / "steps.pt"
+    code, log = launch.launch(_take_two_steps, (words, str(results)), 1, tmp_path)
+    assert code == 0, log[-6000:]
+    found = torch.load(results)
+    rate, decay = 1e-2, 0.1
+    matrices = 0
+    for name, values in found.items():
+        outside = name.startswith(("embedding", "output_layer"))
+        by_muon = values["start"].dim() == 2 and not outside and ".coefficients." not in name
+        assert values["optimizer"] == ("TensorParallelMuon" if by_muon else "AdamW"), name
+        if by_muon:
+            matrices += 1
+            first = _muon_update(name, values["gradients"][:1])
+            second = _muon_update(name, values["gradients"])
+            expected = values["start"].double() * (1 - rate * decay) - rate * first
+            expected = expected * (1 - rate * decay) - rate * second
+            change = (expected - values["start"]).norm()
+            # Newton-Schulz runs in lower precision there. Without Nesterov, the splits or the scale it is far off.
+            assert (values["end"] - expected).norm() < 0.02 * change, name
+    # A layer: qkv, projection, router, two matrices of each of 32 experts and of the shared one.
+    assert matrices == 2 * (3 + 2 * 33)
+    gate = next(values for name, values in found.items() if name.endswith("shared_experts.coefficients.weight"))
+    first, second = (gradient.double() for gradient in gate["gradients"])
+    moments = [
+        (first, first**2),
+        ((0.09 * first + 0.1 * second) / 0.19, (0.0475 * first**2 + 0.05 * second**2) / 0.0975),
+    ]
+    expected = gate["start"].double()
+    for mean, square in moments:
+        expected = expected * (1 - rate * decay) - rate * mean / (square.sqrt() + 1e-8)
+    assert torch.allclose(gate["end"].double(), expected, rtol=0, atol=1e-6)
+
+
 def test_variables_and_trailing_flags_override() -> None:
     words = dry_run(
-        "dense-134m", "moa", "--lr", "5e-3", LR="2e-3", TOKENS="1048576000", PRECISION="fp32", SEED="7", **DATA
+        "dense-0.12b", "moa", "--lr", "5e-3", LR="2e-3", TOKENS="1048576000", PRECISION="fp32", SEED="7", **DATA
     )
     assert value(words, "--lr") == "5e-3"
-    assert value(words, "--min-lr") == "0.0002"
+    assert value(words, "--min-lr") == "0.0001"
     assert value(words, "--train-iters") == "2000"
     assert value(words, "--lr-warmup-iters") == "40"
     assert value(words, "--seed") == "7"
     assert "--bf16" not in words
-    words = dry_run("moe-2b", "quadratic", TP="2", EP="4", PP="2", NPROC_PER_NODE="8", **DATA)
+    words = dry_run("moe-2b", "quadratic", TP="2", EP="4", PP="2", NPROC_PER_NODE="8", SCHEDULE="cosine", **DATA)
+    assert (value(words, "--min-lr"), value(words, "--optimizer")) == ("3e-05", "muon")
     assert words[1:5] == ["-m", "megatron_moa.launch", "--nproc-per-node", "8"]
     assert "--sequence-parallel" in words
     assert [value(words, f"--{name}-parallel-size") for name in ("tensor-model", "pipeline-model", "expert-model")] == [
@@ -156,6 +349,8 @@ def test_variables_and_trailing_flags_override() -> None:
         "4",
     ]
     assert words[words.index("--moa-mixing") :][:4] == ["--moa-mixing", "moa", "--moa-form", "quadratic"]
+    words = dry_run("dense-0.12b", "la-one-sided", **DATA)
+    assert words[words.index("--moa-mixing") :][:4] == ["--moa-mixing", "la", "--moa-form", "one-sided"]
 
 
 def test_several_nodes() -> None:
@@ -192,13 +387,25 @@ def test_data(variables: dict[str, str], flags: str) -> None:
     ("arguments", "variables", "message"),
     [
         (["dense-2b"], {}, "needs MODEL and MIXING"),
-        (["dense-3b", "moa"], {}, "MODEL dense-3b: there is no such recipe; take one of: dense-0.23b "),
+        (["dense-3b", "moa"], {}, "MODEL dense-3b: there is no such recipe; take one of: dense-0.12b "),
         (["dense-2b", "mao"], {}, "MIXING mao: unknown; take none, la, moa"),
         (["dense-2b", "moa"], {}, "DATA_PATH is not set"),
         (["dense-2b", "moa", "--mock-data"], {"OPTIMIZER": "sgdd"}, "OPTIMIZER sgdd: unknown; take one of: adamw muon"),
         (["dense-2b", "moa", "--mock-data"], {"SCHEDULE": "x"}, "SCHEDULE x: unknown; take one of: cosine wsd"),
         (["dense-2b", "moa", "--mock-data"], {"PRECISION": "fp8"}, "PRECISION fp8: unknown; take bf16 or fp32"),
         (["dense-2b", "moa", "--mock-data"], {"TOKENS": "10B"}, "TOKENS 10B: not a whole number"),
+        (
+            ["dense-2b", "moa", "--mock-data"],
+            {"TOKENS_PER_PARAMETER": "x"},
+            "TOKENS_PER_PARAMETER x: not",
+        ),
+        (
+            ["dense-2b", "moa", "--mock-data"],
+            {"FFN": "relu2"},
+            "FFN relu2: unknown; take type2 ",
+        ),
+        (["gpt2-124m", "moa", "--mock-data"], {"FFN": "type2"}, "FFN type2: GPT-2-like models have Type I layers"),
+        (["moe-2b", "moa", "--mock-data"], {"FFN_MULTIPLE": "0"}, "FFN_MULTIPLE 0: not a whole number"),
         (["dense-2b", "moa", "--mock-data"], {"LR": "fast"}, "LR fast: not a number"),
         (["dense-2b", "moa", "--mock-data"], {"EP": "4"}, "EP 4: dense-2b has no experts"),
         (["dense-2b", "moa", "--mock-data"], {"NNODES": "2"}, "MASTER_ADDR is not set"),

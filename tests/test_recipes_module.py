@@ -18,7 +18,7 @@ def values(flags: list[str], flag: str) -> list[str]:
 
 def test_names_are_the_files() -> None:
     found = recipes.model_files()
-    assert {"dense-134m", "gpt2-124m", "moe-2b"} < found.keys()
+    assert {"dense-0.12b", "gpt2-124m", "moe-2b"} < found.keys()
     assert all(path.is_file() and path.stem == name for name, path in found.items())
 
 
@@ -33,20 +33,46 @@ def test_a_recipes_flags_are_the_scripts() -> None:
     assert values(flags, "--vocab-size") == ["50257"]
 
 
-def test_a_form_is_a_mixing() -> None:
-    flags = recipes.recipe_flags("dense-134m", "one-sided", ["--mock-data"])
-    assert values(flags, "--moa-form") == ["one-sided"]
+@pytest.mark.parametrize(("mixing", "kind"), [("one-sided", "moa"), ("la-one-sided", "la")])
+def test_a_form_is_a_mixing(mixing: str, kind: str) -> None:
+    flags = recipes.recipe_flags("dense-0.12b", mixing, ["--mock-data"])
+    assert (values(flags, "--moa-mixing"), values(flags, "--moa-form")) == ([kind], ["one-sided"])
+
+
+def test_every_mixing_is_the_scripts() -> None:
+    for mixing in recipes.MIXINGS:
+        assert "--moa-mixing" in recipes.recipe_flags("dense-0.12b", mixing, ["--mock-data"])
+
+
+@pytest.mark.parametrize(
+    ("model", "variables", "text"),
+    [
+        ("dense-0.12b", {"TP": "4"}, ""),
+        ("dense-2b", {"TP": "8"}, ""),
+        ("dense-0.5b", {}, "feed-forward width 3413 is odd: slow on tensor cores; FFN_MULTIPLE=128 rounds"),
+        ("dense-0.5b", {"TP": "2"}, "feed-forward width 3413 is not divisible by TP 2: "),
+        ("dense-0.5b", {"FFN_MULTIPLE": "128", "TP": "2"}, ""),
+        ("dense-0.25b", {"TP": "2"}, "feed-forward width 1365 on each of 2 ranks is odd: "),
+        ("dense-0.25b", {}, "feed-forward width 2730 is no multiple of 8: "),
+        ("moe-2b", {}, "shared expert's width 3413 is odd, routed experts' width 853 is odd: "),
+        ("moe-2b", {"FFN": "type1", "TP": "4"}, ""),
+    ],
+)
+def test_widths_that_gpus_do_not_take_well(model: str, variables: dict[str, str], text: str) -> None:
+    widths = recipes.feed_forward_widths(recipes.recipe_flags(model, "none", ["--mock-data"], variables))
+    said = recipes.awkward_widths(widths)
+    assert said.startswith(text) if text else said == ""
 
 
 def test_this_machines_launch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = recipes.recipe_flags("dense-134m", "moa", ["--mock-data"])
+    alone = recipes.recipe_flags("dense-0.12b", "moa", ["--mock-data"])
     monkeypatch.setenv("NNODES", "4")  # without MASTER_ADDR the script itself asks for it
-    assert recipes.recipe_flags("dense-134m", "moa", ["--mock-data"]) == alone
+    assert recipes.recipe_flags("dense-0.12b", "moa", ["--mock-data"]) == alone
 
 
 def test_words_come_back_as_they_went(tmp_path: Path) -> None:
     path = tmp_path / "two words.sh"
-    path.write_text(f"source '{recipes.model_files()['dense-134m']}'\n")
+    path.write_text(f"source '{recipes.model_files()['dense-0.12b']}'\n")
     flags = recipes.recipe_flags(str(path), "moa", ["--mock-data", "--wandb-exp-name", "it's a\\name $HOME"])
     assert values(flags, "--wandb-exp-name") == ["it's a\\name $HOME"]
     assert values(flags, "--num-layers") == ["6"]
@@ -62,9 +88,9 @@ def test_an_array_is_read_as_bash_reads_it(tmp_path: Path) -> None:
     ("model", "mixing", "flags", "text"),
     [
         ("moe2b", "moa", [], "moe2b: there is no such recipe; did you mean moe-2b"),
-        ("zzz", "moa", [], "zzz: there is no such recipe; there are dense-0.23b, "),
+        ("zzz", "moa", [], "zzz: there is no such recipe; there are dense-0.12b, "),
         ("nowhere.sh", "moa", [], "nowhere.sh: there is no such recipe"),
-        ("dense-134m", "mao", [], "mao: there is no such mixing; take one of none, la, moa"),
+        ("dense-0.12b", "mao", [], "mao: there is no such mixing; take one of none, la, moa"),
     ],
 )
 def test_mistakes(model: str, mixing: str, flags: list[str], text: str) -> None:
@@ -76,7 +102,7 @@ def test_mistakes(model: str, mixing: str, flags: list[str], text: str) -> None:
 
 def test_what_the_script_refuses_is_said() -> None:
     with pytest.raises(UserError, match="EP 2"):
-        recipes.recipe_flags("dense-134m", "moa", ["--mock-data"], {"EP": "2"})
+        recipes.recipe_flags("dense-0.12b", "moa", ["--mock-data"], {"EP": "2"})
 
 
 def test_no_array(tmp_path: Path) -> None:

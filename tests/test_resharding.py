@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_moa.recording import assemble
-from tests.training import MOE, SWIGLU, record, recorded
+from tests.training import FORM_ARMS, MOE, SWIGLU, TWO_KINDS, record, recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]  # a tour has up to nine runs
 
@@ -37,6 +37,7 @@ SPLITS = {
     "ep2": (2, _EP2),
     "ep4": (4, "--expert-model-parallel-size 4"),
     "tp2-ep2": (4, f"{_TP2} --sequence-parallel {_EP2}"),
+    "tp2-ep2-etp1": (2, f"{_TP2} --sequence-parallel {_EP2} --expert-tensor-parallel-size 1"),
     "ep2-etp2": (4, f"{_EP2} --expert-tensor-parallel-size 2"),
     "pp2-ep2": (4, f"--pipeline-model-parallel-size 2 {_EP2}"),
 }
@@ -45,7 +46,9 @@ DENSE_FURTHER = ("one", "tp2-pp2", "tp2-sp", "pp2-virtual", "one", "dp2", "tp4",
 EXPERTS = ("one", "ep2", "tp2-ep2", "one")
 EXPERTS_FURTHER = ("one", "ep4", "ep2", "one", "pp2-ep2", "tp2-sp", "ep2-etp2", "one")
 
-_MOA = "--moa-mixing moa --moa-gate-bias --moa-amplitude learned"
+TWO_RANKS = ("one", "tp2-ep2-etp1", "pp2", "one")
+
+_MOA = "--moa-mixing moa --moa-form bi-sided --moa-gate-bias --moa-amplitude learned"
 _LA = "--moa-mixing la --moa-form quadratic"
 _MOE = " ".join([*MOE, "--moe-shared-expert-intermediate-size 32"])
 _RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
@@ -60,9 +63,13 @@ full = pytest.mark.full
         pytest.param("--moa-mixing none --moa-backend auto", DENSE, id="dense-stock", marks=full),
         pytest.param(f"{_MOA} {_RESHARDABLE}", DENSE_FURTHER, id="dense-moa-distopt", marks=full),
         pytest.param(f"{_LA} {_RESHARDABLE} --bf16", ("one", "dp2", "tp2-sp", "one"), id="dense-la-bf16", marks=full),
-        pytest.param(f"{_LA} {_MOE}", EXPERTS, id="moe-la"),
+        *(
+            pytest.param(f"{' '.join(TWO_KINDS)} {FORM_ARMS[arm]} {further}", TWO_RANKS, id=f"two-kinds-{arm}")
+            for arm, further in zip(FORM_ARMS, ("", _RESHARDABLE, _RESHARDABLE, ""), strict=True)
+        ),
+        pytest.param(f"{_LA} {_MOE}", EXPERTS, id="moe-la", marks=full),
         pytest.param(f"{_MOA} {_MOE}", EXPERTS_FURTHER, id="moe-moa", marks=full),
-        pytest.param(f"{_MOA} {_MOE} {_RESHARDABLE}", EXPERTS, id="moe-moa-distopt"),
+        pytest.param(f"{_MOA} {_MOE} {_RESHARDABLE}", EXPERTS, id="moe-moa-distopt", marks=full),
         pytest.param(f"{_LA} {_MOE} {_RESHARDABLE}", EXPERTS_FURTHER, id="moe-la-distopt", marks=full),
         pytest.param(f"{_MOA} {_MOE} --bf16", EXPERTS, id="moe-moa-bf16", marks=full),
     ],

@@ -13,7 +13,7 @@ from megatron_moa import recording
 from megatron_moa.faults import EXIT_SAVED_ON_SIGNAL
 from megatron_moa.recording import Record
 from tests import launch
-from tests.training import MOE, ROOT, SWIGLU, TINY, record, recorded
+from tests.training import FORM_ARMS, MOE, ROOT, SWIGLU, TINY, TWO_KINDS, record, recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -47,7 +47,7 @@ CASES = {
     "wsd-mid-decay": (1, [*_MOA, *"--lr-decay-style WSD --lr-wsd-decay-style linear --lr-wsd-decay-iters 14".split()]),
     "stock": (1, ["--moa-mixing", "none", "--moa-backend", "auto"]),
 }
-_OFTEN = {"dense-moa", "dp2-distopt", "pp2", "ep2", "ep2-distopt"}
+_OFTEN = {"dense-moa", "dp2-distopt"}
 
 
 def assert_continued(whole: Record, first: Record, second: Record) -> None:
@@ -74,6 +74,28 @@ def test_resumed_run_is_the_same_run(case: str, tmp_path: Path) -> None:
     second = recorded(tmp_path / "second", *flags, "--load", tmp_path / "saved", processes=processes)
     assert first.steps[-1].iteration == STOP_AT
     assert_continued(whole, first, second)
+
+
+_TP2_EP2 = [*_TP2, *"--expert-model-parallel-size 2 --expert-tensor-parallel-size 1".split()]
+
+
+@pytest.mark.parametrize("split", [_TP2_EP2, _PP2], ids=["tp2-ep2", "pp2"])
+@pytest.mark.parametrize("arm", FORM_ARMS)
+def test_one_sided_and_quadratic_resume_on_every_kind_of_layer(arm: str, split: list[str], tmp_path: Path) -> None:
+    """Here the checkpoint in the middle is one that the whole run saved on its way."""
+    flags = [*SWIGLU, *TWO_KINDS, *_BASE, *FORM_ARMS[arm].split(), *split]
+    if arm in ("one-sided-moa", "quadratic-la"):
+        flags += _DISTRIBUTED
+    saved = tmp_path / "saved"
+    whole = recorded(tmp_path / "whole", *flags, "--save", saved, "--save-interval", str(STOP_AT), processes=2)
+    middle = ["--load", saved, "--ckpt-step", str(STOP_AT)]
+    second = recorded(tmp_path / "second", *flags, *middle, processes=2)
+    assert [step.iteration for step in second.steps] == list(range(STOP_AT + 1, STEPS + 1))
+    assert second.steps == whole.steps[STOP_AT:]
+    assert len(second.end) == len(whole.end) > 0
+    for piece, other in zip(second.end, whole.end, strict=True):
+        assert (piece.key, piece.offset, piece.rank) == (other.key, other.offset, other.rank)
+        assert torch.equal(piece.data, other.data), piece.key
 
 
 def _stopped_by_signal(arguments: list[str], folder: Path, at: int) -> None:

@@ -15,9 +15,9 @@ from megatron_moa.errors import UserError
 from megatron_moa.saved_settings import (
     FORMAT_VERSION,
     as_typed,
-    check_format_version,
     check_saved_settings,
     check_vocabulary,
+    upgrade_saved_settings,
 )
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, run_script, train
@@ -32,8 +32,9 @@ SETTINGS = {
     "moa_gate": "sigmoid",
     "moa_gate_bias": False,
     "moa_amplitude": "fixed",
-    "moa_init_scale": "mixture",
-    "moa_la_init": [0.5],
+    "moa_init": [1.0],
+    "moa_gate_init_std": 0.02,
+    "moa_init_scale": "paper",
     "moa_freeze_gates": False,
     "num_layers": 2,
     "hidden_size": 32,
@@ -84,7 +85,7 @@ def namespace(**changes: Any) -> argparse.Namespace:
         ({"moa_gate": "tanh"}, {}, "--moa-gate tanh", "--moa-gate sigmoid"),
         ({"moa_gate_bias": True}, {}, "--moa-gate-bias", "no --moa-gate-bias"),
         ({"moa_amplitude": "learned"}, {}, "--moa-amplitude learned", "--moa-amplitude fixed"),
-        ({"moa_init_scale": "swiglu"}, {}, "--moa-init-scale swiglu", "--moa-init-scale mixture"),
+        ({"moa_init_scale": "matched"}, {}, "--moa-init-scale matched", "--moa-init-scale paper"),
         ({"num_layers": 3}, {}, "--num-layers 3", "--num-layers 2"),
         ({"hidden_size": 64}, {}, "--hidden-size 64", "--hidden-size 32"),
         ({"ffn_hidden_size": 64}, {}, "--ffn-hidden-size 64", "--ffn-hidden-size 48"),
@@ -117,9 +118,9 @@ def test_each_setting_is_compared(run: dict[str, Any], saved: dict[str, Any], gi
     ("run", "saved"),
     [
         ({}, {}),
-        ({"moa_la_init": [0.1], "moa_freeze_gates": True}, {}),  # only the start, and whether it is trained
-        ({"moa_amplitude": "learned", "moa_init_scale": "swiglu"}, {"moa_amplitude": "learned"}),  # in the amplitudes
-        ({"moa_mixing": "la", "moa_init_scale": "swiglu"}, {"moa_mixing": "la"}),  # in the coefficients
+        ({"moa_init": [0.1], "moa_gate_init_std": 0.2, "moa_freeze_gates": True}, {}),  # the start; what is trained
+        ({"moa_amplitude": "learned", "moa_init_scale": "matched"}, {"moa_amplitude": "learned"}),  # in the amplitudes
+        ({"moa_mixing": "la", "moa_init_scale": "matched"}, {"moa_mixing": "la"}),  # in the coefficients
         ({"max_position_embeddings": 128, "v_head_dim": 64}, {}),  # of no effect with these settings
         ({"mtp_num_layers": 0}, {"mtp_num_layers": None}),
         ({**FUSED, "swiglu": True}, {**EXACT, "swiglu": True}),  # no GELU there
@@ -147,11 +148,59 @@ def test_the_remedy_is_not_a_flag_that_is_there_already() -> None:
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "2"])
 def test_an_unknown_format_version_is_refused(version: object) -> None:
     with pytest.raises(UserError, match=f"format version {version}.* up to {FORMAT_VERSION}"):
-        check_format_version(namespace(moa_format_version=version), CHECKPOINT)
+        upgrade_saved_settings(namespace(moa_format_version=version), CHECKPOINT)
 
 
-def test_checkpoints_from_before_there_was_a_version_are_of_the_first() -> None:
-    check_format_version(namespace(), CHECKPOINT)
+def test_settings_of_this_version_stay_as_they_are() -> None:
+    saved = namespace(moa_format_version=FORMAT_VERSION, moa_form="quadratic")
+    upgrade_saved_settings(saved, CHECKPOINT)
+    assert saved == namespace(moa_format_version=FORMAT_VERSION, moa_form="quadratic")
+
+
+def version_1(**changes: Any) -> argparse.Namespace:
+    """Settings as version 1 named them."""
+    saved = namespace(moa_init_scale="mixture", moa_la_init=[0.5], init_method_std=0.1)
+    del saved.moa_init, saved.moa_gate_init_std
+    vars(saved).update(changes)
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("saved", "init", "gate_init_std", "init_scale"),
+    [
+        ({}, [1.0], 0.1, "paper"),  # gates of fixed amplitude never started from moa_la_init, but like fc1
+        ({"moa_format_version": 1}, [1.0], 0.1, "paper"),
+        ({"moa_init_scale": "swiglu"}, [1.0], 0.1, "matched"),
+        ({"moa_amplitude": "learned"}, [0.5], 0.1, "paper"),
+        ({"moa_mixing": "la"}, [0.5], 0.02, "paper"),
+        ({"moa_mixing": "la", "moa_la_init": [0.25] * 4, "moa_form": "type1"}, [0.25] * 4, 0.02, "paper"),
+    ],
+)
+def test_version_1s_names_are_understood(
+    saved: dict[str, Any], init: list[float], gate_init_std: float, init_scale: str
+) -> None:
+    args = version_1(**saved)
+    upgrade_saved_settings(args, CHECKPOINT)
+    assert (args.moa_init, args.moa_gate_init_std, args.moa_init_scale) == (init, gate_init_std, init_scale)
+    assert not hasattr(args, "moa_la_init")
+    assert args.moa_activations == ["silu", "relu2"]
+
+
+@pytest.mark.parametrize(
+    ("form", "change"), [("one-sided", "SiLU now stays on W1's and W2's is mixed"), ("quadratic", "those of k <= l")]
+)
+@pytest.mark.parametrize("mixing", ["la", "moa"])
+def test_version_1s_changed_forms_are_refused(mixing: str, form: str, change: str) -> None:
+    with pytest.raises(UserError) as error:
+        upgrade_saved_settings(version_1(moa_mixing=mixing, moa_form=form), CHECKPOINT)
+    text = str(error.value)
+    assert text.startswith(f"--load somewhere: iteration 40: its {form} form is of format version 1, ")
+    assert change in text
+    assert "\n" not in text
+
+
+def test_version_1s_stock_models_are_the_same_whatever_form_they_name() -> None:
+    upgrade_saved_settings(version_1(moa_mixing="none", moa_form="one-sided"), CHECKPOINT)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +229,8 @@ def test_settings_are_shown_as_typed() -> None:
 
 # Whole runs.
 
-MIXTURE = ["--moa-gate", "softmax", "--moa-gate-bias", "--moa-activations", "silu", "relu2", "--moa-backend", "eager"]
+MIXTURE = "--moa-gate softmax --moa-gate-bias --moa-activations silu relu2 --moa-backend eager".split()
+MIXTURE += ["--moa-init-scale", "matched"]  # so that a constant scale lies beside the gates
 FLAGS = [*SWIGLU, "--train-iters", "2", "--save-interval", "2"]
 
 

@@ -77,7 +77,7 @@ class Slurm:
 
     def train(self, *options: str, flags: tuple[str, ...] = ("--mock-data",), **variables: str) -> str:
         """A job of pretrain.sbatch."""
-        script = ("examples/slurm/pretrain.sbatch", "dense-134m", "moa", *flags)
+        script = ("examples/slurm/pretrain.sbatch", "dense-0.12b", "moa", *flags)
         return self.submit(*options, *script, **variables)
 
     def job(self, job: str) -> dict[str, str]:
@@ -156,7 +156,7 @@ def test_requeued_at_the_time_limit_it_ends_as_an_uninterrupted_run(slurm: Slurm
     assert (min(second), max(second)) == (saved + 1, ITERATIONS)
     assert (tmp_path / "run" / "checkpoints" / TRACKER).read_text() == str(ITERATIONS)
 
-    flags = recipe_flags("dense-134m", "moa", FLAGS, {**SMALL, "RUN_DIR": str(tmp_path / "whole")})
+    flags = recipe_flags("dense-0.12b", "moa", FLAGS, {**SMALL, "RUN_DIR": str(tmp_path / "whole")})
     code, output = launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), flags), 2, ROOT)
     assert code == 0, output
     (tmp_path / "whole.log").write_text(output)

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import signal
@@ -10,16 +11,19 @@ import subprocess
 import sys
 import tarfile
 import time
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_moa.errors import UserError
-from megatron_moa.output_scale import output_scale
+from megatron_moa.output_scale import matching_scale, output_scale
 from megatron_moa.study.arms import ARMS, Size
 from megatron_moa.study.corpora import make_corpus
-from megatron_moa.study.grid import Cell, cell_from, cell_values, pending, read_study
+from megatron_moa.study.grid import Cell, cell_values, pending, read_study
+from megatron_moa.study.paper import ROWS, TABLE_1, TABLE_2
+from megatron_moa.study.planned import planned
 from megatron_moa.study.runner import RESULTS, Runner, command, losses_of, read_results
 from megatron_moa.study.timing import TIMING, WIDER, width_of_equal_time
 
@@ -38,7 +42,7 @@ hidden = 48
 ffn = 128
 heads = 2
 [[grid]]
-arms = ["swiglu", "moa"]
+arms = ["swiglu", "moa-bi-sided"]
 sizes = ["tiny"]
 corpora = ["python"]
 tokens = [1e5]
@@ -46,7 +50,7 @@ rates = [1e-2, 2e-2]
 """
 SEEDS = """
 [[grid]]
-arms = ["swiglu", "moa"]
+arms = ["swiglu", "moa-bi-sided"]
 sizes = ["tiny"]
 corpora = ["python"]
 tokens = [1e5]
@@ -64,21 +68,45 @@ def study_of(text, folder):
 
 
 def test_a_scaled_layer_is_as_large_as_the_mixture_it_is_compared_with():
-    for arm in (ARMS["swiglu-scaled"], ARMS["gelu-scaled"]):
-        flags = arm.flags(SIZE)
-        start = float(flags[flags.index("--moa-la-init") + 1])
+    size = replace(SIZE, gate_init_std=0.2)  # other than the weights'
+    for arm in (ARMS["swiglu-scaled"], ARMS["relu2-scaled"]):
+        flags = arm.flags(size)
+        start = float(flags[flags.index("--moa-init") + 1])
         scaled = replace(arm.mixing, initial_coefficients=(start,))
-        mixture = ARMS[arm.as_large_as].mixing
-        std = SIZE.preactivation_std
-        assert output_scale(scaled, std) == pytest.approx(output_scale(mixture, std), rel=1e-5)
+        mixture = replace(ARMS[arm.as_large_as].mixing, gate_init_std=0.2)
+        std, hidden = size.init_std, size.hidden
+        assert output_scale(scaled, std, hidden) == pytest.approx(output_scale(mixture, std, hidden), rel=1e-5)
         assert "--moa-freeze-gates" in flags
 
 
+def test_gate_vectors_start_as_the_weights_unless_the_size_says_otherwise():
+    for size, std in ((SIZE, "0.0924"), (replace(SIZE, gate_init_std=0.02), "0.02")):
+        flags = ARMS["moa-one-sided"].flags(size)
+        assert flags[flags.index("--moa-gate-init-std") + 1] == std
+    assert "--moa-gate-init-std" not in ARMS["la-one-sided"].flags(SIZE)
+
+
+def test_a_type_1_layer_is_4_h_wide_beside_the_papers_swiglu():
+    for hidden, ffn in ((768, 2048), (1024, 2730), (1280, 3413), (48, 128)):
+        size = replace(SIZE, hidden=hidden, ffn=ffn)
+        assert [ARMS[arm].width(size) for arm in ("relu2", "la-type1", "moa-type1-tanh")] == [4 * hidden] * 3
+        assert ARMS["swiglu-params"].width(size) == ffn + 5  # as the paper widens it
+    assert ARMS["relu2"].width(replace(SIZE, ffn=64)) == 96
+
+
+def test_where_a_matched_la_starts_from_makes_no_difference():
+    """So the earlier runs of it, which started from 0.5, are the same arm."""
+    mixing = ARMS["la-bi-sided-matched"].mixing
+    old = replace(mixing, activations=("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh"))
+    half = matching_scale(replace(old, initial_coefficients=(0.5,)), 0.0653, 96)
+    assert 0.5 * half == pytest.approx(matching_scale(mixing, 0.0653, 96), rel=1e-6)
+
+
 def test_equal_parameters_are_equal_to_within_a_hidden_unit():
-    gates = ARMS["moa"].mixing.num_coefficients * SIZE.hidden
+    gates = ARMS["moa-bi-sided"].mixing.num_coefficients * SIZE.hidden
     extra = 3 * SIZE.hidden * (ARMS["swiglu-params"].width(SIZE) - SIZE.ffn)
     assert 0 <= extra - gates < 3 * SIZE.hidden
-    ungated, gated = 2 * SIZE.hidden * ARMS["gelu"].width(SIZE), 3 * SIZE.hidden * SIZE.ffn
+    ungated, gated = 2 * SIZE.hidden * ARMS["relu2"].width(SIZE), 3 * SIZE.hidden * SIZE.ffn
     assert ungated == gated
 
 
@@ -103,6 +131,7 @@ def test_every_arm_is_a_command_that_megatron_accepts(name, monkeypatch, tmp_pat
     assert args.swiglu == ARMS[name].is_gated
     if mixing is not None:
         kept = ("mixing", "form", "activations", "gate", "init_scale", "freeze")
+        assert mixing.gate_init_std == (study.sizes["tiny"].gate_std if mixing.mixing == "moa" else 0.02)
         assert [getattr(mixing, key) for key in kept] == [getattr(expected, key) for key in kept]
 
 
@@ -120,12 +149,12 @@ def test_rates_come_first_then_seeds_at_each_arms_best(tmp_path):
     study = study_of(STUDY + SEEDS, tmp_path)
     first = pending(study, {})
     assert {(cell.rate, cell.seed) for cell in first} == {(1e-2, 1), (2e-2, 1)}
-    losses = {cell: 3.0 + abs(cell.rate - (2e-2 if cell.arm == "moa" else 1e-2)) for cell in first}
+    losses = {cell: 3.0 + abs(cell.rate - (2e-2 if cell.arm == "moa-bi-sided" else 1e-2)) for cell in first}
     part = {cell: loss for cell, loss in losses.items() if cell.arm == "swiglu"}
     assert {(cell.arm, cell.rate) for cell in pending(study, part) if cell.seed > 1} == {("swiglu", 1e-2)}
     seeds = pending(study, losses)
     assert {(cell.arm, cell.rate, cell.seed) for cell in seeds} == {
-        (arm, rate, seed) for arm, rate in (("swiglu", 1e-2), ("moa", 2e-2)) for seed in (2, 3)
+        (arm, rate, seed) for arm, rate in (("swiglu", 1e-2), ("moa-bi-sided", 2e-2)) for seed in (2, 3)
     }
     assert pending(study, losses | dict.fromkeys(seeds, 3.0)) == []
 
@@ -155,7 +184,7 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
     [
         (("tokens", "tokenz"), "grid 1: tokenz: unknown key"),
         (("tokens = [1e5]\n", ""), "grid 1: tokens: is missing"),
-        (('"moa"', '"mao"'), "grid 1: arms mao: unknown; there are swiglu"),
+        (('"moa-bi-sided"', '"mao"'), "grid 1: arms mao: unknown; there are swiglu"),
         (('sizes = ["tiny"]', 'sizes = ["huge"]'), "grid 1: sizes huge: unknown; there are tiny"),
         (("heads = 2", "heads = 5"), "sizes.tiny.heads 5: does not divide hidden 48"),
         (("layers = 2", "layers = 2.5"), "sizes.tiny: layers 2.5: must be a whole number"),
@@ -173,9 +202,99 @@ def test_a_mistake_in_a_studys_file_is_one_line(change, said, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_the_presets_can_be_read():
-    for path in (ROOT / "examples" / "studies").glob("*.toml"):
-        assert pending(read_study(path), {})
+STUDIES = sorted((ROOT / "examples" / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_scale_has_the_arms_of_the_study(path):
+    scales = tomllib.loads(path.read_text()).get("scales", {})
+    arms = {arm for grid in read_study(path).grids for arm in grid.arms}
+    assert pending(read_study(path), {})
+    for scale in scales:
+        study = read_study(path, scale)
+        assert {cell.arm for cell in pending(study, {})} == arms
+        assert not any(size.recipe for size in study.sizes.values())
+    assert ("smoke" in scales) == path.stem.startswith("paper-")
+
+
+def test_the_studies_of_tables_1_and_2_have_their_rows_and_rates():
+    for table, rows in (("paper-table1", TABLE_1), ("paper-table2", TABLE_2)):
+        path = ROOT / "examples" / "studies" / f"{table}.toml"
+        (grid,) = read_study(path).grids
+        assert set(grid.arms) == {"swiglu", "relu2", *rows}
+        assert grid.rates == (6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3)
+        assert set(grid.arms) <= set(ROWS)
+
+
+def test_a_papers_model_is_its_recipe():
+    study = read_study(ROOT / "examples" / "studies" / "paper-moe.toml")
+    cell = next(cell for cell in pending(study, {}) if cell.arm == "moa-one-sided")
+    flags = command(study, cell)
+
+    def last(name):
+        return flags[len(flags) - flags[::-1].index(name)]
+
+    expected = {
+        "--num-layers": "6",
+        "--hidden-size": "640",
+        "--num-attention-heads": "10",
+        "--seq-length": "1024",
+        "--global-batch-size": "512",
+        "--num-experts": "32",
+        "--moe-router-topk": "4",
+        "--moe-ffn-hidden-size": "426",
+        "--moe-shared-expert-intermediate-size": "1706",
+        "--init-method-std": "0.02",
+        "--moa-gate-init-std": "0.02",
+        "--lr": "0.002",
+        "--min-lr": "0",
+        "--lr-decay-style": "WSD",
+        "--optimizer": "muon",
+    }
+    assert {name: last(name) for name in expected} == expected
+    dense = read_study(ROOT / "examples" / "studies" / "paper-table1.toml")
+    flags = command(dense, next(cell for cell in pending(dense, {}) if cell.arm == "relu2" and cell.rate == 2e-3))
+    assert [last(name) for name in ("--hidden-size", "--ffn-hidden-size", "--min-lr")] == ["768", "3072", "0.0001"]
+    assert "--squared-relu" in flags
+    assert "--swiglu" not in flags
+
+
+def test_a_mistake_about_a_scale_is_one_line(tmp_path, monkeypatch):
+    scale = "[scales.small]\ntiming = 3\n[[scales.small.grid]]\nrates = [1e-3]\n"
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY + scale)
+    study = read_study(path, "small")
+    assert (study.timing, study.grids[0].rates, study.grids[0].arms) == (3, (1e-3,), ("swiglu", "moa-bi-sided"))
+    with pytest.raises(UserError, match=r"--scale smal: .* has no \[scales.smal\]; there are paper, small"):
+        read_study(path, "smal")
+    path.write_text(STUDY + SEEDS + scale)
+    with pytest.raises(UserError, match=r"scales.small: 1 \[\[scales.small.grid\]\] for 2 \[\[grid\]\]"):
+        read_study(path, "small")
+    path.write_text(STUDY.replace("layers = 2\nhidden = 48\nffn = 128\nheads = 2", 'recipe = "dense-0.12"'))
+    with pytest.raises(UserError, match=r"did you mean dense-0.12b"):
+        read_study(path)
+    monkeypatch.setenv("FFN", "type1")
+    with pytest.raises(UserError, match=r"FFN=type1: .* unset FFN"):
+        read_study(ROOT / "examples" / "studies" / "paper-table1.toml")
+
+
+def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
+    asked = []
+
+    def plan(command, env, **_):
+        asked.append((*command[2:4], env["FFN"], env["TOKENS"], env["OPTIMIZER"], env["SCHEDULE"]))
+        return subprocess.CompletedProcess(command, 0, json.dumps({"hours": 2.0 if command[3] == "none" else 3.0}), "")
+
+    folder = ROOT / "examples" / "studies"
+    full, small = read_study(folder / "paper-table2.toml"), read_study(folder / "paper-table1.toml", "smoke")
+    monkeypatch.setattr(subprocess, "run", plan)
+    assert list(planned(full))[-1].startswith("\nAll: 56 runs, 154 GPU hours")  # 7 rates of 2 baselines and 6 mixtures
+    assert sorted(asked) == [
+        ("dense-0.12b", mixing, ffn, "2400000000", "adamw", "cosine")
+        for mixing, ffn in (("bi-sided", "type2"), ("none", "type1"), ("none", "type2"), ("type1", "type1"))
+    ]
+    with pytest.raises(UserError, match="--plan: size tiny is of no recipe"):
+        list(planned(small))
 
 
 # Results.
@@ -215,13 +334,34 @@ def test_results_of_other_settings_are_refused(tmp_path):
         Runner(study_of(STUDY.replace("layers = 2", "layers = 3"), tmp_path), tmp_path, 1, 1)
 
 
-@pytest.mark.parametrize(("preset", "folder"), [("cpu", "study"), ("h200", "study-h200")])
-def test_the_committed_results_are_of_the_presets_as_they_stand(preset, folder):
-    study = read_study(ROOT / "examples" / "studies" / f"{preset}.toml")
-    results = ROOT / "docs" / "results" / folder
-    runner = Runner(study, results, 1, 1)  # refuses a line of other flags
-    asked = {cell.setting for cell in pending(study, {})}
-    assert {cell_from(line["cell"]).setting for line in runner.results} <= asked
+@pytest.mark.parametrize("folder", ["study", "study-h200"])
+def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder):
+    """They were recorded with flags of version 0.1; one-sided, quadratic and LA from 0.5 meant something else then."""
+    for line in read_results(ROOT / "docs" / "results" / folder / RESULTS):
+        arm, flags = ARMS[line["cell"]["arm"]], line["flags"]
+        if arm.mixing is None:
+            assert flags[flags.index("--moa-mixing") + 1] == "none"
+            continue
+
+        def words(name, flags=flags):
+            start = flags.index(name) + 1
+            return list(itertools.takewhile(lambda word: not word.startswith("--"), flags[start:]))
+
+        mixing = arm.mixing
+        assert words("--moa-mixing") == [mixing.mixing]
+        assert words("--moa-init-scale") == [{"paper": "mixture", "matched": "swiglu"}[mixing.init_scale]]
+        if arm.as_large_as:  # c silu(y) z, then one-sided with silu on W1's branch, now with identity on W2's
+            assert (words("--moa-form"), words("--moa-activations")) == (["one-sided"], ["silu"])
+        else:
+            assert words("--moa-form") == [mixing.form]
+            assert mixing.form == "bi-sided" or line["cell"]["arm"] == "polyrelu-matched"
+            assert sorted(words("--moa-activations")) == sorted(mixing.activations)
+        if mixing.mixing == "moa":
+            assert words("--moa-gate") == [mixing.gate]
+            assert line["recorded_arm"] != line["cell"]["arm"]
+        else:
+            assert mixing.init_scale == "matched" or arm.as_large_as  # the start of LA is no longer 0.5
+        assert ("--moa-freeze-gates" in flags) == mixing.freeze
 
 
 # Text.
@@ -315,13 +455,43 @@ def kill_after(process, results, lines):
     process.communicate()
 
 
+# A fixed layer and a mixture; rates of the baseline; controls; each arm's best with three seeds. Wide enough for
+# half the width to lose more than seeds differ (at ffn 128 it does not).
+SMOKE = """
+evaluation = 20
+timing = 5
+[corpora.python]
+source = "python"
+glob = "[aej]*/*.py"
+vocabulary = 512
+[sizes.tiny]
+layers = 2
+hidden = 48
+ffn = 192
+heads = 2
+sequence = 64
+init_std = 0.0924
+""" + "".join(
+    f'[[grid]]\narms = {list(arms)}\nsizes = ["tiny"]\ncorpora = ["python"]\ntokens = [4e5]\n{more}\n\n'
+    for arms, more in (
+        (("swiglu", "moa-bi-sided"), "rates = [1e-2]"),
+        (("swiglu",), "rates = [5e-3, 1e-2, 2e-2]"),
+        (("swiglu-again", "swiglu-half", "swiglu-scaled", "la-bi-sided-half"), "rates = [1e-2]"),
+        (("swiglu", "swiglu-scaled", "la-bi-sided-half", "moa-bi-sided"), "seeds = [1, 2, 3]"),
+        (("swiglu", "swiglu-again", "swiglu-half"), "seeds = [1, 2, 3, 4]"),
+    )
+)
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The smoke preset, killed twice on its way."""
+    """A small study, killed twice on its way."""
     out = tmp_path_factory.mktemp("smoke")
+    (out / "study.toml").write_text(SMOKE)
+    flags = ("--study", str(out / "study.toml"), "--out", str(out))
     for lines in (1, 7):
-        kill_after(start_study("--preset", "smoke", "--out", str(out)), out / RESULTS, lines)
-    finish(start_study("--preset", "smoke", "--out", str(out)))
+        kill_after(start_study(*flags), out / RESULTS, lines)
+    finish(start_study(*flags))
     return out
 
 
@@ -331,11 +501,10 @@ def test_two_kills_change_nothing(smoke, tmp_path):
     lines = read_results(smoke / RESULTS)
     cells = [json.dumps(line["cell"]) for line in lines]
     assert len(set(cells)) == len(cells)
-    assert pending(read_study(ROOT / "examples" / "studies" / "smoke.toml"), losses_of(lines)) == []
+    assert pending(read_study(smoke / "study.toml"), losses_of(lines)) == []
     # The runs around both kills once more, without any.
-    text = (ROOT / "examples" / "studies" / "smoke.toml").read_text()
-    grid = text[text.index("[[grid]]") :].split("\n\n")[0]
-    (tmp_path / "again.toml").write_text(text[: text.index("[[grid]]")].replace("timing = 5", "timing = 0") + grid)
+    head, first = SMOKE.split("[[grid]]")[:2]
+    (tmp_path / "again.toml").write_text(head.replace("timing = 5", "timing = 0") + "[[grid]]" + first)
     finish(start_study("--study", str(tmp_path / "again.toml"), "--out", str(tmp_path / "again")))
     measured = ("seconds", "milliseconds", "date")
     again = {json.dumps(line["cell"]): line for line in read_results(tmp_path / "again" / RESULTS)}
@@ -359,7 +528,11 @@ def test_the_controls_and_the_steps_of_the_comparison(smoke):
     assert same.low < 0 < same.high
     worse = results.difference(setting, "swiglu-half", "swiglu")
     assert worse.low > 0
-    for arm, to in (("swiglu-scaled", "swiglu"), ("la", "swiglu-scaled"), ("moa", "la")):
+    for arm, to in (
+        ("swiglu-scaled", "swiglu"),
+        ("la-bi-sided-half", "swiglu-scaled"),
+        ("moa-bi-sided", "la-bi-sided-half"),
+    ):
         assert results.difference(setting, arm, to).count == 3
     (timing,) = read_results(smoke / TIMING)
     assert set(results.arms(setting)) <= set(timing["milliseconds"])

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_moa.study.arms import ARMS
+from megatron_moa.study.paper import reported
 from megatron_moa.study.statistics import UNTUNED
 from tests.test_study_statistics import SETTING, line, seeds
 from tests.training import ROOT
@@ -24,10 +25,10 @@ from tools import study_report
 TRUTH = {
     "swiglu": 0.0,
     "swiglu-scaled": -0.03,
-    "la": -0.05,
-    "moa": -0.06,
-    "la-small": 0.02,
-    "moa-small": 0.02,
+    "la-bi-sided-half": -0.05,
+    "moa-bi-sided": -0.06,
+    "la-bi-sided-matched": 0.02,
+    "moa-bi-sided-matched": 0.02,
     "swiglu-params": -0.01,
     "swiglu-half": 0.2,
 }
@@ -93,12 +94,12 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
     text = report_of(tmp_path, write(tmp_path / "study", study()))
     for what, arm, to, difference, verdict in (
         ("scale at the start", "swiglu-scaled", "swiglu", -0.03, "**better**"),
-        ("dictionary", "la", "swiglu-scaled", -0.02, "**better**"),
-        ("token adaptivity", "moa", "la", -0.01, "**better**"),
-        ("all three", "moa", "swiglu", -0.06, "**better**"),
-        ("dictionary", "la-small", "swiglu", 0.02, "**worse**"),
-        ("token adaptivity", "moa-small", "la-small", 0.0, "undecided"),
-        ("equal parameters", "moa", "swiglu-params", -0.05, "**better**"),
+        ("dictionary", "la-bi-sided-half", "swiglu-scaled", -0.02, "**better**"),
+        ("token adaptivity", "moa-bi-sided", "la-bi-sided-half", -0.01, "**better**"),
+        ("all three", "moa-bi-sided", "swiglu", -0.06, "**better**"),
+        ("dictionary", "la-bi-sided-matched", "swiglu", 0.02, "**worse**"),
+        ("token adaptivity", "moa-bi-sided-matched", "la-bi-sided-matched", 0.0, "undecided"),
+        ("equal parameters", "moa-bi-sided", "swiglu-params", -0.05, "**better**"),
         ("nothing, other seeds", "swiglu-again", "swiglu", 0.0, "undecided, as it must be"),
         ("half the width", "swiglu-half", "swiglu", 0.2, "worse, as it must be"),
     ):
@@ -108,7 +109,7 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
         assert mean == pytest.approx(difference, abs=0.003), what
         assert cells[4:] == ["3", verdict], what
     assert "Of 4 gated mixtures, against tuned SwiGLU: 2 better, 2 worse." in text
-    assert "Letting gates set the coefficients token by token (MoA) lowers the loss by 0.0" in text
+    assert "Letting gates set the coefficients token by token lowers the loss by 0.0" in text
     assert "makes no difference that 3 seeds decide" in text
     assert "**Many comparisons.**" in text
     equal = text.split("### At equal cost")[1].split("###")[0]
@@ -117,12 +118,16 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
 
 def test_what_is_not_tuned_is_not_decided(tmp_path: Path) -> None:
     lines = [line("swiglu", loss, rate=rate) for rate, loss in ((0.004, 3.1), (0.008, 3.0), (0.016, 3.3))]
-    lines += [line("la-small", loss, rate=rate) for rate, loss in ((0.004, 2.9), (0.008, 3.1))]
-    lines += [line("moa-small", loss, rate=rate) for rate, loss in ((0.008, 3.1), (0.016, 3.2))]
+    lines += [line("la-bi-sided-matched", loss, rate=rate) for rate, loss in ((0.004, 2.9), (0.008, 3.1))]
+    lines += [line("moa-bi-sided-matched", loss, rate=rate) for rate, loss in ((0.008, 3.1), (0.016, 3.2))]
     text = report_of(tmp_path, write(tmp_path / "study", lines))
-    assert row(text, "dictionary", ARMS["la-small"].title)[3:] == ["≤ -0.1000", "1", "not decided by one seed"]
-    assert row(text, "token adaptivity", ARMS["moa-small"].title)[3::2] == ["? +0.2000", UNTUNED]
-    assert row(text, "both", ARMS["moa-small"].title)[3::2] == ["≤ +0.1000", UNTUNED]
+    assert row(text, "dictionary", ARMS["la-bi-sided-matched"].title)[3:] == [
+        "≤ -0.1000",
+        "1",
+        "not decided by one seed",
+    ]
+    assert row(text, "token adaptivity", ARMS["moa-bi-sided-matched"].title)[3::2] == ["? +0.2000", UNTUNED]
+    assert row(text, "both", ARMS["moa-bi-sided-matched"].title)[3::2] == ["≤ +0.1000", UNTUNED]
 
 
 def test_a_control_that_fails_is_said_to(tmp_path: Path) -> None:
@@ -144,61 +149,68 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
 
 def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> None:
     lines = [line("swiglu", loss, rate=rate) for rate, loss in ((0.004, 3.1), (0.008, 3.0), (0.016, 3.3))]
-    lines += [line("moa", loss, rate=rate) for rate, loss in ((0.004, 3.2), (0.008, 3.1), (0.016, 2.9), (0.032, None))]
-    lines += [line("moa", None, rate=0.016, seed=2), line("la", 3.0), line("gelu", None)]
-    lines += [line("moa-small", loss, rate=rate) for rate, loss in ((0.004, 3.2), (0.008, 3.1))]
+    lines += [
+        line("moa-bi-sided", loss, rate=rate)
+        for rate, loss in ((0.004, 3.2), (0.008, 3.1), (0.016, 2.9), (0.032, None))
+    ]
+    lines += [line("moa-bi-sided", None, rate=0.016, seed=2), line("la-bi-sided-half", 3.0), line("gelu", None)]
+    lines += [line("moa-bi-sided-matched", loss, rate=rate) for rate, loss in ((0.004, 3.2), (0.008, 3.1))]
     text = report_of(tmp_path, write(tmp_path / "study", lines))
-    cells = row(text.split("## Larger")[0], "MoA, paper's scale", "0.016")
+    cells = row(text.split("## The main setting")[1].split("##")[0], "bi-sided MoA", "0.016")
     assert cells[2:4] == ["0.004: 3.2000, 0.008: 3.1000, 0.016: 2.9000, 0.032: diverged", "1 (2 diverged)"]
-    assert row(text, "MoA, SwiGLU's scale", "0.008, **at the end**")
-    assert row(text, "LA, paper's scale", "0.008, **the only one**")
+    assert row(text, "bi-sided MoA, scale matched to SwiGLU", "0.008, **at the end**")
+    assert row(text, "bi-sided LA from 0.5", "0.008, **the only one**")
     assert row(text, "GELU", "none")
     limits = text.split("## What is not shown")[1].split("##")[0]
     assert (
-        "at the end of what was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: MoA, SwiGLU's scale.\n" in limits
+        "at the end of what was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: "
+        "bi-sided MoA, scale matched to SwiGLU.\n" in limits
     )
-    assert "one alone was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: LA, paper's scale.\n" in limits
+    assert "one alone was tried: in python, size 0.4M, 2M tokens, AdamW, cosine: bi-sided LA from 0.5.\n" in limits
     assert (
-        "diverged: MoA, paper's scale at 0.032, seed 1 (python, size 0.4M, 2M tokens, AdamW, cosine); "
-        "MoA, paper's scale at 0.016, seed 2" in limits
+        "diverged: bi-sided MoA at 0.032, seed 1 (python, size 0.4M, 2M tokens, AdamW, cosine); "
+        "bi-sided MoA at 0.016, seed 2" in limits
     )
     assert "Muon, WSD, a MoE" in limits
     assert "the paper begins at 120M" in limits
 
 
 def test_a_study_of_which_everything_diverged(tmp_path: Path) -> None:
-    text = report_of(tmp_path, write(tmp_path / "study", [{**line("moa", None), "loss": []}]))
-    assert row(text, "MoA, paper's scale", "none")[2] == "no finite loss of seed 1"
+    text = report_of(tmp_path, write(tmp_path / "study", [{**line("moa-bi-sided", None), "loss": []}]))
+    assert row(text, "bi-sided MoA", "none")[2] == "no finite loss of seed 1"
     assert "- 1 run of 1 arm, 1 diverged." in text
     assert "SwiGLU has no finished run" in text
 
 
 def test_larger_rates(tmp_path: Path) -> None:
     lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("swiglu", [3.2, 3.31, 3.4], rate=0.016)]
-    lines += [*seeds("moa", [2.9, 3.0, 3.1], rate=0.016), *seeds("moa", [2.95, 3.05, 3.15], rate=0.032)]
-    lines += [line("moa", None, rate=0.064), line("moa", 3.3)]
+    lines += [
+        *seeds("moa-bi-sided", [2.9, 3.0, 3.1], rate=0.016),
+        *seeds("moa-bi-sided", [2.95, 3.05, 3.15], rate=0.032),
+    ]
+    lines += [line("moa-bi-sided", None, rate=0.064), line("moa-bi-sided", 3.3)]
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Larger learning rates")[1]
     assert row(text, "SwiGLU", "0.008")[2:4] == ["+0.2033", "not run"]
-    cells = row(text, "MoA, paper's scale", "0.016")
+    cells = row(text, "bi-sided MoA", "0.016")
     assert cells[2:4] == ["+0.0500", "1 of 1 diverged"]
     assert cells[4].startswith("-0.1533 [")
     assert cells[5] == "bears more"
-    assert "is **seen** for MoA, paper's scale: its best rate is 2 times SwiGLU's" in text
+    assert "is **seen** for bi-sided MoA: its best rate is 2 times SwiGLU's" in text
 
 
 def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
     lines = []
     for size in (1, 2, 4, 8):
-        for arm, floor in (("swiglu", 2.0), ("moa", 1.9)):
+        for arm, floor in (("swiglu", 2.0), ("moa-bi-sided", 1.9)):
             losses = [floor + size**-0.5 + offset for offset in (0.0, 0.001, -0.001)]
             where = {"setting": ("python", f"{size}M", *SETTING[2:]), "non_embedding": size * 10**6}
             lines += seeds(arm, losses, **where)
     text = report_of(tmp_path, write(tmp_path / "study", lines))
-    cells = row(text.split("L = E + A N^-a over sizes")[1], "MoA, paper's scale", "4")
+    cells = row(text.split("L = E + A N^-a over sizes")[1], "bi-sided MoA", "4")
     values = [tuple(map(float, cell.split(" ± "))) for cell in cells[2:]]
     for (value, half), truth in zip(values, (1.9, 1.0, 0.5), strict=True):
         assert abs(value - truth) <= half < 0.2
-    overview = text.split("### The same steps in every setting, at the paper's scale")[1].split("##")[0]
+    overview = text.split("### The same steps in every setting, as the paper starts it")[1].split("##")[0]
     assert row(overview, "python, size 8M, 2M tokens, AdamW, cosine")[4].startswith("**-0.1000 ±")
     assert (tmp_path / "report" / "parameters-python-1M-2M-adamw-cosine.png").exists()
     few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
@@ -207,13 +219,13 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
 
 def test_time_is_the_time_of_steps_measured_apart(tmp_path: Path) -> None:
     folder = write(tmp_path / "study", study())
-    times = {"swiglu": 100.0, "moa": 110.0, "la": 105.0}
+    times = {"swiglu": 100.0, "moa-bi-sided": 110.0, "la-bi-sided-half": 105.0}
     timing = {"size": "0_4M", "optimizer": "adamw", "milliseconds": times, "machine": "2 CPU cores", "date": "today"}
     timing |= {"equal_time_width": 288, "rounds": 15, "threads": 1}
     earlier = {**timing, "milliseconds": {"swiglu": 90.0}}
     write(folder, [earlier, timing], "timing.jsonl")
     text = report_of(tmp_path, folder)
-    assert row(text, "MoA, paper's scale", "110.0") == ["MoA, paper's scale", "110.0", "1.100"]
+    assert row(text, "bi-sided MoA", "110.0") == ["bi-sided MoA", "110.0", "1.100"]
     left = (
         next(line for line in text.splitlines() if line.startswith("Not timed")).split(": ")[1].rstrip(".").split("; ")
     )
@@ -269,14 +281,14 @@ def test_settings_of_all_kinds_and_tables_that_can_be_read(tmp_path: Path) -> No
     lines = study()
     lines += study(2, setting=("python", "0_4M", 4_000_000, "adamw", "cosine"))
     lines += study(1, setting=("english", "0_4M", 2_000_000, "muon", "wsd"))
-    lines += [line("a-layer-of-tomorrow", 3.0), line("moa", 3.0, setting=("english", "3M", *SETTING[2:]))]
+    lines += [line("a-layer-of-tomorrow", 3.0), line("moa-bi-sided", 3.0, setting=("english", "3M", *SETTING[2:]))]
     text = report_of(tmp_path, write(tmp_path / "study", lines))
     assert max(line.count("|") for line in text.splitlines()) == 8
     shown = re.findall(r"\]\(report/([^)]+)\)", text)
     assert sorted(shown) == sorted(path.name for path in (tmp_path / "report").iterdir())
     assert "a-layer-of-tomorrow" in text
     assert "SwiGLU has no finished run here" in text
-    assert "MoA, paper's scale, against SwiGLU, in 3 settings: 2 better, 1 not decided by one seed." in text
+    assert "bi-sided MoA, against SwiGLU, in 3 settings: 2 better, 1 not decided by one seed." in text
     assert "Does it pay" in text.splitlines()[0]
     assert "against tuned SwiGLU" in "\n".join(text.splitlines()[:20])
 
@@ -314,7 +326,10 @@ def test_folders_of_two_machines_are_one_study(tmp_path: Path, capsys: pytest.Ca
         ("{\n", "line 1 is not JSON"),
         ("7\n", "line 1: has no cell"),
         ('{"cell": {}}\n', "line 1: has no final"),
-        (json.dumps({**line("moa", 3.0), "cell": {"arm": "moa"}}) + "\n", "line 1: cell must have arm, corpus"),
+        (
+            json.dumps({**line("moa-bi-sided", 3.0), "cell": {"arm": "moa-bi-sided"}}) + "\n",
+            "line 1: cell must have arm, corpus",
+        ),
     ],
 )
 def test_broken_results_are_one_line(
@@ -328,7 +343,7 @@ def test_broken_results_are_one_line(
 
 
 def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write(tmp_path / "study", [line("moa", 3.0)])
+    folder = write(tmp_path / "study", [line("moa-bi-sided", 3.0)])
     assert "holds no results.jsonl" in error_of(capsys, tmp_path, "--out", tmp_path / "a.md")
     assert "ends in .md" in error_of(capsys, folder, "--out", tmp_path / "a.txt")
     assert "other files than *.png" in error_of(
@@ -349,7 +364,7 @@ def test_an_old_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
     report_of(tmp_path, write(tmp_path / "study", study()))
     assert len(list((tmp_path / "report").iterdir())) > 2
     (tmp_path / "report" / "of-yesterday.png").touch()
-    text = report_of(tmp_path, write(tmp_path / "study", [line("moa", 3.0)]))
+    text = report_of(tmp_path, write(tmp_path / "study", [line("moa-bi-sided", 3.0)]))
     assert [path.name for path in (tmp_path / "report").iterdir()] == re.findall(r"\]\(report/([^)]+)\)", text)
     assert sorted(os.listdir(tmp_path)) == ["report", "report.md", "study"]
 
@@ -359,15 +374,50 @@ def test_best_rates_and_missing_arms_over_all_settings(tmp_path: Path) -> None:
     lines = study()
     for rate, loss in ((0.004, 3.2), (0.008, 3.1), (0.016, 3.3)):
         lines.append(line("swiglu", loss, rate=rate, setting=other))
-    lines += [line("moa", 3.1, rate=0.008, setting=other), line("moa", 3.0, rate=0.016, setting=other)]
-    lines.append(line("moa-small", 3.1, setting=other))
+    lines += [
+        line("moa-bi-sided", 3.1, rate=0.008, setting=other),
+        line("moa-bi-sided", 3.0, rate=0.016, setting=other),
+    ]
+    lines.append(line("moa-bi-sided-matched", 3.1, setting=other))
     lines.append(line("gelu", 3.1, setting=other))
     text = report_of(tmp_path, write(tmp_path / "study", lines))
     rates = text.split("### Best rates in every setting")[1].split("##")[0]
-    # SwiGLU; LA and MoA at the paper's and at SwiGLU's scale
-    assert row(rates, "python, size 0.4M, 2M tokens, AdamW, cosine")[1:] == ["0.008 (+0.1000)"] * 5
+    # SwiGLU; LA and MoA as the paper starts them and at SwiGLU's scale
+    known = "0.008 (+0.1000)"
+    assert row(rates, "python, size 0.4M, 2M tokens, AdamW, cosine")[1:] == [known, "", known, known, known]
     cells = row(rates, "python, size 0.4M, 2M tokens, Muon, cosine")[1:]
     assert cells == ["0.008 (+0.2000)", "", "", "≥ 0.016", "0.008 (?)"]
     limits = text.split("## What is not shown")[1].split("##")[0]
     assert "- What needs these arms, not run in the main setting but in others: GELU.\n" in limits
-    assert "not run: MoA, gates frozen at random, paper's scale;" in limits
+    assert "not run: bi-sided LA; one-sided LA;" in limits
+
+
+def test_the_papers_rows_stand_beside_what_it_reports(tmp_path: Path) -> None:
+    lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("relu2", [2.9, 3.0, 3.1])]
+    lines += [*seeds("la-one-sided", [2.99, 3.09, 3.19]), *seeds("moa-type1-softmax", [2.92, 3.02, 3.12])]
+    lines += [*seeds("moa-bi-sided", [2.95, 3.05, 3.15]), line("la-type1", None)]
+    text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Beside the paper")[1].split("\n## ")[0]
+    # Type I is compared with ReLU2, Type II with SwiGLU; ReLU2 itself with SwiGLU.
+    for arm, to, difference, paper in (
+        ("one-sided LA", "SwiGLU", "-0.0100", "-0.015 (dense-0.12b, table 1)"),
+        ("bi-sided MoA", "SwiGLU", "-0.0500", "-0.029 (dense-0.12b, table 2)"),
+        ("Type I MoA, softmax gates", "ReLU2", "+0.0200", "-0.015 (dense-0.12b, table 1)"),
+        ("ReLU2", "SwiGLU", "-0.1000", "-0.011 (dense-0.12b, curve)"),
+    ):
+        cells = row(text, arm, "0.008, the only one")
+        assert (cells[3], cells[4].split(" [")[0], cells[6]) == (to, difference, paper), arm
+    assert row(text, "Type I LA", "none, all diverged")
+    assert "one-sided MoA" not in text  # was not run
+    assert reported("moa-one-sided", "moe-0_8b", 28_120_000_000) == (-0.011, "moe-0.8b, curve")
+    assert reported("moa-quadratic", "dense-0_12b", 12_000_000_000)[0] == -0.011
+    assert reported("moa-bi-sided", "dense-0_12b", 12_000_000_000) is None  # its curve is missing
+
+
+def test_what_runs_started_from_and_came_down_to_is_read_off_their_flags(tmp_path: Path) -> None:
+    rates = ["--lr", "0.008", "--min-lr", "0.0008", "--hidden-size", "96", "--init-method-std", "0.0653"]
+    earlier = [*rates, "--moa-mixing", "moa"]  # gate vectors were drawn as the weights
+    now = [*rates[:3], "0.0004", *rates[4:], "--moa-mixing", "moa", "--moa-gate-init-std", "0.0566"]
+    lines = [{**line("moa-bi-sided", 3.0), "flags": earlier}, {**line("moa-one-sided", 3.0), "flags": now}]
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    assert "Rates come down to 0.1, 0.05 of their peak" in text
+    assert "gate vectors at step 0: 0.0653 at h 96, 0.0566 at h 96 (the paper's: 0.02)." in text

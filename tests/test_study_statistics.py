@@ -101,8 +101,10 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_and_pairing_pays() ->
     covered, decided, rounds = 0, 0, 800
     for _ in range(rounds):
         shared, own = draw.normal(3.0, 0.1, 3), draw.normal(0.0, 0.01, (2, 3))
-        results = Results([*seeds("swiglu", list(shared + own[0])), *seeds("moa", list(shared - 0.08 + own[1]))])
-        known = results.difference(SETTING, "moa", "swiglu")
+        results = Results(
+            [*seeds("swiglu", list(shared + own[0])), *seeds("moa-bi-sided", list(shared - 0.08 + own[1]))]
+        )
+        known = results.difference(SETTING, "moa-bi-sided", "swiglu")
         covered += known.low <= -0.08 <= known.high
         decided += known.verdict == BETTER
     assert covered / rounds == pytest.approx(0.95, abs=3 * math.sqrt(0.95 * 0.05 / rounds))
@@ -120,9 +122,12 @@ def test_an_arm_against_itself_is_undecided_as_often_as_it_should_be() -> None:
 
 
 def test_an_arm_is_taken_at_the_rate_that_is_best_for_the_tuning_seed() -> None:
-    lines = [line("moa", loss, rate=rate) for rate, loss in ((0.004, 3.4), (0.008, 3.3), (0.016, None), (0.032, 3.5))]
-    lines += [line("moa", 3.35, rate=0.008, seed=2), line("moa", 3.0, rate=0.004, seed=2)]
-    tuned = Results(lines).tuned(SETTING, "moa")
+    lines = [
+        line("moa-bi-sided", loss, rate=rate)
+        for rate, loss in ((0.004, 3.4), (0.008, 3.3), (0.016, None), (0.032, 3.5))
+    ]
+    lines += [line("moa-bi-sided", 3.35, rate=0.008, seed=2), line("moa-bi-sided", 3.0, rate=0.004, seed=2)]
+    tuned = Results(lines).tuned(SETTING, "moa-bi-sided")
     assert (tuned.rate, tuned.inside, tuned.losses) == (0.008, True, {1: 3.3, 2: 3.35})
     assert tuned.rates == {0.004: 3.4, 0.008: 3.3, 0.016: math.inf, 0.032: 3.5}
     assert tuned.loss.mean == pytest.approx(3.325)
@@ -130,44 +135,50 @@ def test_an_arm_is_taken_at_the_rate_that_is_best_for_the_tuning_seed() -> None:
 
 @pytest.mark.parametrize("best", [0, 2])
 def test_a_best_rate_at_the_end_is_not_inside(best: int) -> None:
-    lines = [line("moa", 3.4 - (index == best), rate=0.004 * 2**index) for index in range(3)]
-    assert not Results(lines).tuned(SETTING, "moa").inside
+    lines = [line("moa-bi-sided", 3.4 - (index == best), rate=0.004 * 2**index) for index in range(3)]
+    assert not Results(lines).tuned(SETTING, "moa-bi-sided").inside
 
 
 def test_runs_that_diverged_are_named_and_in_no_mean() -> None:
-    results = Results([*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("moa", [2.9, None, 3.1]), line("la", None)])
-    tuned = results.tuned(SETTING, "moa")
+    results = Results(
+        [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("moa-bi-sided", [2.9, None, 3.1]), line("la-bi-sided", None)]
+    )
+    tuned = results.tuned(SETTING, "moa-bi-sided")
     assert (tuned.losses, tuned.diverged) == ({1: 2.9, 3: 3.1}, (2,))
-    assert results.differences(SETTING, "moa", "swiglu") == pytest.approx({1: -0.1, 3: -0.1})
-    assert results.tuned(SETTING, "la") is None
-    assert results.difference(SETTING, "la", "swiglu") is None
+    assert results.differences(SETTING, "moa-bi-sided", "swiglu") == pytest.approx({1: -0.1, 3: -0.1})
+    assert results.tuned(SETTING, "la-bi-sided") is None
+    assert results.difference(SETTING, "la-bi-sided", "swiglu") is None
 
 
 def test_differences_are_of_the_seeds_that_both_have() -> None:
-    results = Results([*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("moa", [2.9, 3.05])])
-    assert results.differences(SETTING, "moa", "swiglu") == pytest.approx({1: -0.1, 2: -0.05})
-    assert results.difference(SETTING, "moa", "swiglu", without={1}).mean == pytest.approx(-0.05)
-    assert results.difference(SETTING, "moa", "swiglu", without={1, 2}) is None
-    assert results.difference(SETTING, "moa", "gelu") is None
+    results = Results([*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("moa-bi-sided", [2.9, 3.05])])
+    assert results.differences(SETTING, "moa-bi-sided", "swiglu") == pytest.approx({1: -0.1, 2: -0.05})
+    assert results.difference(SETTING, "moa-bi-sided", "swiglu", without={1}).mean == pytest.approx(-0.05)
+    assert results.difference(SETTING, "moa-bi-sided", "swiglu", without={1, 2}) is None
+    assert results.difference(SETTING, "moa-bi-sided", "gelu") is None
 
 
 def test_the_main_setting_and_the_tuning_seed_are_where_the_runs_are() -> None:
     other = ("english", *SETTING[1:])
-    rates = [line("moa", 3.0, seed=5, rate=rate, setting=other) for rate in (0.1, 0.2, 0.4)]
-    results = Results([*rates, line("moa", 3.0, seed=5)])
+    rates = [line("moa-bi-sided", 3.0, seed=5, rate=rate, setting=other) for rate in (0.1, 0.2, 0.4)]
+    results = Results([*rates, line("moa-bi-sided", 3.0, seed=5)])
     assert (results.main, results.tuning_seed) == (other, 5)
     # Further seeds decide more than further rates.
-    results = Results([*rates, line("moa", 3.0, seed=5), line("moa", 3.0, seed=2)])
+    results = Results([*rates, line("moa-bi-sided", 3.0, seed=5), line("moa-bi-sided", 3.0, seed=2)])
     assert (results.main, results.tuning_seed) == (SETTING, 5)
 
 
 def test_what_a_multiple_of_the_best_rate_loses() -> None:
-    lines = [*seeds("moa", [3.0, 3.1]), *seeds("moa", [3.2, 3.4], rate=0.016), line("moa", None, rate=0.032)]
+    lines = [
+        *seeds("moa-bi-sided", [3.0, 3.1]),
+        *seeds("moa-bi-sided", [3.2, 3.4], rate=0.016),
+        line("moa-bi-sided", None, rate=0.032),
+    ]
     results = Results(lines)
-    assert results.lost(SETTING, "moa", 2) == pytest.approx({1: 0.2, 2: 0.3})
-    assert results.lost(SETTING, "moa", 4) == {1: math.inf}
-    assert results.lost(SETTING, "moa", 8) == {}
-    assert results.lost(SETTING, "la", 2) == {}
+    assert results.lost(SETTING, "moa-bi-sided", 2) == pytest.approx({1: 0.2, 2: 0.3})
+    assert results.lost(SETTING, "moa-bi-sided", 4) == {1: math.inf}
+    assert results.lost(SETTING, "moa-bi-sided", 8) == {}
+    assert results.lost(SETTING, "la-bi-sided", 2) == {}
 
 
 def test_a_law_is_found_again() -> None:
@@ -192,8 +203,8 @@ def test_three_sizes_are_too_few_however_many_seeds() -> None:
 
 def test_a_difference_of_an_arm_whose_best_rate_is_at_the_end_is_a_bound() -> None:
     baseline = [*seeds("swiglu", [3.0, 3.1, 3.2]), line("swiglu", 3.2, rate=0.004), line("swiglu", 3.2, rate=0.016)]
-    lower = [*seeds("moa", [2.8, 2.91, 3.0]), line("moa", 2.9, rate=0.004)]
-    higher = [*seeds("la", [3.2, 3.31, 3.4]), line("la", 3.3, rate=0.004)]
+    lower = [*seeds("moa-bi-sided", [2.8, 2.91, 3.0]), line("moa-bi-sided", 2.9, rate=0.004)]
+    higher = [*seeds("la-bi-sided", [3.2, 3.31, 3.4]), line("la-bi-sided", 3.3, rate=0.004)]
     results = Results(
         [*baseline, *lower, *higher, line("gelu", 2.0, rate=0.001), *seeds("swiglu-half", [3.2, 3.31, 3.4])]
     )
@@ -202,11 +213,11 @@ def test_a_difference_of_an_arm_whose_best_rate_is_at_the_end_is_a_bound() -> No
         known = results.difference(SETTING, arm, to)
         return known.bound, known.verdict
 
-    assert seen("moa", "swiglu") == (AT_MOST, BETTER)  # a better rate makes it lower still
-    assert seen("la", "swiglu") == (AT_MOST, UNTUNED)
-    assert seen("swiglu", "moa") == (AT_LEAST, WORSE)
-    assert seen("swiglu", "la") == (AT_LEAST, UNTUNED)
-    assert seen("moa", "la") == (UNKNOWN, UNTUNED)
+    assert seen("moa-bi-sided", "swiglu") == (AT_MOST, BETTER)  # a better rate makes it lower still
+    assert seen("la-bi-sided", "swiglu") == (AT_MOST, UNTUNED)
+    assert seen("swiglu", "moa-bi-sided") == (AT_LEAST, WORSE)
+    assert seen("swiglu", "la-bi-sided") == (AT_LEAST, UNTUNED)
+    assert seen("moa-bi-sided", "la-bi-sided") == (UNKNOWN, UNTUNED)
     assert seen("gelu", "swiglu") == (AT_MOST, ONE_SEED)  # one rate, not the baseline's best
     assert seen("swiglu-half", "swiglu") == ("", WORSE)  # one rate, the baseline's best
 

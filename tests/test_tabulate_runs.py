@@ -58,6 +58,22 @@ def test_arms_are_told_apart_by_what_differs(tmp_path: Path, capsys: pytest.Capt
     assert [line[0] for line in lines[1:]] == ["none", "moa bi-sided", "moa one-sided"]
 
 
+def test_logs_of_format_version_1_have_todays_names_or_are_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"moa_mixing": "moa", "moa_amplitude": "fixed", "moa_la_init": [0.5], "init_method_std": 0.05}
+    write_log(tmp_path / "1", loss=3.0, moa_form="bi-sided", moa_init_scale="swiglu", **old)
+    write_log(tmp_path / "2", loss=3.1, moa_form="one-sided", moa_init_scale="swiglu", **old)
+    write_log(tmp_path / "3", loss=3.1, moa_form="one-sided", **{**old, "moa_mixing": "none"})
+    new = {"moa_mixing": "moa", "moa_amplitude": "fixed", "moa_init": [1.0], "moa_gate_init_std": 0.02}
+    write_log(tmp_path / "4", loss=2.9, moa_form="bi-sided", moa_init_scale="matched", **new)
+    tabulate_runs.main([str(tmp_path), "--csv"])
+    captured = capsys.readouterr()
+    lines = [line.split(",") for line in captured.out.splitlines()]
+    assert [line[0] for line in lines[1:]] == ["none", "moa 0.05", "moa 0.02"]  # they differ in the gates' std alone
+    assert f"not counted: {tmp_path}/2/train.log: its one-sided form is of format version 1" in captured.err
+
+
 def test_unfinished_and_diverged_runs_are_named_and_not_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

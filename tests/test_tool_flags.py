@@ -30,7 +30,7 @@ def test_settings_of_flags() -> None:
 @pytest.mark.parametrize("flag", ["--form quadratic", "--activations silu tanh", "--gate softmax", "--gate-bias"])
 def test_flags_that_need_a_mixing(flag: str) -> None:
     flags = _parser(required=False).parse_args(flag.split())
-    with pytest.raises(UserError, match=rf"^{flag}: says nothing without --mixing la or moa$"):
+    with pytest.raises(UserError, match=rf"^{flag}: has no effect without --mixing la or moa$"):
         target_settings(flags)
 
 

@@ -45,7 +45,7 @@ def trained(corpus: Path) -> tuple[Path, Run]:
     """A MoA model after 12 steps on the default backend, its gates' statistics logged, saved."""
     save = ["--save", corpus / "checkpoint", "--save-interval", "12", "--tensorboard-dir", corpus / "tensorboard"]
     flags = ["--swiglu", "--ffn-hidden-size", "48", "--train-iters", "12", "--moa-log-interval", "6"]
-    gates = ["--moa-gate", "softmax", "--moa-gate-bias", "--moa-activations", "silu", "relu2", "tanh"]
+    gates = "--moa-gate softmax --moa-gate-bias --moa-activations silu relu2 tanh".split()
     return corpus / "checkpoint", train(corpus, *save, *flags, *gates)
 
 
@@ -58,7 +58,7 @@ def test_loss_falls_on_real_text(trained: tuple[Path, Run]) -> None:
 def test_start_line_is_read_off_the_model(trained: tuple[Path, Run]) -> None:
     _, run = trained
     (line,) = [line for line in run.log.splitlines() if line.startswith("> mixture of activations:")]
-    assert "moa, bi-sided, silu+relu2+tanh, softmax gates with bias" in line
+    assert "moa, bi-sided, silu+relu2+tanh, softmax gates with bias (--moa-form auto: a dense model)" in line
     assert "2 layers, 396 extra parameters" in line  # 2 layers of 6 gates of 32 weights and a bias
     assert re.search(r"(compile|eager) backend", line)
 

@@ -11,7 +11,9 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 
 KINDS = {
-    "moa": {"mixing": {"mixing": "moa", "form": "bi-sided", "activations": ["silu", "relu2", "tanh"]}},
+    "moa": {
+        "mixing": {"mixing": "moa", "form": "bi-sided", "activations": ["silu", "relu2", "tanh"], "gate_init_std": 0.3}
+    },
     "la, experts": {
         "mixing": {"mixing": "la", "form": "quadratic", "activations": ["silu", "relu"]},
         "num_experts": 4,
@@ -22,7 +24,13 @@ KINDS = {
         "moe_layers": [False, True],
     },
     "GPT-2-like": {
-        "mixing": {"mixing": "moa", "form": "type1", "activations": ["gelu", "relu2"], "gate_bias": True},
+        "mixing": {
+            "mixing": "moa",
+            "form": "type1",
+            "activations": ["gelu", "relu2"],
+            "gate_bias": True,
+            "gate_init_std": 0.3,
+        },
         "gated": False,
         "position_embedding_type": "learned_absolute",
         "normalization": "LayerNorm",

@@ -16,9 +16,20 @@ from megatron_moa.recording import Record
 from megatron_moa.tiny import MOE, SWIGLU, TINY
 from tests import launch
 
-__all__ = ["MOE", "SWIGLU", "TINY"]
+__all__ = ["FORM_ARMS", "MOE", "SWIGLU", "TINY", "TWO_KINDS"]
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Dense layers, routed and shared experts in one model, so that one training meets every kind of feed-forward layer.
+TWO_KINDS = [*MOE, *"--moe-shared-expert-intermediate-size 32 --moe-layer-freq 2 --num-layers 4".split()]
+# The forms in which coefficients belong to one branch or to pairs, each kind of coefficient; gates vary with the token.
+_VARIED = "--moa-gate-init-std 0.2"
+FORM_ARMS = {
+    "one-sided-la": "--moa-mixing la --moa-form one-sided",
+    "one-sided-moa": f"--moa-mixing moa --moa-form one-sided --moa-gate-bias {_VARIED}",
+    "quadratic-la": "--moa-mixing la --moa-form quadratic",
+    "quadratic-moa": f"--moa-mixing moa --moa-form quadratic --moa-gate-bias --moa-amplitude learned {_VARIED}",
+}
 
 
 @dataclass

@@ -1,6 +1,6 @@
-"""What the gates of a trained mixture do on a text, and what the model loses without it.
+"""Measures what the gates of a trained mixture do on a text, and what the model loses without them.
 
-    python tools/analyze_gates.py runs/dense-134m-moa/checkpoints held-out/*.txt --out gates
+    python tools/analyze_gates.py runs/dense-0.12b-moa/checkpoints held-out/*.txt --out gates
     python tools/analyze_gates.py runs/moa/checkpoints data/corpus --out gates          # the dataset's validation part
     python tools/analyze_gates.py runs/moa/checkpoints data/corpus --part training --no-ablate --write-la runs/la-start
 
@@ -8,8 +8,9 @@ CHECKPOINT is a Megatron checkpoint of any split, dense or of experts. A TEXT is
 document), or the prefix of a dataset (.bin and .idx), of which --part is taken. Per layer and gate: mean, spread over
 tokens, the shares of it between token types, within a type and by position, the effective rank of all of them, and the
 tokens that ask most for an activation. Then the loss with coefficients replaced: by their mean, by their token type's
-mean, permuted, each activation left out, each layer alone. docs/gates.md says how to read it. Tables go to standard
-output; --out gets them as report.md, with analysis.json and pictures. Further Megatron flags may follow.
+mean, permuted, each activation left out of the branches that are mixed, each layer alone. docs/gates.md says how to
+read the results. Tables go to standard output; --out gets them as report.md, with analysis.json and pictures. Further
+Megatron flags may follow.
 """
 
 from __future__ import annotations

@@ -32,15 +32,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa import accuracy, measuring
-from megatron_moa.config import FORMS, GATED_DICTIONARY, GATES, MixingConfig
+from megatron_moa.config import DICTIONARIES, FORMS, GATES, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.functional import gate_coefficients, mixed_activation, resolve_backend
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")
 
-# K grows along this order: the paper's dictionary, then the others that are bounded or linear.
-ORDER = (*GATED_DICTIONARY, "gelu_tanh", "elu", "selu", "mish", "sigmoid")
+# K grows along this order: the paper's largest dictionary, then the others that are bounded or linear.
+ORDER = (*DICTIONARIES["bi-sided"], "gelu_tanh", "elu", "selu", "mish", "sigmoid")
 GROWN = {
     "activations": tuple(range(1, 13)),
     "ffn": (1024, 2048, 4096, 8192, 16384),

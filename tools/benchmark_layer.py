@@ -1,8 +1,8 @@
 """Times one feed-forward layer with a mixture beside Megatron's own: SwiGLU, and GELU for type1.
 
     python tools/benchmark_layer.py --hidden 2048 --ffn 8192 --tokens 8192
-    python tools/benchmark_layer.py --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4    # a whole MoE layer
-    python tools/benchmark_layer.py --hidden 1024 --ffn 704 --tokens 8192 --experts 64 --topk 4 --grow experts
+    python tools/benchmark_layer.py --hidden 1280 --ffn 853 --tokens 8192 --experts 32 --topk 4    # a whole MoE layer
+    python tools/benchmark_layer.py --hidden 1280 --ffn 853 --tokens 8192 --experts 64 --topk 4 --grow experts
     torchrun --nproc-per-node 4 tools/benchmark_layer.py --hidden 2048 --ffn 8192 --tokens 8192 --grow tp
 
 Results of what is timed are compared with float64 first; a wrong one ends the program, exit code 1. Columns:
@@ -91,8 +91,7 @@ def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
     one = MixingConfig(
         mixing="la",
         form="one-sided" if gated else "type1",
-        activations=("silu" if gated else "gelu",),
-        initial_coefficients=(1.0,),
+        activations=("identity" if gated else "gelu",),  # one-sided has SwiGLU's silu on the other branch
         freeze=True,
         backend=options.backend,
     )

@@ -2,10 +2,10 @@
 
     python tools/convert_mixing.py --load runs/swiglu --out runs/start --mixing moa --form bi-sided
 
-A stock SwiGLU, GELU or squared-ReLU model becomes LA or MoA, LA becomes MoA, one-sided becomes bi-sided or quadratic,
-and a dictionary grows (docs/upcycling.md has the table). The result is a checkpoint from which training starts at
-iteration 0 with a new optimizer. Its logits are compared with the source's; further Megatron flags may follow
-(``--tokenizer-model FILE`` for a tokenizer that has moved).
+A stock SwiGLU model becomes LA or MoA of any gated form, GELU and squared ReLU become type1, LA becomes MoA, one-sided
+becomes bi-sided or quadratic, and a dictionary grows (docs/upcycling.md has the table). The result is a checkpoint from
+which training starts at iteration 0 with a new optimizer. Its logits are compared with the source's. Further Megatron
+flags may follow (``--tokenizer-model FILE`` for a tokenizer that has moved).
 """
 
 from __future__ import annotations

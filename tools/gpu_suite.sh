@@ -71,7 +71,7 @@ step() {
 # train MIXING ARM LIMIT FLAGS...
 train() {
     # shellcheck source=/dev/null
-    source examples/models/dense-134m.sh
+    source examples/models/dense-0.12b.sh
     run "training-$1" "$3" "$PYTHON" pretrain_gpt_moa.py "${MODEL_ARGS[@]}" "${TRAINING[@]}" --moa-mixing "$1" "${@:4}" \
         --data-path "$OUT/corpus" --data-cache-path "$OUT/cache" --tokenizer-type NullTokenizer --vocab-size 257 \
         --split 95,5,0 --seed 1 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 \
@@ -109,7 +109,8 @@ check() {
     done
 }
 
-# In the order of what matters most, should time run out; the comments are seconds that steps took on an H200 so far.
+# In the order of what matters most, should time run out; the comments are seconds that a step took on an H200, where
+# one of the same shape has run there.
 if [ "$SUITE_SCALE" = full ]; then
     FORMS=(type1 one-sided bi-sided quadratic)
     SHRINK=()
@@ -122,20 +123,20 @@ if [ "$SUITE_SCALE" = full ]; then
     step dense-2b 60 --layers 8 --micro-batch-size 4                                                              # 33
     layer layer-dense-2b 60 --hidden 2048 --ffn 8192 --tokens 8192 --form type1 bi-sided --recompute              # 40
     run corpus 40 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus"                                              # 12
-    train moa MoA 70                                                                           # 35 and an evaluation
+    train moa MoA 70
     train none SwiGLU 70
-    step dense-134m 50 --micro-batch-size 16                                                                      # 30
-    step moe-2b 50 --layers 6 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm                               # 32
-    layer layer-moe-2b 60 --hidden 1024 --ffn 704 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa  # 39
+    step dense-0.12b 50 --micro-batch-size 16
+    step moe-2b 50 --layers 6 --micro-batch-size 8 --arms moa -- --moe-grouped-gemm
+    layer layer-moe-2b 60 --hidden 1280 --ffn 853 --tokens 8192 --experts 32 --topk 4 --form one-sided --mixing moa
     kernels kernels-others 60 --tokens 8192 --ffn 8192 --backend triton --form one-sided quadratic
     kernels kernels-by-k 50 --grow activations --values 1 2 4 7 12 --tokens 8192 --ffn 8192 --backend triton \
         --form bi-sided --mixing moa
     step dense-0.5b 50 --micro-batch-size 8 --arms moa
-    step moe-0.5b 50 --micro-batch-size 4 --arms moa -- --moe-grouped-gemm
-    kernels kernels-smaller 50 --grow ffn --values 3072 5120 --tokens 8192 --backend triton
-    layer layer-dense-0.5b 40 --hidden 1280 --ffn 5120 --tokens 16384 --form bi-sided type1 --mixing moa
-    layer layer-dense-134m 40 --hidden 768 --ffn 3072 --tokens 16384 --form bi-sided type1 --mixing moa
-    layer layer-moe-0.5b 50 --hidden 512 --ffn 352 --tokens 8192 --experts 32 --topk 4 --form bi-sided --mixing moa
+    step moe-0.5b 50 --micro-batch-size 8 --arms moa -- --moe-grouped-gemm
+    kernels kernels-smaller 50 --grow ffn --values 2048 3413 --tokens 8192 --backend triton
+    layer layer-dense-0.5b 40 --hidden 1280 --ffn 3413 --tokens 16384 --form bi-sided quadratic --mixing moa
+    layer layer-dense-0.12b 40 --hidden 768 --ffn 2048 --tokens 16384 --form bi-sided quadratic --mixing moa
+    layer layer-moe-0.5b 50 --hidden 768 --ffn 512 --tokens 8192 --experts 32 --topk 4 --form one-sided --mixing moa
 else
     FORMS=(type1 bi-sided)
     SHRINK=(-- --num-layers 1 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 64
@@ -146,8 +147,8 @@ else
     check 120 fp32-eager
     kernels kernels 120 --grow ffn --values 32 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-dense 120 --hidden 32 --ffn 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
-    layer layer-moe 120 --hidden 32 --ffn 48 --tokens 64 --experts 4 --backend eager --rounds 2 --form bi-sided
-    step dense-134m 120 --micro-batch-size 2 --rounds 2
+    layer layer-moe 120 --hidden 32 --ffn 48 --tokens 64 --experts 4 --backend eager --rounds 2 --form one-sided
+    step dense-0.12b 120 --micro-batch-size 2 --rounds 2
     run corpus 120 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus" --glob 'asyncio/*.py'
     train moa MoA 120 --moa-backend eager
     train none SwiGLU 120

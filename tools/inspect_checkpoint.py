@@ -38,13 +38,14 @@ from megatron_moa.checkpoint_tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.measuring import table
-from megatron_moa.saved_settings import as_typed
+from megatron_moa.saved_settings import as_typed, upgrade_saved_settings
 from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time
 KINDS = ("embedding", "attention", "feed-forward", "experts", "norms", "mixture", "other")
-_MIXTURE = "moa_mixing moa_form moa_activations moa_gate moa_gate_bias moa_amplitude moa_init_scale moa_freeze_gates"
+_MIXTURE = """moa_mixing moa_form moa_activations moa_gate moa_gate_bias moa_amplitude moa_init moa_gate_init_std
+    moa_init_scale moa_freeze_gates"""
 _SHAPE = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization
     position_embedding_type max_position_embeddings add_bias_linear add_qkv_bias qk_layernorm
     untie_embeddings_and_output_weights padded_vocab_size num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk
@@ -121,6 +122,22 @@ def _folder_of(root: Path, iteration: int | None) -> Path:
 # One checkpoint.
 
 
+def settings_of(checkpoint: CheckpointTensors) -> tuple[argparse.Namespace, str | None]:
+    """A checkpoint's settings under today's names, and why its mixture is none that this version computes, or None.
+
+    Settings that this version does not understand are as they were saved.
+    """
+    saved = checkpoint.args
+    args = argparse.Namespace(**vars(saved))
+    try:
+        upgrade_saved_settings(args, checkpoint.folder)
+    except UserError as error:
+        return saved, str(error).removeprefix(f"{checkpoint.folder}: ")
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"the checkpoint's settings of its mixture cannot be read ({error})") from None
+    return args, None
+
+
 def mixing_of(args: argparse.Namespace) -> MixingConfig | None:
     """The mixture a checkpoint's settings mean; None for stock layers.
 
@@ -130,11 +147,17 @@ def mixing_of(args: argparse.Namespace) -> MixingConfig | None:
     if getattr(args, "moa_mixing", "none") == "none":
         return None
     try:
-        gates = {"gate": args.moa_gate, "gate_bias": args.moa_gate_bias, "amplitude": args.moa_amplitude}
+        gates = {
+            "gate": args.moa_gate,
+            "gate_bias": args.moa_gate_bias,
+            "amplitude": args.moa_amplitude,
+            "gate_init_std": args.moa_gate_init_std,
+        }
         return MixingConfig(
             mixing=args.moa_mixing,
             form=args.moa_form,
             activations=tuple(args.moa_activations),
+            initial_coefficients=tuple(args.moa_init),
             init_scale=args.moa_init_scale,
             freeze=args.moa_freeze_gates,
             **(gates if args.moa_mixing == "moa" else {}),
@@ -236,13 +259,13 @@ def optimizer_state(checkpoint: CheckpointTensors, args: argparse.Namespace) -> 
 
 def describe(checkpoint: CheckpointTensors) -> dict[str, Any]:
     """Everything this program has to say about a checkpoint, as JSON has it."""
-    args = checkpoint.args
-    mixing = mixing_of(args)
+    args, unknown = settings_of(checkpoint)
+    mixing = None if unknown else mixing_of(args)
     return {
         "checkpoint": str(checkpoint.folder),
         "iteration": _plain(checkpoint.common_state.get("iteration")),
         "format_version": _plain(getattr(args, "moa_format_version", 1)),
-        "mixture": mixing.describe() if mixing else "none",
+        "mixture": mixing.describe() if mixing else f"not computed here: {unknown}" if unknown else "none",
         "coefficient_names": list(mixing.coefficient_names) if mixing else [],
         "settings": {name: _plain(value) for name, value in sorted(vars(args).items())},
         "files": checkpoint.files,
@@ -272,7 +295,7 @@ def report(about: dict[str, Any]) -> str:
     lines = [
         f"{about['checkpoint']}: iteration {about['iteration']}, format version {about['format_version']}",
         f"files:     {files} with tensors, {size / 1e6:,.1f} MB, {manifest}",
-        f"mixture:   {about['mixture']}",
+        f"mixture:   {_printable(about['mixture'])}",
         *([f"           {_typed(settings, _MIXTURE)}"] if about["mixture"] != "none" else []),
         f"model:     {parameters:,} parameters",
         f"           {_typed(settings, _SHAPE)}",
@@ -395,7 +418,7 @@ def compare_tensors(first: CheckpointTensors, second: CheckpointTensors, key: st
 
 def compare(first: CheckpointTensors, second: CheckpointTensors) -> dict[str, Any]:
     """In what two checkpoints differ, as JSON has it: settings, tensors, and parameters' values by kind."""
-    settings = [{name: _plain(value) for name, value in vars(each.args).items()} for each in (first, second)]
+    settings = [{name: _plain(value) for name, value in vars(settings_of(each)[0]).items()} for each in (first, second)]
     tensors = [{key for key in each.tensors if kind_of(key) != "optimizer"} for each in (first, second)]
     other_shapes, differences = {}, {}
     for key in sorted(tensors[0] & tensors[1]):

@@ -1,7 +1,7 @@
 """What the Triton kernels take of a GPU, without one: their machine code for an architecture, counted.
 
     python tools/kernel_resources.py                                        all kernels, bf16, f 8192, for H100 and H200
-    python tools/kernel_resources.py --form one-sided --activations silu    SwiGLU as one of our mixtures
+    python tools/kernel_resources.py --form one-sided --activations identity    SwiGLU as one of our mixtures
 
 Instructions are those of the loop over a row's columns, per element of the output. Beside them stands the least time
 that an element takes on a whole GPU, whatever else goes well: for moving its bytes, for issuing its instructions (128
@@ -53,7 +53,7 @@ KINDS = {
 }
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-_KERNELS = ("_forward", "_backward", "_backward_z", "_backward_coefficients")
+_KERNELS = ("_mixture_forward_kernel", "_mixture_backward_kernel", "_gate_forward_kernel", "_gate_backward_kernel")
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -70,18 +70,17 @@ class Launch:
         kernel: a Triton function.
         arguments: by name; tensors are without memory.
         warps: of a program.
-        repeats: programs that read the same rows.
     """
 
     kernel: Any
     arguments: dict[str, Any]
     warps: int
-    repeats: int
 
     @property
     def name(self) -> str:
-        """``forward``, ``backward``, ``backward z`` ..."""
-        return self.kernel.__name__.strip("_").replace("_", " ")
+        """``forward``, ``backward``, or ``backward coefficients`` for a launch without the gradient of z."""
+        phase = self.kernel.__name__.split("_")[2]
+        return phase if self.arguments.get("NEED_Z", True) else f"{phase} coefficients"
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) 
         def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
             def launch(*positional: Any, num_warps: int, **named: Any) -> None:
                 by_name = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
-                repeats = grid[1] if len(grid) > 1 else 1
-                launches.append(Launch(self.kernel, by_name, num_warps, repeats))
+                launches.append(Launch(self.kernel, by_name, num_warps))
 
             return launch
 
@@ -137,9 +135,8 @@ def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) 
 
 def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[Launch]:
     """Forward and backward of a mixture without bias and router probabilities, all its gradients needed."""
-    from megatron_moa.kernels import mixture, quadratic
+    from megatron_moa.kernels import mixture
 
-    module = quadratic if mixing.form == "quadratic" else mixture
     tokens = 8192
     z = torch.empty(tokens, 2 * f if mixing.gated else f, dtype=dtype, device="meta")
     grad = torch.empty(tokens, f, dtype=dtype, device="meta")
@@ -148,7 +145,7 @@ def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[L
     needed = True, True, False
     return [
         *recorded(mixture, mixture.forward, z, coefficients, None, None, mixing),
-        *recorded(module, module.backward, grad, z, coefficients, None, None, mixing, needed),
+        *recorded(mixture, mixture.backward, grad, z, coefficients, None, None, mixing, needed),
     ]
 
 
@@ -233,7 +230,7 @@ def resources(launch: Launch, architecture: int, moved: int = 0) -> Resources:
     loop, passes = found
     counts = Counter(opcode.split(".")[0] for opcode in loop)
     del counts["NOP"]
-    per_element = {name: launch.repeats * n / (columns * passes) for name, n in counts.most_common()}
+    per_element = {name: n / (columns * passes) for name, n in counts.most_common()}
     return Resources(registers, spilled, shared, per_element)
 
 
@@ -326,7 +323,7 @@ def measured_mixtures(options: argparse.Namespace) -> Iterator[tuple[str, Mixing
     asked = [MixingConfig(options.mixing, form, tuple(options.activations)) for form in options.form]
     for mixing in asked:
         yield mixing.form, mixing
-    references = {"GELU": ("type1", ("gelu",)), "SwiGLU": ("one-sided", ("silu",))}
+    references = {"GELU": ("type1", ("gelu",)), "SwiGLU": ("one-sided", ("identity",))}
     for name, (form, activations) in references.items():
         reference = MixingConfig(options.mixing, form, activations)
         wanted = any(mixing.gated == reference.gated for mixing in asked)

@@ -35,13 +35,16 @@ from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.recipes import MIXINGS, recipe_flags
+from megatron_moa.recipes import MIXINGS, awkward_widths, recipe_flags
 
 PROGRAM = "plan.py"
 SHOWN = 5  # splits in the table
 
 # Variables of examples/pretrain.sh that the plan depends on and does not choose: the command repeats what is set.
-VARIABLES = "TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE OPTIMIZER SCHEDULE PRECISION DISTRIBUTED_OPTIMIZER VOCAB_SIZE".split()
+VARIABLES = (
+    "TOKENS TOKENS_PER_PARAMETER SEQ_LENGTH GLOBAL_BATCH_SIZE FFN FFN_MULTIPLE OPTIMIZER SCHEDULE PRECISION "
+    "DISTRIBUTED_OPTIMIZER VOCAB_SIZE"
+).split()
 
 # Flags of pretrain_gpt_moa.py that are this program's to choose.
 OURS = {
@@ -137,6 +140,11 @@ class Report:
     def best(self) -> search.Plan:
         """The fastest that fits."""
         return self.plans[0]
+
+    @property
+    def widths(self) -> str:
+        """What is to be said of the best split's feed-forward widths; empty for nothing."""
+        return awkward_widths(self.model.widths(self.best.split.tp))
 
     @property
     def hours(self) -> float:
@@ -273,6 +281,7 @@ def full(report: Report) -> str:
         f"FLOPs       {flops.total:.4g} a token, forward and backward"
         + (f"; gates {100 * flops.gates / flops.total:.2f} %, mixture {100 * flops.mixture / flops.total:.2f} %")
         * bool(model.mixing),
+        *([f"widths      {report.widths}"] if report.widths else []),
         f"step        {model.global_batch:,} samples of {model.sequence:,}: {model.tokens_per_step:,} tokens; "
         f"{model.iterations:,} steps: {tokens:,} tokens",
         "",
@@ -377,6 +386,7 @@ def record(report: Report) -> Mapping[str, Any]:
         "hours": report.hours,
         "dollars": report.dollars,
         "mfu": report.overall_mfu,
+        "widths": report.widths,
         "command": command(report),
     }
 

@@ -1,6 +1,6 @@
 """Draws runs beside one another, as PNG files: losses against tokens and time, difference to a baseline, coefficients.
 
-    python tools/plot_runs.py runs/dense-134m-none runs/dense-134m-moa --baseline runs/dense-134m-none
+    python tools/plot_runs.py runs/dense-0.12b-none runs/dense-0.12b-moa --baseline runs/dense-0.12b-none
     python tools/plot_runs.py a/1 a/2 b/1 b/2 --labels SwiGLU SwiGLU MoA MoA --baseline a/1      two seeds an arm
 
 A RUN is a run's folder (its tensorboard/, else its train.log), a folder of TensorBoard files, or a log file. Runs with

@@ -1,6 +1,6 @@
 """One table of finished runs: the best learning rate of each mixture, and its distance to the baseline at its own best.
 
-    python tools/tabulate_runs.py runs/sweep-dense-134m          every train.log below that folder
+    python tools/tabulate_runs.py runs/sweep-dense-0.12b          every train.log below that folder
     python tools/tabulate_runs.py runs/a/train.log runs/b/train.log --csv
 
 Runs that differ in the seed alone are one line: mean validation loss after the last iteration, and the standard
@@ -20,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.saved_settings import upgrade_saved_settings
 from megatron_moa.training_log import TrainingLog
 
 PROGRAM = "tabulate_runs.py"
 # What names an arm; the rest of the settings must be the same in all runs.
-_ARM = ("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_amplitude", "moa_init_scale")
+_ARM = (
+    *("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_amplitude"),
+    *("moa_init", "moa_gate_init_std", "moa_init_scale"),
+)
 # The size of a comparison: runs of different ones do not belong into one table.
 _SAME = ("num_layers", "hidden_size", "seq_length", "global_batch_size", "train_iters", "optimizer", "lr_decay_style")
 
@@ -104,13 +108,30 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         elif not math.isfinite(run.log.final_validation):
             others.append(f"{path}: no finite validation loss; --eval-iters 0, or it diverged")
         else:
-            runs.append(run)
+            try:
+                _upgrade(run)
+            except UserError as error:
+                others.append(str(error))
+            else:
+                runs.append(run)
     for run in runs[1:]:
         for name in _SAME:
             first, value = (r.log.settings.get(name) for r in (runs[0], run))
             if first != value:
                 raise UserError(f"{run.path}: has {name} {value}, {runs[0].path} has {first}; tabulate them apart")
     return runs, others
+
+
+def _upgrade(run: Run) -> None:
+    """Brings a log's settings to today's names; those of format version 1 have ``moa_la_init``.
+
+    Raises:
+        UserError: a form that means another function today.
+    """
+    if "moa_la_init" in run.log.settings:
+        settings = argparse.Namespace(**run.log.settings)
+        upgrade_saved_settings(settings, run.path)
+        run.log.settings = {name: str(value) for name, value in vars(settings).items()}
 
 
 def lines_of(runs: Sequence[Run]) -> list[Line]:

@@ -4,10 +4,10 @@
 #
 #     python tools/plan.py gpt2-124m moa --gpus 8 --gpu h100 --mfu 0.25 --brief
 #
-# Parameters: 124,475,904; the mixture adds 55,296, 0.04 %; vocabulary 50,304.
+# Parameters: 124,475,904; the mixture adds 46,080, 0.04 %; vocabulary 50,304.
 # Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 14.5 GiB a GPU.
-# Duration: 16.8 minutes for 2.5 billion tokens, estimated at 25 % MFU while computing (25 % overall).
-# Cost: 2.25 GPU hours, about $6.
+# Duration: 16.8 minutes for 2.49 billion tokens, estimated at 25 % MFU while computing (25 % overall).
+# Cost: 2.24 GPU hours, about $6.
 # Watch: the gradient norm; validation loss against the baseline's at the same tokens, each at its own best rate.
 # The fixed activation is GELU in its exact form, GPT-2's own is the tanh approximation.
 
@@ -25,7 +25,8 @@ MODEL_ARGS=(
     --max-position-embeddings "$SEQ_LENGTH"
 )
 
-TOKENS=${TOKENS:-2500000000}
+PARAMETERS=124475904 # as above, without a mixture
+TOKENS_PER_PARAMETER=${TOKENS_PER_PARAMETER:-20}
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-512} # samples: 0.5 million tokens
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
 LR=${LR:-6e-4}

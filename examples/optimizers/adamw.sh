@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# AdamW, as the paper's group trains (arXiv 2502.19002): betas 0.9 and 0.95, weight decay 0.1, gradients clipped to 1.
+# AdamW as in the paper (section 5): betas 0.9 and 0.95, weight decay 0.1, gradients clipped to 1. Epsilon is ours.
 OPTIMIZER_ARGS=(
     --optimizer adam
     --adam-beta1 0.9

@@ -1,7 +1,9 @@
 # shellcheck shell=bash disable=SC2034
-# Muon for the matrices between embedding and output layer, Adam for all else, gates included (docs/mixture.md, "Optimizer").
-# An update of spectral scale times 0.2 has about the size of AdamW's, so AdamW's learning rate is the place to start.
-# Needs `pip install emerging-optimizers==0.3.0`; sharing it out over ranks needs PRECISION=bf16.
+# Muon as in the paper (section 5): Nesterov momentum 0.95, updates times 0.2 sqrt(max(rows, columns)) (the scale "spectral" is that
+# root), weight decay 0.1; for the matrices of the blocks. All else is AdamW's, gates included (docs/mixture.md, "Optimizer").
+# Queries, keys and values are three matrices for it, W1 and W2 of a gated layer two (megatron_moa/muon.py), as in a LLaMA model.
+# With TP it takes each rank's part of a matrix for one (Megatron's default; --muon-tp-mode duplicated takes the whole).
+# Sharing it out over ranks needs PRECISION=bf16.
 OPTIMIZER_ARGS=(
     --optimizer muon
     --muon-momentum 0.95
@@ -10,6 +12,7 @@ OPTIMIZER_ARGS=(
     --muon-extra-scale-factor 0.2
     --adam-beta1 0.9
     --adam-beta2 0.95
+    --adam-eps 1e-8
     --weight-decay 0.1
     --clip-grad 1.0
 )

@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # Warm-up, stable, decay: constant after the warm-up until the last DECAY_PERCENT (20) of the iterations, then
-# linearly down to MIN_LR. Going on from a checkpoint of the stable phase with more TOKENS (a copy of it as RUN_DIR/checkpoints, and
-# --override-opt-param-scheduler) gives a longer budget for the price of its own decay.
+# linearly down to MIN_LR; 20 % and 0 are the paper's. Going on from a checkpoint of the stable phase with more TOKENS (a copy of it as
+# RUN_DIR/checkpoints, and --override-opt-param-scheduler) gives a longer budget for the price of its own decay.
+MIN_LR=${MIN_LR:-0}
 SCHEDULE_ARGS=(
     --lr-decay-style WSD
     --lr-wsd-decay-style linear

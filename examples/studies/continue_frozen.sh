@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains a MoA on in three ways: as it is; with its gates frozen (they still depend on the token); collapsed to LA, every
-# coefficient at its gate's mean over the training data. Does what the gates have learned to do pay, or their learning on?
+# Trains a MoA on in three ways: as it is; with its gates frozen (they still depend on the token); collapsed to LA, with
+# every gate replaced by its mean over the training data. Is learning on in the gates, or their variation, worth anything?
 #
-#   DATA_PATH=data/corpus LR=4e-4 examples/studies/continue_frozen.sh runs/dense-134m-moa/checkpoints
+#   DATA_PATH=data/corpus LR=4e-4 examples/studies/continue_frozen.sh runs/dense-0.12b-moa/checkpoints
 #
 # CHECKPOINT  of a MoA, what training's --save named
 # flags       of pretrain_gpt_moa.py, for every training: they come last, so they win. --dry-run prints the commands and runs
@@ -26,7 +26,7 @@ case ${1:-} in -h | --help)
     exit 0
     ;;
 esac
-[ $# -ge 1 ] && [[ $1 != -* ]] || fail "needs a CHECKPOINT, such as: $0 runs/dense-134m-moa/checkpoints; --help says more"
+[ $# -ge 1 ] && [[ $1 != -* ]] || fail "needs a CHECKPOINT, such as: $0 runs/dense-0.12b-moa/checkpoints; --help says more"
 CHECKPOINT=$1
 shift
 [ -n "${DATA_PATH:-}" ] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from megatron_moa.config import FORMAT_VERSION, refuse_changed_form
+
 NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 POSITIONS = ("rope", "learned_absolute", "none")
 ROUTER_SCORES = ("softmax", "sigmoid")
+# The dictionary that format version 1 took where none was named; its type1 left out the identity.
+_VERSION_1_DICTIONARY = ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh")
 
 
 class GPTMoAConfig(PreTrainedConfig):
@@ -28,9 +33,12 @@ class GPTMoAConfig(PreTrainedConfig):
         qk_norm: whether queries and keys are normalised per head.
         gated: whether feed-forward layers have two branches (SwiGLU's place).
         mixing: settings of the mixture as :class:`megatron_moa.config.MixingConfig` takes them, those of its start
-            among them (``initial_coefficients``, ``init_scale``); None for the fixed activation ``hidden_act``
-            (docs/mixture.md).
-        mixing_scale: whether gates have a constant factor, as ``init_scale`` ``swiglu`` gives those of fixed amplitude.
+            among them (``initial_coefficients``, ``gate_init_std``, ``init_scale``); None for the fixed activation
+            ``hidden_act`` (docs/mixture.md).
+        mixing_format_version: says what ``mixing`` means; a config.json without it is of version 1, and brought to
+            today's where that can be.
+        mixing_scale: whether gates have a constant factor, as ``init_scale`` ``matched`` gives those of fixed
+            amplitude.
         mixing_backend: ``eager``, ``compile``, ``triton`` or ``auto``, where megatron_moa is installed; None: ``auto``
             on GPUs, ``eager`` elsewhere.
         num_experts: routed experts of a MoE layer; 0 for a dense model.
@@ -91,6 +99,7 @@ class GPTMoAConfig(PreTrainedConfig):
     gated: bool = True
     hidden_act: str = "silu"
     mixing: dict[str, Any] | None = None
+    mixing_format_version: int = FORMAT_VERSION
     mixing_scale: bool = False
     mixing_backend: str | None = None
     num_experts: int = 0
@@ -121,7 +130,12 @@ class GPTMoAConfig(PreTrainedConfig):
             self.moe_layers = [self.num_experts > 0] * self.num_hidden_layers
         if self.position_embedding_type == "rope" and self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-        if self.mixing is not None and self.mixing.get("init_scale") == "swiglu":
+        if self.mixing_format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"mixing_format_version {self.mixing_format_version}: this code reads versions up to {FORMAT_VERSION}; "
+                f"load the model with a megatron_moa that knows version {self.mixing_format_version}"
+            )
+        if self.mixing is not None and self.mixing.get("init_scale") == "matched":
             fixed = self.mixing.get("amplitude", "fixed") == "fixed"
             self.mixing_scale = self.mixing_scale or (self.mixing.get("mixing", "moa") == "moa" and fixed)
         for name, legal in (
@@ -134,6 +148,39 @@ class GPTMoAConfig(PreTrainedConfig):
         if len(self.moe_layers) != self.num_hidden_layers:
             raise ValueError(f"moe_layers: {len(self.moe_layers)} entries for {self.num_hidden_layers} layers")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', from the settings in a file.
+
+        Raises:
+            UserError: a form of format version 1 that means another function today.
+        """
+        if config_dict.get("mixing_format_version", 1) == 1:
+            config_dict = _upgraded(config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: str | PathLike) -> GPTMoAConfig:
+        """As :meth:`from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+
+def _upgraded(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of format version 1 as today's; what version 1 took for granted is written out."""
+    mixing = settings.get("mixing")
+    if mixing is not None:
+        form, is_moa = mixing.get("form", "bi-sided"), mixing.get("mixing", "moa") == "moa"
+        refuse_changed_form(form, "config.json, mixing")
+        mixing = {**mixing, "init_scale": "matched" if mixing.get("init_scale") == "swiglu" else "paper"}
+        if not mixing.get("activations"):
+            mixing["activations"] = list(_VERSION_1_DICTIONARY[form == "type1" :])
+        start = mixing.pop("initial_coefficients", [0.5])
+        if is_moa:
+            mixing["gate_init_std"] = settings.get("initializer_range", 0.02)
+        if not is_moa or mixing.get("amplitude") == "learned":
+            mixing["initial_coefficients"] = start
+    return {**settings, "mixing": mixing, "mixing_format_version": FORMAT_VERSION}
 
 
 __all__ = ["GPTMoAConfig"]

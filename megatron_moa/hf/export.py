@@ -235,8 +235,9 @@ def code_files() -> dict[str, str]:
             continue
         own = (_CODE / f"{name}.py").is_file()
         text = ((_CODE if own else _CODE.parent) / f"{name}.py").read_text()
-        if not own:  # the model's own files prefer an installed megatron_moa
-            text = re.sub(r"^(\s*from )megatron_moa\.", r"\1.", text, flags=re.MULTILINE)
+        # The model's own files prefer an installed megatron_moa where they try to import it.
+        imports = r"^(from )megatron_moa\." if own else r"^(\s*from )megatron_moa\."
+        text = re.sub(imports, r"\1.", text, flags=re.MULTILINE)
         files[f"{name}.py"] = text
         pending += re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE)
     return files
@@ -314,10 +315,11 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     if mixing is None:
         mixture = {"mixing": f"none: {_ACTIVATIONS[exported.activation]}"}
     else:
-        mixture = {"mixing": mixing.mixing, "form": mixing.form, "activations": " ".join(mixing.activations)}
+        mixture = {"mixing": mixing.mixing, "form": mixing.form, **_FORMS[mixing.form]}
+        mixture |= {"c": _COEFFICIENTS[mixing.mixing], "activations s_1 to s_K": " ".join(mixing.activations)}
         if mixing.mixing == "moa":
             mixture |= {"gate": mixing.gate, "gate bias": mixing.gate_bias, "amplitude": mixing.amplitude}
-        mixture["scale at the start"] = mixing.init_scale
+        mixture["--moa-init-scale"] = mixing.init_scale
     data = {
         f"--{flag.replace('_', '-')}": value if not isinstance(value, list) else " ".join(map(str, value))
         for flag in (
@@ -355,6 +357,15 @@ A GPT model pretrained with megatron_moa {__version__}{"" if mixing is None else
 _EXPLANATION = """, whose feed-forward layers mix activation functions
 (mixture of activations, arXiv 2605.26647). `reference.py` has the equations; with megatron_moa installed its fused
 kernels compute them"""
+_COEFFICIENTS = {"la": "constants of the layer or expert, learned", "moa": "gates, computed from every token"}
+_ONE = {"y": "the output of `up_proj`"}
+_TWO = {"y, z": "the outputs of `gate_proj` and `up_proj`"}
+_FORMS = {  # equations 3 to 10 of the paper
+    "type1": {"input of `down_proj`": "`sum_k c_k s_k(y)`", **_ONE},
+    "one-sided": {"input of `down_proj`": "`silu(y) * sum_k c_k s_k(z)`", **_TWO},
+    "bi-sided": {"input of `down_proj`": "`(sum_k c_k s_k(y)) * (sum_k c_{K+k} s_k(z))`", **_TWO},
+    "quadratic": {"input of `down_proj`": "`sum_{k <= l} c_kl s_k(y) s_l(z)`", **_TWO},
+}
 
 
 def _table(title: str, rows: dict[str, object]) -> str:

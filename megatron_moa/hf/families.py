@@ -60,7 +60,9 @@ _EXPERT_SETTINGS = frozenset(
 ).union(_EXPERTS)
 # Of ours: what does not decide the function. In float32 the router's product is the same in either precision.
 _NO_FUNCTION = _BASE.union(
-    _TOKENS, ("mixing_backend", "attention_dropout", "initializer_range", "use_cache", "router_float32")
+    _TOKENS,
+    ("mixing_backend", "mixing_format_version", "router_float32"),
+    ("attention_dropout", "initializer_range", "use_cache"),
 )
 
 

@@ -217,6 +217,8 @@ def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
         raise UserError(f"{path}, model_type {kind}: a {family.architecture} is of {wanted}; correct one of the two")
     try:
         return family, family.config_class.from_dict(settings)
+    except UserError as error:
+        raise UserError(f"--hf {root}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{path}: is no {family.config_class.__name__} ({_one_line(error)})") from None
 

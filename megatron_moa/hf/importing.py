@@ -33,6 +33,7 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
 from megatron_moa.hf.mapping import from_hf
+from megatron_moa.hf.modeling_gpt_moa import mixing_config
 from megatron_moa.hf.settings import config_from_args, mixing_settings
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.model import model_config_from_args
@@ -149,20 +150,17 @@ def _layer_freq(moe_layers: list[bool]) -> str:
 
 
 def _mixing_flags(own: GPTMoAConfig) -> list[Any]:
-    if own.mixing is None:
+    mixing = mixing_config(own)
+    if mixing is None:
         return ["--moa-mixing", "none"]
-    mixing = _mixing_of(own)
     flags: list[Any] = ["--moa-mixing", mixing.mixing, "--moa-form", mixing.form]
-    flags += ["--moa-activations", *mixing.activations, "--moa-la-init", *mixing.initial_coefficients]
+    flags += ["--moa-activations", *mixing.activations, "--moa-init", *mixing.initial_coefficients]
     if mixing.mixing == "moa":
         flags += ["--moa-gate", mixing.gate, "--moa-amplitude", mixing.amplitude]
         flags += ["--moa-gate-bias"] if mixing.gate_bias else []
-    scale = "swiglu" if own.mixing_scale else mixing.init_scale
+        flags += ["--moa-gate-init-std", mixing.gate_init_std]
+    scale = "matched" if own.mixing_scale else mixing.init_scale
     return [*flags, "--moa-init-scale", scale]
-
-
-def _mixing_of(own: GPTMoAConfig) -> MixingConfig:
-    return MixingConfig(**{**own.mixing, "activations": tuple(own.mixing.get("activations", ()))})
 
 
 def check_dtype(folder: HuggingFaceFolder, wanted: torch.dtype | None) -> torch.dtype:
@@ -209,7 +207,7 @@ def check_function(args: argparse.Namespace, mixing: MixingConfig | None, own: G
     """Raises UserError if the args, with what the user added, are of another model than the folder's."""
     ours, theirs = function_settings(config_from_args(args, mixing, own.vocab_size)), function_settings(own)
     if own.mixing is not None:
-        theirs["mixing"] = mixing_settings(_mixing_of(own))  # where they start is no part of it
+        theirs["mixing"] = mixing_settings(mixing_config(own))  # where they start is no part of it
     for name, value in theirs.items():
         if ours.get(name, value) != value:
             raise UserError(
@@ -339,9 +337,7 @@ def import_folder(
         model = empty_model(model_config_from_args(whole, mixing))
     else:
         source = stock_as_mixture(args) if mixing is None else mixing
-        result = target_mixing(source, stock=mixing is None, **target)
-        if result == mixing:
-            raise UserError(f"--hf {folder.root}: is {mixing.describe()} already; drop --mixing, or ask for another")
+        result = target_mixing(source, stock=mixing is None, routed_experts=bool(args.num_experts), **target)
         for some in (args, whole):
             vars(some).update(mixture_flags(result))
         model = empty_model(model_config_from_args(whole, result))

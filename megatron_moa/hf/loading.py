@@ -29,7 +29,7 @@ from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.folder import file_in, indexed_files
-from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixing_config
 from megatron_moa.inference import TextModel
 
 
@@ -170,8 +170,8 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
         has_tokenizer = any((folder / name).is_file() for name in names)
         tokenizer = AutoTokenizer.from_pretrained(folder, **local) if has_tokenizer else None
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"--load {folder}: {error}") from None
     except Exception as error:  # damaged files raise whatever they like
         raise UserError(f"--load {folder}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -180,10 +180,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
             raise UserError(f"--load {folder}: weights do not fit config.json, {kind}: {named}; export it again")
     if not getattr(model.config, "max_position_embeddings", None):
         raise UserError(f"{folder / 'config.json'}: has no max_position_embeddings, which says how long a text may be")
-    mixing = None
-    if isinstance(model.config, GPTMoAConfig) and model.config.mixing is not None:
-        settings = {**model.config.mixing, "activations": tuple(model.config.mixing["activations"])}
-        mixing = MixingConfig(**settings)
+    mixing = mixing_config(model.config) if isinstance(model.config, GPTMoAConfig) else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return FolderModel(model.eval().requires_grad_(False).to(device), tokenizer, mixing)
 

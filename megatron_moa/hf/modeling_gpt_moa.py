@@ -28,15 +28,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_gpt_moa import GPTMoAConfig
+from .configuration_gpt_moa import FORMAT_VERSION, GPTMoAConfig
 
 try:
+    from megatron_moa.config import FORMAT_VERSION as INSTALLED_VERSION
     from megatron_moa.config import MixingConfig
     from megatron_moa.functional import gate_coefficients, mixed_activation
-    from megatron_moa.output_scale import start_scale
-except ImportError:  # a folder that stands alone: an export
+    from megatron_moa.output_scale import matching_scale
+
+    if INSTALLED_VERSION != FORMAT_VERSION:
+        raise ImportError("the installed megatron_moa computes forms of another format version")
+except ImportError:  # an export, which carries what it needs of the package
     from .config import MixingConfig
-    from .output_scale import start_scale
+    from .output_scale import matching_scale
     from .reference import gate_coefficients, mixed_activation
 
 
@@ -212,7 +216,7 @@ class GPTMoAMLP(nn.Module):
         self.down_proj.starts_smaller = True
         self.has_bias = config.mlp_bias
         self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
-        self.mixing = None if config.mixing is None else _mixing_config(config)
+        self.mixing = mixing_config(config)
         # Compiling costs more than it saves where the lengths change from call to call, so CPUs have to be told to.
         is_auto = self.mixing is not None and self.mixing.backend == "auto"
         self.mixing_on_cpu = replace(self.mixing, backend="eager") if is_auto else self.mixing
@@ -237,7 +241,10 @@ class GPTMoAMLP(nn.Module):
         return output if outer is None else output * outer.unsqueeze(-1).to(output.dtype)
 
 
-def _mixing_config(config: GPTMoAConfig) -> MixingConfig:
+def mixing_config(config: GPTMoAConfig) -> MixingConfig | None:
+    """The mixture of a configuration; None for a fixed activation."""
+    if config.mixing is None:
+        return None
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.mixing.items()}
     return MixingConfig(**settings, backend=config.mixing_backend or "auto")
 
@@ -374,15 +381,15 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
             self._init_coefficients(module)
 
     def _init_coefficients(self, module: MixtureCoefficients) -> None:
-        mixing, std = module.mixing, self.config.initializer_range
+        mixing = module.mixing
         scale = 1.0
-        if mixing.init_scale == "swiglu" or module.scale is not None:
-            scale = start_scale(mixing, std * self.config.hidden_size**0.5)
+        if mixing.init_scale == "matched" or module.scale is not None:
+            scale = matching_scale(mixing, self.config.initializer_range, self.config.hidden_size)
         for parameter in (module.value, module.amplitude):
             if parameter is not None:
                 init.copy_(parameter, scale * torch.tensor(list(mixing.start_values()), device=parameter.device))
         if module.weight is not None:
-            init.normal_(module.weight, std=std)
+            init.normal_(module.weight, std=mixing.gate_init_std)
         if module.bias is not None:
             init.zeros_(module.bias)
         if module.scale is not None:

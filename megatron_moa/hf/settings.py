@@ -99,7 +99,7 @@ def mixing_settings(mixing: MixingConfig) -> dict[str, Any]:
 
 def _has_scale(mixing: MixingConfig) -> bool:
     """Whether gates carry a constant factor (megatron_moa.coefficients)."""
-    return mixing.init_scale == "swiglu" and mixing.amplitude == "fixed"
+    return mixing.init_scale == "matched" and mixing.amplitude == "fixed"
 
 
 def _rope(args: argparse.Namespace) -> dict[str, Any]:

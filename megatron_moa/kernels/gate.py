@@ -19,7 +19,7 @@ from megatron_moa.config import MixingConfig
 from megatron_moa.grouped import grouped_sum
 
 _TOKENS = 64  # rows a program
-_HIDDEN = 64  # columns of x at a time
+_HIDDEN = 64  # columns of x at a time; half as many beyond 64 coefficients
 _SLAB = 512  # columns of x whose gradients one program gives
 _FEWEST = 16  # what Triton's product asks for in each direction
 
@@ -99,7 +99,7 @@ def _psi(
 
 
 @triton.jit
-def _forward(
+def _gate_forward_kernel(
     x,
     weight,
     bias,
@@ -139,7 +139,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _gate_backward_kernel(
     grad,
     coefficients,
     x,
@@ -259,7 +259,8 @@ def _shared_arguments(
         "PRECISION": "ieee" if torch.float32 in (x.dtype, weight.dtype) else "tf32",
         "COLUMNS": max(_FEWEST, triton.next_power_of_2(n)),
         "TOKENS": _TOKENS,
-        "HIDDEN": _HIDDEN,
+        # With 128 columns of coefficients, whole tiles of x ask for 240 KiB of shared memory; an H100 has 227.
+        "HIDDEN": _HIDDEN if n <= 64 else _HIDDEN // 2,
         "num_warps": 4,
     }
 
@@ -285,7 +286,7 @@ def forward(
     """One launch."""
     x = _dense_rows(x)
     coefficients = x.new_empty(x.shape[0], weight.shape[-2], dtype=torch.float32)
-    _forward[(_tiles(x.shape[0], group_ends),)](
+    _gate_forward_kernel[(_tiles(x.shape[0], group_ends),)](
         x,
         weight.contiguous(),
         bias,
@@ -325,7 +326,7 @@ def backward(
     weight_sums = partial_sums(need_weight, n, h)
     bias_sums = partial_sums(bias is not None, n)
     amplitude_sums = partial_sums(amplitude is not None, n)
-    _backward[(programs, triton.cdiv(h, _SLAB))](
+    _gate_backward_kernel[(programs, triton.cdiv(h, _SLAB))](
         grad.contiguous(),
         coefficients,
         x,

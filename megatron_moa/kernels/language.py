@@ -47,6 +47,10 @@ def derivatives(activations: tuple[str, ...]) -> tuple[triton.JITFunction, ...]:
     return tuple(triton_function(ACTIVATIONS[name].derivative) for name in activations)
 
 
+silu = triton_function(ACTIVATIONS["silu"].value)
+silu_derivative = triton_function(ACTIVATIONS["silu"].derivative)
+
+
 @triton.jit
 def load_branch(z, bias, row_start, column, inside, HAS_BIAS: tl.constexpr):
     """z + bias, float32, at these columns of the row that starts at ``row_start``."""
@@ -84,6 +88,16 @@ def add_terms(sums, factor, x, FUNCTIONS: tl.constexpr, K: tl.constexpr, FIRST: 
 
 
 @triton.jit
+def add_pairs(sums, g, x, y, FUNCTIONS: tl.constexpr, PAIRS: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """``sums``, with g FUNCTIONS[k](x) FUNCTIONS[l](y), summed over a thread's columns, for COUNT pairs from FIRST."""
+    added = ()
+    for index in tl.static_range(COUNT):
+        product = g * FUNCTIONS[PAIRS[FIRST + index][0]](x) * FUNCTIONS[PAIRS[FIRST + index][1]](y)
+        added = added + (sums[index] + tl.sum(product, axis=1),)
+    return added
+
+
+@triton.jit
 def store_sums(pointer, sums, COUNT: tl.constexpr):
     """Writes each accumulator's sum, one after the other from a pointer on."""
     for index in tl.static_range(COUNT):
@@ -100,9 +114,38 @@ def load_all(pointer, COUNT: tl.constexpr):
 
 
 @triton.jit
-def weighted_sum(x, coefficients, FUNCTIONS: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr):
-    """sum_k coefficients[FIRST + k] FUNCTIONS[k](x) over COUNT functions."""
-    total = coefficients[FIRST] * FUNCTIONS[0](x)
-    for k in tl.static_range(1, COUNT):
+def weighted_sum(
+    x, coefficients, FUNCTIONS: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr, START: tl.constexpr = 0
+):
+    """sum_k coefficients[FIRST + k] FUNCTIONS[k](x) over START <= k < K"""
+    total = coefficients[FIRST + START] * FUNCTIONS[START](x)
+    for k in tl.static_range(START + 1, K):
         total += coefficients[FIRST + k] * FUNCTIONS[k](x)
     return total
+
+
+@triton.jit
+def row_sum(x, coefficients, FUNCTIONS: tl.constexpr, K: tl.constexpr, ROW: tl.constexpr):
+    """sum_l c_kl FUNCTIONS[l](x) over l >= k = ROW."""
+    # Row-major over k <= l, c_kl is the coefficient k K - k (k + 1) / 2 + l.
+    return weighted_sum(x, coefficients, FUNCTIONS, K, ROW * K - ROW * (ROW + 1) // 2, ROW)
+
+
+@triton.jit
+def bilinear(x, y, coefficients, FUNCTIONS: tl.constexpr, K: tl.constexpr):
+    """sum_{k <= l} c_kl FUNCTIONS[k](x) FUNCTIONS[l](y)"""
+    total = FUNCTIONS[0](x) * row_sum(y, coefficients, FUNCTIONS, K, 0)
+    for k in tl.static_range(1, K):
+        total += FUNCTIONS[k](x) * row_sum(y, coefficients, FUNCTIONS, K, k)
+    return total
+
+
+@triton.jit
+def bilinear_gradients(g, x, y, coefficients, FUNCTIONS: tl.constexpr, DERIVATIVES: tl.constexpr, K: tl.constexpr):
+    """g times the derivatives of :func:`bilinear` by x and by y."""
+    g_x = DERIVATIVES[0](x) * (g * row_sum(y, coefficients, FUNCTIONS, K, 0))
+    g_y = g * FUNCTIONS[0](x) * row_sum(y, coefficients, DERIVATIVES, K, 0)
+    for k in tl.static_range(1, K):
+        g_x += DERIVATIVES[k](x) * (g * row_sum(y, coefficients, FUNCTIONS, K, k))
+        g_y += g * FUNCTIONS[k](x) * row_sum(y, coefficients, DERIVATIVES, K, k)
+    return g_x, g_y

@@ -160,6 +160,17 @@ class Model:
         """Width of fc1's output over f."""
         return 2 if self.gated else 1
 
+    def widths(self, tp: int) -> dict[str, tuple[int, int]]:
+        """Widths of feed-forward layers and experts by name, each with the tensor-parallel ranks that share it."""
+        found = {}
+        if not all(self.moe_layers):
+            found["feed-forward width"] = (self.ffn, tp)
+        if self.experts and self.experts.shared_ffn:
+            found["shared expert's width"] = (self.experts.shared_ffn, tp)
+        if self.experts:
+            found["routed experts' width"] = (self.experts.ffn, 1)
+        return found
+
     @property
     def tokens_per_step(self) -> int:
         """Over all GPUs."""

@@ -65,17 +65,14 @@ def problems(model: Model, split: Split) -> dict[str, str]:
 def _rules(model: Model, split: Split) -> Iterator[tuple[str, Callable[[int], bool], str]]:
     """For each number of a split, what it must fulfil with the others as they are, and what that says."""
     gpus, experts = split.gpus, model.experts
-    widths = [model.heads, model.groups, model.sequence]
+    sizes = (model.heads, model.groups, model.sequence)
     said = f"does not divide the {model.heads} attention heads"
     if model.groups != model.heads:
         said += f" and {model.groups} key heads"
-    if not all(model.moe_layers):
-        widths.append(model.ffn)
-        said += f", feed-forward width {model.ffn}"
-    if experts and experts.shared_ffn:
-        widths.append(experts.shared_ffn)
-        said += f", shared expert's width {experts.shared_ffn}"
-    yield "tp", lambda tp: all(width % tp == 0 for width in widths), said
+    yield "tp", lambda tp: all(size % tp == 0 for size in sizes), said
+    shared = [f"{name} {width}" for name, (width, ranks) in model.widths(split.tp).items() if ranks > 1]
+    said = f"does not divide the {' and '.join(shared)} (FFN_MULTIPLE=128 rounds widths up)"
+    yield "tp", lambda tp: all(width % ranks == 0 for width, ranks in model.widths(tp).values()), said
     yield "tp", lambda tp: gpus % tp == 0, f"does not divide {gpus} GPUs"
     yield "pp", lambda pp: model.layers % pp == 0, f"does not divide the {model.layers} layers"
     stages = split.tp * split.cp

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_moa.config import MixingConfig
+from megatron_moa.config import FORMS, MixingConfig
 from megatron_moa.output_scale import output_scale
 
 # Over how much wider a layer of one matrix less is, for the same number of parameters: 3 h f = 2 h (3/2 f).
 _UNGATED_WIDTH = 1.5
 _OTHER_SEEDS = 1000
+_HALF = (0.5,)  # where sigmoid gates start near
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,12 @@ class Size:
 
     Attributes:
         name: in the study's file and in results.
-        layers, hidden, ffn, heads: of the model; ``ffn`` is a gated layer's width.
+        layers, hidden, ffn, heads: of the model; ``ffn`` is a gated layer's width (of a MoE: a routed expert's).
         sequence, batch: tokens of a sample, samples of an iteration.
         micro_batch: samples at once; 0: all of an iteration's.
         init_std: ``--init-method-std``.
+        gate_init_std: ``--moa-gate-init-std``; 0: as ``init_std``, so that logits are as large as pre-activations.
+        recipe: the name of a model in examples/models, which the rest is taken from; empty: none.
         flags: further ones, such as those of a MoE.
     """
 
@@ -35,12 +39,19 @@ class Size:
     batch: int = 16
     micro_batch: int = 0
     init_std: float = 0.06
+    gate_init_std: float = 0.0
+    recipe: str = ""
     flags: tuple[str, ...] = ()
 
     @property
-    def preactivation_std(self) -> float:
-        """Standard deviation of fc1's output at step 0, for a normalised input."""
-        return self.init_std * self.hidden**0.5
+    def ungated_ffn(self) -> int:
+        """Width of a layer without a gated unit: 4 h beside the paper's int(8 h / 3), else for as many parameters."""
+        return 4 * self.hidden if self.ffn == 8 * self.hidden // 3 else round(self.ffn * _UNGATED_WIDTH)
+
+    @property
+    def gate_std(self) -> float:
+        """Standard deviation of gate vectors at step 0."""
+        return self.gate_init_std or self.init_std
 
 
 @dataclass(frozen=True)
@@ -51,30 +62,36 @@ class Arm:
         name: in the study's file and in results.
         title: for tables and pictures.
         mixing: None for stock Megatron.
-        gated: whether a stock layer is SwiGLU rather than GELU.
+        fixed: a stock layer's activation: ``swiglu``, ``relu2`` or ``gelu``.
         as_large_as: the arm whose output's mean square at step 0 this fixed layer gets.
-        widened: ``parameters`` or ``time``: as wide as it takes to have MoA's; ``half``: half as wide.
+        widened: ``parameters`` or ``time``: as wide as it takes to have bi-sided MoA's; ``half``: half as wide.
         other_seeds: whether its seeds are others than those of the same number elsewhere.
     """
 
     name: str
     title: str
     mixing: MixingConfig | None = None
-    gated: bool = True
+    fixed: str = "swiglu"
     as_large_as: str | None = None
     widened: str | None = None
     other_seeds: bool = False
 
     @property
     def is_gated(self) -> bool:
-        return self.gated if self.mixing is None else self.mixing.gated
+        """Whether its layers are Type II."""
+        return self.fixed == "swiglu" if self.mixing is None else self.mixing.gated
+
+    @property
+    def baseline(self) -> str:
+        """The paper's baseline for it: SwiGLU for Type II, ReLU2 for Type I."""
+        return "swiglu" if self.is_gated else "relu2"
 
     def width(self, size: Size, time_width: int | None = None) -> int:
         """f of this arm's layers.
 
         Args:
             size: the model's.
-            time_width: f at which SwiGLU's step takes as long as MoA's, as measured.
+            time_width: f at which SwiGLU's step takes as long as bi-sided MoA's, as measured.
 
         Raises:
             ValueError: it is needed and not there.
@@ -84,10 +101,10 @@ class Arm:
                 raise ValueError(f"{self.name}: the width of equal step time has not been measured")
             return time_width
         if self.widened == "parameters":  # a hidden unit has 3 h of them, a gate h
-            return size.ffn + math.ceil(ARMS["moa"].mixing.num_coefficients / 3)
+            return size.ffn + math.ceil(ARMS["moa-bi-sided"].mixing.num_coefficients / 3)
         if self.widened == "half":
             return size.ffn // 2
-        return size.ffn if self.is_gated else round(size.ffn * _UNGATED_WIDTH)
+        return size.ffn if self.is_gated else size.ungated_ffn
 
     def seed(self, number: int) -> int:
         """``--seed`` of the run that a study calls seed ``number``."""
@@ -95,35 +112,51 @@ class Arm:
 
     def flags(self, size: Size) -> list[str]:
         """Of pretrain_gpt_moa.py, without the width."""
-        swiglu = ["--swiglu"] if self.is_gated else []
         if self.mixing is None:
-            return ["--moa-mixing", "none", *swiglu]
+            return ["--moa-mixing", "none", *{"swiglu": ["--swiglu"], "relu2": ["--squared-relu"]}.get(self.fixed, [])]
         mixing = self.mixing
         start = list(mixing.initial_coefficients)
         if self.as_large_as is not None:
-            start = [output_scale(ARMS[self.as_large_as].mixing, size.preactivation_std)]
-        flags = ["--moa-mixing", mixing.mixing, "--moa-form", mixing.form, *swiglu]
+            start = [_scale(ARMS[self.as_large_as].mixing, size) / _scale(mixing, size)]
+        flags = ["--moa-mixing", mixing.mixing, "--moa-form", mixing.form, *(["--swiglu"] if mixing.gated else [])]
         flags += ["--moa-activations", *mixing.activations, "--moa-init-scale", mixing.init_scale]
         if mixing.mixing == "moa":
-            flags += ["--moa-gate", mixing.gate, "--moa-amplitude", mixing.amplitude]
-            flags += ["--moa-gate-bias"] if mixing.gate_bias else []
+            flags += ["--moa-gate", mixing.gate, "--moa-gate-init-std", f"{size.gate_std:g}"]
+            flags += ["--moa-amplitude", mixing.amplitude, *(["--moa-gate-bias"] if mixing.gate_bias else [])]
         if mixing.mixing == "la" or mixing.amplitude == "learned":
-            flags += ["--moa-la-init", *(f"{value:.6g}" for value in start)]
+            flags += ["--moa-init", *(f"{value:.6g}" for value in start)]
         return flags + (["--moa-freeze-gates"] if mixing.freeze else [])
 
 
+def _scale(mixing: MixingConfig, size: Size) -> float:
+    """How large a mixture is at step 0 in a model of that size (see :func:`output_scale`)."""
+    if mixing.mixing == "moa":
+        mixing = replace(mixing, gate_init_std=size.gate_std)
+    return output_scale(mixing, size.init_std, size.hidden)
+
+
 def _mixed(name: str, title: str, mixing: MixingConfig) -> tuple[Arm, Arm]:
-    """A mixture as large at the start as its paper's values make it, and NAME-small: with the fixed layer's scale."""
+    """A mixture that starts with the paper's values, and NAME-matched: with the output scale of SwiGLU or GELU."""
     fixed = "SwiGLU" if mixing.gated else "GELU"
     return (
-        Arm(name, f"{title}, paper's scale", mixing),
-        Arm(f"{name}-small", f"{title}, {fixed}'s scale", replace(mixing, init_scale="swiglu")),
+        Arm(name, title, mixing),
+        Arm(f"{name}-matched", f"{title}, scale matched to {fixed}", replace(mixing, init_scale="matched")),
     )
 
 
 def _scaled(name: str, title: str, form: str, activation: str, like: str) -> Arm:
     """A fixed layer as an LA of one activation whose coefficient is not trained."""
     return Arm(name, title, MixingConfig("la", form, (activation,), freeze=True), as_large_as=like)
+
+
+def _of_every_form() -> Iterator[Arm]:
+    """The paper's own arms: LA and MoA of every form, with every kind of gate that its tables 1 and 2 have."""
+    for form in FORMS:
+        words = "Type I" if form == "type1" else form
+        yield from _mixed(f"la-{form}", f"{words} LA", MixingConfig("la", form))
+        yield from _mixed(f"moa-{form}", f"{words} MoA", MixingConfig("moa", form))
+        for gate in ("softmax", "tanh") if form in ("type1", "bi-sided") else ("softmax",):
+            yield from _mixed(f"moa-{form}-{gate}", f"{words} MoA, {gate} gates", MixingConfig("moa", form, gate=gate))
 
 
 # Started as arXiv 2411.03884 says: 0 for the constant, 1/3 for the powers.
@@ -134,26 +167,25 @@ _POLYRELU = MixingConfig(
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
+        # The paper's baselines, of Type II and Type I.
         Arm("swiglu", "SwiGLU"),
-        # Controls: the same arm under another name, of which seeds alone differ, and one that must be worse.
+        Arm("relu2", "ReLU2", fixed="relu2"),
+        *_of_every_form(),
+        # SwiGLU at MoA's cost; the paper's is 5 wider.
+        Arm("swiglu-params", "SwiGLU, bi-sided MoA's parameters", widened="parameters"),
+        Arm("swiglu-time", "SwiGLU, bi-sided MoA's step time", widened="time"),
+        # Ours. The same arm under another name, of which seeds alone differ, and one that must be worse.
         Arm("swiglu-again", "SwiGLU, other seeds", other_seeds=True),
         Arm("swiglu-half", "SwiGLU, half as wide", widened="half"),
-        Arm("gelu", "GELU", gated=False),
-        _scaled("swiglu-scaled", "SwiGLU, scaled up as MoA", "one-sided", "silu", "moa"),
-        _scaled("gelu-scaled", "GELU, scaled up as MoA type1", "type1", "gelu", "moa-type1"),
-        Arm("swiglu-params", "SwiGLU, MoA's parameters", widened="parameters"),
-        Arm("swiglu-time", "SwiGLU, MoA's step time", widened="time"),
-        *_mixed("la", "LA", MixingConfig("la", "bi-sided")),
-        *_mixed("la-one-sided", "LA one-sided", MixingConfig("la", "one-sided")),
-        *_mixed("la-quadratic", "LA quadratic", MixingConfig("la", "quadratic")),
-        *_mixed("la-type1", "LA type1", MixingConfig("la", "type1")),
+        # Ours. How much is the scale at step 0?
+        _scaled("swiglu-scaled", "SwiGLU, scaled up as bi-sided MoA", "one-sided", "identity", "moa-bi-sided"),
+        _scaled("relu2-scaled", "ReLU2, scaled up as Type I MoA", "type1", "relu2", "moa-type1"),
+        Arm("la-bi-sided-half", "bi-sided LA from 0.5", MixingConfig("la", "bi-sided", initial_coefficients=_HALF)),
+        Arm("la-type1-half", "Type I LA from 0.5", MixingConfig("la", "type1", initial_coefficients=_HALF)),
+        # Ours. How much is the gates' training?
+        *_mixed("moa-bi-sided-frozen", "bi-sided MoA, gates frozen", MixingConfig("moa", "bi-sided", freeze=True)),
+        # Another work's mixture, and the fixed layer whose scale a matched Type I has.
         *_mixed("polyrelu", "PolyReLU", _POLYRELU),
-        *_mixed("moa", "MoA", MixingConfig("moa", "bi-sided")),
-        *_mixed("moa-one-sided", "MoA one-sided", MixingConfig("moa", "one-sided")),
-        *_mixed("moa-quadratic", "MoA quadratic", MixingConfig("moa", "quadratic")),
-        *_mixed("moa-type1", "MoA type1", MixingConfig("moa", "type1")),
-        *_mixed("moa-softmax", "MoA, softmax gates", MixingConfig("moa", "bi-sided", gate="softmax")),
-        *_mixed("moa-tanh", "MoA, tanh gates", MixingConfig("moa", "bi-sided", gate="tanh")),
-        *_mixed("moa-frozen", "MoA, gates frozen at random", MixingConfig("moa", "bi-sided", freeze=True)),
+        Arm("gelu", "GELU", fixed="gelu"),
     )
 }

@@ -6,6 +6,7 @@ spent, and whether its grid goes on), so it is asked for again after every run: 
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_moa.errors import UserError
+from megatron_moa.recipes import read_recipe
 from megatron_moa.study.arms import ARMS, Size
 
+PAPER = "paper"  # the scale of a file as it stands
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
 
@@ -87,6 +90,7 @@ class Study:
         grids: in the order in which they are run.
         flags: of pretrain_gpt_moa.py, for every run.
         evaluation: iterations of the validation at the end of a run.
+        warmup: part of a run's iterations in which the learning rate rises.
         timing: rounds in which the arms' steps are timed, alone on the machine, before anything is trained; 0: never.
         keep: arms whose last checkpoint of every run is kept.
         tuning_seed: the seed of the runs that choose learning rates.
@@ -98,17 +102,23 @@ class Study:
     grids: tuple[Grid, ...]
     flags: tuple[str, ...] = ()
     evaluation: int = 40
+    warmup: float = 0.05
     timing: int = 15
     keep: tuple[str, ...] = ()
     tuning_seed: int = 1
     most_extensions: int = 3
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, scale: str = PAPER) -> Study:
     """Reads a study's file (TOML; examples/studies/ has some, which say what the keys mean).
 
+    Args:
+        path: the file.
+        scale: :data:`PAPER`, the file as it stands, or one of its ``[scales.NAME]``, whose keys take the place of the
+            file's: its k-th ``[[scales.NAME.grid]]`` of keys in the k-th ``[[grid]]``; further ones stand alone.
+
     Raises:
-        UserError: no such file, not TOML, or a key, name or value that does not fit.
+        UserError: no such file, not TOML, no such scale, or a key, name or value that does not fit.
     """
     try:
         content = tomllib.loads(path.read_text())
@@ -116,15 +126,11 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see examples/studies/") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: is not TOML ({error})") from None
+    content = _at_scale(path, content, scale)
     tables = content.pop("grid", [])
     if not tables:
         raise UserError(f"{path}: has no [[grid]]; see examples/studies/")
-    sizes = {}
-    for name, table in content.pop("sizes", {}).items():
-        sizes[name] = _filled(Size, f"{path}: sizes.{name}", {"name": name, **table})
-        size = sizes[name]
-        if size.hidden % size.heads:
-            raise UserError(f"{path}: sizes.{name}.heads {size.heads}: does not divide hidden {size.hidden}")
+    sizes = {name: _size(path, name, table) for name, table in content.pop("sizes", {}).items()}
     corpora = content.pop("corpora", {})
     grids = tuple(_filled(Grid, f"{path}: grid {number}", table) for number, table in enumerate(tables, start=1))
     for number, grid in enumerate(grids, start=1):
@@ -145,6 +151,61 @@ def read_study(path: Path) -> Study:
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
     return study
+
+
+def _at_scale(path: Path, content: dict[str, Any], scale: str) -> dict[str, Any]:
+    """A file's content with the keys of one of its scales in place of its own."""
+    scales = content.pop("scales", {})
+    if scale == PAPER:
+        return content
+    if scale not in scales:
+        raise UserError(f"--scale {scale}: {path} has no [scales.{scale}]; there are {', '.join([PAPER, *scales])}")
+    own, grids = content.get("grid", []), scales[scale].pop("grid", [])
+    if len(grids) < len(own):
+        raise UserError(f"{path}: scales.{scale}: {len(grids)} [[scales.{scale}.grid]] for {len(own)} [[grid]]")
+    merged = [{**(own[number] if number < len(own) else {}), **table} for number, table in enumerate(grids)]
+    return {**content, **scales[scale], "grid": merged}
+
+
+def _size(path: Path, name: str, table: Mapping[str, Any]) -> Size:
+    """A model of the file, the rest of it from its recipe where it names one."""
+    recipe = _from_recipe(table["recipe"]) if "recipe" in table else {}
+    flags = (*recipe.get("flags", ()), *_value(f"{path}: sizes.{name}: flags", table.get("flags", ()), tuple[str, ...]))
+    size = _filled(Size, f"{path}: sizes.{name}", {**recipe, "name": name, **table, "flags": flags})
+    if size.hidden % size.heads:
+        raise UserError(f"{path}: sizes.{name}.heads {size.heads}: does not divide hidden {size.hidden}")
+    return size
+
+
+def _from_recipe(recipe: str) -> dict[str, Any]:
+    """What a study's size has from a model of examples/models; ``flags``: what has no name in :class:`Size`.
+
+    Raises:
+        UserError: no such recipe.
+    """
+    named = {
+        "--num-layers": "layers",
+        "--hidden-size": "hidden",
+        "--num-attention-heads": "heads",
+        "--ffn-hidden-size": "ffn",
+        "--seq-length": "sequence",
+        "--init-method-std": "init_std",
+    }
+    found: dict[str, Any] = {"init_std": 0.02}  # Megatron's default
+    flags: list[str] = []
+    words = read_recipe(Path(recipe))
+    if "--swiglu" not in words:
+        raise UserError(f"FFN={os.environ.get('FFN', '')}: a study's arms say which layer it is; unset FFN")
+    starts = [number for number, word in enumerate(words) if word.startswith("--")]
+    for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
+        flag, values = words[start], words[start + 1 : end]
+        if flag in named:
+            found[named[flag]] = float(values[0]) if flag == "--init-method-std" else int(values[0])
+        elif flag not in ("--swiglu", "--squared-relu", "--max-position-embeddings"):  # an arm's, and the study's
+            flags += [flag, *values]
+    if "--moe-ffn-hidden-size" in flags:  # what arms widen is an expert
+        found["ffn"] = int(flags[flags.index("--moe-ffn-hidden-size") + 1])
+    return {**found, "flags": tuple(flags)}
 
 
 def _filled(kind: type, where: str, table: Mapping[str, Any]) -> Any:

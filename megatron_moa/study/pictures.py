@@ -20,8 +20,18 @@ from megatron_moa.study.arms import ARMS
 from megatron_moa.study.statistics import BASELINE, UNTUNED, Results, Setting, fit_power_law
 
 # What is drawn where all arms would hide one another.
-CHIEF_ARMS = ("swiglu", "swiglu-scaled", "swiglu-params", "swiglu-time", "la", "moa", "la-small", "moa-small")
-_SHADES = {"swiglu": "Greys", "gelu": "Greens", "la": "Blues", "moa": "Reds", "polyrelu": "Purples"}
+CHIEF_ARMS = (
+    "swiglu",
+    "relu2",
+    "swiglu-scaled",
+    "swiglu-params",
+    "swiglu-time",
+    *(f"{mixing}-bi-sided{scale}" for scale in ("", "-matched") for mixing in ("la", "moa")),
+    "moa-type1",
+    "moa-one-sided",
+    "moa-quadratic",
+)
+_SHADES = {"swiglu": "Greys", "relu2": "Greens", "gelu": "Oranges", "la": "Blues", "moa": "Reds", "polyrelu": "Purples"}
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*"
 _PLANS = {"adamw": "AdamW", "muon": "Muon", "wsd": "WSD"}
@@ -65,11 +75,11 @@ def arm_panel(arm: str) -> str:
 
 def style(arm: str) -> dict[str, str]:
     """Colour by family, shade and marker within it; dashed and hollow: a mixture started at the fixed layer's scale."""
-    family, base = arm.split("-")[0], arm.removesuffix("-small")
-    relatives = [name for name in ARMS if name.split("-")[0] == family and not name.endswith("-small")]
+    family, base = arm.split("-")[0], arm.removesuffix("-matched")
+    relatives = [name for name in ARMS if name.split("-")[0] == family and not name.endswith("-matched")]
     number = relatives.index(base) if base in relatives else 0
     shade = 0.9 - 0.45 * number / max(1, len(relatives) - 1)
-    fixed_line = _LINES[number % len(_LINES)] if family in ("swiglu", "gelu") else "-"
+    fixed_line = _LINES[number % len(_LINES)] if family in ("swiglu", "relu2", "gelu") else "-"
     colour = to_hex(colormaps[_SHADES.get(family, "YlOrBr")](shade))
     return {
         "color": colour,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from megatron_moa.study.arms import ARMS
 from megatron_moa.study.evidence import Evidence
+from megatron_moa.study.paper import ROWS, reported
 from megatron_moa.study.pictures import (
     CHIEF_ARMS,
     anchor,
@@ -38,9 +40,10 @@ from megatron_moa.study.statistics import (
     Tuned,
     fit_power_law,
 )
-from megatron_moa.study.steps import CHAINS, CONTROLS, OWN_SCALE, SWIGLU_SCALE, Step
+from megatron_moa.study.steps import CHAINS, CONTROLS, MATCHED, OWN_SCALE, Step
 from megatron_moa.study.timing import TIMING
 
+_BI_SIDED = ("moa-bi-sided", "moa-bi-sided-matched", "la-bi-sided", "la-bi-sided-matched")
 PAPER_SMALLEST = 120e6  # parameters; what arXiv 2605.26647 begins at
 
 
@@ -71,6 +74,7 @@ class _Report:
         yield "# Does it pay? Mixtures of activations against tuned baselines\n"
         yield f"Written by `{self.command}` from the lines of finished runs; edit nothing here.\n"
         yield from self._in_short()
+        yield from self._beside_the_paper()
         yield from self._what_was_run()
         yield from self._not_shown()
         yield from self._due_to_what()
@@ -94,17 +98,17 @@ class _Report:
         verdicts = [known.verdict for arm in mixtures if (known := self._difference(arm, BASELINE)) is not None]
         if verdicts:
             yield f"**Of {_count(len(verdicts), 'gated mixture')}, against tuned SwiGLU: {_tally(verdicts)}.**\n"
-        for arm in ("moa-small", "la-small", "moa", "la"):
+        for arm in _BI_SIDED:
             known = self._difference(arm, BASELINE)
             if known is not None:
                 yield f"- {arm_title(arm)}, against SwiGLU: {self._with_percent(known)}: {_bold(known.verdict)}."
-        for name, chain in (("at the paper's scale", OWN_SCALE[:3]), ("at SwiGLU's scale", SWIGLU_SCALE[:2])):
+        for name, chain in (("as the paper starts it", OWN_SCALE[:3]), ("at SwiGLU's scale", MATCHED[:2])):
             parts = [(step, self._difference(step.arm, step.to)) for step in chain]
             if all(known for _, known in parts):
                 text = "; ".join(f"{step.what} {_number(known)} ({known.verdict})" for step, known in parts)
                 yield f"- What that is due to, {name}: {text}."
         for to, what in (("swiglu-params", "as many parameters"), ("swiglu-time", "the same step time")):
-            for arm in ("moa", "moa-small"):
+            for arm in _BI_SIDED[:2]:
                 known = self._difference(arm, to)
                 if known is not None:
                     yield f"- {arm_title(arm)}, against a SwiGLU of {what}: {_number(known)}: {_bold(known.verdict)}."
@@ -122,7 +126,7 @@ class _Report:
 
     def _elsewhere(self) -> Lines:
         """How often the main comparisons come out the same way in other settings."""
-        for arm in ("moa", "moa-small"):
+        for arm in _BI_SIDED[:2]:
             known = [self.results.difference(setting, arm, BASELINE) for setting in self.results.settings]
             verdicts = [difference.verdict for difference in known if difference is not None]
             if len(verdicts) > 1:
@@ -154,6 +158,33 @@ class _Report:
             if known is not None:
                 yield f"- Control, {arm_title(step.arm)}: {_number(known)}, {_judged(step, known)}."
 
+    def _beside_the_paper(self) -> Lines:
+        """The rows of the paper's tables 1 and 2, setting by setting."""
+        yield "## Beside the paper\n"
+        yield "Type I against ReLU2, Type II against SwiGLU, every arm at its own best rate; gates are sigmoid where no"
+        yield "others are named. The last column: what arXiv 2605.26647 reports, and of which model.\n"
+        for setting in self.results.settings:
+            rows = [row for arm in ROWS if (row := self._row(setting, arm))]
+            if any(row[4] for row in rows):
+                yield f"### {setting_title(setting)}\n"
+                header = ["arm", "best rate", "loss", "compared with", "difference", "is", "the paper's"]
+                yield from _table([header, *rows])
+
+    def _row(self, setting: Setting, arm: str) -> list[str]:
+        """An arm beside what the paper reports of it; nothing where it was not run."""
+        tuned = self.results.tuned(setting, arm)
+        if tuned is None:
+            return [arm_title(arm), "none, all diverged", *[""] * 5] if arm in self.results.arms(setting) else []
+        end = "" if tuned.inside else ", the only one" if len(tuned.rates) == 1 else ", at the end"
+        row = [arm_title(arm), f"{tuned.rate:g}{end}", f"{tuned.loss.mean:.4f}"]
+        to = BASELINE if arm == ARMS[arm].baseline else ARMS[arm].baseline
+        known = None if arm == to else self.results.difference(setting, arm, to)
+        if known is None:
+            return [*row, *[""] * 4]
+        there = reported(arm, setting[1], setting[2])
+        beside = f"{there[0]:+.3f} ({there[1]})" if there else ""
+        return [*row, arm_title(to), _number(known), _bold(known.verdict), beside]
+
     def _what_was_run(self) -> Lines:
         lines = self.results.lines
         cells = list(lines)
@@ -169,7 +200,8 @@ class _Report:
         budgets = sorted({cell.tokens for cell in cells})
         yield f"- Tokens: {_listed(f'{tokens / 1e6:g}M' for tokens in budgets)}."
         plans = dict.fromkeys(plan_title(cell.optimizer, cell.schedule) for cell in cells)
-        yield f"- Optimizers and schedules: {_listed(plans, '; ')}."
+        yield f"- Optimizers and schedules: {_listed(plans, '; ')}. {self._ends()}"
+        yield from self._gate_starts()
         seed = self.results.tuning_seed
         yield (
             f"- Seeds: {_listed(sorted({cell.seed for cell in cells}))}. A seed stands for the order of the data and "
@@ -182,6 +214,26 @@ class _Report:
         when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
         machines = _listed(dict.fromkeys(line["machine"] for line in lines.values()))
         yield f"- On {machines}, {when}; {'; '.join(versions)}.\n"
+
+    def _gate_starts(self) -> Lines:
+        """How large gate vectors were at step 0, by width; runs without a flag for it drew them as the weights."""
+        found: dict[str, None] = {}
+        for line in self.results.lines.values():
+            given = dict(pairwise(line["flags"]))
+            deviation = given.get("--moa-gate-init-std", given.get("--init-method-std"))
+            if given.get("--moa-mixing") == "moa" and deviation is not None:
+                found[f"{deviation} at h {given['--hidden-size']}"] = None
+        if found:
+            yield f"- Standard deviation of gate vectors at step 0: {_listed(found)} (the paper's: 0.02)."
+
+    def _ends(self) -> str:
+        """What the learning rate comes down to, by what runs were given."""
+        ends: dict[str, None] = {}
+        for line in self.results.lines.values():
+            given = dict(pairwise(line["flags"]))
+            if "--min-lr" in given:
+                ends[f"{float(given['--min-lr']) / float(given['--lr']):.3g}"] = None
+        return f"Rates come down to {_listed(ends)} of their peak (the paper's: 0.05 cosine, 0 WSD)." if ends else ""
 
     def _not_shown(self) -> Lines:
         results, cells = self.results, list(self.results.lines)
@@ -280,7 +332,7 @@ class _Report:
         yield from self._comparisons()
         seed = self.results.tuning_seed
         parts = []
-        for step in (*OWN_SCALE, *SWIGLU_SCALE):
+        for step in (*OWN_SCALE, *MATCHED):
             known = self.results.difference(self.main, step.arm, step.to, without={seed})
             if known is not None and known.count >= 3:
                 parts.append(f"{arm_title(step.arm)} - {arm_title(step.to)} {_number(known)}")
@@ -290,7 +342,7 @@ class _Report:
     def _steps(self, setting: Setting, in_words: bool = False) -> Lines:
         """All of them for the main setting; for another, those that are not in the tables over all settings."""
         for title, chain in CHAINS:
-            if not in_words and chain in (OWN_SCALE, SWIGLU_SCALE):
+            if not in_words and chain in (OWN_SCALE, MATCHED):
                 continue
             known = [(step, self.results.difference(setting, step.arm, step.to)) for step in chain]
             there = [(step, difference) for step, difference in known if difference is not None]
@@ -338,7 +390,7 @@ class _Report:
         )
 
     def _settings_beside_one_another(self) -> Lines:
-        for name, chain in (("at the paper's scale", OWN_SCALE), ("at SwiGLU's scale", SWIGLU_SCALE)):
+        for name, chain in (("as the paper starts it", OWN_SCALE), ("at SwiGLU's scale", MATCHED)):
             rows = []
             for setting in self.results.settings:
                 known = [self.results.difference(setting, step.arm, step.to) for step in chain]
@@ -404,13 +456,13 @@ class _Report:
             return
         yield f"{setting_title(self.main)}. What an arm loses at a multiple of its own best rate, mean over seeds.\n"
         yield from _table(rows)
-        for arm in ("moa", "moa-small"):
+        for arm in _BI_SIDED[:2]:
             yield from self._bears_more(arm)
         yield from self._best_rates()
 
     def _best_rates(self) -> Lines:
         """Of the arms that have a learning rate in several settings, beside one another."""
-        arms = (BASELINE, "la", "la-small", "moa", "moa-small")
+        arms = (BASELINE, "la-bi-sided", "la-bi-sided-matched", "moa-bi-sided", "moa-bi-sided-matched")
         rows = []
         for setting in self.results.settings:
             baseline, *mixtures = (self.results.tuned(setting, arm) for arm in arms)

@@ -55,8 +55,8 @@ def command(study: Study, cell: Cell, time_width: int | None = None) -> list[str
         "--global-batch-size": size.batch,
         "--train-iters": iterations,
         "--lr": f"{cell.rate:g}",
-        "--min-lr": f"{cell.rate / 10:g}",
-        "--lr-warmup-iters": max(1, iterations // 20),
+        "--min-lr": "0" if cell.schedule == "wsd" else f"{cell.rate / 20:g}",  # as the paper's end
+        "--lr-warmup-iters": max(1, round(iterations * study.warmup)),
         "--weight-decay": 0.1,
         "--adam-beta1": 0.9,
         "--adam-beta2": 0.95,
@@ -294,13 +294,13 @@ class Runner:
             if before is not None and set(timed) <= set(before["milliseconds"]):
                 continue
             self._line(f"timing {size}, {optimizer}: {len(timed)} arms, {self.study.timing} steps of each, in turn")
-            contenders = {arm: self._timed_flags(size, optimizer, arm) for arm in ("swiglu", "moa", *timed)}
+            contenders = {arm: self._timed_flags(size, optimizer, arm) for arm in ("swiglu", "moa-bi-sided", *timed)}
             width = self.study.sizes[size].ffn
             contenders[WIDER] = with_width(contenders["swiglu"], width * 3 // 2)
             with (self.out / f"timing-{size}-{optimizer}.log").open("w") as log:
                 times = step_times(contenders, self.study.timing, self._environment(), log)
             medians = {arm: time["median"] for arm, time in times.items()}
-            equal = width_of_equal_time(medians, width, width * 3 // 2, medians["moa"])
+            equal = width_of_equal_time(medians, width, width * 3 // 2, medians["moa-bi-sided"])
             line = {
                 "size": size,
                 "optimizer": optimizer,

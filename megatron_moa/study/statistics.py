@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
+from megatron_moa.study.arms import ARMS
 from megatron_moa.study.grid import best_rate, cell_from, rates_of
 from megatron_moa.study.runner import losses_of
 
@@ -25,7 +26,7 @@ AT_MOST, AT_LEAST, UNKNOWN = "≤ ", "≥ ", "? "  # of a difference, where an a
 
 # Flags in which the runs of one kind of model may differ: its size, and what belongs to a run rather than to a model.
 _OF_SIZE = ("--num-layers", "--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--init-method-std")
-_OF_RUN = ("--lr", "--min-lr", "--seed", "--micro-batch-size", "--swiglu")
+_OF_RUN = ("--lr", "--min-lr", "--seed", "--micro-batch-size", "--swiglu", "--squared-relu")
 
 Setting = tuple[str, str, int, str, str]  # megatron_moa.study.grid.Cell.setting
 
@@ -239,9 +240,10 @@ class Results:
     def may_be_lower(self, setting: Setting, arm: str) -> bool:
         """Whether a rate that was not tried may be an arm's best: the best is at the end of those that were tried.
 
-        An arm with one rate alone is taken for tuned where that is the baseline's best, and for not tuned elsewhere.
+        An arm with one rate alone is taken for tuned where that is its baseline's best, and for not tuned elsewhere.
         """
-        tuned, baseline = self.tuned(setting, arm), self.tuned(setting, BASELINE)
+        own = ARMS[arm].baseline if arm in ARMS else BASELINE
+        tuned, baseline = self.tuned(setting, arm), self.tuned(setting, own) or self.tuned(setting, BASELINE)
         if len(tuned.rates) == 1:
             return baseline is None or tuned.rate != baseline.rate
         return not tuned.inside

@@ -27,52 +27,90 @@ class Step:
 
 OWN_SCALE = (
     Step("swiglu-scaled", "swiglu", "scale at the start", "making SwiGLU's output as large as MoA's at step 0"),
-    Step("la", "swiglu-scaled", "dictionary", "mixing activations with learned constants (LA) at that same scale"),
-    Step("moa", "la", "token adaptivity", "letting gates set the coefficients token by token (MoA)"),
-    Step("moa", "swiglu", "all three", "MoA started at the paper's scale, in place of SwiGLU,"),
+    Step("la-bi-sided-half", "swiglu-scaled", "dictionary", "learned constants (LA from 0.5), as large,"),
+    Step("moa-bi-sided", "la-bi-sided-half", "token adaptivity", "letting gates set the coefficients token by token"),
+    Step("moa-bi-sided", "swiglu", "all three", "bi-sided MoA as the paper starts it, in place of SwiGLU,"),
+    Step("la-bi-sided", "swiglu", "the paper's LA", "bi-sided LA as the paper starts it, in place of SwiGLU,"),
+    Step("la-bi-sided", "la-bi-sided-half", "LA's start", "starting LA at 1, as the paper does, rather than at 0.5"),
 )
-SWIGLU_SCALE = (
-    Step("la-small", "swiglu", "dictionary", "LA started at SwiGLU's scale, in place of SwiGLU,"),
-    Step("moa-small", "la-small", "token adaptivity", "gates in place of learned constants, both at SwiGLU's scale,"),
-    Step("moa-small", "swiglu", "both", "MoA started at SwiGLU's scale, in place of SwiGLU,"),
-    Step("moa-small", "moa", "MoA's scale brought down", "starting MoA at SwiGLU's scale rather than the paper's"),
+MATCHED = (
+    Step("la-bi-sided-matched", "swiglu", "dictionary", "LA started at SwiGLU's scale, in place of SwiGLU,"),
+    Step(
+        "moa-bi-sided-matched",
+        "la-bi-sided-matched",
+        "token adaptivity",
+        "gates in place of learned constants, both at SwiGLU's scale,",
+    ),
+    Step("moa-bi-sided-matched", "swiglu", "both", "MoA started at SwiGLU's scale, in place of SwiGLU,"),
+    Step(
+        "moa-bi-sided-matched",
+        "moa-bi-sided",
+        "MoA's scale brought down",
+        "starting MoA at SwiGLU's scale rather than as the paper does",
+    ),
+)
+OTHER_FORMS = (
+    Step("la-one-sided", "swiglu", "one-sided LA", "one-sided LA in place of SwiGLU"),
+    Step("moa-one-sided", "swiglu", "one-sided MoA", "one-sided MoA in place of SwiGLU"),
+    Step("la-quadratic", "swiglu", "quadratic LA", "quadratic LA in place of SwiGLU"),
+    Step("moa-quadratic", "swiglu", "quadratic MoA", "quadratic MoA in place of SwiGLU"),
 )
 GATES = (
-    Step("moa-frozen", "la", "random gates, never trained", "gates that stay as they were drawn, in place of LA,"),
-    Step("moa", "moa-frozen", "training the gates", "training the gates rather than leaving them as drawn"),
-    Step("moa-frozen-small", "la-small", "random gates, SwiGLU's scale", "random gates that stay, at SwiGLU's scale,"),
-    Step("moa-small", "moa-frozen-small", "training them, SwiGLU's scale", "training the gates, at SwiGLU's scale,"),
+    Step("moa-bi-sided-frozen", "la-bi-sided-half", "random gates, never trained", "gates left as drawn, for LA,"),
+    Step("moa-bi-sided", "moa-bi-sided-frozen", "training the gates", "training the gates rather than leaving them"),
+    Step(
+        "moa-bi-sided-frozen-matched",
+        "la-bi-sided-matched",
+        "random gates, SwiGLU's scale",
+        "random gates that stay, at SwiGLU's scale,",
+    ),
+    Step(
+        "moa-bi-sided-matched",
+        "moa-bi-sided-frozen-matched",
+        "training them, SwiGLU's scale",
+        "training the gates, at SwiGLU's scale,",
+    ),
+    Step("moa-bi-sided-softmax", "moa-bi-sided", "softmax gates", "softmax gates in place of sigmoid ones"),
+    Step("moa-bi-sided-tanh", "moa-bi-sided", "tanh gates", "tanh gates in place of sigmoid ones"),
 )
 EQUAL_COST = (
-    Step("moa", "swiglu-params", "equal parameters", "MoA in place of a SwiGLU of as many parameters"),
+    Step("swiglu-params", "swiglu", "width + 5", "widening SwiGLU to MoA's parameters"),
+    Step("moa-bi-sided", "swiglu-params", "equal parameters", "MoA in place of a SwiGLU of as many parameters"),
     Step(
-        "moa-small", "swiglu-params", "equal parameters, SwiGLU's scale", "MoA at SwiGLU's scale, at equal parameters,"
+        "moa-bi-sided-matched",
+        "swiglu-params",
+        "equal parameters, SwiGLU's scale",
+        "MoA at SwiGLU's scale, at equal parameters,",
     ),
-    Step("moa", "swiglu-time", "equal step time", "MoA in place of a SwiGLU whose step takes as long"),
-    Step("moa-small", "swiglu-time", "equal step time, SwiGLU's scale", "MoA at SwiGLU's scale, at equal step time,"),
+    Step("moa-bi-sided", "swiglu-time", "equal step time", "MoA in place of a SwiGLU whose step takes as long"),
+    Step(
+        "moa-bi-sided-matched",
+        "swiglu-time",
+        "equal step time, SwiGLU's scale",
+        "MoA at SwiGLU's scale, at equal step time,",
+    ),
 )
 NOT_GATED = (
-    Step("gelu-scaled", "gelu", "scale at the start", "making GELU's output as large as type-1 MoA's at step 0"),
-    Step("la-type1", "gelu-scaled", "dictionary", "mixing activations with learned constants at that same scale"),
-    Step("moa-type1", "la-type1", "token adaptivity", "letting gates set the coefficients token by token"),
-    Step("moa-type1", "gelu", "all three", "type-1 MoA in place of GELU"),
-    Step("polyrelu", "gelu", "PolyReLU's dictionary", "PolyReLU in place of GELU"),
-    Step("la-type1-small", "gelu", "dictionary, GELU's scale", "LA started at GELU's scale, in place of GELU,"),
-    Step(
-        "moa-type1-small", "la-type1-small", "adaptivity, GELU's scale", "gates in place of constants, at GELU's scale,"
-    ),
-    Step("moa-type1-small", "gelu", "both, GELU's scale", "type-1 MoA at GELU's scale, in place of GELU,"),
-    Step("polyrelu-small", "gelu", "PolyReLU, GELU's scale", "PolyReLU at GELU's scale, in place of GELU,"),
+    Step("relu2-scaled", "relu2", "scale at the start", "making ReLU2's output as large as Type I MoA's at step 0"),
+    Step("la-type1-half", "relu2-scaled", "dictionary", "learned constants (LA from 0.5), as large,"),
+    Step("moa-type1", "la-type1-half", "token adaptivity", "letting gates set the coefficients token by token"),
+    Step("moa-type1", "relu2", "all three", "Type I MoA in place of ReLU2"),
+    Step("la-type1", "relu2", "the paper's LA", "Type I LA as the paper starts it, in place of ReLU2,"),
+    Step("relu2", "swiglu", "ReLU2 for SwiGLU", "ReLU2 in place of SwiGLU"),
+    Step("gelu", "relu2", "GELU for ReLU2", "GELU in place of ReLU2"),
+    Step("polyrelu", "relu2", "PolyReLU", "PolyReLU in place of ReLU2"),
+    Step("polyrelu-matched", "gelu", "PolyReLU, GELU's scale", "PolyReLU at GELU's scale, in place of GELU,"),
 )
 CONTROLS = (
     Step("swiglu-again", "swiglu", "nothing, other seeds", "SwiGLU under another name, with other seeds,", UNDECIDED),
     Step("swiglu-half", "swiglu", "half the width", "halving SwiGLU's width", WORSE),
 )
 CHAINS = (
-    ("From SwiGLU to MoA started at the paper's scale", OWN_SCALE),
-    ("The same with both started at SwiGLU's scale", SWIGLU_SCALE),
+    ("From SwiGLU to bi-sided MoA as the paper starts it", OWN_SCALE),
+    ("The same with all started at SwiGLU's scale", MATCHED),
+    ("The other forms", OTHER_FORMS),
     ("What the gates do", GATES),
     ("At equal cost", EQUAL_COST),
-    ("Without a gated unit: from GELU to type-1 MoA", NOT_GATED),
+    ("Type I: from ReLU2 to MoA", NOT_GATED),
     ("Controls", CONTROLS),
 )

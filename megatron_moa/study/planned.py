@@ -1,0 +1,60 @@
+"""Says how many GPU hours a study takes, by the planner of tools/plan.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moa.errors import UserError
+from megatron_moa.study.arms import ARMS
+from megatron_moa.study.grid import Study, pending
+
+_PLAN = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
+GPU, MFU = "h100", 0.25
+
+
+def planned(study: Study) -> Iterator[str]:
+    """Lines of markdown: runs and hours of each model and layer, one GPU a run, and their sum.
+
+    A widened SwiGLU is planned as SwiGLU.
+
+    Raises:
+        UserError: a size that is of no recipe, or a plan that fails.
+    """
+    yield f"| model | tokens | layer | runs | hours of one {GPU.upper()} a run | GPU hours |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    runs: Counter[tuple[str, int, str, str, bool, str]] = Counter()
+    for cell in pending(study, {}):
+        recipe, arm = study.sizes[cell.size].recipe, ARMS[cell.arm]
+        if not recipe:
+            raise UserError(f"--plan: size {cell.size} is of no recipe; leave out --scale, or plan a study of recipes")
+        mixing = "none"
+        if arm.mixing is not None:
+            mixing = ("la-" if arm.mixing.mixing == "la" else "") + arm.mixing.form
+        runs[recipe, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing] += 1
+    total = 0.0
+    for (recipe, tokens, optimizer, schedule, gated, mixing), count in runs.items():
+        own = {
+            "TOKENS": str(tokens),
+            "OPTIMIZER": optimizer,
+            "SCHEDULE": schedule,
+            "FFN": "type2" if gated else "type1",
+        }
+        hours = _hours(recipe, mixing, own)
+        total += count * hours
+        layer = ("SwiGLU" if gated else "ReLU2") if mixing == "none" else mixing
+        yield f"| {recipe} | {tokens / 1e9:g}e9 | {layer} | {count} | {hours:.1f} | {count * hours:.0f} |"
+    yield f"\nAll: {sum(runs.values())} runs, {total:.0f} GPU hours; kernels at {MFU:.0%} of the peak, an assumption."
+
+
+def _hours(recipe: str, mixing: str, variables: dict[str, str]) -> float:
+    command = [sys.executable, str(_PLAN), recipe, mixing, "--gpus", "1", "--gpu", GPU, "--mfu", str(MFU), "--json"]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"tools/plan.py {recipe} {mixing}: {' '.join(done.stderr.split())}")
+    return json.loads(done.stdout)["hours"]
