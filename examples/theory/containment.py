@@ -1,31 +1,37 @@
-"""One mixed hidden unit against wider layers that only come near it: fixed ⊂ LA ⊂ MoA (arXiv 2605.26647), by fits.
+"""Compares one mixed hidden unit with fixed layers and LA that do not contain it: theorems 4.1, 4.2 (arXiv 2605.26647).
 
     python examples/theory/containment.py --out runs/containment
 
-Fixed ⊂ LA (theorem 4.1). relu(x) + relu(x)² is one hidden unit of LA over relu and relu2. No layer W2 σ(W1 x + b1) + b2
-of one activation is that function, however wide. With ReLU a layer is linear in pieces, and the target bends; with
-relu2 its derivative is continuous, with GELU, tanh and in SwiGLU it has all derivatives, and the target has a kink.
+At every width, fixed layers are a strict part of LA, and LA is a strict part of MoA. Four functions witness it. Inputs
+have a 1 appended (biases), the output is one number, gates are tanh with bias, distances are in W^{1,inf} on [-1, 1]^d.
 
-LA ⊂ MoA (theorem 4.2). tanh(2 x₁) relu(x₂) is one hidden unit of MoA over relu with a tanh gate. A Type I layer of LA
-is a sum of ridge functions φ_j(w_j·x) of different directions w_j. Take derivatives along directions orthogonal to each
-w_j, one after the other: nothing is left of the sum. Of the target there is, where x₂ > 0: a combination of x₂ tanh⁽ᵐ⁾
-and tanh⁽ᵐ⁻¹⁾, and tanh is no polynomial.
+| theorem | witness | one hidden unit of | not in | distance |
+| --- | --- | --- | --- | --- |
+| 4.1, Type I | relu(x1) + relu(x1)^2 | LA | fixed layers of width m | at least 1/(m+1) |
+| 4.1, Type I | tanh(2 x1) relu(x2) | MoA | LA of any width | at least tanh(2)/2 |
+| 4.2, quadratic | relu(x2) (relu(x1) + tanh(x1)) | LA | fixed pairs (k, l) | no bound in the paper |
+| 4.2, quadratic | relu(x2) relu(x1) tanh(x1) | MoA | LA | no bound in the paper |
 
-Fine print. "Is not" does not say "is far from": with more units or larger weights every such layer comes as near on an
-interval as one likes; (relu2(x + e) - relu2(x - e)) / 4e tends to relu. The error of a fit is an upper bound, the best
-of a few starts; a lower bound is known of ReLU only. And the targets do not separate everything: relu gated by a linear
-branch with biases, relu(x) (x + 1), is the first; bi-sided LA has the second as a product. Both are fitted too.
+The program evaluates the closed-form unit of each witness, and fits the layers that do not contain it. The distance of
+the best fit is an upper bound of its class' distance, and must not lie below the theorem's lower bound.
 
-Levenberg-Marquardt (scipy) in float64 on megatron_moa.reference; half a minute on one core.
+- Distance: the largest error of value, d/dx1 or d/dx2. It is taken on a grid and on both sides of every kink, so it is
+  a lower estimate of the fit's distance. The first witness depends on x1 only, and so do its fits: on the line x2 = 0 a
+  layer of two inputs is a layer of one that is no farther away.
+- Fits: Levenberg-Marquardt (scipy) in float64 on values and derivatives at fewer points; first least squares, then
+  the 8-norm, which is nearer to the largest error. Starts are a narrower fit, a fixed pair's fit (for LA), weights with
+  the witness' own kinks, and random weights.
+- Of the 28 fixed pairs of theorem 4.2 three are fitted: two with a kink, and SwiGLU's.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -35,7 +41,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa.config import TYPE1_DICTIONARY, MixingConfig
+from megatron_moa.config import MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.output_folder import written_folder
 from megatron_moa.reference import gate, mix
@@ -45,60 +51,98 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PROGRAM = "containment.py"
-WIDTHS = (1, 2, 4, 8, 16, 32, 64)
-STEEPNESS = 2.0  # λ of the second target
-REACH = 2.0  # inputs lie in [-2, 2]
-EXACT = 1e-14  # a relative error below it is rounding
-STARTS = 3
+WIDTHS = (1, 4, 16)
+WIDEST = 64  # beyond it the first witness has fewer errors in a fit than parameters
+STEEPNESS = 2.0  # lambda of 4.1's second witness
+BESIDE = 1e-12  # how far from a kink its two sides are evaluated
+POWERS = (2, 8)  # norms of the errors that a fit minimises, one after the other
+RANDOM_STARTS = 2
+STEPS = 40  # of Levenberg-Marquardt, a norm
+
+# The functions of the theorems, in the paper's order (section 3.2).
+TYPE1 = ("relu2", "gelu", "silu", "leaky_relu", "relu", "tanh")
+QUADRATIC = ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh")
 
 
 @dataclass(frozen=True)
-class Target:
-    """A function to fit: [t, d] -> [t], on a grid of so many points a side."""
-
-    name: str
-    dimensions: int
-    points: int
-    function: Callable[[Tensor], Tensor]
-
-    def grid(self, finer: int = 1) -> Tensor:
-        """[t, d] float64."""
-        side = torch.linspace(-REACH, REACH, finer * self.points, dtype=torch.float64)
-        return torch.cartesian_prod(*[side] * self.dimensions).view(-1, self.dimensions)
-
-
-SUM = Target("relu(x) + relu(x)²", 1, 401, lambda x: x[:, 0].relu() + x[:, 0].relu().square())
-RIDGE = Target("tanh(2 x₁) relu(x₂)", 2, 21, lambda x: torch.tanh(STEEPNESS * x[:, 0]) * x[:, 1].relu())
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A feed-forward layer [t, d] -> [t] of any width, its parameters in one float64 vector.
+class Witness:
+    """A function [t, d] -> [t] on [-1, 1]^d.
 
     Attributes:
         name: for reading.
-        target: what it shall fit.
-        mixing: the mixture.
-        exact: the parameters, in the order of :meth:`shapes`, with which one hidden unit is the target; None if there
-            are none.
-        fixed: the coefficients are the constant 1: a layer of one activation.
-        bias: there are b1 and b2.
+        dimensions: d.
+        function: its values.
+        bound: the theorem's lower bound of the distance, by width; None if the paper gives none.
+        bound_text: that bound, for reading.
+        two_sided: whether it bends on both sides of x1 = 0.
     """
 
     name: str
-    target: Target
+    dimensions: int
+    function: Callable[[Tensor], Tensor]
+    bound: Callable[[int], float] | None = None
+    bound_text: str = ""
+    two_sided: bool = False
+
+    def grid(self, points: int) -> Tensor:
+        """[t, d]: so many points on either side of 0 in each input, closer together near 0 and not on it."""
+        positive = torch.linspace(0, 1, points, dtype=torch.float64).pow(1.5).clamp(min=BESIDE)
+        side = torch.cat([-positive.flip(0), positive])
+        return torch.cartesian_prod(*[side] * self.dimensions).view(-1, self.dimensions)
+
+
+SUM = Witness(
+    "relu(x1) + relu(x1)^2",
+    1,
+    lambda x: x[:, 0].relu() + x[:, 0].relu().square(),
+    lambda width: 1 / (width + 1),
+    "every fixed layer: at least 1/(m+1)",
+)
+RIDGE = Witness(
+    "tanh(2 x1) relu(x2)",
+    2,
+    lambda x: torch.tanh(STEEPNESS * x[:, 0]) * x[:, 1].relu(),
+    lambda _: math.tanh(STEEPNESS) / 2,
+    "every LA: at least tanh(2)/2",
+)
+PAIRS = Witness(
+    "relu(x2) (relu(x1) + tanh(x1))", 2, lambda x: x[:, 1].relu() * (x[:, 0].relu() + x[:, 0].tanh()), two_sided=True
+)
+TRIPLE = Witness("relu(x2) relu(x1) tanh(x1)", 2, lambda x: x[:, 1].relu() * x[:, 0].relu() * x[:, 0].tanh())
+WITNESSES = (SUM, RIDGE, PAIRS, TRIPLE)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A feed-forward layer [t, d] -> [t] of any width with biases, its parameters in one float64 vector.
+
+    Attributes:
+        name: for reading.
+        witness: what it shall fit.
+        mixing: the mixture.
+        fixed: the name of the one coefficient that is 1 while all others are 0, or None if coefficients are trained.
+        unit: the rows of fc1, each with its bias last, with which one hidden unit is the witness; empty if none is.
+        coefficients: those of that unit that are not 0, by name: numbers for LA, a gate vector with its bias for MoA.
+    """
+
+    name: str
+    witness: Witness
     mixing: MixingConfig
-    exact: tuple[float, ...] | None = None
-    fixed: bool = False
-    bias: bool = False
+    fixed: str | None = None
+    unit: tuple[tuple[float, ...], ...] = ()
+    coefficients: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """fc1 by branch, with b1 as a last column; fc2 with b2 at its end; the gate's vectors, or LA's coefficients."""
-        inputs, n = self.target.dimensions + self.bias, self.mixing.num_coefficients
-        shapes = {"fc1": (1 + self.mixing.gated, width, inputs), "fc2": (width + self.bias,)}
-        if not self.fixed:
+        """fc1 by branch, with biases as a last column; fc2 with its bias last; gates with biases, or coefficients."""
+        inputs, n = self.witness.dimensions + 1, self.mixing.num_coefficients
+        shapes = {"fc1": (1 + self.mixing.gated, width, inputs), "fc2": (width + 1,)}
+        if self.fixed is None:
             shapes["coefficients"] = (n, inputs) if self.mixing.mixing == "moa" else (n,)
         return shapes
+
+    def size(self, width: int) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes(width).values())
 
     def parts(self, parameters: Tensor, width: int) -> dict[str, Tensor]:
         """Views of the vector, or of one for each token [t, parameters]."""
@@ -106,175 +150,311 @@ class Layer:
         pieces = parameters.split([math.prod(shape) for shape in shapes.values()], dim=-1)
         return {name: piece.unflatten(-1, shapes[name]) for name, piece in zip(shapes, pieces, strict=True)}
 
-    def hidden(self, parameters: Tensor, x: Tensor, width: int) -> Tensor:
-        """fc2's input for x [t, d]: [t, f], or [t, f + 1] with the ones of b2."""
-        parts = self.parts(parameters, width)
-        column = F.pad(x, (0, int(self.bias)), value=1.0).unsqueeze(-1)
-        coefficients = parts.get("coefficients", x.new_ones(1))
-        if self.mixing.mixing == "moa":
-            coefficients = gate((coefficients @ column).squeeze(-1), self.mixing)
-        preactivation = (parts["fc1"].flatten(-3, -2) @ column).squeeze(-1)
-        return F.pad(mix(preactivation, coefficients, self.mixing), (0, int(self.bias)), value=1.0)
+    def one_hot(self, name: str) -> Tensor:
+        """[n]: 1 for the coefficient of this name."""
+        return torch.tensor([float(name == other) for other in self.mixing.coefficient_names], dtype=torch.float64)
+
+    def closed_form(self) -> Tensor:
+        """The parameters of width 1 with which the layer is the witness."""
+        parameters = torch.zeros(self.size(1), dtype=torch.float64)
+        parts = self.parts(parameters, 1)
+        parts["fc1"][:, 0] = torch.tensor(self.unit, dtype=torch.float64)
+        parts["fc2"][0] = 1
+        for name, value in self.coefficients.items():
+            index = self.mixing.coefficient_names.index(name)
+            parts["coefficients"][index] = torch.tensor(value, dtype=torch.float64)
+        return parameters
 
     def __call__(self, parameters: Tensor, x: Tensor, width: int) -> Tensor:
         """The output [t] for x [t, d], of parameters for all tokens or for each."""
-        return (self.hidden(parameters, x, width) * self.parts(parameters, width)["fc2"]).sum(-1)
+        parts = self.parts(parameters, width)
+        column = F.pad(x, (0, 1), value=1.0).unsqueeze(-1)
+        coefficients = parts["coefficients"] if self.fixed is None else self.one_hot(self.fixed)
+        if self.mixing.mixing == "moa":
+            coefficients = gate((coefficients @ column).squeeze(-1), self.mixing)
+        hidden = mix((parts["fc1"].flatten(-3, -2) @ column).squeeze(-1), coefficients, self.mixing)
+        return (F.pad(hidden, (0, 1), value=1.0) * parts["fc2"]).sum(-1)
 
-    def error(self, parameters: Tensor, width: int) -> float:
-        """Root mean square of what is missing to the target, over the target's; on a grid finer than the fitted one."""
-        x = self.target.grid(finer=3)
-        wanted = self.target.function(x)
-        return ((self(parameters, x, width) - wanted).square().mean() / wanted.square().mean()).sqrt().item()
+    def errors(self, parameters: Tensor, x: Tensor, width: int, graph: bool = False) -> Tensor:
+        """[t, 1 + d]: layer minus witness, in the value and in the derivative to each input."""
+        x = x.detach().requires_grad_()
+        value = self(parameters, x, width) - self.witness.function(x)
+        (slope,) = torch.autograd.grad(value.sum(), x, create_graph=graph)
+        both = torch.cat([value.unsqueeze(1), slope], dim=1)
+        return both if graph else both.detach()
+
+    def jacobian(self, parameters: Tensor, x: Tensor, width: int) -> Tensor:
+        """[t, 1 + d, parameters]: the derivative of :meth:`errors` to the parameters."""
+        copies = parameters.expand(len(x), -1).clone().requires_grad_()  # one for each token: backward gives rows
+        errors = self.errors(copies, x, width, graph=True)
+        rows = [torch.autograd.grad(column.sum(), copies, retain_graph=True)[0] for column in errors.unbind(1)]
+        return torch.stack(rows, dim=1)
+
+    def kinks(self, parameters: Tensor, width: int) -> Tensor:
+        """[t, d]: points on both sides of the planes where a row of fc1 is 0, inside [-1, 1]^d."""
+        rows = self.parts(parameters, width)["fc1"].flatten(0, 1)
+        weight, bias = rows[:, None, :-1], rows[:, None, -1]
+        length = weight.norm(dim=-1).clamp(min=1e-300)
+        normal = weight / length.unsqueeze(-1)
+        points = self.witness.grid(8).unsqueeze(0)
+        off = (points * normal).sum(-1) + bias / length
+        sides = torch.cat([points - (off + side).unsqueeze(-1) * normal for side in (-BESIDE, BESIDE)]).flatten(0, 1)
+        return sides[(sides.abs() <= 1).all(dim=1)]
+
+    def distance(self, parameters: Tensor, width: int) -> float:
+        """W^{1,inf} to the witness on [-1, 1]^d: the largest error of value and derivatives, over a fine grid."""
+        x = torch.cat([_fine_grid(self.witness), self.kinks(parameters, width)])
+        return max(self.errors(parameters, part, width).abs().max().item() for part in x.split(4096))
 
 
-def mixture(mixing: str, *activations: str, form: str = "type1", gate: str = "sigmoid") -> MixingConfig:
-    """Its settings."""
-    return MixingConfig(mixing=mixing, form=form, activations=activations, gate=gate)
+@functools.cache
+def _fine_grid(witness: Witness) -> Tensor:
+    return witness.grid(2001 if witness.dimensions == 1 else 81)
 
 
-def fixed_layer(name: str, activation: str, form: str = "type1", exact: tuple[float, ...] | None = None) -> Layer:
-    """A layer of one activation with biases; one-sided: gated by a linear branch, as SwiGLU is."""
-    return Layer(name, SUM, mixture("la", activation, form=form), exact, fixed=True, bias=True)
+def mixture(mixing: str, form: str, *activations: str) -> MixingConfig:
+    """Its settings, with the theorems' gates."""
+    gates = {"gate": "tanh", "gate_bias": True} if mixing == "moa" else {}
+    return MixingConfig(mixing=mixing, form=form, activations=activations, **gates)
 
 
-LA = Layer("LA over relu, relu2", SUM, mixture("la", "relu", "relu2"), (1.0, 1.0, 1.0, 1.0))
-MOA = Layer("MoA over relu, tanh gate", RIDGE, mixture("moa", "relu", gate="tanh"), (0.0, 1.0, 1.0, STEEPNESS, 0.0))
-LAYERS = (
-    fixed_layer("ReLU", "relu"),
-    fixed_layer("relu2", "relu2"),
-    fixed_layer("GELU", "gelu"),
-    fixed_layer("tanh", "tanh"),
-    fixed_layer("SwiGLU", "silu", "one-sided"),
-    LA,
-    fixed_layer("ReGLU with biases", "relu", "one-sided", (1.0, 0.0, 1.0, 1.0, 1.0, 0.0)),
-    Layer("LA over seven activations", RIDGE, mixture("la", "identity", *TYPE1_DICTIONARY), bias=True),
-    MOA,
+def fixed_pair(witness: Witness, first: str, second: str) -> Layer:
+    """The quadratic form with the one pair (first, second)."""
+    names = (first,) if first == second else (first, second)
+    return Layer(f"{first}*{second}", witness, mixture("la", "quadratic", *names), f"{first}*{second}")
+
+
+# Rows of fc1 are (weight of x1, of x2, bias).
+X1, X2 = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0)
+LA_41 = Layer("LA", SUM, mixture("la", "type1", *TYPE1), unit=((1.0, 0.0),), coefficients={"relu": 1.0, "relu2": 1.0})
+MOA_41 = Layer("MoA", RIDGE, mixture("moa", "type1", *TYPE1), unit=(X2,), coefficients={"relu": (STEEPNESS, 0.0, 0.0)})
+# A pair (k, l) needs k <= l. Here relu comes before tanh, so the pairs are relu*relu and relu*tanh, and W1 reads x2.
+# Where tanh comes before relu they are relu*relu and tanh*relu: W1 and W2 are exchanged, as in the paper's proof.
+LA_42 = Layer(
+    "LA",
+    PAIRS,
+    mixture("la", "quadratic", *QUADRATIC),
+    unit=(X2, X1),
+    coefficients={"relu*relu": 1.0, "relu*tanh": 1.0},
+)
+MOA_42 = Layer("MoA", TRIPLE, mixture("moa", "quadratic", *QUADRATIC), unit=(X2, X1), coefficients={"relu*relu": X1})
+# The witnesses are made for a theorem's classes; other forms contain three of them.
+ALSO = (
     Layer(
-        "LA, bi-sided, relu and tanh",
+        "quadratic, relu*identity",
+        SUM,
+        mixture("la", "quadratic", "relu", "identity"),
+        "relu*identity",
+        unit=((1.0, 0.0), (1.0, 1.0)),
+    ),
+    Layer(
+        "quadratic, relu*tanh",
         RIDGE,
-        mixture("la", "relu", "tanh", form="bi-sided"),
-        (STEEPNESS, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0),  # tanh of one branch, relu of the other
+        mixture("la", "quadratic", "relu", "tanh"),
+        "relu*tanh",
+        unit=(X2, (STEEPNESS, 0.0, 0.0)),
+    ),
+    Layer(
+        "LA, bi-sided",
+        PAIRS,
+        mixture("la", "bi-sided", *QUADRATIC),
+        unit=(X2, X1),
+        coefficients={"relu": 1.0, "linear.relu": 1.0, "linear.tanh": 1.0},
     ),
 )
-
-
-def relu_bound(width: int) -> float:
-    """No ReLU layer of this width has a smaller error on the first target (as an integral over [-2, 2]).
-
-    On [0, 2] it is at most width + 1 straight pieces. The best straight line is off x² by sqrt(l^5 / 180) on a length
-    l, in L²; equal lengths are best.
-    """
-    missing = REACH**5 / 180 / (width + 1) ** 4
-    return math.sqrt(missing / (REACH**3 / 3 + REACH**4 / 2 + REACH**5 / 5))
+FIXED_PAIRS = (("relu", "relu"), ("relu", "tanh"), ("silu", "identity"))  # the last is SwiGLU
+LAYERS = (
+    *(Layer(name, SUM, mixture("la", "type1", name), name) for name in TYPE1),
+    Layer("LA", RIDGE, mixture("la", "type1", *TYPE1)),
+    *(fixed_pair(witness, *pair) for witness in (PAIRS, TRIPLE) for pair in FIXED_PAIRS),
+    Layer("LA", TRIPLE, mixture("la", "quadratic", *QUADRATIC)),
+    LA_41,
+    MOA_41,
+    LA_42,
+    MOA_42,
+    *ALSO,
+)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The best layer found at a width: its parameters, and :meth:`Layer.error`."""
+    """The nearest layer found at a width: its parameters, and :meth:`Layer.distance`."""
 
     width: int
     parameters: Tensor
-    error: float
+    distance: float
 
 
-def random_start(layer: Layer, width: int, generator: torch.Generator, narrower: Fit | None) -> Tensor:
-    """Normal weights, hinges all over the inputs; fc1 and mixture of a narrower fit; fc2 by linear least squares."""
-    size = sum(math.prod(shape) for shape in layer.shapes(width).values())
-    parameters = torch.randn(size, generator=generator, dtype=torch.float64)
-    parts = layer.parts(parameters, width)
-    if layer.bias:
-        weight = parts["fc1"][..., :-1]
-        hinges = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 * REACH - REACH
-        parts["fc1"][..., -1] = -(weight * hinges).sum(-1)
-    if narrower is not None:
-        old = layer.parts(narrower.parameters, narrower.width)
-        parts["fc1"][:, : narrower.width] = old["fc1"]
-        if not layer.fixed:
-            parts["coefficients"][:] = old["coefficients"]
-    x = layer.target.grid()
-    wanted = layer.target.function(x).unsqueeze(1)
-    parts["fc2"][:] = torch.linalg.lstsq(layer.hidden(parameters, x, width), wanted, driver="gelsd").solution[:, 0]
+def solve_fc2(layer: Layer, parameters: Tensor, width: int, x: Tensor) -> Tensor:
+    """Sets fc2 and its bias, in place, to what least squares of values and derivatives gives."""
+    fc2 = layer.parts(parameters, width)["fc2"]
+    fc2.zero_()
+    first = math.prod(layer.shapes(width)["fc1"])
+    columns = layer.jacobian(parameters, x, width)[..., first : first + width + 1].flatten(0, 1)
+    missing = -layer.errors(parameters, x, width).flatten().unsqueeze(1)
+    fc2[:] = torch.linalg.lstsq(columns, missing, driver="gelsd").solution[:, 0]
     return parameters
 
 
-def fit(layer: Layer, width: int, seed: int, starts: int = STARTS, narrower: Fit | None = None) -> Fit:
-    """The best of several starts, the first from a narrower fit if there is one; ends with one that is exact."""
-    x = layer.target.grid()
-    wanted = layer.target.function(x)
+def aligned(layer: Layer, width: int, x1_branch: int) -> Tensor:
+    """Weights with kinks at evenly spaced x1 from 0 on; the other branch reads x2, and fc2 is 0.
 
-    def jacobian(parameters: np.ndarray) -> np.ndarray:
-        # A copy for each token: one backward pass gives all rows.
-        copies = torch.from_numpy(parameters).expand(len(x), -1).requires_grad_()
-        return torch.autograd.grad(layer(copies, x, width).sum(), copies)[0].numpy()
+    Layers of one input get the fc2 that is best with ReLU: on [0, 1], m straight pieces of the witness' mean slope.
+    They are 1/m away.
+    """
+    parameters = torch.zeros(layer.size(width), dtype=torch.float64)
+    parts = layer.parts(parameters, width)
+    sides = 1 + layer.witness.two_sided
+    for unit in range(width):
+        sign = -1.0 if layer.witness.two_sided and unit % 2 else 1.0
+        parts["fc1"][x1_branch, unit, 0] = sign
+        parts["fc1"][x1_branch, unit, -1] = -(unit // sides) / math.ceil(width / sides)
+    if layer.mixing.gated:
+        parts["fc1"][1 - x1_branch, :, 1] = 1
+    else:
+        parts["fc2"][:-1] = 2 / width
+        parts["fc2"][0] = 1 + 1 / width
+    return parameters
 
-    generator = torch.Generator().manual_seed(seed)
-    fits: list[Fit] = []
-    while len(fits) < starts and not (fits and fits[-1].error < EXACT):
-        start = random_start(layer, width, generator, None if fits else narrower)
-        found = least_squares(
-            lambda p: (layer(torch.from_numpy(p), x, width) - wanted).numpy(),
-            start.numpy(),
-            jac=jacobian,
-            method="lm",
-            max_nfev=100,
-            **dict.fromkeys(("xtol", "ftol", "gtol"), 1e-15),
-        )
+
+def starts(layer: Layer, width: int, generator: torch.Generator, x: Tensor) -> Iterator[Tensor]:
+    """Parameters to fit from: with the witness' kinks (fixed layers), then random ones."""
+    if layer.fixed is not None and layer.mixing.gated:
+        yield from (solve_fc2(layer, aligned(layer, width, branch), width, x) for branch in (0, 1))
+    elif layer.fixed is not None:
+        yield aligned(layer, width, 0)
+    for _ in range(RANDOM_STARTS if layer.fixed is None else 1):
+        parameters = torch.randn(layer.size(width), generator=generator, dtype=torch.float64)
+        weight = layer.parts(parameters, width)["fc1"][..., :-1]
+        kinks = torch.rand(weight.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        layer.parts(parameters, width)["fc1"][..., -1] = -(weight * kinks).sum(-1)
+        yield solve_fc2(layer, parameters, width, x)
+
+
+def widened(layer: Layer, narrower: Fit, width: int, generator: torch.Generator) -> Tensor:
+    """A narrower fit with further units of random weights, which fc2 does not read yet."""
+    parameters = torch.randn(layer.size(width), generator=generator, dtype=torch.float64)
+    old, new = layer.parts(narrower.parameters, narrower.width), layer.parts(parameters, width)
+    new["fc1"][:, : narrower.width] = old["fc1"]
+    new["fc2"].zero_()
+    new["fc2"][: narrower.width], new["fc2"][-1] = old["fc2"][:-1], old["fc2"][-1]
+    if layer.fixed is None:
+        new["coefficients"][:] = old["coefficients"]
+    return parameters
+
+
+def as_la(layer: Layer, pair: Layer, found: Fit) -> Tensor:
+    """The fixed pair's fit as LA's parameters."""
+    return torch.cat([found.parameters, layer.one_hot(pair.fixed)])
+
+
+def descend(layer: Layer, start: Tensor, width: int, x: Tensor) -> Iterator[Tensor]:
+    """The start, and where Levenberg-Marquardt ends for each of the norms."""
+    yield start
+    parameters = start
+    for power in POWERS:
+        unit = layer.errors(parameters, x, width).abs().max()
+
+        def roots(vector: np.ndarray, unit: Tensor = unit, power: int = power) -> np.ndarray:
+            errors = layer.errors(torch.from_numpy(vector), x, width).flatten() / unit
+            return (errors.sign() * errors.abs().pow(power / 2)).numpy()
+
+        def slopes(vector: np.ndarray, unit: Tensor = unit, power: int = power) -> np.ndarray:
+            errors = layer.errors(torch.from_numpy(vector), x, width).flatten() / unit
+            outer = power / 2 * errors.abs().pow(power / 2 - 1) / unit
+            return (layer.jacobian(torch.from_numpy(vector), x, width).flatten(0, 1) * outer.unsqueeze(1)).numpy()
+
+        found = least_squares(roots, parameters.numpy(), jac=slopes, method="lm", max_nfev=STEPS)
         parameters = torch.from_numpy(found.x)
-        fits.append(Fit(width, parameters, layer.error(parameters, width)))
-    return min(fits, key=lambda found: found.error)
+        yield parameters
+
+
+def fit(layer: Layer, width: int, seed: int, given: Sequence[Tensor] = (), narrower: Fit | None = None) -> Fit:
+    """The nearest layer over all starts (those given, a narrower fit, the layer's own) and ends of fits from them."""
+    x = layer.witness.grid(61 if layer.witness.dimensions == 1 else 8)
+    generator = torch.Generator().manual_seed(seed)
+    before = list(given)
+    if narrower is not None:
+        before.append(widened(layer, narrower, width, generator))
+    fits = [
+        Fit(width, parameters, layer.distance(parameters, width))
+        for start in (*before, *starts(layer, width, generator, x))
+        for parameters in descend(layer, start, width, x)
+    ]
+    return min(fits, key=lambda found: found.distance)
 
 
 def fit_all(widths: Sequence[int], seed: int) -> dict[Layer, list[Fit]]:
-    """Every layer's fits by width; at width 1 only, from many starts, where one hidden unit is enough."""
+    """Every layer's fits by width; of layers that contain their witness, the closed form at width 1."""
     fits: dict[Layer, list[Fit]] = {}
     for layer in LAYERS:
-        found = fits[layer] = []
-        if layer.exact is not None:
-            found.append(fit(layer, 1, seed, starts=20 * STARTS))
+        if layer.unit:
+            unit = layer.closed_form()
+            fits[layer] = [Fit(1, unit, layer.distance(unit, 1))]
             continue
-        for width in widths:
-            found.append(fit(layer, width, seed, narrower=found[-1] if found else None))
+        found: list[Fit] = []
+        for index, width in enumerate(widths):
+            pairs = [
+                as_la(layer, pair, fits[pair][index])
+                for pair in fits
+                if layer.fixed is None and pair.fixed is not None and pair.witness is layer.witness
+            ]
+            found.append(fit(layer, width, seed, pairs, found[-1] if found else None))
+        fits[layer] = found
     return fits
 
 
-def table(fits: dict[Layer, list[Fit]]) -> str:
-    """Errors by width, as text."""
+def norm(witness: Witness) -> float:
+    """W^{1,inf} of the witness itself: the distance of the layer that is 0."""
+    zero = next(layer for layer in LAYERS if layer.witness is witness)
+    return zero.distance(torch.zeros(zero.size(1), dtype=torch.float64), 1)
+
+
+def table(fits: Mapping[Layer, Sequence[Fit]]) -> str:
+    """Distances by width, as text."""
     lines = []
-    for target in (SUM, RIDGE):
-        widths = sorted({found.width for layer in fits if layer.target is target for found in fits[layer]})
-        heading = f"{target.name}, relative error by width"
-        lines.append(f"{heading:40}{''.join(f'{width:>9}' for width in widths)}   largest weight")
-        for layer, found in fits.items():
-            if layer.target is target:
-                errors = "".join(f"{best.error:9.1e}" for best in found).ljust(9 * len(widths))
-                lines.append(f"  {layer.name:38}{errors}   {found[-1].parameters.abs().max():.1e}")
-        if target is SUM:
-            lines.append(f"  {'no ReLU layer is better than':38}{''.join(f'{relu_bound(w):9.1e}' for w in widths)}")
+    for witness in WITNESSES:
+        found = {layer: fits[layer] for layer in fits if layer.witness is witness}
+        widths = sorted({best.width for bests in found.values() for best in bests})
+        heading = f"{witness.name}, norm {norm(witness):.3f}"
+        lines.append(f"{heading:46}{''.join(f'{f"m={width}":>10}' for width in widths)}")
+        if witness.bound is not None:
+            bounds = "".join(f"{witness.bound(width):10.5f}" for width in widths)
+            lines.append(f"  {witness.bound_text:44}{bounds}")
+        for layer, bests in found.items():
+            by_width = {best.width: best.distance for best in bests}
+            shown = "".join(
+                f"{by_width[width]:10.1e}" if layer.unit else f"{by_width[width]:10.5f}"
+                for width in widths
+                if width in by_width
+            )
+            lines.append(f"  {layer.name + (' (closed form)' if layer.unit else ''):44}{shown}")
     return "\n".join(lines)
 
 
-def draw(fits: dict[Layer, list[Fit]], path: Path) -> None:
-    """Errors by width, a panel a target; a star where one hidden unit is the target."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True)
-    for target, axes in zip((SUM, RIDGE), panels, strict=True):
-        ticks: set[int] = set()
-        for layer, found in fits.items():
-            if layer.target is target:
-                widths = [best.width for best in found]
-                ticks.update(widths)
-                # Stars lie on each other: those of the claim are the large ones.
-                marker, size = ("o", 5) if layer.exact is None else ("*", 20 if layer in (LA, MOA) else 9)
-                # An error of exactly zero has no place on the axis; rounding's is the least there is.
-                errors = [max(best.error, 2.0**-53) for best in found]
-                axes.plot(widths, errors, marker=marker, markersize=size, alpha=0.8, label=layer.name)
-        if target is SUM:
-            bound = [relu_bound(width) for width in sorted(ticks)]
-            axes.plot(sorted(ticks), bound, color="gray", linestyle="--", label="no ReLU layer is better")
-        axes.set(xscale="log", yscale="log", xlabel="width", ylabel="relative error", title=target.name)
-        axes.set_xticks(sorted(ticks), map(str, sorted(ticks)))
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.4))
+def draw(fits: Mapping[Layer, Sequence[Fit]], path: Path) -> None:
+    """Distances by width, a panel a witness; a star on the edge where one hidden unit is the witness."""
+    bottom = 0.7 * min(best.distance for layer, bests in fits.items() if not layer.unit for best in bests)
+    figure, panels = plt.subplots(2, 2, figsize=(11, 9), sharey=True)
+    for witness, axes in zip(WITNESSES, panels.flat, strict=True):
+        found = {layer: bests for layer, bests in fits.items() if layer.witness is witness}
+        ticks = sorted({best.width for bests in found.values() for best in bests})
+        if witness.bound is not None:
+            bounds = [witness.bound(width) for width in ticks]
+            axes.plot(ticks, bounds, color="gray", linestyle="--", label=witness.bound_text)
+        for layer, bests in found.items():
+            if layer.unit:
+                label, style = f"{layer.name}: {bests[0].distance:.0e}", {"marker": "*", "markersize": 16}
+                axes.plot(1, bottom, linestyle="", clip_on=False, alpha=0.6, label=label, **style)
+            else:
+                distances = [best.distance for best in bests]
+                axes.plot([best.width for best in bests], distances, marker="o", alpha=0.7, label=layer.name)
+        axes.set(xscale="log", yscale="log", xlabel="width m", ylabel="distance", title=witness.name)
+        axes.set_ylim(bottom, None)
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.xaxis.minorticks_off()
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0.08, 0.02))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -284,13 +464,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Fits, prints the table, and writes what --out asks for."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new; gets containment.png and containment.json")
-    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="N", help="default: 1 to 64, doubled")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="M", help="default: 1 4 16")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the starts; default: 1")
     options = parser.parse_args(argv)
     with one_line_errors(PROGRAM):
         widths = sorted(set(options.widths))
-        if not 1 <= widths[0] <= widths[-1] <= WIDTHS[-1]:
-            raise UserError(f"--widths {' '.join(map(str, options.widths))}: give widths from 1 to {WIDTHS[-1]}")
+        if not 1 <= widths[0] <= widths[-1] <= WIDEST:
+            raise UserError(f"--widths {' '.join(map(str, options.widths))}: give widths from 1 to {WIDEST}")
         torch.set_num_threads(1)  # a second one only waits at matrices of this size
         fits = fit_all(widths, options.seed)
         print(table(fits))
@@ -298,11 +478,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             with written_folder("--out", options.out) as folder:
                 draw(fits, folder / "containment.png")
                 rows = [
-                    {"target": layer.target.name, "layer": layer.name, "width": best.width, "error": best.error}
-                    for layer, found in fits.items()
-                    for best in found
+                    {
+                        "witness": layer.witness.name,
+                        "layer": layer.name,
+                        "closed_form": bool(layer.unit),
+                        "width": best.width,
+                        "distance": best.distance,
+                        "lower_bound": None if layer.unit else layer.witness.bound and layer.witness.bound(best.width),
+                    }
+                    for layer, bests in fits.items()
+                    for best in bests
                 ]
-                (folder / "containment.json").write_text(json.dumps({"seed": options.seed, "fits": rows}, indent=1))
+                (folder / "containment.json").write_text(json.dumps({"seed": options.seed, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
