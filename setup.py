@@ -35,7 +35,7 @@ REQUIRES = [
     "tensorboard",
     "tqdm",
 ]
-HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5"]
+HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5.12,<5.25"]  # the releases tried
 EVAL = [*HF, "lm-eval"]
 EXTRAS = {
     "te": ["transformer-engine[pytorch]"],

@@ -100,6 +100,12 @@ def test_cache_and_attention_change_nothing(kind: str) -> None:
         half = model(tokens[:, :5], past_key_values=cache, use_cache=True)
         rest = model(tokens[:, 5:], past_key_values=half.past_key_values).logits
         torch.testing.assert_close(torch.cat((half.logits, rest), dim=1), logits, **EQUAL)
+        # transformers before 5.24 and since: two names of one argument.
+        again = model(tokens[:, :5], cache=StaticCache(config=model.config, max_cache_len=16), use_cache=True)
+        rest = model(tokens[:, 5:], cache=again.past_key_values).logits
+        torch.testing.assert_close(torch.cat((again.logits, rest), dim=1), logits, **EQUAL)
+    with pytest.raises(TypeError, match="got cache_params: give a cache as cache or past_key_values"):
+        model(tokens, cache_params=half.past_key_values)
     model.set_attn_implementation("eager")
     torch.testing.assert_close(model(tokens).logits, logits, **EQUAL)
     torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, logits[:, -2:], **EQUAL)

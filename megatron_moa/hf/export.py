@@ -212,8 +212,16 @@ class ShardWriter:
             save_file(self._shard, file, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk, too
             raise OSError(str(error)) from error
+        file.chmod(0o666 & ~_umask())  # safetensors 0.8 leaves a file to its owner alone
         self._names.append(list(self._shard))
         self._shard = {}
+
+
+def _umask() -> int:
+    """This process's, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _return_memory() -> None:

@@ -7,6 +7,7 @@ compute the mixture, otherwise the reference does.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,15 @@ except ImportError:  # an export, which carries what it needs of the package
     from .config import MixingConfig
     from .output_scale import matching_scale
     from .reference import gate_coefficients, mixed_activation
+
+# Since 5.24 transformers calls a cache ``cache``, before that ``past_key_values``; forwards here take either name.
+_CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+
+
+def _refuse_unknown_caches(kwargs: dict[str, Any]) -> None:
+    """Raises TypeError for a cache under a name that nothing here reads: a step without it sees one token only."""
+    if unread := sorted(name for name, value in kwargs.items() if isinstance(value, Cache)):
+        raise TypeError(f"forward() got {', '.join(unread)}: give a cache as cache or past_key_values")
 
 
 class RMSNorm(nn.Module):
@@ -351,7 +361,7 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTMoADecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -426,9 +436,15 @@ class GPTMoAModel(GPTMoAPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """Hidden states [b, s, h] behind the last norm, for input_ids [b, s] or inputs_embeds [b, s, h]."""
+        """Hidden states [b, s, h] behind the last norm, for input_ids [b, s] or inputs_embeds [b, s, h].
+
+        ``cache`` and ``past_key_values`` are two names of one argument.
+        """
+        _refuse_unknown_caches(kwargs)
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give one of input_ids and inputs_embeds")
         if inputs_embeds is None:
@@ -442,8 +458,8 @@ class GPTMoAModel(GPTMoAPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{_CACHE: past_key_values},
         )
         hidden_states = inputs_embeds
         if self.embed_positions is not None:
@@ -487,6 +503,7 @@ class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits [b, s, vocabulary], of the last ``logits_to_keep`` positions if given; the loss of labels [b, s].
@@ -500,7 +517,7 @@ class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache if past_key_values is None else past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=output_router_logits,
