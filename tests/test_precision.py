@@ -125,7 +125,7 @@ def coefficient_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Paramet
 def test_steps_below_half_precision_add_up_in_the_master_copy(
     mixing_name: str, precision: str, distributed: bool
 ) -> None:
-    lr = 2.0**-14  # LA starts at 0.5, where a step of bf16 is 2^-8 and of fp16 2^-11: Adam's first steps are lr each
+    lr = 2.0**-14  # LA starts at 1, below which bf16 steps by 2^-8 and fp16 by 2^-11: Adam's first steps are lr each
     model, optimizer = trainer(precision, mixing_name, distributed, lr)
     parameters = coefficient_parameters(model)
     assert len(parameters) == 2 * 5  # layers; four experts and the shared one
