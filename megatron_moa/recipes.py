@@ -97,11 +97,11 @@ def feed_forward_widths(flags: Iterable[str]) -> dict[str, tuple[int, int]]:
         By name, a width and the tensor-parallel ranks that share it; routed experts are not cut (as in the recipes).
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for name in ("ffn-hidden-size", "num-experts", "moe-ffn-hidden-size", "moe-shared-expert-intermediate-size"):
+    widths = ("ffn-hidden-size", "moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
+    for name in (*widths, "num-experts", "tensor-model-parallel-size"):
         parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     own, _ = parser.parse_known_args(list(flags))
-    tp = own.tensor_model_parallel_size
+    tp = own.tensor_model_parallel_size or 1
     if own.num_experts is None:
         return {"feed-forward width": (own.ffn_hidden_size, tp)}
     return {
