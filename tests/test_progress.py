@@ -280,8 +280,8 @@ def test_gates_are_counted_in_the_logs_throughput_and_tensor_parallel_ranks_are_
     assert all(line.mfu is None for line in lines(run))
     assert run.log.count("> MFU: left out, no peak is known of") == 1
     for (iteration, layer), values in run.coefficients.items():
-        assert written[f"moa/layer_{layer}/identity/mean"][iteration] == pytest.approx(values[0], abs=1e-4)
-        assert written[f"moa/layer_{layer}/linear.tanh/std"][iteration] == pytest.approx(values[-1], abs=1e-4)
+        assert written[f"moa/layer_{layer}/gelu/mean"][iteration] == pytest.approx(values[0], abs=1e-4)
+        assert written[f"moa/layer_{layer}/linear.identity/std"][iteration] == pytest.approx(values[-1], abs=1e-4)
     assert sorted(run.coefficients) == [(2, 1), (2, 2), (4, 1), (4, 2)]
 
 
