@@ -3,7 +3,7 @@
     python pretrain_gpt_moa.py --num-layers 4 ... --swiglu --moa-mixing moa        one process, GPU or CPU
     torchrun --nproc-per-node 8 pretrain_gpt_moa.py ... --tensor-model-parallel-size 2
 
-Every Megatron flag holds; ours are the group "mixture of activations" of --help.
+Every Megatron flag holds; --help shows ours, --help-megatron Megatron's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
+
+if __name__ == "__main__":  # before torch and Megatron are imported, which takes seconds
+    from megatron_moa.command_line import first_look
+
+    first_look.main()
 
 from megatron_moa import quiet  # noqa: F401  before Megatron
 
@@ -45,7 +50,15 @@ _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask"
 _SPIKE = 10  # --check-for-spiky-loss: a loss this many times the largest seen
 
 # Flags of Megatron's own script that need a batch this one does not make.
-_REFUSED = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel")
+_REFUSED = (
+    "sft",
+    "fim_data",
+    "dataloader_inter_document_masking",
+    "hybrid_context_parallel",
+    "logits_load_dir",
+    "perform_rl_step",
+    "vision_pretraining",
+)
 
 
 def predicts_further_tokens(vp_stage: int | None) -> bool:
@@ -186,6 +199,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}: not supported by pretrain_gpt_moa.py; drop the flag")
     if args.spec is not None:
         raise UserError(f"--spec {' '.join(args.spec)}: the layers come from --moa-mixing here; drop one of the two")
+    optimizer.check_schedule(args)
     check_data_arguments(args)
 
 

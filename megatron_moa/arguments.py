@@ -1,266 +1,145 @@
-"""Command-line flags of the mixture -> MixingConfig, and parsing with one-line errors."""
+"""Parses a training's command line: Megatron's flags and ours, a checkpoint's settings, every check in one line."""
 
 from __future__ import annotations
 
 import argparse
+import ast
+import linecache
+import re
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from megatron_moa import checkpoint_guard, cpu, optimizer, optimizer_resharding, progress, random_states
-from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import (
-    AMPLITUDES,
-    BACKENDS,
-    DEFAULT_GATE_INIT_STD,
-    DEFAULT_INITIAL_COEFFICIENT,
-    DICTIONARIES,
-    FORMS,
-    GATES,
-    INIT_SCALES,
-    MIXINGS,
-    MixingConfig,
-    auto_form,
-    check_form,
+from megatron_moa.command_line import megatron_flags
+from megatron_moa.command_line.flags import (
+    MODEL_FLAGS,
+    TRAINING_FLAGS,
+    add_flags,
+    check_checkpoint_flags,
+    check_progress_flags,
+    mixing_from_args,
+    mixture_defaults,
+    our_flags,
 )
+from megatron_moa.command_line.megatron_flags import as_typed
+from megatron_moa.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.errors import UserError, fail
 from megatron_moa.functional import check_overwrite, resolve_backend
-from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, check_saved_settings
-
-# Their values decide the model's function, so they travel in a checkpoint's args and come back from there.
-MODEL_FLAGS = (
-    "moa_mixing",
-    "moa_form",
-    "moa_activations",
-    "moa_gate",
-    "moa_gate_bias",
-    "moa_amplitude",
-    "moa_init",
-    "moa_gate_init_std",
-    "moa_init_scale",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the group "mixture of activations" to Megatron's parser, and makes its errors one line."""
-    group = parser.add_argument_group("mixture of activations")
-    # No argparse choices: MixingConfig checks, so that one text serves the command line and the library.
-    group.add_argument(
-        "--moa-mixing",
-        default="moa",
-        metavar=_one_of("none", *MIXINGS),
-        help="moa: coefficients from token-dependent gates; la: coefficients are parameters; none: stock Megatron",
-    )
-    group.add_argument(
-        "--moa-form",
-        default="auto",
-        metavar=_one_of("auto", *FORMS),
-        help="which branches are mixed; auto is type1 without --swiglu, one-sided with --num-experts, else bi-sided",
-    )
-    group.add_argument(
-        "--moa-activations",
-        nargs="+",
-        metavar="NAME",
-        help=f"the dictionary, from: {', '.join(ACTIVATIONS)}; default {' '.join(DICTIONARIES['bi-sided'])} "
-        f"(type1: {' '.join(DICTIONARIES['type1'])}; quadratic: {' '.join(DICTIONARIES['quadratic'])})",
-    )
-    group.add_argument("--moa-gate", default="sigmoid", metavar=_one_of(*GATES), help="the gates' nonlinearity")
-    group.add_argument("--moa-gate-bias", action="store_true", help="gates have a bias, started at 0")
-    group.add_argument(
-        "--moa-amplitude",
-        default="fixed",
-        metavar=_one_of(*AMPLITUDES),
-        help="learned: a factor per coefficient, so that MoA contains LA",
-    )
-    group.add_argument(
-        "--moa-init",
-        nargs="+",
-        type=float,
-        metavar="V",
-        help="start of the LA coefficients and of learned amplitudes: one value, or all n; "
-        f"default {DEFAULT_INITIAL_COEFFICIENT:g}",
-    )
-    group.add_argument(
-        "--moa-gate-init-std",
-        type=float,
-        default=DEFAULT_GATE_INIT_STD,
-        metavar="STD",
-        help=f"gate vectors start normal with this standard deviation; default {DEFAULT_GATE_INIT_STD}",
-    )
-    group.add_argument(
-        "--moa-init-scale",
-        default="paper",
-        metavar=_one_of(*INIT_SCALES),
-        help="paper: the initial values as they are; matched: coefficients scaled so that the layer starts with "
-        "SwiGLU's (type1: GELU's) output variance; default paper",
-    )
-    group.add_argument(
-        "--moa-freeze-gates", action="store_true", help="gates, amplitudes and LA coefficients stay as they start"
-    )
-    optimizer.add_arguments(group)
-    group.add_argument(
-        "--moa-backend",
-        default="auto",
-        metavar=_one_of(*BACKENDS),
-        help="what computes the mixture; auto takes the fastest that is there",
-    )
-    group.add_argument(
-        "--moa-recompute",
-        action="store_true",
-        help="keep fc1's output and compute the mixture's again in backward: dense, routed and shared experts",
-    )
-    group.add_argument(
-        "--moa-overwrite-preactivation",
-        action="store_true",
-        help="backward writes the gradient of fc1's output over that output (Triton kernels only)",
-    )
-    group.add_argument(
-        "--moa-log-interval",
-        type=int,
-        default=0,
-        metavar="N",
-        help="every N iterations log mean and standard deviation over tokens of the coefficients, and of a layer's "
-        "gates effective rank, spread and distance from a constant, also to TensorBoard and W&B; 0 is never",
-    )
-    cpu.set_plain_torch_defaults(parser)
-    parser.error = lambda message: fail(parser.prog, message)
-    _mend_help(parser)
-    return parser
+from megatron_moa.output_folder import check_output_folders
+from megatron_moa.saved_settings import check_saved_settings
 
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds every flag of ours to Megatron's parser: the mixture's, those of checkpoints and of watching."""
-    return progress.add_arguments(checkpoint_guard.add_arguments(add_arguments(parser)))
-
-
-def _mend_help(parser: argparse.ArgumentParser) -> None:
-    """Megatron 0.19.2 has a bare % in the help of a flag, and --help ends in a traceback."""
+    """Adds our flags to Megatron's parser, sets the defaults this machine can serve, and makes errors one line."""
+    add_flags(parser)
+    parser.add_argument("--help-megatron", action="help", help="explain Megatron's flags too")
+    cpu.set_plain_torch_defaults(parser)
+    parser.error = lambda message: fail(parser.prog, message)
     for action in parser._actions:
+        _mend_help(parser, action)
+        if action.type not in (None, int, float, str):
+            action.type = _told_in_one_line(action.type)
+    return parser
+
+
+def _mend_help(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+    """Megatron 0.19.2 has a bare % in the help of a flag, and --help ends in a traceback."""
+    try:
+        (action.help or "") % {**vars(action), "prog": parser.prog}
+    except ValueError:
+        action.help = action.help.replace("%", "%%")
+
+
+def _told_in_one_line(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A type of Megatron's parser, such as that of --moe-layer-freq, whose failures argparse can tell."""
+
+    def converted(text: str) -> Any:
         try:
-            (action.help or "") % {**vars(action), "prog": parser.prog}
-        except ValueError:
-            action.help = action.help.replace("%", "%%")
+            return convert(text)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise argparse.ArgumentTypeError(f"invalid value {text!r} ({reason})") from error
+
+    return converted
 
 
-def _one_of(*names: str) -> str:
-    return "{" + ",".join(names) + "}"
-
-
-def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
-    """The mixture that the parsed flags ask for; None for ``--moa-mixing none``.
-
-    Writes the resolved form, dictionary and initial values back to ``args``, so that checkpoints carry them, and why
-    ``auto`` became that form as ``args.moa_form_reason`` (None for a form that was named).
+def parse_flags() -> argparse.Namespace:
+    """Parses ``sys.argv`` by Megatron's parser with our flags, and refuses numbers and flags that mean nothing.
 
     Raises:
-        UserError: flags that are invalid or contradict each other.
+        UserError: a flag that nothing reads, or an invalid number.
+        SystemExit: what argparse refuses, after one line.
     """
-    if args.moa_log_interval < 0:
-        raise UserError(
-            f"--moa-log-interval {args.moa_log_interval}: negative; give a number of iterations, 0 for never"
-        )
-    args.moa_form_reason = None
-    if args.moa_mixing == "none":
-        _refuse_mixture_flags(args)
-        return None
-    for flag, given in (("--squared-relu", args.squared_relu), ("--quick-geglu", args.quick_geglu)):
-        if given:
-            raise UserError(f"{flag}: the mixture replaces the activation; name it in --moa-activations instead")
-    optimizer.check_arguments(args)
-    form = args.moa_form
-    if form == "auto":
-        form, args.moa_form_reason = auto_form(args.swiglu, bool(args.num_experts))
-    check_form(form, args.swiglu)
-    mixing = MixingConfig(
-        mixing=args.moa_mixing,
-        form=form,
-        activations=tuple(args.moa_activations or ()),
-        gate=args.moa_gate,
-        gate_bias=args.moa_gate_bias,
-        amplitude=args.moa_amplitude,
-        initial_coefficients=tuple(args.moa_init or (DEFAULT_INITIAL_COEFFICIENT,)),
-        gate_init_std=args.moa_gate_init_std,
-        init_scale=args.moa_init_scale,
-        freeze=args.moa_freeze_gates,
-        recompute=args.moa_recompute,
-        overwrite=args.moa_overwrite_preactivation,
-        backend=args.moa_backend,
-    )
-    args.moa_form = mixing.form
-    args.moa_activations = list(mixing.activations)
-    args.moa_init = list(mixing.initial_coefficients)
-    return mixing
+    from megatron.training.arguments import parse_args  # when megatron_moa.cpu has replaced what it must
+
+    megatron_flags.check_words(sys.argv[1:], our_flags())
+    args = parse_args(add_all_arguments)
+    megatron_flags.check_numbers(args)
+    return args
 
 
-def _refuse_mixture_flags(args: argparse.Namespace) -> None:
-    for name, default in _defaults().items():
-        value = getattr(args, name)
-        if name != "moa_mixing" and value != default:
-            raise UserError(f"{as_typed(name, value)}: has no effect with --moa-mixing none; drop one of the two")
+def parser_defaults() -> dict[str, Any]:
+    """The value of every setting that no flag sets, on this machine."""
+    from megatron.training.arguments import add_megatron_arguments
 
-
-def _defaults() -> dict[str, object]:
-    """The mixture's flags when none is given."""
-    parsed = vars(add_arguments(argparse.ArgumentParser()).parse_args([]))
-    return {name: value for name, value in parsed.items() if name.startswith("moa_")}
-
-
-# What else decides the model's function, and Megatron's --use-checkpoint-args leaves to the command line.
-_MEGATRON_MODEL_ARGS = (
-    "add_qkv_bias",
-    "attention_output_gate",
-    "bias_gelu_fusion",
-    "fp32_residual_connection",
-    "init_method_std",
-    "kv_lora_rank",
-    "layernorm_epsilon",
-    "moe_apply_probs_on_input",
-    "moe_input_jitter_eps",
-    "moe_router_group_topk",
-    "moe_router_load_balancing_type",
-    "moe_router_num_groups",
-    "moe_shared_expert_gate",
-    "mscale",
-    "mscale_all_dim",
-    "multi_latent_attention",
-    "q_lora_rank",
-    "qk_head_dim",
-    "qk_l2_norm",
-    "qk_layernorm",
-    "qk_pos_emb_head_dim",
-    "rope_scaling_factor",
-    "rope_type",
-    "rotary_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-    "softmax_scale",
-    "use_rope_scaling",
-    "v_head_dim",
-    "vocab_size",
-)
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    add_all_arguments(parser)
+    return {action.dest: action.default for action in parser._actions}
 
 
 def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Takes the model's settings from a checkpoint's args: the mixture's (without them it is stock Megatron's), and
-    those of Megatron's that its own --use-checkpoint-args does not take.
+    """Takes every setting that decides the model's function from a checkpoint's args.
+
+    Those of the mixture are among them; a checkpoint without them is stock Megatron's.
+
+    Args:
+        args: parsed and not validated; changed in place.
+        saved: validated args in this format version.
 
     Raises:
-        UserError: a flag of the mixture was given, and the checkpoint has another value.
+        UserError: a flag was given, and the checkpoint has another value.
     """
-    for name in _MEGATRON_MODEL_ARGS:
-        if hasattr(saved, name):
-            setattr(args, name, getattr(saved, name))
-    defaults = _defaults()
+    _restore_megatrons(args, saved)
+    defaults = mixture_defaults()
     stock = {**defaults, "moa_mixing": "none"}
     for name in MODEL_FLAGS:
         given, stored = getattr(args, name), getattr(saved, name, stock[name])
         if given not in (defaults[name], stored):
             raise UserError(f"{as_typed(name, given)}: the checkpoint has {as_typed(name, stored)}; drop the flag")
         setattr(args, name, stored)
-    for name in optimizer.TRAINING_FLAGS:
+    for name in TRAINING_FLAGS:
         if getattr(args, name) == defaults[name]:
             setattr(args, name, getattr(saved, name, defaults[name]))
+
+
+# Of another class, and taken from the checkpoint all the same: an export writes it as initializer_range.
+_ALSO_RESTORED = ("init_method_std",)
+
+
+def _restore_megatrons(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    defaults = parser_defaults()
+    takes_tokenizer = args.use_tokenizer_model_from_checkpoint_args
+    tokenizer = [name for name in megatron_flags.TOKENIZER if name != "trust_remote_code"]
+    for name in (*megatron_flags.FUNCTION, *_ALSO_RESTORED, *tokenizer):
+        if not hasattr(saved, name):
+            continue
+        given, stored, default = getattr(args, name, None), getattr(saved, name), defaults[name]
+        if name in tokenizer:
+            if takes_tokenizer or given == default:
+                setattr(args, name, stored if stored is not None else given)
+        else:
+            was_given = not megatron_flags.same(name, given, default)
+            if was_given and name in megatron_flags.FUNCTION and not megatron_flags.same(name, given, stored):
+                raise UserError(f"{as_typed(name, given)}: the checkpoint has {as_typed(name, stored)}; drop the flag")
+            setattr(args, name, stored)
+    if not (args.fp16 or args.bf16):
+        args.fp32_residual_connection = False  # everything is in float32
 
 
 def parse_arguments(
@@ -278,49 +157,24 @@ def parse_arguments(
     Raises:
         UserError: whatever a user can get wrong, Megatron's own assertions included.
     """
-    # Imported here, when megatron_moa.cpu has replaced what it must.
-    from megatron.training.arguments import parse_args, validate_args
-    from megatron.training.checkpointing import load_args_from_checkpoint
+    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    args = parse_args(add_all_arguments)
-    checkpoint_guard.check_arguments(args)
-    progress.check_arguments(args)
+    args = parse_flags()
+    check_checkpoint_flags(args)
+    check_progress_flags(args)
     saved = None
     checkpoint = checkpoint_guard.find_checkpoint(args)
     if checkpoint is not None:
         checkpoint, saved = checkpoint_guard.read_saved_settings(args, checkpoint)
     if args.use_checkpoint_args:
-        folder = args.load or args.pretrained_checkpoint
-        if folder is None:
-            raise UserError("--use-checkpoint-args: needs a checkpoint; add --load FOLDER")
-        if saved is None:
-            raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
-        grouped = args.moe_grouped_gemm  # how experts are computed, not what: a flag of the run
-        load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
-        args.moe_grouped_gemm = args.moe_grouped_gemm or grouped
-        restore_model_flags(args, saved)
-        if args.tokenizer_type is None:  # where only the tokenizer's file is the run's own, because it has moved
-            args.tokenizer_type = getattr(saved, "tokenizer_type", None)
+        _take_saved_settings(args, checkpoint, saved)
     mixing = mixing_from_args(args)
-    if args.moa_log_interval and args.fake_process_group:
-        raise UserError(
-            f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no ranks to sum over; "
-            "drop one of the two"
-        )
-    if mixing is not None:
-        # Now, not at the first step.
-        check_overwrite(mixing, resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu"))
-        # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
-        args.bias_gelu_fusion = args.bias_swiglu_fusion = False
-    if not args.reset_attention_mask:
-        args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
-    if not args.eval_interval:
-        # Megatron 0.19.2 means never before the end, and then divides by it.
-        args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
+    _settle(args, mixing)
     if check is not None:
         check(args)
-    with megatron_checks():
+    check_output_folders(args)
+    with megatron_checks(args):
         validate_args(args)
     optimizer.check_validated_arguments(args)
     if saved is not None:
@@ -338,12 +192,80 @@ def parse_arguments(
     return args, mixing
 
 
+def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argparse.Namespace | None) -> None:
+    """``--use-checkpoint-args``: the checkpoint's settings become the run's, where its flags do not contradict them."""
+    from megatron.training.checkpointing import load_args_from_checkpoint
+
+    folder = args.load or args.pretrained_checkpoint
+    if folder is None:
+        raise UserError("--use-checkpoint-args: needs a checkpoint; add --load FOLDER")
+    if saved is None:
+        raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
+    restore_model_flags(args, saved)
+    grouped = args.moe_grouped_gemm  # how experts are computed, not what: a flag of the run
+    load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
+    args.moe_grouped_gemm = args.moe_grouped_gemm or grouped
+    if args.tokenizer_type is None:  # where only the tokenizer's file is the run's own, because it has moved
+        args.tokenizer_type = getattr(saved, "tokenizer_type", None)
+
+
+def _settle(args: argparse.Namespace, mixing: MixingConfig | None) -> None:
+    """Sets what follows from the mixture and the machine, and checks that this machine can compute the mixture."""
+    if args.moa_log_interval and args.fake_process_group:
+        raise UserError(
+            f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no ranks to sum over; "
+            "drop one of the two"
+        )
+    if mixing is not None:
+        # Now, not at the first step.
+        check_overwrite(mixing, resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu"))
+        # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
+        args.bias_gelu_fusion = args.bias_swiglu_fusion = False
+    if not args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
+    if not args.eval_interval:
+        # Megatron 0.19.2 means never before the end, and then divides by it.
+        args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
+
+
 @contextmanager
-def megatron_checks() -> Iterator[None]:
-    """Turns Megatron's assertions on arguments, raised inside, into a :class:`UserError` of one line."""
+def megatron_checks(args: argparse.Namespace | None = None) -> Iterator[None]:
+    """Turns whatever Megatron's checks of settings raise inside into a :class:`UserError` of one line.
+
+    Args:
+        args: those that are checked; the line then begins with the flags that the failed check is about.
+    """
     try:
         yield
-    except (AssertionError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        code = _statement(frame)
         text = " ".join(str(error).split())
+        if not isinstance(error, AssertionError | ValueError):
+            text = f"Megatron fails at them ({type(error).__name__}: {text}; {code})"
         # Where an assertion has no text, the condition that failed says most.
-        raise UserError(text or f"Megatron requires {traceback.extract_tb(error.__traceback__)[-1].line}") from error
+        text = text or f"Megatron requires {code.removeprefix('assert ')}"
+        flags = _flags_named_in(f"{text} {code}", args) if args is not None else ""
+        raise UserError(f"{flags}: {text}" if flags else text) from error
+
+
+def _statement(frame: traceback.FrameSummary) -> str:
+    """The source of a statement in one line, without the text that an assertion has."""
+    lines = [linecache.getline(frame.filename, number) for number in range(frame.lineno, (frame.end_lineno or 0) + 1)]
+    source = " ".join("".join(lines).split())
+    try:
+        statement = ast.parse(source).body[0]
+    except (SyntaxError, IndexError):
+        return source
+    return f"assert {ast.unparse(statement.test)}" if isinstance(statement, ast.Assert) else source
+
+
+def _flags_named_in(text: str, args: argparse.Namespace) -> str:
+    """The settings a text names, as typed; those at their defaults only where it names no other."""
+    words = dict.fromkeys(re.findall(r"[a-z][a-z0-9_]+", text.lower().replace("-", "_")))
+    names = [word for word in words if hasattr(args, word) and "_" in word]
+    defaults = parser_defaults()
+    given = [name for name in names if getattr(args, name) != defaults.get(name)]
+    return ", ".join(as_typed(name, getattr(args, name)) for name in given or names)

@@ -41,43 +41,12 @@ from megatron_moa.checkpoint_files import (
     write_tracker,
 )
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import check_saved_settings, check_vocabulary, upgrade_saved_settings
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the group "checkpoints" to Megatron's parser."""
-    group = parser.add_argument_group("checkpoints, beside Megatron's own flags")
-    group.add_argument(
-        "--moa-keep-last",
-        type=int,
-        metavar="N",
-        help="keep the last N checkpoints, and with --save-retain-interval M also those of iterations divisible by M",
-    )
-    group.add_argument(
-        "--moa-load-last-complete",
-        action="store_true",
-        help="where the latest checkpoint is damaged, go on from the last complete one before it instead of an error",
-    )
-    group.add_argument(
-        "--moa-no-verify-checkpoint",
-        action="store_true",
-        help="before loading compare only the sizes of a checkpoint's files with its manifest, not their checksums",
-    )
-    return parser
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for values of these flags that cannot be."""
-    if args.moa_keep_last is not None and args.moa_keep_last < 1:
-        raise UserError(f"--moa-keep-last {args.moa_keep_last}: would keep none; give 1 or more")
-    if args.moa_keep_last is not None and args.save is None:
-        raise UserError(f"--moa-keep-last {args.moa_keep_last}: nothing is saved; add --save FOLDER, or drop the flag")
-    if args.save is not None and args.save_interval is None:
-        # Megatron 0.19.2 has an assertion without a text for it.
-        raise UserError(f"--save {args.save}: says where, not when; add --save-interval N, in iterations")
-    if args.moa_load_last_complete and args.ckpt_step:
-        raise UserError(f"--moa-load-last-complete: contradicts --ckpt-step {args.ckpt_step}; drop one of the two")
-
+from megatron_moa.saved_settings import (
+    changed_data,
+    check_saved_settings,
+    check_vocabulary,
+    upgrade_saved_settings,
+)
 
 # Before loading.
 
@@ -247,6 +216,8 @@ def check_before_setup(
         if saved is not None:
             check_saved_settings(args, saved, checkpoint)
             check_vocabulary(args, saved, vocab_size, checkpoint)
+            for change in changed_data(args, saved, checkpoint):
+                _notice(f"WARNING: {change}")
     if args.save is not None and "://" not in args.save:
         check_writable(Path(args.save))
     return checkpoint, saved

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_moa.errors import UserError
-from megatron_moa.reference import DEFINITIONS
 
 # Of what a mixture's checkpoints and exports hold: raised when an older reader would misread a newer one. Version 2
 # has the paper's one-sided and quadratic forms.
@@ -18,6 +17,23 @@ CHANGED_FORMS = {
     "quadratic": "it had K² coefficients, where now K(K+1)/2 are left, those of k <= l",
 }
 
+# The activations that a dictionary may name; megatron_moa.reference defines them.
+ACTIVATION_NAMES = (
+    "identity",
+    "gelu",
+    "silu",
+    "relu",
+    "leaky_relu",
+    "relu2",
+    "tanh",
+    "gelu_tanh",
+    "elu",
+    "selu",
+    "mish",
+    "sigmoid",
+    "relu3",
+    "one",
+)
 MIXINGS = ("la", "moa")
 FORMS = ("type1", "one-sided", "bi-sided", "quadratic")
 GATES = ("sigmoid", "softmax", "tanh")
@@ -51,7 +67,7 @@ class MixingConfig:
     Attributes:
         mixing: ``moa``, coefficients from token-dependent gates, or ``la``, coefficients that are free parameters.
         form: ``type1``, ``one-sided``, ``bi-sided`` or ``quadratic``; the last three need a gated linear unit.
-        activations: names from :data:`megatron_moa.reference.DEFINITIONS`, in order; empty means the default
+        activations: names from :data:`ACTIVATION_NAMES`, in order; empty means the default
             dictionary of the form.
         gate: the gates' nonlinearity psi (MoA).
         gate_bias: whether gates have a bias b_k (MoA).
@@ -109,8 +125,8 @@ class MixingConfig:
 
     def _check_activations(self) -> None:
         for position, name in enumerate(self.activations):
-            if name not in DEFINITIONS:
-                raise UserError(f"--moa-activations {name}: unknown; choose from {', '.join(DEFINITIONS)}")
+            if name not in ACTIVATION_NAMES:
+                raise UserError(f"--moa-activations {name}: unknown; choose from {', '.join(ACTIVATION_NAMES)}")
             if name in self.activations[:position]:
                 raise UserError(f"--moa-activations {name}: named twice; name each activation once")
 

@@ -773,11 +773,15 @@ def _damage_of_array(path: Path) -> str | None:
     return None if size == expected else f"is cut off or damaged, {size} bytes instead of {expected}"
 
 
-def check_data_arguments(args: argparse.Namespace) -> None:
-    """Checks what Megatron's flags say about data and tokenizer, before Megatron initialises.
+def check_data_files(args: argparse.Namespace) -> list["_Source"]:
+    """Checks that the tokenizer's files and the datasets are there and can be read, which takes neither torch nor
+    Megatron.
 
     Args:
-        args: Megatron's parsed namespace.
+        args: Megatron's parsed namespace, or what it says about data and tokenizer.
+
+    Returns:
+        The datasets; none for mock data.
 
     Raises:
         UserError: with the flag, its value and the remedy.
@@ -790,6 +794,28 @@ def check_data_arguments(args: argparse.Namespace) -> None:
         getattr(args, "merge_file", None),
     )
     sources = _data_sources(args)
+    for source in sources:
+        for where, prefix in source.prefixes:
+            if not is_remote(prefix):
+                read_index(prefix, where)
+    return sources
+
+
+def is_remote(prefix: str) -> bool:
+    """Whether a dataset lies in an object store, whose files are not checked."""
+    return prefix.startswith(("s3://", "msc://"))
+
+
+def check_data_arguments(args: argparse.Namespace) -> None:
+    """Checks what Megatron's flags say about data and tokenizer, before Megatron initialises.
+
+    Args:
+        args: Megatron's parsed namespace.
+
+    Raises:
+        UserError: with the flag, its value and the remedy.
+    """
+    sources = check_data_files(args)
     if not sources:
         return
     sequence_length = getattr(args, "seq_length", None)
@@ -801,7 +827,7 @@ def check_data_arguments(args: argparse.Namespace) -> None:
     cache_path, cache_folders = getattr(args, "data_cache_path", None), set()
     for source in sources:
         for where, prefix in source.prefixes:
-            if prefix.startswith(("s3://", "msc://")):
+            if is_remote(prefix):
                 continue
             if source.part == TRAIN or evaluates:
                 length = sequence_length

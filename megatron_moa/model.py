@@ -69,7 +69,7 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixingConfig | None
     if mixing is not None and modules:
         args.recompute_modules = [name for name in modules if name != "moe_act"]
     try:
-        with megatron_checks():
+        with megatron_checks(args):
             config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
     finally:
         args.recompute_modules = modules

@@ -8,56 +8,73 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 
 from torch.nn import Parameter
 
 from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import as_typed, loads_optimizer
+from megatron_moa.saved_settings import loads_optimizer
 
 _GATES = "*.coefficients.weight"  # [n, h]
 _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
 _MARK = "moa_gate"  # attribute of a gate's matrix
 
-# Settings of training, not of the model: they come back from a checkpoint, and another value is no contradiction.
-TRAINING_FLAGS = ("moa_gate_lr_scale", "moa_gate_weight_decay", "moa_freeze_gates")
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Raises UserError for a schedule of learning rate or weight decay that cannot be.
+
+    Megatron 0.19.2 asserts these things once the model is built, without naming a flag.
+
+    Args:
+        args: Megatron's, parsed and not validated.
+    """
+    unit = "samples" if args.train_samples else "iters"
+    length = getattr(args, f"train_{unit}")
+    if not length:
+        raise UserError("--train-iters is missing; add --train-iters N, or --train-samples N")
+    if args.lr is None:
+        raise UserError("--lr is missing; add e.g. --lr 3e-4")
+    for name in ("min_lr", "lr_warmup_init"):
+        if (getattr(args, name) or 0) > args.lr:
+            raise UserError(f"{as_typed(name, getattr(args, name))}: above --lr {args.lr}; give that or less")
+    _check_lengths(args, unit, length)
+    _check_weight_decay(args)
 
 
-def add_arguments(group: argparse._ArgumentGroup) -> None:
-    """Adds the flags of this module."""
-    group.add_argument(
-        "--moa-gate-lr-scale",
-        type=float,
-        default=1.0,
-        metavar="V",
-        help="multiplies the learning rate of gates, amplitudes and LA coefficients, at every step of its schedule",
-    )
-    group.add_argument(
-        "--moa-gate-weight-decay",
-        type=float,
-        metavar="V",
-        help="weight decay of the gate matrices, constant; default: as --weight-decay and its schedule. Biases, "
-        "amplitudes and LA coefficients have none",
-    )
+def _check_lengths(args: argparse.Namespace, unit: str, length: int) -> None:
+    """The parts of a schedule, in iterations or samples."""
+    decay_name, warmup_name, last_name = (f"lr_{part}_{unit}" for part in ("decay", "warmup", "wsd_decay"))
+    decay = getattr(args, decay_name) or length
+    decay_is = as_typed(decay_name, decay) if getattr(args, decay_name) else as_typed(f"train_{unit}", length)
+    if args.lr_warmup_fraction is not None:
+        if args.lr_warmup_fraction >= 1:
+            given = as_typed("lr_warmup_fraction", args.lr_warmup_fraction)
+            raise UserError(f"{given}: leaves nothing to the decay; give a part of it, such as 0.01")
+    elif getattr(args, warmup_name) >= decay:
+        given = as_typed(warmup_name, getattr(args, warmup_name))
+        raise UserError(f"{given}: the warm-up does not end before the decay ({decay_is}); give less")
+    last = getattr(args, last_name)
+    if args.lr_decay_style == "WSD" and last is None:
+        flag = as_typed(last_name, "N")
+        raise UserError(f"--lr-decay-style WSD: the length of its last part is missing; add {flag}")
+    if args.lr_decay_style == "WSD" and last > decay:
+        raise UserError(f"{as_typed(last_name, last)}: longer than the decay it is a part of ({decay_is}); give less")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for values of these flags that cannot be, or have no effect; for a mixture only."""
-    scale, decay = args.moa_gate_lr_scale, args.moa_gate_weight_decay
-    if not 0 < scale < math.inf:
-        raise UserError(f"--moa-gate-lr-scale {scale}: give a positive number; --moa-freeze-gates trains none of them")
-    if decay is not None and not 0 <= decay < math.inf:
-        raise UserError(f"--moa-gate-weight-decay {decay}: give a number, 0 or more")
-    for name, without_effect in (("moa_gate_lr_scale", scale == 1), ("moa_gate_weight_decay", decay is None)):
-        if args.moa_freeze_gates and not without_effect:
-            given = as_typed(name, getattr(args, name))
-            raise UserError(f"{given}: has no effect with --moa-freeze-gates; drop one of the two")
-    if decay is not None and args.moa_mixing == "la":
-        raise UserError(
-            f"--moa-gate-weight-decay {decay}: has no effect with --moa-mixing la, which has no gates and never decays "
-            "its coefficients; drop one of the two"
-        )
+def _check_weight_decay(args: argparse.Namespace) -> None:
+    start, end = args.start_weight_decay, args.end_weight_decay
+    style = as_typed("weight_decay_incr_style", args.weight_decay_incr_style)
+    if args.weight_decay_incr_style == "constant":
+        for name in ("start_weight_decay", "end_weight_decay"):
+            if getattr(args, name) is not None:
+                given = as_typed(name, getattr(args, name))
+                raise UserError(f"{given}: has no effect with {style}; add --weight-decay-incr-style linear")
+        return
+    if start is None or end is None:
+        raise UserError(f"{style}: from where to where; add --start-weight-decay V --end-weight-decay V")
+    if start > end:
+        raise UserError(f"--start-weight-decay {start}: above --end-weight-decay {end}, and it only grows; give less")
 
 
 def check_validated_arguments(args: argparse.Namespace) -> None:

@@ -13,8 +13,9 @@ import functools
 from typing import Any
 
 from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import as_typed, loads_optimizer
+from megatron_moa.saved_settings import loads_optimizer
 
 _SPLITS = (
     "tensor_model_parallel_size",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -10,9 +12,54 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 
+# Settings of Megatron's that name a folder to write to; --save is checked when the ranks can talk.
+_WRITTEN = (
+    "tensorboard_dir",
+    "wandb_save_dir",
+    "non_persistent_global_ckpt_dir",
+    "non_persistent_local_ckpt_dir",
+    "config_logger_dir",
+    "moe_routing_trace_path",
+    "logits_save_dir",
+)
 _UNFINISHED = r"\.\d+\.unfinished"  # how the name ends of a folder that a tool is writing: its process, and this
+
+
+def check_output_folders(args: argparse.Namespace) -> None:
+    """Raises UserError for a folder that a training is to write to and cannot; makes none that was not there.
+
+    Args:
+        args: Megatron's, parsed.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    for name in _WRITTEN:
+        folder = getattr(args, name, None)
+        if not folder or "://" in str(folder):
+            continue
+        problem = _why_not_writable(Path(folder).absolute())
+        if problem is not None:
+            raise UserError(f"{as_typed(name, folder)}: cannot be written to ({problem}); name a folder that can")
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    """Why no file can be made in a folder, which may have to be made; None where one can."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return None
 
 
 def is_unfinished(name: str) -> bool:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import inspect
-import math
 import shutil
 import statistics
 import sys
@@ -26,64 +24,14 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 
-from megatron_moa.errors import UserError
 from megatron_moa.faults import report
 from megatron_moa.hardware import this_gpu
 
 if TYPE_CHECKING:
     from megatron_moa.monitor import CoefficientMonitor
 
-MODES = ("auto", "line", "log", "off")
 _RECENT = 50  # intervals that the time left is estimated from
 _REDRAW = 0.2  # seconds
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds the group "watching a training" to Megatron's parser."""
-    group = parser.add_argument_group("watching a training, beside Megatron's own flags")
-    group.add_argument(
-        "--moa-progress",
-        default="auto",
-        metavar="{" + ",".join(MODES) + "}",
-        help="log: tokens, tokens/s, MFU and the time left in each line of the training log; line: a line on the "
-        "terminal, too, that is rewritten in place; off: neither; auto: line on a terminal, else log",
-    )
-    group.add_argument(
-        "--moa-peak-tflops",
-        type=float,
-        metavar="X",
-        help="what MFU is a part of: dense TFLOP/s of one GPU in the format trained in; default: the data sheet's "
-        "(megatron_moa/hardware.py)",
-    )
-    return parser
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that cannot be, and for TensorBoard and W&B where they are asked for and absent.
-
-    Megatron trains on without TensorBoard, after a warning, and without W&B ends in a traceback.
-    """
-    if args.moa_progress not in MODES:
-        raise UserError(f"--moa-progress {args.moa_progress}: unknown; choose one of {', '.join(MODES)}")
-    peak = args.moa_peak_tflops
-    if peak is not None and not 0 < peak < math.inf:
-        raise UserError(f"--moa-peak-tflops {peak:g}: not a speed; give the GPU's dense TFLOP/s, such as 989")
-    if args.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            f"--tensorboard-dir {args.tensorboard_dir}: TensorBoard is not installed; pip install tensorboard, or drop "
-            "the flag"
-        )
-    if not args.wandb_project:
-        return
-    flag = f"--wandb-project {args.wandb_project}"
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError(f"{flag}: W&B is not installed; pip install wandb, or drop the flag")
-    if not args.wandb_exp_name:
-        raise UserError(f"{flag}: a run needs a name; add --wandb-exp-name NAME")
-    if not args.wandb_save_dir and not args.save:
-        raise UserError(f"{flag}: nowhere to write; add --wandb-save-dir FOLDER, or --save FOLDER")
-    if not args.tensorboard_dir:
-        raise UserError(f"{flag}: Megatron sends W&B only what it writes to TensorBoard; add --tensorboard-dir FOLDER")
 
 
 @contextmanager

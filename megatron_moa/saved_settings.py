@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.command_line.megatron_flags import as_typed, relevant, same
 from megatron_moa.config import (
     DEFAULT_GATE_INIT_STD,
     DEFAULT_INITIAL_COEFFICIENT,
@@ -23,49 +25,6 @@ from megatron_moa.errors import UserError
 # --moa-freeze-gates only whether they are trained: these may change.
 _MIXTURE = ("moa_form", "moa_activations")
 _GATES = ("moa_gate", "moa_gate_bias", "moa_amplitude")
-
-# Megatron's args that decide which parameters a model has, their shapes, or what a layer computes from them.
-_ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "kv_channels",
-    "multi_latent_attention",
-    "swiglu",
-    "normalization",
-    "layernorm_zero_centered_gamma",
-    "position_embedding_type",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "untie_embeddings_and_output_weights",
-    "num_experts",
-    "mtp_num_layers",
-)
-# Further ones, where the first setting is on.
-_ARCHITECTURE_OF = {
-    "group_query_attention": ("num_query_groups",),
-    "multi_latent_attention": ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
-    "num_experts": ("moe_ffn_hidden_size", "moe_layer_freq", "moe_router_topk", "moe_shared_expert_intermediate_size"),
-}
-_STOCK_ACTIVATIONS = ("squared_relu", "quick_geglu")  # what a mixture replaces
-
-
-def has_tanh_gelu(args: argparse.Namespace) -> bool:
-    """Whether a stock model computes the tanh approximation of GELU: Megatron does where it fuses GELU with the
-    addition of a bias (``megatron.core.fusions.fused_bias_gelu``), its default; elsewhere its GELU is the exact one.
-
-    Args:
-        args: of a model without mixture, validated or as a checkpoint has them.
-    """
-    return _has_gelu_and_bias(args) and getattr(args, "bias_gelu_fusion", False)
-
-
-def _has_gelu_and_bias(args: argparse.Namespace) -> bool:
-    others = ("swiglu", *_STOCK_ACTIVATIONS)
-    return args.add_bias_linear and not any(getattr(args, name, False) for name in others)
 
 
 def upgrade_saved_settings(saved: argparse.Namespace, checkpoint: Checkpoint | Path) -> None:
@@ -123,21 +82,50 @@ def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, ch
         if args.moa_amplitude == "fixed":
             names.append("moa_init_scale")  # a factor kept beside the gates; elsewhere it is in the parameters
     if not getattr(args, "moe_use_upcycling", False):  # which makes a MoE of a dense checkpoint
-        names += _ARCHITECTURE
-        names += [name for key, more in _ARCHITECTURE_OF.items() if getattr(args, key) for name in more]
-    if args.position_embedding_type == "learned_absolute":
-        names.append("max_position_embeddings")
-    if mixing == "none":
-        names += _STOCK_ACTIVATIONS
-        if _has_gelu_and_bias(args):
-            names.append("bias_gelu_fusion")  # which GELU it is
+        names += relevant(args)
     for name in names:
         # An arg that an older Megatron did not have cannot be compared.
         value, saved_value = getattr(args, name), getattr(saved, name, getattr(args, name))
-        if (value or None) != (saved_value or None):  # None, 0 and False all mean "not there"
+        if not same(name, value, saved_value):
             remedy = "drop the flag" if args.use_checkpoint_args else "give that, or add --use-checkpoint-args"
-            there = as_typed(name, saved_value)
-            raise UserError(f"{as_typed(name, value)}: the checkpoint to load has {there} ({checkpoint}); {remedy}")
+            here, there = as_typed(name, value), as_typed(name, saved_value)
+            raise UserError(f"{here}: the checkpoint to load was trained with {there} ({checkpoint}); {remedy}")
+
+
+# Which tokens a training sees, and in what samples.
+_DATA = (
+    "data_path",
+    "train_data_path",
+    "data_args_path",
+    "per_split_data_args_path",
+    "mock_data",
+    "split",
+    "reset_position_ids",
+    "reset_attention_mask",
+    "eod_mask_loss",
+)
+
+
+def changed_data(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
+    """What a run that goes on from a checkpoint reads otherwise than the one that saved it, a line for each setting.
+
+    Arguments are those of :func:`check_saved_settings`.
+    """
+    if args.finetune or args.skip_train or checkpoint.flag != "--load":
+        return
+    if args.seq_length != getattr(saved, "seq_length", args.seq_length):
+        yield (
+            f"--seq-length {args.seq_length}: the checkpoint was trained with --seq-length {saved.seq_length} "
+            f"({checkpoint}); samples are cut anew, those already seen are other tokens now, and the log counts all "
+            f"of them as {args.seq_length} tokens"
+        )
+    for name in _DATA:
+        value, saved_value = getattr(args, name), getattr(saved, name, getattr(args, name))
+        if not same(name, value, saved_value):
+            yield (
+                f"{as_typed(name, value)}: the checkpoint was trained with {as_typed(name, saved_value)} "
+                f"({checkpoint}); training goes on at the same sample number of other data"
+            )
 
 
 def loads_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> bool:
@@ -164,19 +152,6 @@ def check_vocabulary(
             f"{checkpoint}: has an embedding of {padded} tokens (a vocabulary padded to a multiple of {multiple}), the "
             f"tokenizer has {vocab_size}; give the tokenizer it was trained with"
         )
-
-
-def as_typed(name: str, value: object) -> str:
-    """A setting as one would type it: ``--num-layers 4``, ``--swiglu``, ``no --swiglu``."""
-    negative = {"add_bias_linear": "disable_bias_linear", "bias_gelu_fusion": "no_bias_gelu_fusion"}
-    if name in negative:
-        name, value = negative[name], not value
-    flag = "--" + name.replace("_", "-")
-    if value is True:
-        return flag
-    if value is None or value is False:
-        return f"no {flag}"
-    return f"{flag} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
 
 
 def _stock_activation(saved: argparse.Namespace) -> str:

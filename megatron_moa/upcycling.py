@@ -22,10 +22,10 @@ from megatron_moa.checkpoint import empty_model, prepare_checkpoint
 from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.checkpoint_writer import write_release
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, MixingConfig, auto_form
+from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu
+from megatron_moa.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, FORMAT_VERSION, MixingConfig, auto_form
 from megatron_moa.errors import UserError
 from megatron_moa.model import model_config_from_args
-from megatron_moa.saved_settings import FORMAT_VERSION, as_typed, has_tanh_gelu
 from megatron_moa.verification import Comparison, compared_tokens, reference_logits
 
 # What one-sided computes on W1's branch, without a coefficient.
@@ -313,7 +313,7 @@ def upcycled(
 
 
 def mixture_flags(target: MixingConfig) -> dict[str, Any]:
-    """Megatron's args that a checkpoint of this mixture carries (megatron_moa.arguments.MODEL_FLAGS)."""
+    """Megatron's args that a checkpoint of this mixture carries (megatron_moa.command_line.flags.MODEL_FLAGS)."""
     return {
         "moa_mixing": target.mixing,
         "moa_form": target.form,

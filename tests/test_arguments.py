@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from megatron.training.arguments import add_megatron_arguments
 
 import pretrain_gpt_moa
-from megatron_moa import checkpoint_guard, functional
-from megatron_moa.arguments import add_arguments, mixing_from_args, restore_model_flags
+from megatron_moa import functional
+from megatron_moa.arguments import add_all_arguments, restore_model_flags
+from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, mixing_from_args
 from megatron_moa.config import DICTIONARIES, MixingConfig
 from megatron_moa.errors import UserError
 from tests import launch
@@ -22,10 +24,11 @@ SAVE = ["--train-iters", "2", "--save-interval", "2", "--save"]
 
 
 def parse(*flags: str, swiglu: bool = True, **others: object) -> argparse.Namespace:
-    """Our flags, with the few of Megatron's that the mixture looks at."""
-    args = add_arguments(argparse.ArgumentParser()).parse_args(flags)
-    stock = {"swiglu": swiglu, "num_experts": None, "squared_relu": False, "quick_geglu": False}
-    vars(args).update({**stock, **others})
+    """Megatron's flags and ours, parsed and not validated."""
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    args = add_all_arguments(parser).parse_args(flags)
+    vars(args).update({"swiglu": swiglu, **others})
     return args
 
 
@@ -147,10 +150,10 @@ def failing_run(
 
 def test_saving_needs_an_interval() -> None:
     """Megatron has an assertion without a text for it."""
-    parser = checkpoint_guard.add_arguments(argparse.ArgumentParser())
+    parser = add_flags(argparse.ArgumentParser())
     args = argparse.Namespace(**vars(parser.parse_args([])), save="folder", save_interval=None, ckpt_step=None)
     with pytest.raises(UserError, match="--save folder: says where, not when; add --save-interval N"):
-        checkpoint_guard.check_arguments(args)
+        check_checkpoint_flags(args)
 
 
 def test_help_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +250,7 @@ def test_defaults_that_need_transformer_engine_or_apex_are_replaced_where_these_
     parser = argparse.ArgumentParser()
     parser.add_argument("--transformer-impl", default="transformer_engine")
     parser.add_argument("--no-gradient-accumulation-fusion", dest="gradient_accumulation_fusion", action="store_false")
-    args = add_arguments(parser).parse_args([])
+    args = add_all_arguments(parser).parse_args([])
     assert args.transformer_impl == ("transformer_engine" if HAVE_TE else "local")
     assert args.gradient_accumulation_fusion is HAVE_TE
     assert parser.parse_args(["--transformer-impl", "inference_optimized"]).transformer_impl == "inference_optimized"

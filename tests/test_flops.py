@@ -14,7 +14,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_moa.arguments import add_arguments, mixing_from_args
+from megatron_moa.arguments import add_all_arguments
+from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.flops import flops_per_token, install
@@ -67,7 +68,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[argparse.Namesp
     from megatron.training.arguments import parse_args, validate_args
 
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", *TINY, "--train-iters", "1", "--bf16", *flags])
-    args = parse_args(add_arguments)
+    args = parse_args(add_all_arguments)
     mixing = mixing_from_args(args)
     args.bias_swiglu_fusion = args.bias_gelu_fusion = False
     validate_args(args)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from megatron_moa import cpu
-from megatron_moa.arguments import mixing_from_args, restore_model_flags
+from megatron_moa.arguments import restore_model_flags
 from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.optimizer import check_saved_optimizer, check_saved_schedule

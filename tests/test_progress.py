@@ -23,6 +23,7 @@ from megatron.core import num_microbatches_calculator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_moa import progress
+from megatron_moa.command_line.flags import add_flags, check_progress_flags
 from megatron_moa.errors import UserError
 from megatron_moa.hardware import GPUS
 from megatron_moa.progress import Mark, Meter, Terminal, duration, peak_flops, samples_at_the_end
@@ -109,7 +110,7 @@ def test_samples_at_the_end_with_one_batch_size() -> None:
 
 def arguments(**given: object) -> argparse.Namespace:
     """Ours, and the few of Megatron's that are looked at."""
-    args = progress.add_arguments(argparse.ArgumentParser()).parse_args([])
+    args = add_flags(argparse.ArgumentParser()).parse_args([])
     defaults = {"tensorboard_dir": None, "wandb_project": None, "wandb_exp_name": None, "wandb_save_dir": None}
     vars(args).update({**defaults, "save": None, "bf16": False, "fp16": False, "fp8": None, **given})
     return args
@@ -156,7 +157,7 @@ def test_mistakes(given: dict, absent: str | None, words: str, monkeypatch: pyte
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
     with pytest.raises(UserError, match=re.escape(words)) as error:
-        progress.check_arguments(arguments(**given))
+        check_progress_flags(arguments(**given))
     assert "\n" not in str(error.value)
 
 

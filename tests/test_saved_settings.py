@@ -11,10 +11,10 @@ import pytest
 
 from megatron_moa import arguments, coefficients
 from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.saved_settings import (
     FORMAT_VERSION,
-    as_typed,
     check_saved_settings,
     check_vocabulary,
     upgrade_saved_settings,

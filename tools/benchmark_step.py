@@ -71,7 +71,8 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
 
     Megatron's globals are set once, by the stock arm's flags; a mixture differs from it in what its own flags decide.
     """
-    from megatron_moa.arguments import add_arguments, mixing_from_args, parse_arguments
+    from megatron_moa.arguments import parse_arguments
+    from megatron_moa.command_line.flags import add_flags, mixing_from_args
 
     others, mixture = split_moa_flags(options.megatron)
     options.megatron = others
@@ -79,7 +80,7 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
     stock, _ = parse_arguments()
     found: dict[str, tuple[argparse.Namespace, MixingConfig | None]] = {"none": (stock, None)}
     for name in options.arms:
-        own = add_arguments(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", name])
+        own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", name])
         args = copy.deepcopy(stock)
         vars(args).update({key: value for key, value in vars(own).items() if key.startswith("moa_")})
         mixing = mixing_from_args(args)

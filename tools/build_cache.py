@@ -106,13 +106,13 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
 
 def parse_run_flags() -> argparse.Namespace:
     """The run's flags from ``sys.argv``, checked and completed by Megatron as at its start, then its global args."""
-    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_moa.arguments import add_all_arguments, megatron_checks
+    from megatron_moa.arguments import megatron_checks, parse_flags
     from pretrain_gpt_moa import check
 
-    args = parse_args(add_all_arguments)
+    args = parse_flags()
     if args.mock_data:
         raise UserError("--mock-data: has no index cache; give --data-path PREFIX")
     if args.use_checkpoint_args:
@@ -122,7 +122,7 @@ def parse_run_flags() -> argparse.Namespace:
     # These read a cache that is there, and never build one.
     args.dataloader_fast_cache_load = args.dataloader_defer_npy_index_mmap = False
     try:
-        with megatron_checks():
+        with megatron_checks(args):
             validate_args(args)
     except UserError as error:
         raise UserError(f"{error} (--world-size {args.world_size}, the run's flags)") from None

@@ -35,10 +35,11 @@ from megatron_moa.checkpoint_files import (
     saved_iterations,
 )
 from megatron_moa.checkpoint_tensors import OPTIMIZER, CheckpointTensors
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.measuring import table
-from megatron_moa.saved_settings import as_typed, upgrade_saved_settings
+from megatron_moa.saved_settings import upgrade_saved_settings
 from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "inspect_checkpoint.py"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_moa.command_line.megatron_flags import has_tanh_gelu
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
 from megatron_moa.layer_pattern import moe_layers
-from megatron_moa.saved_settings import has_tanh_gelu
 
 # Arguments that change the model's function, and the value at which the transformers model computes the same.
 _ONLY = {

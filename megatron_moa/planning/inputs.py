@@ -60,12 +60,11 @@ def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixingCo
         UserError: flags of the mixture that cannot be.
         SystemExit: flags that cannot be parsed, after one line that says so.
     """
-    from megatron.training.arguments import parse_args  # when megatron_moa.cpu has replaced what it must
-
-    from megatron_moa.arguments import add_all_arguments, mixing_from_args
+    from megatron_moa.arguments import parse_flags  # when megatron_moa.cpu has replaced what it must
+    from megatron_moa.command_line.flags import mixing_from_args
 
     with _world(gpus, flags):
-        args = parse_args(add_all_arguments)
+        args = parse_flags()
         mixing = mixing_from_args(args)
     if mixing is not None:
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False  # as parse_arguments does
@@ -92,6 +91,6 @@ def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.
         args.expert_model_parallel_size = split.ep
         args.context_parallel_size = split.cp
         args.micro_batch_size = split.micro_batch
-    with _world(args.world_size, ()), megatron_checks():
+    with _world(args.world_size, ()), megatron_checks(args):
         validate_args(args)
     return args
