@@ -30,6 +30,7 @@ from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.errors import UserError, fail
 from megatron_moa.functional import check_overwrite, resolve_backend
+from megatron_moa.layer_pattern import check_layer_pattern
 from megatron_moa.output_folder import check_output_folders
 from megatron_moa.saved_settings import check_saved_settings
 
@@ -80,6 +81,8 @@ def parse_flags() -> argparse.Namespace:
     megatron_flags.check_words(sys.argv[1:], our_flags())
     args = parse_args(add_all_arguments)
     megatron_flags.check_numbers(args)
+    if args.checkpoint_activations:  # Megatron leaves with exit code 0
+        raise UserError("--checkpoint-activations: no flag of Megatron's any more; give --recompute-activations")
     return args
 
 
@@ -170,6 +173,7 @@ def parse_arguments(
     if args.use_checkpoint_args:
         _take_saved_settings(args, checkpoint, saved)
     mixing = mixing_from_args(args)
+    check_layer_pattern(args)
     _settle(args, mixing)
     if check is not None:
         check(args)
@@ -228,6 +232,21 @@ def _settle(args: argparse.Namespace, mixing: MixingConfig | None) -> None:
         args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
 
 
+# What wrong settings end in when Megatron checks them or builds a model of them.
+_MISTAKES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+)
+
+
 @contextmanager
 def megatron_checks(args: argparse.Namespace | None = None) -> Iterator[None]:
     """Turns whatever Megatron's checks of settings raise inside into a :class:`UserError` of one line.
@@ -237,13 +256,13 @@ def megatron_checks(args: argparse.Namespace | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except _MISTAKES as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         code = _statement(frame)
         text = " ".join(str(error).split())
-        if not isinstance(error, AssertionError | ValueError):
+        if not isinstance(error, AssertionError | ValueError | RuntimeError):
             text = f"Megatron fails at them ({type(error).__name__}: {text}; {code})"
         # Where an assertion has no text, the condition that failed says most.
         text = text or f"Megatron requires {code.removeprefix('assert ')}"

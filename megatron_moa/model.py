@@ -105,6 +105,18 @@ class MixedGPTModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, config.transformer.tensor_model_parallel_size
             )
+        with megatron_checks():
+            return self._build(config, vocab_size, pre_process, post_process, pg_collection, vp_stage)
+
+    def _build(
+        self,
+        config: MixedGPTModelConfig,
+        vocab_size: int,
+        pre_process: bool,
+        post_process: bool,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> GPTModel:
         return GPTModel(
             config=config.transformer,
             transformer_layer_spec=layer_spec(config, config.mixing, vp_stage),

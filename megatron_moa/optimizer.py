@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 
 from torch.nn import Parameter
 
@@ -154,6 +155,19 @@ def _schedule(args: argparse.Namespace) -> dict[str, tuple[object, object]]:
     return schedule
 
 
+def _checked(build: Callable, args: argparse.Namespace) -> Callable:
+    """A function of Megatron's that builds from settings; its assertions become one line."""
+
+    @functools.wraps(build)
+    def call(*arguments: object, **keywords: object) -> object:
+        from megatron_moa.arguments import megatron_checks
+
+        with megatron_checks(args):
+            return build(*arguments, **keywords)
+
+    return call
+
+
 def install(args: argparse.Namespace) -> None:
     """Lets Megatron's training loop follow this module's flags; before ``pretrain``.
 
@@ -165,6 +179,8 @@ def install(args: argparse.Namespace) -> None:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.training import training
 
+    for name in ("get_optimizer_param_scheduler", "get_megatron_optimizer"):
+        setattr(training, name, _checked(getattr(training, name), args))
     ours = {}
     if args.moa_gate_lr_scale != 1:
         ours[ParamKey(name=_ALL)] = {"lr_mult": args.moa_gate_lr_scale}

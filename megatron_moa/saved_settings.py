@@ -87,9 +87,17 @@ def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, ch
         # An arg that an older Megatron did not have cannot be compared.
         value, saved_value = getattr(args, name), getattr(saved, name, getattr(args, name))
         if not same(name, value, saved_value):
-            remedy = "drop the flag" if args.use_checkpoint_args else "give that, or add --use-checkpoint-args"
-            here, there = as_typed(name, value), as_typed(name, saved_value)
-            raise UserError(f"{here}: the checkpoint to load was trained with {there} ({checkpoint}); {remedy}")
+            raise UserError(_difference(name, value, saved_value, checkpoint, args.use_checkpoint_args))
+
+
+def _difference(name: str, value: object, saved_value: object, checkpoint: Checkpoint, takes_saved: bool) -> str:
+    here, there = as_typed(name, value), as_typed(name, saved_value)
+    remedy = "drop the flag" if takes_saved else "give that, or add --use-checkpoint-args"
+    if here.startswith("no "):
+        return f"this run lacks {there}, which the checkpoint was trained with ({checkpoint}); {remedy}"
+    if there.startswith("no "):
+        return f"{here}: the checkpoint was trained without it ({checkpoint}); drop the flag"
+    return f"{here}: the checkpoint was trained with {there} ({checkpoint}); {remedy}"
 
 
 # Which tokens a training sees, and in what samples.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_moa import arguments, coefficients
+from megatron_moa.arguments import parser_defaults
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
@@ -26,6 +27,7 @@ CHECKPOINT = Checkpoint("--load", Path("somewhere"), 40)
 FUSED = {"moa_mixing": "none", "swiglu": False, "add_bias_linear": True, "bias_gelu_fusion": True}
 EXACT = {**FUSED, "bias_gelu_fusion": False}
 SETTINGS = {
+    **parser_defaults(),
     "moa_mixing": "moa",
     "moa_form": "bi-sided",
     "moa_activations": ["silu", "relu2"],
@@ -93,6 +95,16 @@ def namespace(**changes: Any) -> argparse.Namespace:
         ({"num_query_groups": 4}, {}, "--num-query-groups 4", "--num-query-groups 2"),
         ({"add_bias_linear": True}, {}, "no --disable-bias-linear", "--disable-bias-linear"),
         ({"num_experts": 4}, {}, "--num-experts 4", "no --num-experts"),
+        ({"rotary_base": 500}, {}, "--rotary-base 500", "--rotary-base 10000"),
+        ({}, {"qk_l2_norm": True}, "no --qk-l2-norm", "--qk-l2-norm"),
+        ({"use_mup": True}, {}, "--use-mup", "no --use-mup"),
+        ({"layernorm_epsilon": 1e-6}, {}, "--norm-epsilon 1e-06", "--norm-epsilon 1e-05"),
+        (
+            {"num_experts": 4, "moe_router_load_balancing_type": "sinkhorn"},
+            {"num_experts": 4},
+            "--moe-router-load-balancing-type sinkhorn",
+            "--moe-router-load-balancing-type aux_loss",
+        ),
         ({"num_experts": 4}, {"num_experts": 8}, "--num-experts 4", "--num-experts 8"),
         (
             {"position_embedding_type": "learned_absolute"},
@@ -110,8 +122,14 @@ def test_each_setting_is_compared(run: dict[str, Any], saved: dict[str, Any], gi
     with pytest.raises(UserError) as error:
         check_saved_settings(namespace(**run), namespace(**saved), CHECKPOINT)
     text = str(error.value)
-    assert text.startswith(f"{given}: the checkpoint to load has {there} (--load somewhere: iteration 40); ")
-    assert "--use-checkpoint-args" in text
+    where = "(--load somewhere: iteration 40); "
+    if given.startswith("no "):
+        assert text.startswith(f"this run lacks {there}, which the checkpoint was trained with {where}")
+    elif there.startswith("no "):
+        assert text == f"{given}: the checkpoint was trained without it {where}drop the flag"
+    else:
+        assert text.startswith(f"{given}: the checkpoint was trained with {there} {where}")
+        assert text.endswith("add --use-checkpoint-args")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +141,7 @@ def test_each_setting_is_compared(run: dict[str, Any], saved: dict[str, Any], gi
         ({"moa_mixing": "la", "moa_init_scale": "matched"}, {"moa_mixing": "la"}),  # in the coefficients
         ({"max_position_embeddings": 128, "v_head_dim": 64}, {}),  # of no effect with these settings
         ({"mtp_num_layers": 0}, {"mtp_num_layers": None}),
+        ({"num_experts": 4, "moe_router_load_balancing_type": "none"}, {"num_experts": 4}),  # of training alone
         ({**FUSED, "swiglu": True}, {**EXACT, "swiglu": True}),  # no GELU there
         ({**FUSED, "moa_mixing": "la"}, {**EXACT, "moa_mixing": "la"}),
     ],
@@ -284,7 +303,7 @@ def test_another_order_of_the_dictionary_is_refused(folder: Path, tmp_path: Path
         source = ["--load", tmp_path / "new", "--pretrained-checkpoint", folder / "moa"]
     run = train(*FLAGS, *OTHER_ORDER, *source, "--save", tmp_path / "new", check=False)
     assert refusal(run).startswith(
-        "--moa-activations relu2 silu: the checkpoint to load has --moa-activations silu relu2"
+        "--moa-activations relu2 silu: the checkpoint was trained with --moa-activations silu relu2"
     )
     assert not (tmp_path / "new").exists()
     assert "> initializing torch distributed" not in run.log
@@ -300,7 +319,7 @@ def test_a_stock_checkpoint_into_a_mixture_and_back(folder: Path) -> None:
     run = train(*FLAGS, *MIXTURE, "--load", folder / "stock", check=False)
     assert re.search(r"iteration 2: has stock SwiGLU layers.*--moa-mixing moa.*convert it", refusal(run))
     run = train(*FLAGS, "--moa-mixing", "none", "--load", folder / "moa", check=False)
-    assert refusal(run).startswith("--moa-mixing none: the checkpoint to load has --moa-mixing moa")
+    assert refusal(run).startswith("--moa-mixing none: the checkpoint was trained with --moa-mixing moa")
 
 
 def test_what_was_given_beside_the_checkpoints_settings_is_refused(folder: Path) -> None:

@@ -5,33 +5,27 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_moa.command_line.megatron_flags import has_tanh_gelu
+from megatron_moa.arguments import parser_defaults
+from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu, relevant, same
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
 from megatron_moa.layer_pattern import moe_layers
 
-# Arguments that change the model's function, and the value at which the transformers model computes the same.
-_ONLY = {
-    "multi_latent_attention": False,
-    "attention_output_gate": False,
-    "apply_layernorm_1p": False,
-    "apply_residual_connection_post_layernorm": False,
-    "squared_relu": False,
-    "quick_geglu": False,
-    "qk_l2_norm": False,
-    "softmax_scale": None,
-    "softmax_type": "vanilla",
-    "window_size": None,
-    "rotary_interleaved": False,
-    "moe_router_num_groups": None,
-    "moe_router_group_topk": None,
-    "moe_latent_size": None,
-    "moe_apply_probs_on_input": False,
-    "moe_expert_capacity_factor": None,
-    "experimental_attention_variant": None,
-}
+# Settings that the configuration below is made of. Every other one that decides the function must be at the value that
+# no flag sets (megatron_moa.command_line.megatron_flags.FUNCTION).
+_READ = frozenset(
+    """
+    num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention num_query_groups
+    max_position_embeddings normalization layernorm_epsilon position_embedding_type rotary_base rotary_percent
+    use_rope_scaling rope_scaling_factor rotary_seq_len_interpolation_factor add_bias_linear add_qkv_bias qk_layernorm
+    swiglu bias_gelu_fusion untie_embeddings_and_output_weights num_experts moe_layer_freq moe_ffn_hidden_size
+    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function
+    moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_enable_expert_bias moe_router_dtype
+    mtp_num_layers mtp_use_repeated_layer use_rotary_position_embeddings fp32_residual_connection
+    """.split()
+)
 
 
 def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, vocab_size: int) -> GPTMoAConfig:
@@ -45,11 +39,12 @@ def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, voca
     Raises:
         UserError: a setting that the transformers model does not have.
     """
-    for name, value in _ONLY.items():
-        if getattr(args, name, value) != value:
+    defaults = parser_defaults()
+    for name in relevant(args):
+        value = getattr(args, name, defaults[name])
+        if name not in _READ and not same(name, value, defaults[name]):
             raise UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: the transformers model has no such thing; this "
-                "checkpoint cannot be exported"
+                f"{as_typed(name, value)}: the transformers model has no such thing; this checkpoint cannot be exported"
             )
     if args.position_embedding_type not in POSITIONS:
         raise UserError(
@@ -114,8 +109,6 @@ def _rope(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
-    if args.moe_router_load_balancing_type in ("sinkhorn", ["sinkhorn"]):
-        raise UserError("--moe-router-load-balancing-type sinkhorn: the transformers model has no such router")
     if args.moe_router_score_function not in ROUTER_SCORES:
         raise UserError(
             f"--moe-router-score-function {args.moe_router_score_function}: the transformers model has "
