@@ -20,7 +20,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.export import code_files
 from megatron_moa.hf.mapping import entries, from_hf, to_hf
-from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, MixtureCoefficients
 from megatron_moa.output_scale import matching_scale
 from tests import hf_models, launch
 from tests.tiny_hf import KINDS, build, tokens_of
@@ -369,14 +369,68 @@ def test_flex_attention_computes_the_same(tmp_path: Path) -> None:
     assert code == 0, log[-2000:]
 
 
+# Every kind of router and expert, and models with and without dense layers.
+ROUTERS = {
+    "sigmoid, bias, biases": {"router_score": "sigmoid", "router_bias": True, "mlp_bias": True},
+    "softmax before, all layers": {
+        "router_pre_softmax": True,
+        "moe_layers": [True, True],
+        "mixing": KINDS["moa"]["mixing"],
+    },
+}
+
+
+@pytest.mark.parametrize("settings", ROUTERS.values(), ids=ROUTERS)
+def test_experts_as_one_graph_compute_the_same(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("la, experts", **settings)
+    for name, buffer in model.named_buffers():
+        if name.endswith("router_bias"):
+            buffer.copy_(torch.tensor([3.0, 0, -3, 1]))
+    tokens = tokens_of(model, 2, 9)
+    results = []
+    for is_compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_compiling: value)
+        result = model(tokens, labels=tokens)
+        parameters = dict(model.named_parameters())
+        # An expert without tokens has no part in the loss, or one of 0.
+        gradients = torch.autograd.grad(result.loss, parameters.values(), allow_unused=True, materialize_grads=True)
+        results.append((result.logits, dict(zip(parameters, gradients, strict=True))))
+    torch.testing.assert_close(results[1][0], results[0][0], **EQUAL)
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_an_expert_that_overflows_for_others_tokens_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("la, experts")
+    layer = model.model.layers[1].mlp
+    x = torch.randn(1, 1, 32)
+    chosen = layer.router(x[0], None)[2][0].tolist()
+    expected = layer(x)
+    spare = next(number for number in range(4) if number not in chosen)
+    torch.nn.init.constant_(layer.experts[str(spare)].down_proj.weight, torch.inf)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(layer(x), expected, **EQUAL)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moa", pytest.param("GPT-2-like", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", ["moa", "la, experts", pytest.param("GPT-2-like", marks=pytest.mark.full)])
 def test_compiles_as_one_graph(kind: str) -> None:
     model = build(kind)
     tokens = tokens_of(model, 2, 9)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if kind == "la, experts" else "inductor")
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits, **EQUAL)
+
+
+@pytest.mark.parametrize("kind", ["moa", "la, experts", pytest.param("GPT-2-like", marks=pytest.mark.full)])
+def test_exports_as_a_graph_for_any_length(kind: str) -> None:
+    model = build(kind, **({"router_score": "sigmoid", "router_bias": True} if kind == "la, experts" else {}))
+    shapes = {"input_ids": {1: torch.export.Dim.AUTO}, "use_cache": None}
+    arguments = {"input_ids": tokens_of(model, 2, 9), "use_cache": False}
+    program = torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False).module()
+    for count in (9, 23):
+        tokens = tokens_of(model, 2, count)
+        torch.testing.assert_close(program(input_ids=tokens, use_cache=False).logits, model(tokens).logits, **EQUAL)
 
 
 # Experts.
@@ -423,7 +477,7 @@ def test_a_biased_experts_output_is_scaled_with_its_bias() -> None:
     expected = layer.shared_expert(x[0]) * (x[0] @ layer.shared_expert_gate.weight.T).sigmoid()
     for token in range(6):
         for probability, number in zip(probabilities[token], chosen[token], strict=True):
-            expected[token] += probability * layer.experts[number](x[0, token])
+            expected[token] += probability * layer.experts[str(number.item())](x[0, token])
     torch.testing.assert_close(layer(x)[0], expected, atol=1e-3, rtol=1e-4)
 
 
@@ -510,6 +564,8 @@ def test_starts_as_training_does() -> None:
         assert model.config.mixing_scale == (amplitude == "fixed")
         if amplitude == "fixed":
             assert coefficients.scale.item() == pytest.approx(scale)
+            bare = MixtureCoefficients(model.config, coefficients.mixing)  # where initialization is left out
+            assert torch.equal(bare.scale, coefficients.scale)
         else:
             torch.testing.assert_close(coefficients.amplitude, torch.full((6,), scale))
     # Gate vectors, whatever the other weights start from.
@@ -518,12 +574,25 @@ def test_starts_as_training_does() -> None:
         assert model.model.layers[0].mlp.coefficients.weight.std().item() == pytest.approx(std, rel=0.15)
 
 
-def test_vllm_is_refused_experts_it_would_compute_as_swiglu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "vllm", print)
-    config = build("la, experts").config
-    config._attn_implementation = "vllm"
-    with pytest.raises(ValueError, match="num_experts: vLLM"):
-        GPTMoAForCausalLM(config)
+def test_experts_that_a_library_replaces_are_noticed() -> None:
+    """vLLM puts SwiGLU experts in the place of an nn.ModuleList ``experts``, or of one whose parameters are all 3-D."""
+    model = build("la, experts")
+    tokens = tokens_of(model, 1, 5)
+    layer = model.model.layers[1].mlp
+    assert not isinstance(layer.experts, torch.nn.ModuleList)
+    assert {parameter.dim() for parameter in layer.experts.parameters()} == {1, 2}
+    logits = model(tokens).logits
+    layer.experts["2"] = torch.nn.Sequential(layer.experts["2"])  # in a wrapper it is still ours
+    with pytest.raises(TypeError, match="takes 2 positional arguments"):  # and is called
+        model(tokens.expand(8, 5))
+    layer.experts["2"] = layer.experts["2"][0]
+    assert torch.equal(model(tokens).logits, logits)
+    layer.experts["2"] = torch.nn.Identity()
+    with pytest.raises(TypeError, match="experts: Identity has taken their place"):
+        model(tokens)
+    layer.experts = torch.nn.Linear(32, 32)
+    with pytest.raises(TypeError, match="experts: Linear has taken their place"):
+        model(tokens)
 
 
 def test_a_table_that_does_not_fit_is_an_error_by_name() -> None:

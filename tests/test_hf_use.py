@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from tests import launch
-from tests.tiny_hf import KINDS, build, logits_in_parallel, tokens_of
+from tests.tiny_hf import KINDS, build, in_parallel, tokens_of
 
 # 64 sequences that count upwards: a small model learns that in a few steps.
 COUNTING = [{"input_ids": (row := (torch.arange(16) + start) % 101), "labels": row} for start in range(64)]
@@ -100,21 +100,48 @@ def test_lora_can_train_coefficients_beside_it(kind: str, tmp_path: Path) -> Non
     torch.testing.assert_close(loaded(input_ids=tokens).logits, logits)
 
 
+# Every place where what all ranks hold meets what they share out; gradients of such places are sums over the ranks.
+SPLIT = {
+    "gates": ("moa", {"qk_norm": True}),
+    "gates, biases": ("GPT-2-like", {}),
+    "constants, experts": ("la, experts", {"qk_norm": True}),
+    "gates, experts with biases": (
+        "la, experts",
+        {"mixing": KINDS["moa"]["mixing"], "mlp_bias": True, "router_score": "sigmoid", "router_bias": True},
+    ),
+    "gates, experts in every layer": ("la, experts", {"mixing": KINDS["moa"]["mixing"], "moe_layers": [True, True]}),
+    "stock activation, experts": ("la, experts", {"mixing": None}),
+}
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "kind", ["la, experts", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("moa", "GPT-2-like"))]
-)
-def test_tensor_parallelism_of_transformers(kind: str, tmp_path: Path) -> None:
-    model = build(kind, vocab_size=102, mlp_bias=True)
-    model.save_pretrained(tmp_path)
-    tokens = tokens_of(model, 2, 9)
-    code, log = launch.launch(logits_in_parallel, (str(tmp_path),), 2, tmp_path)
+def test_tensor_parallelism_of_transformers(tmp_path: Path) -> None:
+    models = {name: build(kind, vocab_size=102, **settings) for name, (kind, settings) in SPLIT.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    code, log = launch.launch(in_parallel, (str(tmp_path),), 2, tmp_path)
     assert code == 0, log[-1500:]
-    result = torch.load(tmp_path / "parallel.pt")
-    assert result["rows"] == 24  # half of the feed-forward layer's 48
-    torch.testing.assert_close(result["logits"], model(tokens).logits, atol=5e-5, rtol=1e-4)
-    assert torch.equal(result["text"], model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False))
+    assert "match nothing" not in log  # of a plan with modules that the model has not
+    for name, model in models.items():
+        tokens = tokens_of(model, 2, 9)
+        expected = model(tokens, labels=tokens)
+        expected.loss.backward()
+        result = torch.load(tmp_path / name / "parallel.pt")
+        assert result["rows"] == (12 if name == "gates, experts in every layer" else 24), name  # half of 24 or 48
+        torch.testing.assert_close(result["logits"], expected.logits, atol=5e-5, rtol=1e-4)
+        assert torch.equal(result["text"], model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False)), name
+        gradients = {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+        assert set(result["gradients"]) == set(gradients), name
+        for key, gradient in gradients.items():
+            largest = gradient.abs().max().item()
+            torch.testing.assert_close(
+                result["gradients"][key],
+                gradient,
+                rtol=1e-3,
+                atol=1e-4 * largest + 1e-7,
+                msg=lambda m, k=key: f"{k}: {m}",
+            )
 
 
 class Replaced(nn.Module):

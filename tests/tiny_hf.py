@@ -55,14 +55,27 @@ def tokens_of(model: GPTMoAForCausalLM, *shape: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(2))
 
 
-def logits_in_parallel(folder: str) -> None:
-    """On every rank: loads the folder by its plan of tensor parallelism; rank 0 writes logits and text beside it."""
+def in_parallel(folder: str) -> None:
+    """On every rank: loads the models in a folder by their plans of tensor parallelism, computes, and compares.
+
+    Rank 0 writes logits, generated text, gradients and how many rows of a feed-forward layer it has beside each model.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    model = GPTMoAForCausalLM.from_pretrained(folder, tp_plan="auto").eval()
-    tokens = tokens_of(model, 2, 9)
-    with torch.no_grad():
-        logits = model(tokens).logits
-    text = model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False)
-    cut = model.model.layers[0].mlp.up_proj.weight.to_local().shape[0]
-    if os.environ["RANK"] == "0":
-        torch.save({"logits": logits, "text": text, "rows": cut}, Path(folder) / "parallel.pt")
+    for path in sorted(Path(folder).iterdir()):
+        if not (path / "config.json").is_file():
+            continue
+        model = GPTMoAForCausalLM.from_pretrained(path, tp_plan="auto").eval()
+        tokens = tokens_of(model, 2, 9)
+        text = model.generate(tokens[:, :4], max_new_tokens=4, do_sample=False)
+        result = model(tokens, labels=tokens)
+        result.loss.backward()
+        gradients = {
+            name: getattr(parameter.grad, "full_tensor", lambda parameter=parameter: parameter.grad)()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+        mlp = model.model.layers[0].mlp
+        rows = (mlp if hasattr(mlp, "up_proj") else mlp.experts["0"]).up_proj.weight.to_local().shape[0]
+        if os.environ["RANK"] == "0":
+            saved = {"logits": result.logits.detach(), "text": text, "gradients": gradients, "rows": rows}
+            torch.save(saved, path / "parallel.pt")

@@ -14,6 +14,8 @@ POSITIONS = ("rope", "learned_absolute", "none")
 ROUTER_SCORES = ("softmax", "sigmoid")
 # The dictionary that format version 1 took where none was named; its type1 left out the identity.
 _VERSION_1_DICTIONARY = ("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh")
+# transformers' name for a parameter that all ranks hold, each with the gradient of its own heads only.
+_SUM_GRADIENTS = "replicated_with_grad_allreduce"
 
 
 class GPTMoAConfig(PreTrainedConfig):
@@ -58,22 +60,6 @@ class GPTMoAConfig(PreTrainedConfig):
 
     model_type = "gpt_moa"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # For tensor parallelism (transformers' own and vLLM's): both branches are cut alike, the mixture needs no message.
-    base_model_tp_plan = {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-        "layers.*.mlp.experts.*.gate_proj": "colwise",
-        "layers.*.mlp.experts.*.up_proj": "colwise",
-        "layers.*.mlp.experts.*.down_proj": "rowwise",
-        "layers.*.mlp.shared_expert.gate_proj": "colwise",
-        "layers.*.mlp.shared_expert.up_proj": "colwise",
-        "layers.*.mlp.shared_expert.down_proj": "rowwise",
-    }
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -147,7 +133,23 @@ class GPTMoAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {getattr(self, name)!r}: unknown; one of {', '.join(legal)}")
         if len(self.moe_layers) != self.num_hidden_layers:
             raise ValueError(f"moe_layers: {len(self.moe_layers)} entries for {self.num_hidden_layers} layers")
+        self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
+
+    def _tensor_parallel_plan(self) -> dict[str, str]:
+        """How transformers and vLLM split the model's modules over GPUs: both branches of a layer are cut alike."""
+        plan = dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise")
+        plan["layers.*.self_attn.o_proj"] = "rowwise"
+        if self.qk_norm:
+            plan |= dict.fromkeys(("layers.*.self_attn.q_norm", "layers.*.self_attn.k_norm"), _SUM_GRADIENTS)
+        parts = [] if all(self.moe_layers) else ["mlp"]
+        if any(self.moe_layers):
+            parts += ["mlp.experts.*", *(["mlp.shared_expert"] if self.shared_expert_intermediate_size else [])]
+        for part in parts:
+            for name in ("gate_proj", "up_proj") if self.gated else ("up_proj",):
+                plan[f"layers.*.{part}.{name}"] = "colwise"
+            plan[f"layers.*.{part}.down_proj"] = "rowwise"
+        return plan
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -204,7 +204,10 @@ class MixtureCoefficients(nn.Module):
         self.weight = nn.Parameter(torch.empty(n, config.hidden_size)) if moa else None
         self.bias = nn.Parameter(torch.empty(n)) if moa and mixing.gate_bias else None
         self.amplitude = nn.Parameter(torch.empty(n)) if moa and mixing.amplitude == "learned" else None
-        self.scale = nn.Buffer(torch.ones(1, dtype=torch.float32)) if moa and config.mixing_scale else None
+        has_scale = moa and config.mixing_scale
+        matched = has_scale or mixing.init_scale == "matched"
+        self.start = matching_scale(mixing, config.initializer_range, config.hidden_size) if matched else 1.0
+        self.scale = nn.Buffer(torch.tensor([self.start], dtype=torch.float32)) if has_scale else None
 
     def forward(self, hidden_states: Tensor, mixing: MixingConfig) -> Tensor:
         """[..., n] float32 for hidden_states [..., h]; [n] for LA. ``mixing`` says by which backend."""
@@ -212,6 +215,22 @@ class MixtureCoefficients(nn.Module):
             return self.value.float()
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
             return gate_coefficients(hidden_states, self.weight, mixing, self.bias, self.amplitude, self.scale)
+
+
+def _summing_gradients(x: Tensor, linear: nn.Module) -> Tensor:
+    """Returns x; under tensor parallelism its gradient is summed over the ranks between which ``linear`` is split.
+
+    Each rank multiplies the same x by its own columns only, so that each has a part of the gradient. What goes in
+    through a linear layer is summed by transformers.
+    """
+    mesh = getattr(getattr(linear, "weight", None), "device_mesh", None)  # of a DTensor
+    mesh = getattr(linear, "_hf_device_mesh", None) if mesh is None else mesh  # older transformers
+    if mesh is None or not torch.is_grad_enabled():
+        return x
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = mesh if mesh.ndim == 1 else mesh["tp"]
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
 class GPTMoAMLP(nn.Module):
@@ -227,14 +246,17 @@ class GPTMoAMLP(nn.Module):
         self.has_bias = config.mlp_bias
         self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
         self.mixing = mixing_config(config)
-        # Compiling costs more than it saves where the lengths change from call to call, so CPUs have to be told to.
+        # Unless a backend is named, plain PyTorch computes the mixture on CPUs, where lengths change from call to call
+        # and compiling costs more than it saves, and wherever torch traces the model: a kernel would break the graph.
         is_auto = self.mixing is not None and self.mixing.backend == "auto"
-        self.mixing_on_cpu = replace(self.mixing, backend="eager") if is_auto else self.mixing
+        self.plain_mixing = replace(self.mixing, backend="eager") if is_auto else self.mixing
         self.coefficients = None if self.mixing is None else MixtureCoefficients(config, self.mixing)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., h] -> [..., h]; ``scale`` [...], a router's probabilities, multiplies the output."""
         inner, outer = (None, scale) if self.has_bias else (scale, None)  # before down_proj, as in training, if it can
+        if inner is not None:
+            inner = _summing_gradients(inner, self.down_proj)
         if self.mixing is None:
             activated = self.activation(self.up_proj(x) if self.gate_proj is None else self.gate_proj(x))
             if self.gate_proj is not None:
@@ -245,8 +267,10 @@ class GPTMoAMLP(nn.Module):
             preactivation = self.up_proj(x)
             if self.gate_proj is not None:  # the activated branch first
                 preactivation = torch.cat((self.gate_proj(x), preactivation), dim=-1)
-            mixing = self.mixing_on_cpu if x.device.type == "cpu" else self.mixing
-            activated = mixed_activation(preactivation, self.coefficients(x, mixing), mixing, None, inner)
+            is_plain = x.device.type == "cpu" or torch.compiler.is_compiling()
+            mixing = self.plain_mixing if is_plain else self.mixing
+            coefficients = _summing_gradients(self.coefficients(x, mixing), self.down_proj)
+            activated = mixed_activation(preactivation, coefficients, mixing, None, inner)
         output = self.down_proj(activated)  # by its module, which LoRA or a parallel layer may have replaced
         return output if outer is None else output * outer.unsqueeze(-1).to(output.dtype)
 
@@ -312,7 +336,10 @@ class GPTMoASparseMLP(nn.Module):
         self.router_bias = (
             nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32)) if config.router_bias else None
         )
-        self.experts = nn.ModuleList(GPTMoAMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
+        # No nn.ModuleList: vLLM would put SwiGLU experts of its own in the place of one.
+        self.experts = nn.ModuleDict(
+            {str(number): GPTMoAMLP(config, config.moe_intermediate_size) for number in range(config.num_experts)}
+        )
         shared = config.shared_expert_intermediate_size
         self.shared_expert = GPTMoAMLP(config, shared) if shared else None
         self.shared_expert_gate = SharedExpertGate(config) if config.shared_expert_gate else None
@@ -321,18 +348,42 @@ class GPTMoASparseMLP(nn.Module):
         """[b, s, h] -> [b, s, h]"""
         tokens = x.reshape(-1, x.shape[-1])  # [t, h]
         _, probabilities, chosen = self.router(tokens, self.router_bias)
-        output = torch.zeros_like(tokens)
-        for number, expert in enumerate(self.experts):
-            rows, column = (chosen == number).nonzero(as_tuple=True)
-            if rows.numel():
-                routed = expert(tokens[rows], probabilities[rows, column])
-                output.index_add_(0, rows, routed.to(output.dtype))  # of another dtype under autocast
+        self._check_experts()
+        route = self._routed_as_one_graph if torch.compiler.is_compiling() else self._routed
+        output = route(tokens, probabilities, chosen)
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
             if self.shared_expert_gate is not None:
                 shared = shared * self.shared_expert_gate(tokens).sigmoid()
             output = output + shared
         return output.view_as(x)
+
+    def _check_experts(self) -> None:
+        """Raises TypeError where a library has put experts of its own, which mix no activations, in ours' place."""
+        experts = self.experts.values() if hasattr(self.experts, "values") else [self.experts]
+        for expert in experts:  # others may lie around ours, as a wrapper for sharding does
+            if not isinstance(expert, GPTMoAMLP) and not any(isinstance(m, GPTMoAMLP) for m in expert.modules()):
+                raise TypeError(f"experts: {type(expert).__name__} has taken their place and computes something else")
+
+    def _routed(self, tokens: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """The experts' output [t, h]; each computes its own tokens."""
+        output = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts.values()):
+            rows, column = (chosen == number).nonzero(as_tuple=True)
+            if rows.numel():
+                routed = expert(tokens[rows], probabilities[rows, column])
+                output.index_add_(0, rows, routed.to(output.dtype))  # of another dtype under autocast
+        return output
+
+    def _routed_as_one_graph(self, tokens: Tensor, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """As :meth:`_routed`, with every expert for all tokens: no shape depends on the choice of experts."""
+        output = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts.values()):
+            own = chosen == number  # [t, k], at most one of a row
+            routed = expert(tokens, (probabilities * own).sum(-1))
+            # What an expert makes of others' tokens may be infinite in half precision, where a factor of 0 gives NaN.
+            output = output + routed.to(output.dtype).where(own.any(-1, keepdim=True), 0)
+        return output
 
 
 class GPTMoADecoderLayer(GradientCheckpointingLayer):
@@ -392,18 +443,15 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
 
     def _init_coefficients(self, module: MixtureCoefficients) -> None:
         mixing = module.mixing
-        scale = 1.0
-        if mixing.init_scale == "matched" or module.scale is not None:
-            scale = matching_scale(mixing, self.config.initializer_range, self.config.hidden_size)
         for parameter in (module.value, module.amplitude):
             if parameter is not None:
-                init.copy_(parameter, scale * torch.tensor(list(mixing.start_values()), device=parameter.device))
+                init.copy_(parameter, module.start * torch.tensor(list(mixing.start_values()), device=parameter.device))
         if module.weight is not None:
             init.normal_(module.weight, std=mixing.gate_init_std)
         if module.bias is not None:
             init.zeros_(module.bias)
         if module.scale is not None:
-            init.constant_(module.scale, scale)
+            init.constant_(module.scale, module.start)
 
 
 class GPTMoAModel(GPTMoAPreTrainedModel):
@@ -411,11 +459,6 @@ class GPTMoAModel(GPTMoAPreTrainedModel):
 
     def __init__(self, config: GPTMoAConfig) -> None:
         super().__init__(config)
-        if config._attn_implementation == "vllm" and config.num_experts:
-            raise ValueError(
-                "num_experts: vLLM's Transformers backend computes all experts as SwiGLU's, which these are not; "
-                "serve this model with transformers"
-            )
         # No padding_idx: the token that pads may be the one that ends a document, which has to learn.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.position_embedding_type == "learned_absolute"
