@@ -40,7 +40,13 @@ def check_cache(model: torch.nn.Module, prompt: torch.Tensor) -> None:
     """
     count = min(8, prompt.shape[1])
     made = model.generate(
-        prompt, max_new_tokens=count, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        prompt,
+        attention_mask=torch.ones_like(prompt),  # else the prompt's tokens of pad_token_id are taken for padding
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=0,
     )
     cached = torch.stack(made.logits, dim=1)  # [1, generated, vocabulary]
     whole = model(made.sequences[:, :-1], use_cache=False).logits[:, prompt.shape[1] - 1 :]
