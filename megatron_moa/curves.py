@@ -18,16 +18,18 @@ from typing import Any
 import numpy as np
 
 from megatron_moa.errors import UserError
-from megatron_moa.training_log import parse_iteration, parse_setting
+from megatron_moa.training_log import COUNT, NUMBER, parse_iteration, parse_setting, read_lines, records
 
 LOG_NAME = "train.log"  # in a run's folder, beside tensorboard/
 
 _STAMP = re.compile(r"^ ?\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+)\]")
-_TOKENS = re.compile(r"\| tokens: (\d+) \|")
-_SAMPLES = re.compile(r"\| consumed samples: +(\d+) \|")
-_VALIDATION = re.compile(r"validation loss at iteration (\d+)(?: on validation set)? \| lm loss value: (\S+)")
-_COEFFICIENTS = re.compile(r"^ ?coefficients at iteration (\d+) \| ([^|]+) \| (.*)$")
-_CELL = re.compile(r"(\S+) (\S+) \+- (\S+)")
+_TOKENS = re.compile(rf"\| tokens: {COUNT} \|")
+_SAMPLES = re.compile(rf"\| consumed samples: +{COUNT} \|")
+_VALIDATION = re.compile(
+    rf"validation loss at iteration {COUNT}(?: on validation set)? \| lm loss value: {NUMBER}(?= *\|)", re.IGNORECASE
+)
+_COEFFICIENTS = re.compile(rf"^ ?coefficients at iteration {COUNT} \| ([^|]*\d[^|]*) \| (.*)", re.DOTALL)
+_CELL = re.compile(rf"(\S+) {NUMBER} \+- {NUMBER}(?= \||\s*\n)")  # a cell without its end may be cut off
 _TAG = re.compile(r"moa/([^/]+)/([^/]+)/(mean|std)")
 
 
@@ -149,10 +151,12 @@ class _Recorder:
     def _statistics(self) -> Statistics | None:
         if not self.coefficients:
             return None
-        iteration = max(self.coefficients)
+        # The last iteration of which most was written: the end of a log may be cut off.
+        cells = {step: sum(map(len, rows.values())) for step, rows in self.coefficients.items()}
+        iteration = max(cells, key=lambda step: (cells[step], step))
         rows = self.coefficients[iteration]
-        layers = tuple(sorted(rows, key=_layer_order))
-        names = tuple(rows[layers[0]])
+        names = max(map(tuple, rows.values()), key=len)
+        layers = tuple(sorted((layer for layer in rows if tuple(rows[layer]) == names), key=_layer_order))
         mean, std = np.moveaxis(np.array([[rows[layer][name] for name in names] for layer in layers]), -1, 0)
         return Statistics(iteration, layers, names, mean, std)
 
@@ -174,8 +178,10 @@ def _from_events(path: Path, files: list[Path]) -> Course:
                 recorder.add(quantity, event.step, event.wall_time, event.value)
         for tag, values in events.items():
             if (match := _TAG.fullmatch(tag)) and match[3] == "mean":
-                spread = {event.step: event.value for event in events[tag.removesuffix("mean") + "std"]}
+                spread = {event.step: event.value for event in events.get(tag.removesuffix("mean") + "std", ())}
                 for event in values:
+                    if event.step not in spread:
+                        continue  # the run was killed between the two
                     row = recorder.coefficients.setdefault(event.step, {}).setdefault(match[1].replace("_", " "), {})
                     row[match[2]] = (event.value, spread[event.step])
     return recorder.course()
@@ -197,10 +203,10 @@ def _from_log(path: Path) -> Course:
     for line in _lines(path):
         if setting := parse_setting(line):
             started = False  # each start begins with the list of arguments
-            sequence = int(setting[1]) if setting[0] == "seq_length" else sequence
+            if setting[0] == "seq_length" and re.fullmatch(COUNT, setting[1]):
+                sequence = int(setting[1])
         elif step := parse_iteration(line):
-            stamp = _STAMP.match(line)
-            clock = datetime.strptime(stamp[1], "%Y-%m-%d %H:%M:%S.%f").timestamp() if stamp else clock
+            clock = _clock(line, clock)
             if not started:
                 recorder.start(step.iteration, clock)
                 started = True
@@ -218,8 +224,16 @@ def _from_log(path: Path) -> Course:
     return recorder.course()
 
 
+def _clock(line: str, before: float) -> float:
+    """The time that a line of the training log begins with, in seconds; ``before`` if there is none."""
+    stamp = _STAMP.match(line)
+    try:
+        return datetime.fromisoformat(stamp[1]).timestamp() if stamp else before
+    except ValueError:  # of a damaged line
+        return before
+
+
 def _lines(path: Path) -> Iterator[str]:
     """A log's lines, without the number of a rank that a launcher may have put before them."""
-    with path.open(errors="replace") as lines:
-        for line in lines:
-            yield re.sub(r"^\[?(?:default|rank)?\d+\]?: ?", "", line.rstrip("\n"))
+    for line in read_lines(path):
+        yield from records(re.sub(r"^\[?(?:default|rank)?\d+\]?: ?", "", line))

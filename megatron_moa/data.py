@@ -1,76 +1,33 @@
-"""Text in, Megatron datasets out: finding and reading a corpus, and what is checked before training starts.
+"""Checks the tokenizer, the datasets and the index cache of a training before it starts.
 
-The first half serves the two tools, the second half the training script. Nothing here imports torch or Megatron until a
-function needs it, and no check reads a whole dataset.
+The tools that make datasets share these checks; corpus.py reads their texts. Nothing here imports torch or Megatron
+until a function needs it, and no check reads a whole dataset.
 """
 
 import argparse
-import bz2
 import copy
-import fnmatch
-import gzip
 import hashlib
-import io
 import json
 import logging
-import lzma
 import math
 import os
 import struct
 import sys
 import time
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy
 
+from megatron_moa.corpus import TextFile, read_documents  # noqa: F401  others import them from here
 from megatron_moa.errors import UserError
 
-JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TRAIN, VALIDATION, TEST = "training", "validation", "test"
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """One input file: a document of its own, or JSON lines with a document each. ``size`` is that of the file."""
-
-    path: str
-    size: int
-    json_lines: bool
-
-    @property
-    def compressed(self) -> bool:
-        """Whether its bytes are not the text's: such a file can only be read from its beginning."""
-        return self.path.endswith(tuple(DECOMPRESSORS))
-
-
-def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say where the text comes from; both tools read their input the same way."""
-    group = parser.add_argument_group("input")
-    group.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="text files, JSON-lines files, or folders with --glob"
-    )
-    group.add_argument("--glob", metavar="PATTERN", help="which files of the folders to take, e.g. '**/*.py' (quoted)")
-    group.add_argument(
-        "--exclude", nargs="+", default=[], metavar="PATTERN", help="files of the folders to leave out, e.g. 'test/*'"
-    )
-    group.add_argument(
-        "--json-key",
-        metavar="KEY",
-        help="every input is JSON lines and KEY holds the text; without this flag files named "
-        f"{', '.join(JSON_ENDINGS)} (compressed, too: {', '.join(DECOMPRESSORS)}) are JSON lines with the key 'text', "
-        "all others plain text, one document a file",
-    )
-    group.add_argument(
-        "--errors", choices=["strict", "replace"], default="strict", help="what to do with text that is not UTF-8"
-    )
 
 
 def positive(text: str) -> int:
@@ -79,196 +36,6 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text}")
     return number
-
-
-def find_text_files(
-    inputs: Sequence[str],
-    glob: str | None = None,
-    exclude: Sequence[str] = (),
-    json_key: str | None = None,
-    compressed: bool = False,
-) -> list[TextFile]:
-    """The input files, in the order given; the files of a folder by name. Raises UserError for what cannot be read,
-    compressed files among it unless ``compressed``.
-    """
-    files = []
-    for name in inputs:
-        if os.path.isdir(name):
-            files += _files_of_folder(name, glob, exclude, json_key)
-        elif not os.path.exists(name):
-            raise UserError(f"--input {name}: no such file or folder; check the path")
-        elif not os.path.isfile(name):
-            raise UserError(f"--input {name}: not a regular file; write its content to a file first")
-        elif os.path.getsize(name) == 0:
-            raise UserError(f"--input {name}: the file is empty; leave it out or put text into it")
-        else:
-            files.append(_text_file(name, json_key))
-    for file in files:
-        if not os.access(file.path, os.R_OK):
-            raise UserError(f"--input {file.path}: not readable; change its permissions (chmod +r) or leave it out")
-        if file.compressed and not compressed:
-            raise UserError(
-                f"--input {file.path}: compressed, and a sample is drawn from all over the text; decompress some of it "
-                "first, e.g. gzip -dk"
-            )
-        if file.path.endswith(".zst"):
-            raise UserError(
-                f"--input {file.path}: zstd cannot be read here; decompress it first (zstd -d), or use "
-                f"{' '.join(DECOMPRESSORS)}"
-            )
-    if not sum(file.size for file in files):
-        raise UserError(f"--input {' '.join(inputs)}: all {len(files)} files are empty; give files with text")
-    return files
-
-
-def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str], json_key: str | None) -> list[TextFile]:
-    if not glob:
-        raise UserError(f"--input {folder}: a folder; say which of its files to take, e.g. --glob '**/*.txt'")
-    try:
-        found = sorted(path.relative_to(folder).as_posix() for path in Path(folder).glob(glob) if path.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"--glob {glob}: {error}; give a pattern relative to the folder, e.g. '**/*.txt'") from None
-    kept = [name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
-    if not found:
-        raise UserError(
-            f"--glob {glob}: matches no file in {folder}; '**/*.txt' reaches into subfolders, '*.txt' does not"
-        )
-    if not kept:
-        raise UserError(f"--exclude {' '.join(exclude)}: leaves none of the {len(found)} files of --glob {glob}")
-    return [_text_file(os.path.join(folder, name), json_key) for name in kept]
-
-
-def _text_file(path: str, json_key: str | None) -> TextFile:
-    name, ending = os.path.splitext(path)
-    json_lines = json_key is not None or (name if ending in DECOMPRESSORS else path).endswith(JSON_ENDINGS)
-    return TextFile(path, os.path.getsize(path), json_lines)
-
-
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Turns what goes wrong with a file while it is read into a UserError."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise UserError(f"--input {path}: cut off or damaged ({error}); copy or compress it again") from None
-    except OSError as error:
-        raise UserError(f"--input {path}: {error.strerror or error}; check the file and its permissions") from None
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The text's bytes as a stream, decompressed if the name says so, and the file's own."""
-    open_text = DECOMPRESSORS.get(os.path.splitext(path)[1])
-    with open(path, "rb") as file:
-        if open_text is None:
-            yield file, file
-        else:
-            with open_text(file) as stream:
-                yield stream, file
-
-
-def read_bytes(path: str) -> bytes:
-    """The whole text, decompressed; an unreadable file is a UserError."""
-    with _reading(path), _opened(path) as (stream, _):
-        return stream.read()
-
-
-def lines_between(path: str, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yields ``(byte offset, line)`` for the lines that begin in ``[start, end)``: ranges cut a file exactly."""
-    with _reading(path), open(path, "rb") as stream:
-        offset = start
-        if start:
-            stream.seek(start - 1)
-            offset += len(stream.readline()) - 1  # the line that began before belongs to the range before
-        while offset < end and (line := stream.readline()):
-            yield offset, line
-            offset += len(line)
-
-
-def blocks_of_lines(path: str, size: int) -> Iterator[tuple[int, bytes, int]]:
-    """Yields ``(byte offset, whole lines of about size bytes, bytes read of the file for them)``: for a
-    compressed file, which can only be read from its beginning.
-    """
-    with _reading(path), _opened(path) as (stream, file):
-        offset = position = 0
-        rest = b""
-        while block := stream.read(size):
-            lines, newline, rest_of_block = block.rpartition(b"\n")
-            if newline:
-                lines = rest + lines + newline
-                yield offset, lines, file.tell() - position
-                offset, position, rest = offset + len(lines), file.tell(), rest_of_block
-            else:
-                rest += block
-        yield offset, rest, os.path.getsize(path) - position
-
-
-def lines_of(block: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Yields ``(byte offset, line)`` for the lines of a block that begins at a byte offset of its file's text."""
-    for line in io.BytesIO(block):
-        yield offset, line
-        offset += len(line)
-
-
-def line_number(path: str, offset: int) -> int:
-    """The number (from 1) of the line that begins at a byte offset: only errors need it, so only they count lines."""
-    count = 1
-    with _opened(path) as (stream, _):
-        while offset > 0 and (block := stream.read(min(offset, 1 << 24))):
-            count += block.count(b"\n")
-            offset -= len(block)
-    return count
-
-
-def decode_text(data: bytes, path: str, offset: int = 0, errors: str = "strict") -> str:
-    """UTF-8 bytes as text, byte for byte: no newline is translated. ``offset`` is where the bytes begin in the file."""
-    try:
-        return data.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--input {path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); convert the file "
-            "to UTF-8, or use --errors replace"
-        ) from None
-
-
-def json_text(line: bytes, path: str, offset: int, key: str, errors: str = "strict") -> str | None:
-    """The text of one JSON line, None for a blank line. Raises UserError with file and line number."""
-    if offset == 0:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    source = decode_text(line, path, offset, errors)
-    if not source.strip():
-        return None
-    try:
-        record = json.loads(source)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise UserError(
-            f"--input {path}: line {line_number(path, offset)} is not JSON ({reason}); each line must be one "
-            f'object such as {{"{key}": "…"}}'
-        ) from None
-    if not isinstance(record, dict):
-        problem = f"holds {type(record).__name__}, not an object"
-    elif key not in record:
-        problem = f"has no key '{key}' (it has {', '.join(map(repr, list(record)[:8])) or 'none'})"
-    elif not isinstance(record[key], str):
-        problem = f"has {type(record[key]).__name__} under the key '{key}', not text"
-    else:
-        return _without_surrogates(record[key], path, offset, errors)
-    raise UserError(f"--input {path}: line {line_number(path, offset)} {problem}; name the text's key with --json-key")
-
-
-def _without_surrogates(text: str, path: str, offset: int, errors: str) -> str:
-    """JSON can escape half a surrogate pair, which no tokenizer can encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        if errors == "replace":
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        raise UserError(
-            f"--input {path}: line {line_number(path, offset)} holds half a surrogate pair, which is not Unicode text; "
-            "repair it, or use --errors replace"
-        ) from None
-    return text
 
 
 def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool) -> list[str]:
@@ -726,6 +493,8 @@ def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-p
             continue
         if described == prefix and path.stat().st_mtime < written:
             raise UserError(f"{flag} {prefix}: the index cache is older than the data; delete it: rm -r {folder}")
+    if folder.is_dir() and any(folder.glob("*_index.npy")):
+        return  # it may be all that the run needs; if not, index_cache.build says so
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -816,6 +585,7 @@ def check_data_arguments(args: argparse.Namespace) -> None:
         UserError: with the flag, its value and the remedy.
     """
     sources = check_data_files(args)
+    _check_full_validation(args, sources)
     if not sources:
         return
     sequence_length = getattr(args, "seq_length", None)
@@ -852,6 +622,23 @@ def _check_validation(sources: Sequence["_Source"]) -> None:
         raise UserError("--valid-data-path is missing: a part for validation; add it, or use --eval-iters 0")
     if split is not None and VALIDATION not in split_bounds(split, 1):
         raise UserError(f"--split {split}: leaves nothing to validation; use e.g. --split 99,1,0, or --eval-iters 0")
+
+
+def _check_full_validation(args: argparse.Namespace, sources: Sequence["_Source"]) -> None:
+    """Megatron's full validation takes several validation sets, and falls over at the first evaluation without them;
+    several sets without full validation it does not know.
+    """
+    pair = ("full_validation", "multiple_validation_sets")
+    given = [name for name in pair if getattr(args, name, False)]
+    if len(given) == 1:
+        other = next(name for name in pair if name not in given)
+        raise UserError(f"{_flag(given[0])}: Megatron takes it only with {_flag(other)}; add that, or drop this flag")
+    if not given:
+        return
+    if not any(source.part == VALIDATION for source in sources):
+        raise UserError("--full-validation: needs a dataset of its own to go through; add --valid-data-path PREFIX…")
+    if any(source.part == TEST for source in sources):
+        raise UserError("--full-validation: Megatron cannot evaluate test data beside it; drop --test-data-path")
 
 
 def _check_unused_parts(source: "_Source") -> None:
@@ -986,10 +773,11 @@ def _without_weights(words: Sequence[tuple[str, str]], flag: str, shown: str = "
             example = f"{flag} 0.7 web 0.3 code" if shown else "0.7 web 0.3 code"
             raise UserError(f"{shown or f'{where} {word}:'} give prefixes, or a weight before each, e.g. {example}")
     for (where, word), weight in zip(words[::2], weights[::2], strict=True):
-        if not 0 <= weight < math.inf:
-            raise UserError(f"{shown or f'{where} {word}:'} the weights must be positive; change or drop them")
-    if not sum(weights[::2]):
-        raise UserError(f"{shown or f'{words[0][0]}'} the weights must be positive, not all 0; change or drop them")
+        if not 0 < weight < math.inf:
+            problem = "the weights must be positive; change them, or leave out a dataset that shall give nothing"
+            raise UserError(f"{shown or f'{where} {word}:'} {problem}")
+    if not 0 < min(weights[::2]) / sum(weights[::2]) <= 1:  # as Megatron divides them
+        raise UserError(f"{shown or words[0][0]} the weights are too large or too far apart; give shares of 1")
     return list(words[1::2])
 
 
@@ -1006,28 +794,6 @@ def _read_text(flag: str, path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not text"
         raise UserError(f"{flag} {path}: {reason}; check the path") from None
-
-
-def read_documents(path: Path, flag: str = "--text") -> list[str]:
-    """The documents of a file that have any text: the file is one, of a file of JSON lines every "text".
-
-    Raises:
-        UserError: it cannot be read, or has none.
-    """
-    try:
-        # Bytes are counted, so line ends stay as they are.
-        text = path.read_bytes().decode("utf-8")
-        documents = [text] if path.suffix != ".jsonl" else [json.loads(row)["text"] for row in text.split("\n") if row]
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path}: is not UTF-8 (byte {error.start}); convert it first") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{flag} {path}: a line is not of the form {{"text": "…"}}') from None
-    documents = [document for document in documents if document]
-    if not documents:
-        raise UserError(f"{flag} {path}: is empty; give a file with text")
-    return documents
 
 
 def dataset_documents(prefix: str, split: str, part: str, flag: str = "--data-path") -> list[list[int]]:

@@ -5,6 +5,7 @@ and the tokenizer's as they were typed, the number of samples, split, sequence l
 cache".
 """
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from megatron.training import get_args
 from megatron_moa.errors import UserError
 from megatron_moa.faults import report
 
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _ARRAYS = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
 _BLEND_ARRAYS = ("description.txt", "dataset_index.npy", "dataset_sample_index.npy")
 
@@ -54,7 +56,8 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
         training, validation and test datasets, None where there is none.
 
     Raises:
-        UserError: data without weights are too few for the run; the run may not build the cache, and it is not there.
+        UserError: data without weights are too few for the run; the run may not build the cache, or cannot write it,
+            and it is not there.
         SystemExit: code 2, on a rank whose node does not see the cache.
     """
     first = int(os.environ.get("RANK", "0")) == 0
@@ -62,7 +65,9 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
     try:
         datasets = builder.build()
     except Exception as error:  # on the first rank Megatron puts an exception without a type around it
-        missing = error if isinstance(error, FileNotFoundError) else error.__cause__
+        missing = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(missing, OSError) and missing.errno in _UNWRITABLE:
+            _leave_unwritten(missing, builder.config.path_to_cache)
         if not isinstance(missing, FileNotFoundError) or not str(missing.filename).endswith("_index.npy"):
             raise
         _leave_without(missing.filename, first)
@@ -80,6 +85,16 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
         else:
             print(f"index cache: all {len(files)} files found, none built{rest}", flush=True)
     return datasets
+
+
+def _leave_unwritten(error: OSError, cache_path: str | None) -> NoReturn:
+    """Raises UserError for a part of the cache that is missing and cannot be written."""
+    where = f"--data-cache-path {cache_path}" if cache_path else "the index cache beside the data"
+    raise UserError(
+        f"{where}: lacks a part that this run needs, and {error.filename or 'its folder'} cannot be read or "
+        f"written ({error.strerror}); give --data-cache-path a writable folder, or build "
+        "the cache with tools/build_cache.py"
+    )
 
 
 def _leave_without(path: str, first: bool) -> NoReturn:

@@ -95,6 +95,11 @@ class TextModel(ABC):
         """The token between documents; None if there is none."""
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end what the model writes: that between documents, and others of models tuned elsewhere."""
+        return () if self.end is None else (self.end,)
+
+    @property
     def first(self) -> int | None:
         """The token in front of a text: that between documents, as in training."""
         return self.end
@@ -113,7 +118,7 @@ class TextModel(ABC):
 
     @abstractmethod
     def _continued(self, rows: list[list[int]], steps: int, choose_next: Callable[[Tensor], Tensor]) -> list[list[int]]:
-        """At most ``steps`` new tokens of each row, the one that ends a document included; after it comes anything."""
+        """At most ``steps`` new tokens of each row, the first of ``ends`` included; after it comes anything."""
 
     def start(self, text: str) -> list[int]:
         """The tokens a model is given for a prompt: for an empty one the start of a document.
@@ -183,8 +188,9 @@ class TextModel(ABC):
 
     def _continuation(self, prompt: str | None, tokens: list[int], context_full: bool) -> Continuation:
         ended = "context" if context_full else "length"
-        if self.end in tokens:
-            tokens, ended = tokens[: tokens.index(self.end)], "document"
+        last = next((place for place, token in enumerate(tokens) if token in self.ends), None)
+        if last is not None:
+            tokens, ended = tokens[:last], "document"
         return Continuation(prompt, self.decode(tokens) if self.has_tokenizer else None, tokens, ended)
 
     @property
@@ -249,7 +255,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits = logits / max(temperature, 1e-30)  # nearer to 0 the quotients overflow, and nothing else is drawn
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

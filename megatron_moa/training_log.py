@@ -1,6 +1,7 @@
 """Reads the log that Megatron prints while it trains: what every tool that shows or compares finished runs starts from.
 
 The lines are those of training_log(), evaluate_and_print_results(), get_model() and _print_args() in megatron/training.
+A run that is killed leaves its last line cut off, and the next start's first line may stand behind it.
 """
 
 from __future__ import annotations
@@ -8,18 +9,28 @@ from __future__ import annotations
 import math
 import re
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_NUMBER = r"([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf))"
-_ITERATION = re.compile(r" iteration +(\d+)/ *(\d+) \|")
-_MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): " + _NUMBER)
-_LOSS = re.compile(r"\| lm loss: " + _NUMBER, re.IGNORECASE)
+from megatron_moa.errors import UserError
+
+NUMBER = r"([-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|nan|inf))"
+COUNT = r"(\d{1,18})"
+_WHOLE = r"(?= *\|)"  # behind a number: what was cut off could be another number's beginning
+_ITERATION = re.compile(rf" iteration +{COUNT}/ *{COUNT} \|")
+_MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): " + NUMBER + _WHOLE)
+_LOSS = re.compile(r"\| lm loss: " + NUMBER + _WHOLE, re.IGNORECASE)
 _VALIDATION = re.compile(
-    r"validation loss at iteration (\d+) on validation set \| lm loss value: " + _NUMBER, re.IGNORECASE
+    rf"validation loss at iteration {COUNT} on validation set \| lm loss value: {NUMBER}{_WHOLE}", re.IGNORECASE
 )
-_PARAMETERS = re.compile(r"> number of parameters on .*model parallel rank \(0, 0, 0\): (\d+)")
+_PARAMETERS = re.compile(r"> number of parameters on .*model parallel rank \(0, 0, 0\): " + COUNT + r"(?!\d)")
 _SETTING = re.compile(r"^\s+(\w+) \.{3,} (.*)$")
+_BEGINNINGS = re.compile(
+    r"(?=\[\d{4}-\d\d-\d\d [\d:.]+\] iteration +\d)|(?<!\])(?= iteration +\d+/ *\d+ \|)"
+    r"|(?= validation loss at iteration \d)|(?= coefficients at iteration \d)"
+    r"|(?= > number of parameters on )|(?=  \w+ \.{3,} )"
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +43,26 @@ class IterationLine:
     loss: float | None
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a log with their ends. Raises UserError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            yield from lines
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+
+
+def records(line: str) -> list[str]:
+    """Divides a line where another one begins, which was written behind what a killed run left without its end."""
+    return [record for record in _BEGINNINGS.split(line.replace("\0", "")) if record.strip()]
+
+
 def parse_iteration(line: str) -> IterationLine | None:
-    """The training log line in ``line``, or None if it is another kind of line."""
+    """The training log line in ``line``, or None if it is another kind of line or lacks its end."""
     iteration, milliseconds, loss = _ITERATION.search(line), _MILLISECONDS.search(line), _LOSS.search(line)
     if iteration is None or milliseconds is None:
+        return None
+    if loss is None and not line.rstrip().endswith("|") and "number of nan iterations" not in line:
         return None
     return IterationLine(
         int(iteration[1]), int(iteration[2]), float(milliseconds[1]), float(loss[1]) if loss is not None else None
@@ -77,7 +104,11 @@ class TrainingLog:
     validation: dict[int, float] = field(default_factory=dict)
 
     def read_line(self, line: str) -> IterationLine | None:
-        """Takes in one line; the step that it tells of, if it does."""
+        """Takes in one line; the last step that it tells of, if it does."""
+        steps = [self._read_record(record) for record in records(line)]
+        return next((step for step in reversed(steps) if step is not None), None)
+
+    def _read_record(self, line: str) -> IterationLine | None:
         if (setting := parse_setting(line)) is not None:
             self.settings[setting[0]] = setting[1]
         elif (parameters := parse_parameters(line)) is not None:
@@ -93,11 +124,10 @@ class TrainingLog:
 
     @classmethod
     def read(cls, path: Path) -> TrainingLog:
-        """The log in a file."""
+        """The log in a file. Raises UserError if it cannot be read."""
         log = cls()
-        with path.open(errors="replace") as lines:
-            for line in lines:
-                log.read_line(line)
+        for line in read_lines(path):
+            log.read_line(line)
         return log
 
     @property

@@ -382,10 +382,13 @@ def test_bad_arguments(given: dict[str, object], expected: str, model: str, tmp_
         ("0.5 {a}\nhalf {a}", "list, line 2: half: give prefixes, or a weight before each, e.g. 0.7 web 0.3 code"),
         ("0.5 {a}\n{a}\n0.3 {a}", "list, line 2: {a}: give prefixes, or a weight before each"),
         ("0.5 {a}\n\n0.5", "list, line 3: 0.5: give prefixes, or a weight before each"),
-        ("0.5 {a}\nnan {a}", "list, line 2: nan: the weights must be positive; change or drop them"),
+        ("0.5 {a}\nnan {a}", "list, line 2: nan: the weights must be positive; change them, or leave"),
         ("inf {a}\n1 {a}", "list, line 1: inf: the weights must be positive"),
         ("0.5 {a} -1 {a}", "list, line 1: -1: the weights must be positive"),
-        ("0 {a} 0 {a}", "list, line 1: the weights must be positive, not all 0"),
+        ("0 {a} 0 {a}", "list, line 1: 0: the weights must be positive"),
+        ("0.5 {a}\n0 {a}", "list, line 2: 0: the weights must be positive"),
+        ("5e-324 {a} 1 {a} 1 {a}", "list, line 1: the weights are too large or too far apart"),
+        ("1e308 {a} 1e308 {a}", "list, line 1: the weights are too large or too far apart"),
         ("1 {a} 1 {few}", "list, line 1: {few}: its 20 documents leave none to the validation part of --split 99,1,0"),
         ("1 {a}\n1 {big}", "list, line 2: {big}: holds the token 400, but the tokenizer has"),
     ],
@@ -477,23 +480,6 @@ def test_index_cache_that_cannot_be_written(model: str, tmp_path: Path) -> None:
     args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"--data-cache-path .*: Megatron cannot write its index cache below .*/file;"):
         data.check_data_arguments(args)
-
-
-def test_ranges_cut_a_file_into_its_lines(tmp_path: Path) -> None:
-    """Whatever the ranges, each line is read once; offsets and line numbers fit."""
-    content = b"\nab\n\n\ncdefgh\nx\r\nlast"
-    path = tmp_path / "f"
-    path.write_bytes(content)
-    whole = list(data.lines_between(str(path), 0, len(content)))
-    assert b"".join(line for _, line in whole) == content
-    assert [data.line_number(str(path), offset) for offset, _ in whole] == [1, 2, 3, 4, 5, 6, 7]
-    for width in range(1, len(content) + 2):
-        parts = [
-            part
-            for start in range(0, len(content), width)
-            for part in data.lines_between(str(path), start, min(start + width, len(content)))
-        ]
-        assert parts == whole
 
 
 def test_written_whole(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy
 import pytest
 import sentencepiece
 
+from megatron_moa import corpus as reader
 from megatron_moa import data, dataset_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,7 +152,7 @@ def test_the_known_exception_is_the_space_character_of_sentencepiece(model: str)
 def test_training_is_reproducible_and_samples_all_files(tmp_path: Path) -> None:
     for i in range(40):
         (tmp_path / f"{i:02}.txt").write_text(f"file {i:02} " + "lorem ipsum dolor\n" * 2000)
-    files = data.find_text_files([str(tmp_path)], "*.txt")
+    files = reader.find_text_files([str(tmp_path)], "*.txt")
     total = sum(file.size for file in files)
     lines = train_tokenizer.sample_lines(files, total // 4, seed=1)
     assert lines == train_tokenizer.sample_lines(files, total // 4, seed=1)
@@ -208,7 +209,7 @@ def test_json_lines_train_a_tokenizer(tmp_path: Path) -> None:
         (["--input", "{tmp}/blank"], "--input: no text in these files"),
         (
             ["--input", "{tmp}/latin1"],
-            "--input {tmp}/latin1: not UTF-8 at byte 4 (0xe9); convert the file to UTF-8, or",
+            "--input {tmp}/latin1: line 2 is not UTF-8 (byte 1); convert the file to UTF-8, or",
         ),
     ],
 )
@@ -590,14 +591,14 @@ def test_tokenizer_without_end_of_document(
     ("content", "flags", "expected"),
     [
         (b'{"text": "a"}\n\nnot json\n', [], "line 3 is not JSON (Expecting value); each line must be one object"),
-        (b'{"text": "a"}\n{"body": "b"}\n', [], "line 2 has no key 'text' (it has 'body'); name the text's key with"),
+        (b'{"text": "a"}\n{"body": "b"}\n', [], "line 2 has no key 'text' (it has 'body'); write {\"text\": "),
         (b'{"text": "a"}\n', ["--json-key", "content"], "line 1 has no key 'content' (it has 'text')"),
-        (b'{"text": 5}\n', [], "line 1 has int under the key 'text', not text"),
-        (b'["a"]\n', [], "line 1 holds list, not an object"),
+        (b'{"text": 5}\n', [], "line 1 has a number under the key 'text', not text"),
+        (b'["a"]\n', [], "line 1 holds a list, not an object"),
         (
             b'{"text": "a"}\n{"text": "\xff"}\n',
             [],
-            "not UTF-8 at byte 24 (0xff); convert the file to UTF-8, or use --err",
+            "line 2 is not UTF-8 (byte 10); convert the file to UTF-8, or use --err",
         ),
         (b'{"text": "\\ud800"}\n', [], "line 1 holds half a surrogate pair"),
         (b'{"text": ""}\n', [], "no document with text"),
@@ -639,7 +640,7 @@ def test_errors_replace(model: str, tmp_path: Path) -> None:
         (["--input", "{tmp}/folder"], "--input {tmp}/folder: a folder; say which of its files to take, e.g. --glob"),
         (["--input", "{tmp}/folder", "--glob", "*"], "all 1 files are empty"),
         (["--input", "{tmp}/folder", "--glob", "*.md"], "--glob *.md: matches no file in {tmp}/folder"),
-        (["--input", "{tmp}/latin1"], "--input {tmp}/latin1: not UTF-8 at byte 4 (0xe9); convert"),
+        (["--input", "{tmp}/latin1"], "--input {tmp}/latin1: line 2 is not UTF-8 (byte 1); convert"),
         (["--tokenizer-model", "{tmp}/no.model"], "--tokenizer-model {tmp}/no.model: no such file; check the path"),
         (
             ["--tokenizer-model", "{tmp}/there"],

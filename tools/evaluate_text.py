@@ -3,11 +3,12 @@
     python tools/evaluate_text.py --load runs/demo/moa --text held-out.txt
     python tools/evaluate_text.py --load exports/moa --text held-out/*.txt --stride 256
 
-The folder is a Megatron checkpoint or a Hugging Face folder; further Megatron flags may follow for the former. A file
-is one document, in UTF-8; of a file of JSON lines every "text" is one. The end-of-document token stands before each,
-is not predicted, and has no bytes; nothing is predicted behind the last token. Longer documents than the model's
-context are read in windows that overlap: --stride is how far a window moves, so that all tokens but a document's first
-see at least window minus stride tokens. Bytes make models of different tokenizers comparable. The last line is JSON.
+The folder is a Megatron checkpoint or a Hugging Face folder; further Megatron flags may follow for the former. Files
+are read as by preprocess_data.py: a text file is one document, and so is a JSON line and a row of Parquet. The
+end-of-document token stands before each, is not predicted, and has no bytes; nothing is predicted behind the last
+token. Longer documents than the model's context are read in windows that overlap: --stride is how far a window moves,
+so that all tokens but a document's first see at least window minus stride tokens. Bytes make models of different
+tokenizers comparable. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_moa.data import read_documents
-from megatron_moa.errors import OneLineParser, one_line_errors
+from megatron_moa.command_line.trained_model import check_source
+from megatron_moa.corpus import add_reading_flags, read_documents
+from megatron_moa.data import positive
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "evaluate_text.py"
@@ -32,9 +35,12 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--load", required=True, metavar="FOLDER", help="what training's --save named, or an export")
     add_iteration_flag(parser)
-    parser.add_argument("--text", required=True, nargs="+", metavar="FILE", help="text files, or JSON lines (.jsonl)")
-    parser.add_argument("--stride", type=int, metavar="N", help="tokens a window moves by (default half a window)")
-    parser.add_argument("--window", type=int, metavar="N", help="tokens a window has (default the model's context)")
+    parser.add_argument("--text", required=True, nargs="+", metavar="FILE", help="text files, JSON lines or Parquet")
+    add_reading_flags(parser)
+    parser.add_argument("--stride", type=positive, metavar="N", help="tokens a window moves by (default half a window)")
+    parser.add_argument(
+        "--window", type=positive, metavar="N", help="tokens a window has (default the model's context)"
+    )
     return parser.parse_known_args(argv)
 
 
@@ -42,17 +48,26 @@ def main(argv: list[str] | None = None) -> None:
     """Loads, predicts, prints a line a file and their sum as JSON."""
     with one_line_errors(PROGRAM):
         flags, megatron_flags = parse_flags(argv)
-        files = {path: read_documents(path) for path in map(Path, flags.text)}
+        check_source(flags.load, flags.iteration, megatron_flags)
+        files = {
+            path: read_documents(Path(path), "--text", flags.json_key, flags.errors, True)
+            for path in dict.fromkeys(flags.text)
+        }
         # Imported after the flags are read: it takes seconds.
         from megatron_moa.inference import TextLoss, load
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
             model = load(flags.load, megatron_flags, flags.iteration)
-        total = TextLoss(0.0, 0, 0)
+        total, count = TextLoss(0.0, 0, 0), 0
         for path, documents in files.items():
             loss = TextLoss(0.0, 0, 0)
             for document in documents:
+                if not model.encode(document):  # such as spaces, for some tokenizers: preprocess_data.py skips them too
+                    continue
+                count += 1
                 loss += model.text_loss(document, flags.stride, flags.window)
+            if not loss.tokens:
+                raise UserError(f"--text {path}: has no token for this model's tokenizer; give a file with text")
             print(
                 f"{path}: {loss.loss_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits a byte", file=sys.stderr
             )
@@ -63,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         "byte_perplexity": total.byte_perplexity,
         "tokens": total.tokens,
         "bytes": total.bytes,
-        "documents": sum(map(len, files.values())),
+        "documents": count,
         "window": flags.window or model.context,
         "stride": flags.stride or max(1, (flags.window or model.context) // 2),
         "load": flags.load,

@@ -17,12 +17,14 @@ import contextlib
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
+from megatron_moa.command_line.trained_model import check_source
+from megatron_moa.corpus import add_reading_flags, text_file, texts
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "generate.py"
+MOST_SAMPLES = 10_000  # all are one batch
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -39,8 +41,15 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
         help="text to go on from, may be repeated; default: the start of a document",
     )
     parser.add_argument("--prompts-file", metavar="FILE", help="further prompts, one a line; JSON lines: their texts")
+    add_reading_flags(parser)
     parser.add_argument("--num-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="how many continuations of each prompt")
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"how many continuations of each prompt, at most {MOST_SAMPLES:,}",
+    )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of sum P")
@@ -49,10 +58,11 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     flags, rest = parser.parse_known_args(argv)
     for name, value, legal in (
         ("--num-tokens", flags.num_tokens, flags.num_tokens > 0),
-        ("--num-samples", flags.num_samples, flags.num_samples > 0),
+        ("--num-samples", flags.num_samples, 0 < flags.num_samples <= MOST_SAMPLES),
         ("--temperature", flags.temperature, flags.temperature >= 0),
         ("--top-k", flags.top_k, flags.top_k >= 0),
         ("--top-p", flags.top_p, 0 < flags.top_p <= 1),
+        ("--seed", flags.seed, -(2**63) <= flags.seed < 2**64),  # what torch takes
     ):
         if not legal:
             raise UserError(f"{name} {value}: out of range; see generate.py --help")
@@ -66,18 +76,19 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
         UserError: a file that cannot be read, or a line that is no prompt.
     """
     prompts = list(flags.prompt or [])
-    if flags.prompts_file is not None:
-        path = Path(flags.prompts_file)
+    for prompt in prompts:
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-            prompts += [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"--prompts-file {path}: cannot be read ({reason}); give a text file in UTF-8") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'--prompts-file {path}: a line is not of the form {{"text": "…"}}') from None
-        if not prompts:
-            raise UserError(f"--prompts-file {path}: has no line; give one prompt a line")
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"--prompt {prompt!r}: is not UTF-8; give a text in UTF-8") from None
+    if flags.prompts_file is not None:
+        file = text_file(flags.prompts_file, "--prompts-file", flags.json_key, flags.errors)
+        read = list(texts(file))
+        if not (file.json_lines or file.parquet):
+            read = [line.removesuffix("\r") for line in read[0].split("\n") if line.strip()]
+        if not read:
+            raise UserError(f"{file.named}: has no line; give one prompt a line")
+        prompts += read
     return [prompt for prompt in prompts or [""] for _ in range(flags.num_samples)]
 
 
@@ -85,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     """Loads, continues and prints."""
     with one_line_errors(PROGRAM):
         flags, megatron_flags = parse_flags(argv)
+        check_source(flags.load, flags.iteration, megatron_flags)
         prompts = read_prompts(flags)
         # Imported after the flags are read: it takes seconds.
         from megatron_moa.inference import load

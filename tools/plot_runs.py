@@ -15,18 +15,17 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 
 from megatron_moa.curves import Course, Curve, Statistics, read_course
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PROGRAM = "plot_runs.py"
 _TOKEN_UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))
@@ -121,11 +120,21 @@ def default_labels(paths: Sequence[Path]) -> list[str]:
     return labels
 
 
+def pyplot() -> ModuleType:
+    """Matplotlib's pyplot, drawing into files; imported once the runs are read, as that takes seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 class Page:
     """A figure with the arms' colours, and where it is written."""
 
     def __init__(self, arms: Sequence[Arm], folder: Path) -> None:
-        palette = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
+        palette = pyplot().get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
         self.colors = {arm.label: palette[index % len(palette)] for index, arm in enumerate(arms)}
         self.folder = folder
         self.pending: list[tuple[Path, Figure]] = []
@@ -147,11 +156,14 @@ class Page:
         self.pending.append((self.folder / name, figure))
 
     def write(self) -> list[Path]:
-        """Writes all figures."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path, figure in self.pending:
-            figure.savefig(path, dpi=150)
-            plt.close(figure)
+        """Writes all figures. Raises UserError if they cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path, figure in self.pending:
+                figure.savefig(path, dpi=150)
+                pyplot().close(figure)
+        except OSError as error:
+            raise UserError(f"--output {self.folder}: cannot be written to ({error.strerror}); name another") from None
         return [path for path, _ in self.pending]
 
 
@@ -173,7 +185,7 @@ def time_unit(most: float) -> tuple[float, str]:
 
 def new_axes(x: str, y: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of panels below one another that share the x axis."""
-    figure, axes = plt.subplots(panels, 1, figsize=(7.2, 1.4 + 3.2 * panels), sharex=True, squeeze=False)
+    figure, axes = pyplot().subplots(panels, 1, figsize=(7.2, 1.4 + 3.2 * panels), sharex=True, squeeze=False)
     for panel in axes[:, 0]:
         panel.grid(alpha=0.3, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
@@ -267,7 +279,7 @@ def draw_coefficients(page: Page, arm: Arm, statistics: Statistics) -> None:
     """Mean and standard deviation over tokens of each coefficient in each layer, as two maps."""
     rows, columns = statistics.mean.shape
     width = 3.0 + (0.6 if columns <= 20 else 0.4) * columns
-    figure, panels = plt.subplots(1, 2, figsize=(width, 2.2 + 0.24 * rows), sharey=True)
+    figure, panels = pyplot().subplots(1, 2, figsize=(width, 2.2 + 0.24 * rows), sharey=True)
     for axes, title, values in zip(
         panels, ("mean over tokens", "standard deviation"), (statistics.mean, statistics.std), strict=True
     ):

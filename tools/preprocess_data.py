@@ -4,8 +4,9 @@
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model
 
 writes corpus.bin and corpus.idx; train on them with ``--data-path corpus``. A plain text file is one document, and so
-is each line of a JSON-lines file. Documents keep the order of the input, whatever the number of workers. Megatron takes
-the validation split from the end of that order: with --shuffle-documents it is a fair sample.
+is each line of a JSON-lines file and each row of a Parquet file. Documents keep the order of the input, whatever the
+number of workers. Megatron takes the validation split from the end of that order: with --shuffle-documents it is a fair
+sample.
 
 Several machines share the work with --part K/N, or under Slurm
 
@@ -20,10 +21,11 @@ import ctypes
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,7 +35,7 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa import data, dataset_files
+from megatron_moa import corpus, data, dataset_files
 from megatron_moa.dataset_files import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
@@ -46,12 +48,12 @@ TOKENIZER_TYPES = (*data.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
 @dataclass(frozen=True)
 class Piece:
-    """The documents of a file whose text begins in the byte range ``[start, end)``.
+    """The documents of a file that :func:`corpus.texts` finds between ``start`` and ``end``.
 
     ``lines`` holds that range of a compressed file of JSON lines: it cannot be read from its middle.
     """
 
-    file: data.TextFile
+    file: corpus.TextFile
     start: int
     end: int
     input_bytes: int  # of the file as it lies there
@@ -66,8 +68,28 @@ class Settings:
     vocab_size: int
     dtype: type  # of the tokens in the .bin
     eod: int | None
-    json_key: str
-    errors: str
+    special_tokens: "SpecialTokens"
+
+
+class SpecialTokens:
+    """Counts the places of a text that a tokenizer reads as its special tokens, such as ``</s>``.
+
+    A Hugging Face tokenizer does so, unless its ``split_special_tokens`` is set; a sentencepiece model does not.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        inner = getattr(getattr(tokenizer, "_tokenizer", None), "tokenizer", None)  # Megatron wraps it twice
+        added = getattr(inner, "added_tokens_decoder", {})
+        self.ids = {str(token): number for number, token in added.items() if token.special and str(token)}
+        longest_first = sorted(self.ids, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest_first)))
+        self.around_a_text = tokenizer.tokenize("") if self.ids else []
+
+    def read_from(self, text: str, ids: Sequence[int]) -> Counter[str]:
+        """How often each was read from a text whose tokens are ``ids``."""
+        written = Counter(self.pattern.findall(text)) if self.ids else Counter()
+        read = {name: ids.count(self.ids[name]) - self.around_a_text.count(self.ids[name]) for name in written}
+        return Counter({name: min(read[name], written[name]) for name in written if read[name] > 0})
 
 
 @dataclass
@@ -78,6 +100,7 @@ class Batch:
     lengths: numpy.ndarray  # [documents], int32
     empty: int
     text_bytes: int
+    special: Counter[str]  # special tokens spelled out in the texts
     input_bytes: int
     seconds: float  # a worker's time for it
 
@@ -89,6 +112,7 @@ class Totals:
     lengths: list[numpy.ndarray] = field(default_factory=list)
     empty: int = 0
     text_bytes: int = 0
+    special: Counter[str] = field(default_factory=Counter)
     busy_seconds: float = 0.0  # of all workers together
     seconds: float = 0.0
 
@@ -116,7 +140,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    data.add_input_flags(parser)
+    corpus.add_input_flags(parser)
     group = parser.add_argument_group("tokenizer (as in training)")
     group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, required=True)
     group.add_argument("--tokenizer-model", metavar="PATH", help="a .model file, or a Hugging Face folder")
@@ -155,7 +179,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def preprocess(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
-    files = data.find_text_files(args.input, args.glob, args.exclude, args.json_key, compressed=True)
+    files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors, compressed=True)
     data.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
     if args.part is not None:
         preprocess_part(files, args)
@@ -174,7 +198,7 @@ def preprocess(args: argparse.Namespace) -> None:
     )
 
 
-def preprocess_part(files: Sequence[data.TextFile], args: argparse.Namespace) -> None:
+def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) -> None:
     """Writes a part and its manifest, unless it is finished already."""
     part: Part = args.part
     prefix = part.prefix(args.output_prefix)
@@ -211,10 +235,10 @@ def worker_settings(args: argparse.Namespace) -> Settings:
 
     eod = end_of_document(tokenizer, args) if args.append_eod else None
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
-    return Settings(tokenizer, tokenizer.vocab_size, dtype, eod, args.json_key or "text", args.errors)
+    return Settings(tokenizer, tokenizer.vocab_size, dtype, eod, SpecialTokens(tokenizer))
 
 
-def decisive_settings(files: Sequence[data.TextFile], args: argparse.Namespace) -> dict[str, Any]:
+def decisive_settings(files: Sequence[corpus.TextFile], args: argparse.Namespace) -> dict[str, Any]:
     """What decides the documents and their order: parts belong together if these are equal."""
     names = ("tokenizer_type", "tokenizer_hf_no_include_special_tokens", "append_eod", "shuffle_documents")
     return {name: getattr(args, name) for name in (*names, "json_key", "errors")} | {
@@ -230,6 +254,12 @@ def report(totals: Totals, args: argparse.Namespace) -> None:
     print(f"documents      {totals.documents:,}")
     print(f"tokens         {totals.tokens:,}")
     print(f"empty, skipped {totals.empty:,}")
+    if totals.special:
+        names = ", ".join(name for name, _ in totals.special.most_common(5))
+        print(
+            f"special tokens {totals.special.total():,} were written out in the texts ({names}) and read as such; "
+            'with "split_special_tokens": true in its tokenizer_config.json the tokenizer reads them as text'
+        )
     if totals.tokens:
         print(f"packing        {totals.text_bytes / totals.tokens:.2f} bytes per token")
     print(
@@ -287,15 +317,16 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
             totals.lengths.append(batch.lengths)
             totals.empty += batch.empty
             totals.text_bytes += batch.text_bytes
+            totals.special += batch.special
             totals.busy_seconds += batch.seconds
             bar.update(batch.input_bytes)
     totals.seconds = time.perf_counter() - start
     return totals
 
 
-def pieces(files: Sequence[data.TextFile], begin: int = 0, end: float = math.inf) -> Iterator[Piece]:
+def pieces(files: Sequence[corpus.TextFile], begin: int = 0, end: float = math.inf) -> Iterator[Piece]:
     """What of the files lies between two bytes of all of them end to end. JSON lines are cut there and into pieces of
-    TASK_BYTES; any other file goes whole to where it begins.
+    TASK_BYTES; any other file goes whole to where it begins, a Parquet file in a piece for each of its row groups.
     """
     offset = 0
     for file in files:
@@ -304,6 +335,11 @@ def pieces(files: Sequence[data.TextFile], begin: int = 0, end: float = math.inf
             for first in range(max(0, begin - offset), last, TASK_BYTES):
                 stop = min(first + TASK_BYTES, last)
                 yield Piece(file, first, stop, stop - first)
+        elif file.parquet and begin <= offset < end:
+            groups = corpus.row_groups(file)
+            for group in range(groups):
+                share = file.size * (group + 1) // groups - file.size * group // groups
+                yield Piece(file, group, group + 1, share)
         elif begin <= offset < end:
             yield Piece(file, 0, file.size, file.size)
         offset += file.size
@@ -316,7 +352,7 @@ def tasks(work: Sequence[Piece]) -> Iterator[list[Piece]]:
     for piece in work:
         for part in decompressed(piece) if piece.file.json_lines and piece.file.compressed else (piece,):
             task.append(part)
-            size += max(part.end - part.start, part.input_bytes)
+            size += max(0 if part.file.parquet else part.end - part.start, part.input_bytes)
             if size >= TASK_BYTES:
                 yield task
                 task, size = [], 0
@@ -326,7 +362,7 @@ def tasks(work: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 def decompressed(piece: Piece) -> Iterator[Piece]:
     """The lines of a compressed file in pieces of about TASK_BYTES."""
-    for offset, lines, input_bytes in data.blocks_of_lines(piece.file.path, TASK_BYTES):
+    for offset, lines, input_bytes in corpus.blocks_of_lines(piece.file, TASK_BYTES):
         yield Piece(piece.file, offset, offset + len(lines), input_bytes, lines)
 
 
@@ -402,12 +438,14 @@ def tokenize(task: list[Piece], settings: Settings) -> Batch:
     start = time.perf_counter()
     documents: list[numpy.ndarray] = []
     empty = text_bytes = 0
+    special: Counter[str] = Counter()
     for piece in task:
-        for text in texts(piece, settings):
+        for text in corpus.texts(piece.file, piece.start, piece.end, piece.lines):
             ids = settings.tokenizer.tokenize(text) if text else []
             if not ids:
                 empty += 1
                 continue
+            special += settings.special_tokens.read_from(text, ids)
             if settings.eod is not None and ids[-1] != settings.eod:  # some Hugging Face tokenizers add it themselves
                 ids.append(settings.eod)
             documents.append(numpy.array(ids, dtype=numpy.int32))
@@ -421,23 +459,7 @@ def tokenize(task: list[Piece], settings: Settings) -> Batch:
     lengths = numpy.array([document.size for document in documents], dtype=numpy.int32)
     input_bytes = sum(piece.input_bytes for piece in task)
     seconds = time.perf_counter() - start
-    return Batch(tokens.astype(settings.dtype), lengths, empty, text_bytes, input_bytes, seconds)
-
-
-def texts(piece: Piece, settings: Settings) -> Iterator[str]:
-    """The documents of a piece; blank lines of a JSON-lines file are none."""
-    path = piece.file.path
-    if not piece.file.json_lines:
-        yield data.decode_text(data.read_bytes(path), path, 0, settings.errors)
-        return
-    if piece.lines is None:
-        found = data.lines_between(path, piece.start, piece.end)
-    else:
-        found = data.lines_of(piece.lines, piece.start)
-    for offset, line in found:
-        text = data.json_text(line, path, offset, settings.json_key, settings.errors)
-        if text is not None:
-            yield text
+    return Batch(tokens.astype(settings.dtype), lengths, empty, text_bytes, special, input_bytes, seconds)
 
 
 if __name__ == "__main__":

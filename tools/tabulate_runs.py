@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.saved_settings import upgrade_saved_settings
-from megatron_moa.training_log import TrainingLog
+from megatron_moa.training_log import COUNT, NUMBER, TrainingLog
 
 PROGRAM = "tabulate_runs.py"
 # What names an arm; the rest of the settings must be the same in all runs.
@@ -29,6 +29,7 @@ _ARM = (
     *("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_amplitude"),
     *("moa_init", "moa_gate_init_std", "moa_init_scale"),
 )
+_NUMBERS = {"lr": re.compile(NUMBER), "seed": re.compile(r"-?" + COUNT)}
 # The size of a comparison: runs of different ones do not belong into one table.
 _SAME = ("num_layers", "hidden_size", "seq_length", "global_batch_size", "train_iters", "optimizer", "lr_decay_style")
 
@@ -102,6 +103,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         run = Run(path, TrainingLog.read(path))
         if not run.log.iterations or "lr" not in run.log.settings:
             others.append(f"{path}: no training in it")
+        elif damaged := [name for name, form in _NUMBERS.items() if not form.fullmatch(run.log.settings.get(name, ""))]:
+            others.append(f"{path}: its list of arguments is damaged at {damaged[0]}")
         elif not run.log.complete:
             step = run.log.iterations[-1]
             others.append(f"{path}: at iteration {step.iteration} of {step.total}")
@@ -129,6 +132,8 @@ def _upgrade(run: Run) -> None:
         UserError: a form that means another function today.
     """
     if "moa_la_init" in run.log.settings:
+        from megatron_moa.saved_settings import upgrade_saved_settings  # which takes seconds, for torch
+
         settings = argparse.Namespace(**run.log.settings)
         upgrade_saved_settings(settings, run.path)
         run.log.settings = {name: str(value) for name, value in vars(settings).items()}

@@ -11,6 +11,7 @@ sentencepiece writes for a space: it comes back as a space. Ids: 0 <unk>, 1 <s>,
 """
 
 import argparse
+import functools
 import io
 import os
 import random
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_moa import data
+from megatron_moa import corpus, data
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "train_tokenizer"
@@ -39,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_tokenizer(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
-    files = data.find_text_files(args.input, args.glob, args.exclude, args.json_key)
+    files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors)
     targets = data.check_output("--output", args.output, (".model", ".vocab"), args.overwrite)
     start = time.perf_counter()
-    lines = sample_lines(files, args.sample_bytes, args.max_sentences, args.seed, args.json_key, args.errors)
+    lines = sample_lines(files, args.sample_bytes, args.max_sentences, args.seed)
     model = train(lines, args)
     with data.written_whole("--output", targets) as (model_path, vocab_path):
         Path(model_path).write_bytes(model)
@@ -55,7 +56,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    data.add_input_flags(parser)
+    corpus.add_input_flags(parser)
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab")
     group.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
@@ -85,22 +86,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def sample_lines(
-    files: Sequence[data.TextFile],
-    sample_bytes: int,
-    max_sentences: int | None = None,
-    seed: int = 1234,
-    json_key: str | None = None,
-    errors: str = "strict",
+    files: Sequence[corpus.TextFile], sample_bytes: int, max_sentences: int | None = None, seed: int = 1234
 ) -> list[str]:
     """Lines for training: all of a small corpus, else blocks drawn without repetition from all files.
 
     The same files, bounds and seed give the same lines. Only what is drawn is read.
     """
-    blocks = [
-        (file, start, min(start + BLOCK_BYTES, file.size))
-        for file in files
-        for start in range(0, file.size, BLOCK_BYTES)
-    ]
+    blocks = [(file, *bounds) for file in files for bounds in blocks_of(file)]
     draw = random.Random(seed)
     if sum(file.size for file in files) > sample_bytes:
         draw.shuffle(blocks)
@@ -109,7 +101,7 @@ def sample_lines(
     for file, start, end in blocks:
         if read >= sample_bytes:
             break
-        for text in block_texts(file, start, end, json_key or "text", errors):
+        for text in block_texts(file, start, end):
             lines += training_lines(text)
             read += len(text.encode())
     if not lines:
@@ -119,13 +111,22 @@ def sample_lines(
     return lines
 
 
-def block_texts(file: data.TextFile, start: int, end: int, json_key: str, errors: str) -> Iterator[str]:
-    """The texts of the lines that begin in ``[start, end)``; a JSON line holds a whole document."""
-    for offset, line in data.lines_between(file.path, start, end):
-        if file.json_lines:
-            yield data.json_text(line, file.path, offset, json_key, errors) or ""
-        else:
-            yield data.decode_text(line, file.path, offset, errors)
+def blocks_of(file: corpus.TextFile) -> Iterator[tuple[int, int]]:
+    """Yields where the parts of a file begin and end that are drawn: bytes, or the row groups of Parquet."""
+    if file.parquet:
+        yield from ((group, group + 1) for group in range(corpus.row_groups(file)))
+    else:
+        yield from ((start, min(start + BLOCK_BYTES, file.size)) for start in range(0, file.size, BLOCK_BYTES))
+
+
+def block_texts(file: corpus.TextFile, start: int, end: int) -> Iterator[str]:
+    """The texts of a block: whole documents, of a text file the lines that begin in ``[start, end)``."""
+    if file.json_lines or file.parquet:
+        yield from corpus.texts(file, start, end)
+        return
+    for offset, line in corpus.lines_between(file, start, end):
+        text = corpus.decode(line, file, functools.partial(corpus.line_number, file, offset))
+        yield text if offset else corpus.without_bom(text)
 
 
 def training_lines(text: str) -> Iterator[str]:

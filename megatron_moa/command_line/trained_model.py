@@ -1,0 +1,29 @@
+"""Checks the flags that say which trained model a tool loads, before torch and Megatron are imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_moa.command_line.flags import our_flags
+from megatron_moa.command_line.megatron_flags import check_words
+from megatron_moa.errors import UserError
+
+
+def check_source(folder: str, iteration: int | None, megatron_flags: Sequence[str]) -> None:
+    """Raises UserError for a folder that is not there, and for flags that do not fit it.
+
+    Args:
+        folder: a Megatron checkpoint's, or a Hugging Face folder; what is in it is checked when it is loaded.
+        iteration: which checkpoint; None for the latest.
+        megatron_flags: further flags for a checkpoint.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"--load {folder}: no such folder; give what training's --save named, or an export")
+    if not (Path(folder) / "config.json").is_file():
+        check_words(megatron_flags, our_flags())
+        return
+    if iteration is not None:
+        raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; drop the flag")
+    if megatron_flags:
+        raise UserError(f"{megatron_flags[0]}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")

@@ -1,0 +1,225 @@
+"""megatron_moa/corpus.py: one reader for all tools, exact texts, one-line errors with the row."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_moa import corpus
+from megatron_moa.errors import UserError
+from tools import generate
+
+BOM = b"\xef\xbb\xbf"
+ROWS = ["alpha\r\nbeta\n", "", " ", "gamma 😀 \ufeff</s>"]
+LINES = (
+    b'{"text": "alpha\\r\\nbeta\\n", "n": NaN}\r\n\n{"text": ""}\n  \n{"text": " "}\n'
+    b'{"text": "gamma \xf0\x9f\x98\x80 \\ufeff</s>"}'
+)
+
+
+def texts(path: Path, key: str | None = None, errors: str = "strict") -> list[str]:
+    return list(corpus.texts(corpus.text_file(str(path), "--text", key, errors)))
+
+
+def refusal(read: Callable[[], object]) -> str:
+    with pytest.raises(UserError) as caught:
+        read()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "ndjson", "JSONL", "Json", "NDJSON"])
+@pytest.mark.parametrize(
+    ("packed", "pack"), [("", bytes), (".gz", gzip.compress), (".BZ2", bz2.compress), (".xz", lzma.compress)]
+)
+@pytest.mark.parametrize("mark", [b"", BOM])
+def test_json_lines_are_read_alike_under_every_name(
+    ending: str, packed: str, pack: Callable[[bytes], bytes], mark: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.{ending}{packed}"
+    path.write_bytes(pack(mark + LINES))
+    assert texts(path) == ROWS
+    assert corpus.read_documents(path) == [row for row in ROWS if row]
+    flags = generate.parse_flags(["--load", "x", "--prompts-file", str(path), "--num-samples", "2"])[0]
+    assert generate.read_prompts(flags) == [row for row in ROWS for _ in range(2)]
+
+
+@pytest.mark.parametrize(("packed", "pack"), [("", bytes), (".GZ", gzip.compress)])
+def test_a_text_file_is_one_document_without_its_mark(
+    packed: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(pack(BOM + "one\r\n\r\n \r\ntwo \ufeff".encode()))
+    assert texts(path) == ["one\r\n\r\n \r\ntwo \ufeff"]
+    flags = generate.parse_flags(["--load", "x", "--prompts-file", str(path)])[0]
+    assert generate.read_prompts(flags) == ["one", "two \ufeff"]
+
+
+def test_marks_of_files_put_together_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((BOM + b'{"text": "a"}\n') * 2 + BOM + b"\n")
+    assert texts(path) == ["a", "a"]
+
+
+def test_integers_of_any_length_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"n": ' + "9" * 5000 + ', "text": "a"}\n')
+    assert texts(path) == ["a"]
+    path.write_text('{"text": ' + "9" * 5000 + "}\n")
+    assert "line 1 has a number under the key 'text', not text" in refusal(lambda: texts(path))
+
+
+BAD_ROWS = [
+    (b"5", "holds a number, not an object"),
+    (b"9" * 5000, "holds a number, not an object"),
+    (b"NaN", "holds a number, not an object"),
+    (b"null", "holds null, not an object"),
+    (b"true", "holds true or false, not an object"),
+    (b'"text"', "holds a string, not an object"),
+    (b'["text"]', "holds a list, not an object"),
+    (b"{}", "has no key 'text' (it has none)"),
+    (b'{"body": "b", "\\ud800": 1}', "has no key 'text' (it has 'body', '\\ud800')"),
+    (b'{"text": null}', "has null under the key 'text', not text"),
+    (b'{"text": 1.5}', "has a number under the key 'text', not text"),
+    (b'{"text": -Infinity}', "has a number under the key 'text', not text"),
+    (b'{"text": ["a"]}', "has a list under the key 'text', not text"),
+    (b'{"text": {"text": "a"}}', "has an object under the key 'text', not text"),
+    (b'{"text": "a"', "is not JSON (Expecting ',' delimiter)"),
+    (b"[" * 100_000, "is not JSON (nested too deeply)"),
+    (b'{"text": "\\udc00"}', "holds half a surrogate pair"),
+    (b'{"text": "\xff"}', "is not UTF-8 (byte 10)"),
+]
+
+
+@pytest.mark.parametrize(("row", "expected"), BAD_ROWS)
+def test_a_bad_row_is_named_by_every_way_of_reading(row: bytes, expected: str, tmp_path: Path) -> None:
+    """Whole, from the middle, and in blocks of a compressed file."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n\n' + row + b'\n{"text": "b"}\n')
+    message = refusal(lambda: texts(path))
+    assert message.startswith(f"--text {path}: line 3 {expected}")
+    file = corpus.find_text_files([str(path)])[0]
+    assert refusal(lambda: list(corpus.texts(file, 2, file.size))) == message.replace("--text", "--input")
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    file = corpus.find_text_files([str(packed)], compressed=True)[0]
+    blocks = corpus.blocks_of_lines(file, 4)
+    read = (text for start, lines, _ in blocks for text in corpus.texts(file, start, start + len(lines), lines))
+    assert refusal(lambda: list(read)) == message.replace(f"--text {path}", f"--input {packed}")
+    for tool in (["--load", "x", "--prompts-file", str(path)],):
+        flags = generate.parse_flags(tool)[0]
+        assert refusal(lambda flags=flags: generate.read_prompts(flags)).startswith(
+            f"--prompts-file {path}: line 3 {expected}"
+        )
+
+
+def test_replaced_errors(tmp_path: Path) -> None:
+    path = tmp_path / "a.ndjson"
+    path.write_bytes(b'{"text": "x\xfe"}\n{"text": "y\\ud800z"}\n')
+    assert texts(path, errors="replace") == ["x\ufffd", "y\ufffdz"]
+
+
+def test_remedies_name_flags_that_the_command_has(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "b"}\n')
+    assert refusal(lambda: corpus.read_documents(path, "TEXT")).endswith('; write {"text": "…"}')
+    assert refusal(lambda: texts(path)).endswith(", or name the text's key with --json-key")
+    assert texts(path, "body") == ["b"]
+
+
+def test_invalid_utf8_is_named_by_line_in_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\nth\xffree")
+    assert "line 3 is not UTF-8 (byte 2); convert the file" in refusal(lambda: texts(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.ZST"])
+def test_zstd_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"\x28\xb5\x2f\xfd")
+    assert "zstd cannot be read here; decompress it first (zstd -d)" in refusal(lambda: texts(path))
+    assert "zstd cannot be read here" in refusal(lambda: corpus.find_text_files([str(path)]))
+
+
+@pytest.mark.parametrize("kind", ["folder", "absent", "damaged.jsonl.gz", "damaged.parquet"])
+def test_what_is_no_text_is_refused(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "absent":
+        path.write_bytes(b"PAR1 no such format")
+    expected = {
+        "folder": "a folder; name the files in it",
+        "absent": "no such file; check the path",
+        "damaged.jsonl.gz": "cut off or damaged",
+        "damaged.parquet": "not Parquet, or damaged",
+    }
+    assert refusal(lambda: texts(path)).startswith(f"--text {path}: {expected[kind]}")
+
+
+@pytest.mark.parametrize(
+    "kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]
+)
+def test_parquet_rows_are_documents(kind: pyarrow.DataType, tmp_path: Path) -> None:
+    path = tmp_path / "a.Parquet"
+    column = pyarrow.array(ROWS * 3).cast(kind)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"n": range(12), "text": column, "body": ROWS * 3}), path, row_group_size=5
+    )
+    assert texts(path) == texts(path, "body") == ROWS * 3
+    file = corpus.find_text_files([str(path)])[0]
+    assert corpus.row_groups(file) == 3
+    assert [len(list(corpus.texts(file, group, group + 1))) for group in range(3)] == [5, 5, 2]
+
+
+def test_bad_parquet_rows_and_columns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    invalid = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": ["a", None], "invalid": invalid, "n": [1, 2]}), path, row_group_size=1
+    )
+    assert "row 2 has null in the column 'text', not text" in refusal(lambda: texts(path))
+    assert "row 2 is not UTF-8 (byte 0)" in refusal(lambda: texts(path, "invalid"))
+    assert texts(path, "invalid", "replace") == ["a", "\ufffd"]
+    assert "its column 'n' holds int64, not text; name" in refusal(lambda: texts(path, "n"))
+    assert "has no column 'body' (it has 'text', 'invalid', 'n'); name" in refusal(lambda: texts(path, "body"))
+    file = corpus.find_text_files([str(path)])[0]
+    assert "row 2 has null" in refusal(lambda: list(corpus.texts(file, 1, 2)))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    expected = f"{path}: Parquet needs pyarrow; pip install pyarrow, or write the texts as JSON lines"
+    assert refusal(lambda: texts(path)) == f"--text {expected}"
+    assert refusal(lambda: corpus.find_text_files([str(path)])) == f"--input {expected}"
+
+
+def test_ranges_cut_a_file_into_its_lines(tmp_path: Path) -> None:
+    """Whatever the ranges, each line is read once; offsets and line numbers fit."""
+    content = b"\nab\n\n\ncdefgh\nx\r\nlast"
+    path = tmp_path / "f"
+    path.write_bytes(content)
+    file = corpus.find_text_files([str(path)])[0]
+    whole = list(corpus.lines_between(file, 0, len(content)))
+    assert b"".join(line for _, line in whole) == content
+    assert [corpus.line_number(file, offset) for offset, _ in whole] == [1, 2, 3, 4, 5, 6, 7]
+    for width in range(1, len(content) + 2):
+        parts = [
+            part
+            for start in range(0, len(content), width)
+            for part in corpus.lines_between(file, start, min(start + width, len(content)))
+        ]
+        assert parts == whole
