@@ -45,6 +45,7 @@ class LoadedModel(TextModel):
         mixing: its mixture, None for stock feed-forward layers.
         tokenizer: the one it was trained with.
         iteration: the training iteration it was saved at.
+        saved_ends: the tokens that end a text by the Hugging Face folder it came from; None where it came from none.
     """
 
     model: GPTModel
@@ -52,6 +53,7 @@ class LoadedModel(TextModel):
     mixing: MixingConfig | None
     tokenizer: Any
     iteration: int
+    saved_ends: Sequence[int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +70,10 @@ class LoadedModel(TextModel):
     @property
     def end(self) -> int:
         return self.tokenizer.eod
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(self.saved_ends) if self.saved_ends else super().ends
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.tokenize(text)
@@ -91,11 +97,12 @@ class LoadedModel(TextModel):
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         every = torch.arange(len(rows), device=self.device)
         finished = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
+        ends = torch.tensor(self.ends, device=self.device)
         for step in range(steps):
             logits = self.forward(tokens[:, : int(lengths.max()) + step])
             chosen = choose_next(logits[every, lengths + step - 1].float())
             tokens[every, lengths + step] = torch.where(finished, self.end, chosen)
-            finished |= chosen == self.end
+            finished |= torch.isin(chosen, ends)
             if finished.all():
                 break
         return [row[len(given) : len(given) + steps] for row, given in zip(tokens.tolist(), rows, strict=True)]
@@ -127,6 +134,11 @@ class PreparedCheckpoint:
         known = self.args.vocab_size if self.args.tokenizer_type == "HuggingFaceTokenizer" else None
         return max(self.tokenizer.vocab_size, known or 0)
 
+    @property
+    def saved_ends(self) -> Sequence[int] | None:
+        """The tokens that end a text by the Hugging Face folder the model came from; None where it came from none."""
+        return getattr(self.saved, "moa_end_tokens", None)
+
     def build_empty(self) -> GPTModel:
         """:func:`empty_model` of its settings."""
         return empty_model(self.config)
@@ -142,7 +154,7 @@ class PreparedCheckpoint:
         for parameter in model.parameters():
             parameter.requires_grad = False
         iteration = self.checkpoint.iteration or 0
-        return LoadedModel(models[0].eval(), self.args, self.config.mixing, self.tokenizer, iteration)
+        return LoadedModel(models[0].eval(), self.args, self.config.mixing, self.tokenizer, iteration, self.saved_ends)
 
 
 def _load_weights(model: GPTModel, folder: Path) -> None:

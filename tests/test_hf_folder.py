@@ -120,6 +120,28 @@ def test_old_names_of_gpt2(tmp_path: Path) -> None:
         open_folder(tmp_path).check_tied()
 
 
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, [3]),
+        ({}, [3]),
+        ({"eos_token_id": [5, 2, 4]}, [5, 2, 4]),
+        ({"eos_token_id": 7}, [7]),
+        ({"eos_token_id": [5, 10**6, -1]}, [5]),  # those that there are
+    ],
+)
+def test_tokens_that_end_a_text(generation: dict[str, Any] | None, expected: list[int], tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewrite(tmp_path / "config.json", lambda config: config.update(eos_token_id=3))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert open_folder(tmp_path).end_tokens == expected
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
+    with pytest.raises(UserError, match=r"generation_config\.json, eos_token_id \['</s>'\]: is neither an id"):
+        _ = open_folder(tmp_path).end_tokens
+
+
 # What is refused.
 
 

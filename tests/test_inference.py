@@ -218,6 +218,20 @@ def test_a_document_ends_where_the_model_ends_it(tmp_path: Path) -> None:
     assert (ended.tokens, ended.ended) == (free.tokens[:first], "document")
 
 
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_any_of_several_end_tokens_ends_a_text(file: str, tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    (free,) = load_folder(path).generate([[1]], 8)
+    unused = next(token for token in range(31) if token not in free.tokens)
+    if file == "config.json":
+        (path / "generation_config.json").unlink()
+    rewrite(path / file, eos_token_id=[unused, free.tokens[3]])
+    model = load_folder(path)
+    assert model.ends == (unused, free.tokens[3])
+    (ended,) = model.generate([[1]], 8)
+    assert (ended.tokens, ended.ended) == (free.tokens[: free.tokens.index(free.tokens[3])], "document")
+
+
 def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model")
     marker = tmp_path / "it ran"
@@ -264,7 +278,7 @@ def test_stock_models_are_transformers_own(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     model = load_folder(tmp_path / "llama")
     assert type(model.model) is LlamaForCausalLM
-    assert (model.mixing, model.end, model.context) == (None, 0, 16)
+    assert (model.mixing, model.end, model.ends, model.context) == (None, 0, (0, 5), 16)
 
 
 def test_files_without_text_are_named(tmp_path: Path) -> None:

@@ -100,6 +100,8 @@ def export(
     config = config_from_args(prepared.args, prepared.config.mixing, prepared.vocab_size)
     for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
         setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
+    if prepared.saved_ends:  # a list where there are several
+        config.eos_token_id = prepared.saved_ends[0] if len(prepared.saved_ends) == 1 else list(prepared.saved_ends)
     family, reason = _family(config, architecture)
     has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder)
     weights = ShardWriter(folder, max_shard_bytes)

@@ -76,6 +76,24 @@ class HuggingFaceFolder:
         return {stored.dtype for name, stored in self.weights.items() if not is_buffer(name)}
 
     @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text, by generation_config.json or else by config.json.
+
+        Ids beyond the vocabulary, which the model cannot write, are left out.
+
+        Raises:
+            UserError: generation_config.json cannot be read, or has something else than ids.
+        """
+        ends = self.config.eos_token_id
+        if (self.root / "generation_config.json").exists():
+            path = file_in(self.root, "generation_config.json", f"--hf {self.root}")
+            found = _json(path).get("eos_token_id")
+            ends = ends if found is None else found
+            if not all(type(end) is int for end in _as_list(ends)):
+                raise UserError(f"{path}, eos_token_id {ends!r}: is neither an id nor a list of ids; correct it")
+        return [end for end in _as_list(ends) if 0 <= end < self.own.vocab_size]
+
+    @property
     def entries(self) -> list[Entry]:
         """Megatron's parameters and what they are here."""
         return list(self.family.entries(self.own))
@@ -379,6 +397,10 @@ def expected_shapes(family: Family, own: GPTMoAConfig) -> dict[str, tuple[int, .
 
 def _embedding(entries: Iterable[Entry]) -> str:
     return next(entry.hf[0] for entry in entries if entry.megatron == "embedding.word_embeddings.weight")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _some(names: Iterable[str]) -> str:

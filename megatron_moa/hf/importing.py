@@ -327,6 +327,7 @@ def import_folder(
     check_function(args, mixing, own)
     multiple = args.make_vocab_size_divisible_by * split.tensor
     args.padded_vocab_size = multiple * math.ceil(own.vocab_size / multiple)  # as building the tokenizer sets it
+    args.moa_end_tokens = folder.end_tokens or None  # a tokenizer has one, and chat models often end by several
 
     # Layers of plain PyTorch on one process: theirs are the names that megatron_moa/hf/mapping.py has.
     whole, _ = parse([*flags, "--transformer-impl", "local"])

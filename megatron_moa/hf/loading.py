@@ -72,6 +72,12 @@ class FolderModel(TextModel):
         return eos[0] if isinstance(eos, list) else eos
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """Those of generation_config.json, by which transformers and vLLM generate."""
+        ends = self.model.generation_config.eos_token_id
+        return super().ends if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+
+    @property
     def has_tokenizer(self) -> bool:
         return self.tokenizer is not None
 
@@ -123,7 +129,7 @@ class FolderModel(TextModel):
             max_new_tokens=steps,
             do_sample=False,
             num_beams=1,
-            eos_token_id=self.end,
+            eos_token_id=list(self.ends) or None,
             pad_token_id=padding,
             logits_processor=LogitsProcessorList([_Chosen(choose_next)]),
         )
