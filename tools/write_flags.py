@@ -137,7 +137,7 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
     known = {option for action in stock(argparse.ArgumentParser())._actions for option in action.option_strings}
     ours = [action for action in parser._actions if not known.issuperset(action.option_strings)]
     parts = [
-        "## `pretrain_gpt_moa.py`\n\nMegatron's flags (`python pretrain_gpt_moa.py --help` lists all), and ours:\n",
+        "## `pretrain_gpt_moa.py`\n\nMegatron's flags (`python pretrain_gpt_moa.py --help-megatron` explains them), and ours:\n",
         *_tables(parser, ours),
         "Settings of Megatron's with other defaults here; a flag that is given stays:\n",
         "| setting | where | default | why not Megatron's |\n| --- | --- | --- | --- |",
