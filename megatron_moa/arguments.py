@@ -27,10 +27,10 @@ from megatron_moa.command_line.flags import (
     our_flags,
 )
 from megatron_moa.command_line.megatron_flags import as_typed
+from megatron_moa.command_line.shapes import check_shapes
 from megatron_moa.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.errors import UserError, fail
 from megatron_moa.functional import check_overwrite, resolve_backend
-from megatron_moa.layer_pattern import check_layer_pattern
 from megatron_moa.output_folder import check_output_folders
 from megatron_moa.saved_settings import check_saved_settings
 
@@ -173,7 +173,7 @@ def parse_arguments(
     if args.use_checkpoint_args:
         _take_saved_settings(args, checkpoint, saved)
     mixing = mixing_from_args(args)
-    check_layer_pattern(args)
+    check_shapes(args)
     _settle(args, mixing)
     if check is not None:
         check(args)
@@ -282,9 +282,11 @@ def _statement(frame: traceback.FrameSummary) -> str:
 
 
 def _flags_named_in(text: str, args: argparse.Namespace) -> str:
-    """The settings a text names, as typed; those at their defaults only where it names no other."""
-    words = dict.fromkeys(re.findall(r"[a-z][a-z0-9_]+", text.lower().replace("-", "_")))
-    names = [word for word in words if hasattr(args, word) and "_" in word]
+    """The settings a text names, as typed: those of the command line, or else those that differ from their default."""
     defaults = parser_defaults()
-    given = [name for name in names if getattr(args, name) != defaults.get(name)]
-    return ", ".join(as_typed(name, getattr(args, name)) for name in given or names)
+    words = dict.fromkeys(re.findall(r"[a-z][a-z0-9_]+", text.lower().replace("-", "_")))
+    names = [word for word in words if word in defaults and hasattr(args, word) and "_" in word]
+    typed = {word.split("=", 1)[0] for word in sys.argv[1:]}
+    given = [name for name in names if typed.intersection(megatron_flags.spellings(name))]
+    changed = [name for name in names if getattr(args, name) != defaults[name]]
+    return ", ".join(as_typed(name, getattr(args, name)) for name in given or changed or names)

@@ -189,7 +189,32 @@ def without_data() -> list[str]:
         ([*SWIGLU, "--moa-la-init", "0.5"], ["--moa-la-init"]),  # its name in version 1
         ([*SWIGLU, "--moa-init-scale", "swiglu"], ["--moa-init-scale swiglu", "paper, matched"]),
         ([*SWIGLU, "--no-such-flag", "3"], ["--no-such-flag"]),
-        ([*SWIGLU, "--num-attention-heads", "5"], ["num_attention_heads"]),
+        ([*SWIGLU, "--num-attention-heads", "5"], ["--num-query-groups 2", "--num-attention-heads 5"]),
+        ([*SWIGLU, "--kv-channels", "7"], ["--rotary-percent 1.0", "--kv-channels"]),
+        ([*SWIGLU, "--global-batch-size", "3"], ["--global-batch-size 3", "--micro-batch-size 2"]),
+        ([*SWIGLU, "--num-experts", "4", "--moe-router-topk", "5"], ["--moe-router-topk 5", "--num-experts 4"]),
+        ([*SWIGLU, "--num-experts", "4", "--moe-layer-freq", "[1]*5"], ["has 5 layers", "--num-layers is 2"]),
+        ([*SWIGLU, "--num-experts", "4", "--moe-layer-freq", "0"], ["--moe-layer-freq 0", "every N-th"]),
+        ([*SWIGLU, "--num-experts", "4", "--moe-layer-freq", "([0,1)"], ["--moe-layer-freq", "([0,1)"]),
+        ([*SWIGLU, "--lr-warmup-iters", "10"], ["--lr-warmup-iters 10", "--train-iters 2", "give less"]),
+        ([*SWIGLU, "--lr-warmup-fraction", "1.0"], ["--lr-warmup-fraction 1.0"]),
+        ([*SWIGLU, "--lr-decay-style", "WSD"], ["--lr-decay-style WSD", "--lr-wsd-decay-iters N"]),
+        ([*SWIGLU, "--lr-decay-style", "WSD", "--lr-wsd-decay-iters", "9"], ["--lr-wsd-decay-iters 9"]),
+        ([*SWIGLU, "--min-lr", "1"], ["--min-lr 1.0", "--lr 0.002"]),
+        (
+            [
+                *SWIGLU,
+                *"--weight-decay-incr-style linear --start-weight-decay 0.2 --end-weight-decay 0.1".split(),
+            ],
+            ["--start-weight-decay 0.2", "--end-weight-decay 0.1"],
+        ),
+        (
+            [*SWIGLU, "--tensorboard-dir", "/proc/nowhere/tb"],
+            ["--tensorboard-dir /proc/nowhere/tb", "cannot be written"],
+        ),
+        ([*SWIGLU, "--seq-length", "64"], ["--seq-length 64", "--max-position-embeddings 32"]),  # Megatron asserts it
+        ([*SWIGLU, "--log-interval", "0"], ["--log-interval 0"]),
+        ([*SWIGLU, "--logits-load-dir", "x"], ["--logits-load-dir", "drop the flag"]),
         ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),
         ([*SWIGLU, "--sft"], ["--sft", "drop the flag"]),
         ([*SWIGLU, "--spec", "megatron_moa.layer_specs", "moa_layer_spec"], ["--spec", "--moa-mixing"]),
