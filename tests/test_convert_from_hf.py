@@ -4,6 +4,7 @@ and it goes on training.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -253,7 +254,8 @@ def forms_there_and_back(folder: Path) -> None:
         settings = {**mixing(kind, form, "gelu", "silu", "relu2", "identity"), "gate_init_std": 0.5}
         if kind == "la":
             del settings["gate_init_std"]
-        own = GPTMoAConfig(**{**PLAIN, "initializer_range": 0.3, "mixing": settings, **experts})
+        ends = [5, 3, 66] if experts else 7
+        own = GPTMoAConfig(**{**PLAIN, "initializer_range": 0.3, "mixing": settings, "eos_token_id": ends, **experts})
         model = GPTMoAForCausalLM(own).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -265,6 +267,10 @@ def forms_there_and_back(folder: Path) -> None:
         convert_from_hf.main(["--hf", source, "--out", checkpoint, "--no-verify"])
         found = megatron_moa.from_checkpoint(checkpoint)
         assert (found.mixing.mixing, found.mixing.form) == (kind, form)
+        assert found.ends == ((5, 3, 66) if experts else (7,))
+        likeliest = logits[-2].argmax().item()
+        (ended,) = dataclasses.replace(found, saved_ends=[66, likeliest]).generate([tokens[0, :-1].tolist()], 3)
+        assert (ended.tokens, ended.ended) == ([], "document")
         assert logits.std() > 0.5
         difference = (found.logits(tokens[0]) - logits).abs().max()
         assert difference < 1e-5 * logits.abs().max(), (kind, form, experts, difference)
@@ -274,7 +280,10 @@ def forms_there_and_back(folder: Path) -> None:
         for name, tensor in expected.items():
             assert torch.equal(again[name], tensor), (kind, form, name)
         function = ("mixing", "form", "activations", "gate")
-        config = json.loads((Path(back) / "config.json").read_text())
+        config, generation = (
+            json.loads((Path(back) / f"{name}.json").read_text()) for name in ("config", "generation_config")
+        )
+        assert config["eos_token_id"] == generation["eos_token_id"] == ends
         assert [config["mixing"].get(name) for name in function] == [settings.get(name) for name in function]
 
 

@@ -206,6 +206,8 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     for text in ("| iteration | 2 |", "| tokens trained on | 256 |", "| --seq-length | 32 |", "same likeliest token"):
         assert text in card
     assert ("trust_remote_code" in card) == architecture.startswith("GPTMoA")
+    assert "Tried with transformers 5.12 to 5.24." in card
+    assert ('padding_side="left"' in card) == (out / "tokenizer.json").is_file()
     if "mixing_format_version" in config:
         assert config["mixing_format_version"] == 2
     form = (config.get("mixing") or {}).get("form")

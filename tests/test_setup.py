@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from megatron_moa.hf.export import TRANSFORMERS
+
 ROOT = Path(__file__).resolve().parents[1]
 FIND_PYTHON = ROOT / "scripts" / "find_python.sh"
 BASH = shutil.which("bash")
@@ -162,6 +164,12 @@ def pins() -> dict[str, str]:
 def test_version_is_the_package_version(packaging_arguments: dict) -> None:
     text = (ROOT / "megatron_moa" / "__init__.py").read_text(encoding="utf-8")
     assert f'__version__ = "{packaging_arguments["version"]}"' in text
+
+
+def test_model_cards_name_the_range_of_transformers(packaging_arguments: dict) -> None:
+    (bounds,) = (word for word in packaging_arguments["extras_require"]["hf"] if word.startswith("transformers"))
+    first, last = (tuple(map(int, version.split("."))) for version in TRANSFORMERS.split(" to "))
+    assert bounds == f"transformers>={first[0]}.{first[1]},<{last[0]}.{last[1] + 1}"
 
 
 def test_constraints_pin_every_requirement_within_its_range(packaging_arguments: dict, pins: dict[str, str]) -> None:

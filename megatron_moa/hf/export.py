@@ -35,6 +35,7 @@ from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
 from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
+TRANSFORMERS = "5.12 to 5.24"  # releases that exports were tried with: setup.py's range
 _CODE = Path(__file__).parent
 _AUTO = {
     "AutoConfig": "configuration_gpt_moa.GPTMoAConfig",
@@ -342,7 +343,7 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     remote = ", trust_remote_code=True" if exported.reason else ""
     usage = [f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})']
     if exported.tokenizer:
-        usage.append(f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})')
+        usage.append(f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote}, padding_side="left")')
     tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixing.mixing] if mixing else [])))
     return f"""---
 library_name: transformers
@@ -358,6 +359,9 @@ A GPT model pretrained with megatron_moa {__version__}{"" if mixing is None else
     from transformers import {", ".join(classes)}
 
     {f"{chr(10)}    ".join(usage)}
+
+Tried with transformers {TRANSFORMERS}. To generate for several prompts at once, pad them on the left: a model that
+goes on behind padding writes other text.
 
 {_table("model", rows)}
 {_table("feed-forward layers", mixture)}
