@@ -261,7 +261,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         logits = logits.masked_fill(logits < least, -torch.inf)
     probabilities, tokens = logits.softmax(-1).sort(descending=True)
     reached_before = probabilities.cumsum(-1) - probabilities
-    probabilities = probabilities.masked_fill(reached_before >= top_p, 0)
+    probabilities = probabilities.masked_fill((reached_before > 0) & (reached_before >= top_p), 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn).squeeze(-1)
 

@@ -20,6 +20,7 @@ COUNT = r"(\d{1,18})"
 _WHOLE = r"(?= *\|)"  # behind a number: what was cut off could be another number's beginning
 _ITERATION = re.compile(rf" iteration +{COUNT}/ *{COUNT} \|")
 _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): " + NUMBER + _WHOLE)
+_END = re.compile(r"number of nan iterations: +\d+ \|")
 _LOSS = re.compile(r"\| lm loss: " + NUMBER + _WHOLE, re.IGNORECASE)
 _VALIDATION = re.compile(
     rf"validation loss at iteration {COUNT} on validation set \| lm loss value: {NUMBER}{_WHOLE}", re.IGNORECASE
@@ -53,8 +54,13 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def records(line: str) -> list[str]:
-    """Divides a line where another one begins, which was written behind what a killed run left without its end."""
-    return [record for record in _BEGINNINGS.split(line.replace("\0", "")) if record.strip()]
+    """Divides a line where another one begins, which was written behind what a killed run left without its end.
+
+    What has no mark of its end is left out before another one: the next start prints it again.
+    """
+    *cut, last = _BEGINNINGS.split(line.replace("\0", ""))
+    whole = [record for record in cut if parse_setting(record) is None and parse_parameters(record) is None]
+    return [record for record in (*whole, last) if record.strip()]
 
 
 def parse_iteration(line: str) -> IterationLine | None:
@@ -62,7 +68,7 @@ def parse_iteration(line: str) -> IterationLine | None:
     iteration, milliseconds, loss = _ITERATION.search(line), _MILLISECONDS.search(line), _LOSS.search(line)
     if iteration is None or milliseconds is None:
         return None
-    if loss is None and not line.rstrip().endswith("|") and "number of nan iterations" not in line:
+    if loss is None and _END.search(line) is None:
         return None
     return IterationLine(
         int(iteration[1]), int(iteration[2]), float(milliseconds[1]), float(loss[1]) if loss is not None else None

@@ -1,5 +1,6 @@
 """What the training script checks about data and tokenizer before Megatron starts: each mistake, in one line."""
 
+import errno
 import json
 import os
 import signal
@@ -443,6 +444,22 @@ def test_evaluation_needs_validation_data(model: str, tmp_path: Path) -> None:
         data.check_data_arguments(arguments(model, train_data_path=[prefix], test_data_path=[prefix]))
 
 
+def test_full_validation_needs_what_megatron_needs(model: str, tmp_path: Path) -> None:
+    """Megatron would train, and fall over at the first evaluation."""
+    prefix = make_dataset(tmp_path / "a", [100] * 600)
+    separate = {"train_data_path": [prefix], "valid_data_path": [prefix, prefix]}
+    both = {"full_validation": True, "multiple_validation_sets": True}
+    with pytest.raises(UserError, match=r"^--full-validation: Megatron takes it only with --multiple-validation-sets;"):
+        data.check_data_arguments(arguments(model, **separate, **{**both, "multiple_validation_sets": False}))
+    with pytest.raises(UserError, match=r"^--multiple-validation-sets: Megatron takes it only with --full-validation;"):
+        data.check_data_arguments(arguments(model, **separate, **{**both, "full_validation": False}))
+    with pytest.raises(UserError, match=r"^--full-validation: needs a dataset of its own to go through; add --valid-"):
+        data.check_data_arguments(arguments(model, data_path=[prefix], split="99,1,0", **both))
+    with pytest.raises(UserError, match=r"^--full-validation: Megatron cannot evaluate test data beside it; drop"):
+        data.check_data_arguments(arguments(model, **separate, **both, test_data_path=[prefix]))
+    data.check_data_arguments(arguments(model, **separate, **both))
+
+
 def test_blends_that_are_not_evaluated(model: str, tmp_path: Path) -> None:
     """Megatron's loader asserts that there are samples to read, and of such a blend none are built."""
     blend = ["1", make_dataset(tmp_path / "a", [100] * 600), "2", make_dataset(tmp_path / "b", [100] * 600)]
@@ -513,3 +530,34 @@ def test_index_cache_that_was_cut(model: str, tmp_path: Path, damage: str) -> No
     path.write_bytes({"cut": content[:-8], "header": b"x" + content[1:], "empty": b""}[damage])
     with pytest.raises(UserError, match=rf"^{path}, part of .*delete the cache.*: rm -r {cache}$"):
         data.check_data_arguments(args)
+
+
+def test_a_cache_that_is_there_need_not_be_written(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is all that the run needs, Megatron finds out when it builds."""
+    prefix, cache = make_dataset(tmp_path / "d", [100] * 20), tmp_path / "cache"
+    args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(cache))
+    monkeypatch.setattr(data.os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    with pytest.raises(UserError, match=rf"^--data-cache-path {cache}: Megatron cannot write its index cache below"):
+        data.check_data_arguments(args)
+    megatron_sizes(prefix, 32, "19,1,0", [10, 1, 0], cache)
+    data.check_data_arguments(args)
+
+
+@pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_missing_part_of_a_cache_that_cannot_be_written(kind: int, wrapped: bool, tmp_path: Path) -> None:
+    from megatron_moa import index_cache
+
+    error = OSError(kind, os.strerror(kind), f"{tmp_path}/x-description.txt")
+
+    class Builder:
+        config = SimpleNamespace(path_to_cache=str(tmp_path), mock=False)
+
+        def build(self) -> None:
+            if not wrapped:
+                raise error
+            raise Exception("Megatron's words") from error
+
+    expected = rf"^--data-cache-path {tmp_path}: lacks a part .* {tmp_path}/x-.*written \({os.strerror(kind)}\); give"
+    with pytest.raises(UserError, match=expected):
+        index_cache.build(Builder())

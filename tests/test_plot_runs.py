@@ -152,3 +152,68 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert line.startswith("plot_runs.py: error: ")
     assert words in line
     assert not Path("plots").exists()
+
+
+STAMP = " [2026-01-01 00:00:{:02d}.000000]"
+STEP = (
+    STAMP + " iteration {:8d}/       4 | consumed samples: {:12d} | elapsed time per iteration (ms): 10.0 | "
+    "learning rate: 1.0E-03 | global batch size:     4 | lm loss: {:.6E} |"
+)
+CELLS = " coefficients at iteration {} | layer {} | silu 0.5000 +- 0.1000 | linear.tanh 0.2500 +- 0.0500"
+
+
+def write_damaged(path: Path, tail: str) -> None:
+    """A run of two steps that was killed while it wrote ``tail``, and its second start behind that."""
+    first = ["  seq_length ............ 32", *(STEP.format(step, step, 4 * step, 5.0) for step in (1, 2))]
+    first += [CELLS.format(2, layer) for layer in (1, 2)]
+    second = ["No CUDA device found", "  seq_length ............ 32"]
+    second += [STEP.format(10 + step, step, 4 * step, 4.0) for step in (3, 4)]
+    path.write_bytes("\n".join([*first, tail + "\n".join(second)]).encode("utf-8", "surrogateescape") + b"\n")
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        "",
+        " validation loss at iteration 2 on validation set | lm loss value: 5.1",
+        " validation loss at iteration 2 on validation set | lm loss value: 5.1E",
+        STEP.format(3, 3, 12, 9.0)[:-4],
+        " [2026-13-41 99:00:00.1] iteration        3/       4 | elapsed time per ite",
+        CELLS.format(3, 1)[:-3],
+        CELLS.format(3, 1)[:-20],
+        CELLS.format(3, "")[:-3],
+        "  seq_length ............ 3",
+        "\0" * 4096,
+        "\udcff\udcfe",
+    ],
+)
+def test_a_log_that_was_cut_off_is_read(tail: str, plot: ModuleType, tmp_path: Path) -> None:
+    write_damaged(tmp_path / "train.log", tail)
+    course = plot.read_course(tmp_path)
+    assert course.loss.values.tolist() == [5.0, 5.0, 4.0, 4.0]
+    assert course.loss.tokens.tolist() == [128, 256, 384, 512]
+    assert len(course.validation) == 0
+    assert course.coefficients.iteration == 2
+    assert course.coefficients.mean.tolist() == [[0.5, 0.25]] * 2
+
+
+def test_a_log_that_was_cut_off_is_drawn(
+    plot: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_damaged(Path("train.log"), " validation loss at iteration 2 on validation set | lm loss value: 5.1")
+    plot.main(["train.log"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["plots/loss-tokens.png", "plots/loss-time.png"]
+    assert printed[2].startswith("plots/coefficients-")
+
+
+def test_plots_that_cannot_be_written_are_one_line(
+    plot: ModuleType, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs["none-1"].parent)
+    with pytest.raises(SystemExit) as leaving:
+        plot.main(["none-1", "--output", "/proc/plots"])
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("plot_runs.py: error: --output /proc/plots: cannot be written to (")

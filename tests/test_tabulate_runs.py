@@ -115,3 +115,15 @@ def test_a_missing_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit):
             tabulate_runs.main([str(path)])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", "0.00No CUDA"), ("seed", "1.0"), ("seed", "9" * 5000)])
+def test_a_damaged_list_of_arguments_is_named(
+    name: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_log(tmp_path / "a", loss=3.0)
+    write_log(tmp_path / "b", loss=3.0, **{name: value})
+    tabulate_runs.main([str(tmp_path)])
+    captured = capsys.readouterr()
+    assert len(rows(captured.out)) == 3
+    assert f"not counted: {tmp_path}/b/train.log: its list of arguments is damaged at {name}" in captured.err

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -573,6 +574,76 @@ def test_huggingface_folder(huggingface: Path, tmp_path: Path) -> None:
     found = documents(tmp_path / "data")
     assert found == [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in TEXTS]
     assert [tokenizer.decode(ids[:-1]) for ids in found] == TEXTS
+
+
+def test_special_tokens_in_a_text_are_told(
+    huggingface: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read as such by a Hugging Face tokenizer, unless it is told otherwise; never by a sentencepiece model."""
+    rows = ["one <|end|> two", "<|end|><|end|>", "three </s>", "four"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(huggingface / "with_eos", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    found = {}
+    for split in (False, True):
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": split}))
+        for workers in ("1", "2"):
+            capsys.readouterr()
+            preprocess(
+                str(folder), tmp_path / "d", "--input", tmp_path / "a.jsonl", "--workers", workers, "--overwrite"
+            )
+            found[split, workers] = [document.count(0) for document in documents(tmp_path / "d")]  # <|end|> is 0
+            printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("special tokens")]
+            assert len(printed) == (not split)
+            assert split or printed[0].startswith("special tokens 3 were written out in the texts (<|end|>) and read ")
+    assert found[False, "1"] == found[False, "2"] == [2, 2, 1, 1]  # a document that ends with it gets no second one
+    assert found[True, "1"] == found[True, "2"] == [1, 1, 1, 1]
+    (tmp_path / "a.jsonl").write_text('{"text": "one </s> two"}\n')
+    preprocess(model, tmp_path / "d", "--input", tmp_path / "a.jsonl", "--overwrite")
+    assert documents(tmp_path / "d")[0].count(2) == 1
+    assert "special tokens" not in capsys.readouterr().out
+
+
+def test_parquet_is_preprocessed_and_trains_a_tokenizer(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the same rows in JSON lines, by any number of workers and in parts."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [f"{text} {i}" for i in range(40) for text in TEXTS[:3]] + [""]
+    for name in ("a", "b"):
+        table = pyarrow.table({"body": rows, "n": range(len(rows))})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", row_group_size=7)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"body": row}) + "\n" for row in rows))
+    for ending in ("jsonl", "parquet"):
+        files = [tmp_path / f"a.{ending}", tmp_path / f"b.{ending}", "--json-key", "body"]
+        preprocess(model, tmp_path / ending, "--input", *files, "--workers", "1")
+        arguments = ["--input", *map(str, files), "--output", str(tmp_path / ending), "--vocab-size", "300"]
+        train_tokenizer.main(arguments)
+    files = [tmp_path / "a.parquet", tmp_path / "b.parquet", "--json-key", "body"]
+    preprocess(model, tmp_path / "two", "--input", *files, "--workers", "2")
+    for part in ("1/2", "2/2"):
+        preprocess(model, tmp_path / "parts", "--input", *files, "--workers", "1", "--part", part)
+    merge_data.main(["--output-prefix", str(tmp_path / "parts")])
+    for name in ("parquet", "two", "parts"):
+        same_files(tmp_path / "jsonl", tmp_path / name)
+    assert (tmp_path / "jsonl.model").read_bytes() == (tmp_path / "parquet.model").read_bytes()
+    line = one_line(capsys, preprocess, model, tmp_path / "x", "--input", tmp_path / "a.parquet", "--workers", "2")
+    assert f"--input {tmp_path}/a.parquet: has no column 'text' (it has 'body', 'n'); name the text's column" in line
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_is_no_text(mark: bytes, model: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(mark + b"alpha beta\n" * 30)
+    (tmp_path / "b.JSONL").write_bytes(mark + b'{"text": "alpha beta\\n", "n": ' + b"9" * 5000 + b"}\n")
+    preprocess(model, tmp_path / "d", "--input", tmp_path / "a.txt", tmp_path / "b.JSONL", "--workers", "1")
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    assert [processor.decode(ids[:-1]) for ids in documents(tmp_path / "d")] == ["alpha beta\n" * 30, "alpha beta\n"]
+    files = reader.find_text_files([str(tmp_path / "a.txt"), str(tmp_path / "b.JSONL")])
+    assert train_tokenizer.sample_lines(files, 1000) == ["alpha beta"] * 31
 
 
 def test_tokenizer_without_end_of_document(

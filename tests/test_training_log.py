@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa import training_log
+from megatron_moa.errors import UserError
 from megatron_moa.training_log import IterationLine, TrainingLog
 
 ITERATION = (
@@ -80,3 +81,49 @@ def test_time_is_the_median_without_warm_up() -> None:
     assert TrainingLog(iterations=slow_start).milliseconds == 120.0
     assert TrainingLog(iterations=slow_start[:1]).milliseconds == 900.0
     assert math.isnan(TrainingLog().milliseconds)
+
+
+SECOND = ITERATION.replace("      20/", "      21/").replace("6.215430E+00", "5.000000E+00")
+
+
+@pytest.mark.parametrize("first", [ITERATION, VALIDATION, PARAMETERS, "  seq_length ............ 1024"])
+@pytest.mark.parametrize("second", [SECOND, VALIDATION, PARAMETERS, "  hidden_size ............ 4096"])
+def test_a_line_behind_one_that_was_cut_off_is_read(first: str, second: str) -> None:
+    """Wherever the first was cut: its numbers are the ones written or none, and the second is whole."""
+    whole, alone = TrainingLog(), TrainingLog()
+    whole.read_line(first + "\n")
+    alone.read_line(second + "\n")
+    for length in range(len(first) + 1):
+        log = TrainingLog()
+        log.read_line(first[:length] + second + "\n")
+        assert set(log.iterations) - set(alone.iterations) <= set(whole.iterations)
+        assert set(log.iterations) >= set(alone.iterations)
+        assert log.validation.items() <= (whole.validation | alone.validation).items()
+        assert log.validation.items() >= alone.validation.items()
+        assert log.settings == alone.settings
+        assert log.parameters == alone.parameters
+
+
+def test_a_whole_line_without_its_newline_is_read() -> None:
+    log = TrainingLog()
+    log.read_line(ITERATION + "No CUDA device found" + VALIDATION + SECOND + "\0" * 100 + "\n")
+    assert [(step.iteration, step.loss) for step in log.iterations] == [(20, 6.21543), (21, 5.0)]
+    assert log.validation == {300: 2.912345}
+
+
+def test_damaged_numbers_are_no_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    damaged = [
+        ITERATION.replace("6.215430E+00", "6.2.15430E+00").replace("number of nan iterations:   0 |", ""),
+        ITERATION.replace("152.4", "1.5.2"),
+        ITERATION.replace("20/", "9" * 5000 + "/"),
+        VALIDATION.replace("2.912345E+00", "2.9E+"),
+        VALIDATION.replace("300", "3" * 5000),
+        PARAMETERS + "0" * 5000,
+    ]
+    path.write_bytes(b"\xff\xfe\x00" + "\n".join([*damaged, SECOND]).encode())
+    log = TrainingLog.read(path)
+    assert [(step.iteration, step.loss) for step in log.iterations] == [(21, 5.0)]
+    assert (log.validation, log.parameters) == ({}, None)
+    with pytest.raises(UserError, match=r"absent: cannot be read \(No such file or directory\)"):
+        TrainingLog.read(tmp_path / "absent")
