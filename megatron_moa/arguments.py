@@ -285,7 +285,9 @@ def _flags_named_in(text: str, args: argparse.Namespace) -> str:
     """The settings a text names, as typed: those of the command line, or else those that differ from their default."""
     defaults = parser_defaults()
     words = dict.fromkeys(re.findall(r"[a-z][a-z0-9_]+", text.lower().replace("-", "_")))
-    names = [word for word in words if word in defaults and hasattr(args, word) and "_" in word]
+    in_code = re.findall(r"\bargs\.(\w+)", text)
+    names = [name for name in {**words, **dict.fromkeys(in_code)} if name in defaults and hasattr(args, name)]
+    names = [name for name in names if "_" in name or name in in_code]  # "load" may be a word of a sentence
     typed = {word.split("=", 1)[0] for word in sys.argv[1:]}
     given = [name for name in names if typed.intersection(megatron_flags.spellings(name))]
     changed = [name for name in names if getattr(args, name) != defaults[name]]

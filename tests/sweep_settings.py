@@ -124,11 +124,7 @@ NOT_TRIED = {
     "relative_attention_max_distance": "of T5's positions, which no GPT model takes",
     "mrope_section": "needs positions in three axes, which text does not have",
     "experimental_attention_variant": _ATTENTION,
-    **{
-        name: _ATTENTION
-        for name in FUNCTION
-        if name.startswith(("dsa_", "linear_")) and name != "linear_attention_freq"
-    },
+    **{name: _ATTENTION for name in FUNCTION if name.startswith(("dsa_", "linear_"))},
     "hybrid_layer_pattern": _OTHER_MODELS,
     "hybrid_override_pattern": _OTHER_MODELS,
     "is_hybrid_model": _OTHER_MODELS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
@@ -14,9 +15,23 @@ def check_shapes(args: argparse.Namespace) -> None:
     Args:
         args: Megatron's, parsed and not validated.
     """
+    _check_split(args)
     _check_heads(args)
     _check_batches(args)
     _check_experts(args)
+
+
+def _check_split(args: argparse.Namespace) -> None:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    sizes = {name: getattr(args, name) for name in names if getattr(args, name) > 1}
+    if args.world_size % math.prod(sizes.values()):
+        given = " ".join(as_typed(name, size) for name, size in sizes.items())
+        raise UserError(
+            f"{given}: needs a multiple of {math.prod(sizes.values())} processes, the world size is {args.world_size}; "
+            "start as many with torchrun, or split less"
+        )
+    if args.fp16 and args.bf16:
+        raise UserError("--fp16 and --bf16: two precisions; drop one of them")
 
 
 def _check_heads(args: argparse.Namespace) -> None:
