@@ -261,7 +261,7 @@ def megatron_checks(args: argparse.Namespace | None = None) -> Iterator[None]:
     except _MISTAKES as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         code = _statement(frame)
-        text = " ".join(str(error).split())
+        text = re.sub(r" when instantiating \w+", "", " ".join(str(error).split()))
         if not isinstance(error, AssertionError | ValueError | RuntimeError):
             text = f"Megatron fails at them ({type(error).__name__}: {text}; {code})"
         # Where an assertion has no text, the condition that failed says most.

@@ -40,7 +40,7 @@ from megatron_moa.checkpoint_files import (
     write_manifest,
     write_tracker,
 )
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, check_is_folder
 from megatron_moa.saved_settings import (
     changed_data,
     check_saved_settings,
@@ -61,6 +61,8 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     """
     folders = (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint))
     local = [(flag, Path(folder)) for flag, folder in folders if folder is not None and "://" not in folder]
+    for flag, root in local:
+        check_is_folder(flag, root)
     checkpoint = next(filter(None, (_latest(args, flag, root) for flag, root in local)), None)
     if checkpoint is None:
         if args.exit_on_missing_checkpoint and local:  # Megatron would leave with exit code 0

@@ -5,11 +5,18 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
 class UserError(ValueError):
     """A mistake in flags or input files; its text names the flag, the value and the remedy in one line."""
+
+
+def check_is_folder(flag: str, path: Path) -> None:
+    """Raises UserError for a path that is there and is no folder."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{flag} {path}: not a folder; name the folder that --save wrote to")
 
 
 def fail(program: str, message: str) -> NoReturn:

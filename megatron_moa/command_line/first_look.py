@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import add_flags, check_progress_flags, mixing_from_args, our_flags
 from megatron_moa.data import check_data_files
-from megatron_moa.errors import UserError, fail, one_line_errors
+from megatron_moa.errors import UserError, check_is_folder, fail, one_line_errors
 
 # Settings of Megatron's that the checks below look at, beside ours.
 _SWITCHES = ("swiglu", "squared_relu", "quick_geglu", "use_checkpoint_args", "mock_data", "skip_train")
@@ -55,20 +55,21 @@ def look(program: str, words: Sequence[str]) -> None:
         parser.parse_args(["--help"])
     with one_line_errors(program):
         megatron_flags.check_words(words, our_flags())
-        if "--yaml-cfg" in words:
-            return
         args = _few_settings(parser, words)
         check_progress_flags(args)
-        if args.use_checkpoint_args:  # the mixture and the tokenizer are the checkpoint's
-            _check_folder(args)
-        else:
+        _check_folder(args)
+        if not args.use_checkpoint_args:  # else the mixture and the tokenizer are the checkpoint's
             mixing_from_args(args)
             check_data_files(args)
 
 
 def _check_folder(args: argparse.Namespace) -> None:
-    if args.load and "://" not in args.load and not Path(args.load).is_dir():
-        raise UserError(f"--load {args.load}: no checkpoint with settings there; give a folder --save wrote to")
+    if not args.load or "://" in args.load:
+        return
+    folder = Path(args.load)
+    if args.use_checkpoint_args and not folder.exists():
+        raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
+    check_is_folder("--load", folder)
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -531,6 +531,8 @@ def check_words(words: Sequence[str], ours: Sequence[str]) -> None:
     for flag in given:
         if flag in unread:
             raise UserError(f"{flag}: has no effect, no line of Megatron {VERSION} reads it; drop the flag")
+        if flag == "--yaml-cfg":
+            raise UserError("--yaml-cfg: a file of Megatron's settings has none of the mixture's; give flags instead")
     if importlib.metadata.version("megatron-core") != VERSION:
         return  # Megatron's parser knows its own
     known = known_flags() | {*ours, "--help", "--help-megatron"}

@@ -19,6 +19,9 @@ def check_shapes(args: argparse.Namespace) -> None:
     _check_heads(args)
     _check_batches(args)
     _check_experts(args)
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        given = as_typed("profile_step_end", args.profile_step_end)
+        raise UserError(f"{given}: not after --profile-step-start {args.profile_step_start}; give a later step")
 
 
 def _check_split(args: argparse.Namespace) -> None:

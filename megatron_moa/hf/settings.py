@@ -23,7 +23,7 @@ _READ = frozenset(
     swiglu bias_gelu_fusion untie_embeddings_and_output_weights num_experts moe_layer_freq moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk moe_router_score_function
     moe_router_pre_softmax moe_router_topk_scaling_factor moe_router_enable_expert_bias moe_router_dtype
-    mtp_num_layers mtp_use_repeated_layer use_rotary_position_embeddings fp32_residual_connection
+    use_rotary_position_embeddings fp32_residual_connection
     """.split()
 )
 
