@@ -12,8 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import scipy.stats
+import tokenizers
 import torch
-from transformers import StaticCache
+from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_moa.errors import UserError
@@ -138,9 +139,10 @@ def test_padding_and_packing_change_nothing(kind: str, implementation: str) -> N
     assert (apart - logits[:1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "la"])
 def test_generates_the_same_in_every_way(kind: str) -> None:
-    model = build(kind)
+    la = {"mixing": {"mixing": "la", "form": "bi-sided", "activations": ["silu", "relu2"]}}
+    model = build("moa", **la) if kind == "la" else build(kind)
     tokens = tokens_of(model, 2, 7)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(tokens, **settings)
@@ -156,6 +158,21 @@ def test_generates_the_same_in_every_way(kind: str) -> None:
     both = model.generate(batch, attention_mask=mask, **settings)
     assert torch.equal(both[0, 3:], short[0])
     assert torch.equal(both[1], expected[1])
+    # Drafts by another model, here an equal one, or by the prompt; they are for one sequence.
+    for way in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(model.generate(tokens[:1], **settings, **way), expected[:1]), way
+    generator = pipeline("text-generation", model=model, tokenizer=word_tokenizer(), device="cpu")
+    prompts = [" ".join(f"t{token}" for token in row) for row in (tokens[1].tolist(), tokens[0, 3:].tolist())]
+    texts = generator(prompts, batch_size=2, max_new_tokens=6, do_sample=False, return_full_text=False)
+    made = [[int(word[1:]) for word in text["generated_text"].split()] for (text,) in texts]
+    assert made == [expected[1, 7:].tolist(), short[0, 4:].tolist()]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Reads and writes token 7 as the word t7."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{n}": n for n in range(101)}, unk_token="t0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0", padding_side="left")
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "vllm"])
