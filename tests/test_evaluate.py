@@ -20,7 +20,7 @@ from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.tokenizer import _from_sentencepiece
 from tests.test_convert_to_hf import train_sentencepiece
 from tests.training import ROOT
-from tools.evaluate import TASKS, finished, local_files, parse_flags, table
+from tools.evaluate import TASKS, finished, local_files, main, parse_flags, table
 
 CONTEXT = 64
 WORDS = (ROOT / "CONTRIBUTING.md").read_text().split()
@@ -212,6 +212,19 @@ def test_what_only_the_harness_knows(
     last = result.stderr.splitlines()[-1]
     assert all(part in last for part in parts), last
     assert (tmp_path / "out").exists() == (not parts)
+
+
+@pytest.mark.parametrize("flag", ["--data", "--tasks-folder"])
+def test_a_missing_folder_is_told_before_the_harness_is_imported(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(SystemExit) as leaving:
+        main(["--load", str(tmp_path), flag, f"{tmp_path}/absent"])
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == f"evaluate.py: error: {flag} {tmp_path}/absent: no such folder; check the path\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_result_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:

@@ -947,6 +947,10 @@ def test_blend_with_its_own_validation_data(tmp_path: Path, capsys: pytest.Captu
         (["--weights", "0"], "--weights 0: must be above 0; leave a dataset out that shall give nothing"),
         (["--weights", "1", "--temperature", "2"], "--temperature 2: has no effect with --weights; drop one"),
         (["--temperature", "0"], "--temperature 0: a number above 0 is wanted; 1 weighs by tokens"),
+        (["--weights", "nan"], "--weights nan: must be above 0; leave a dataset out"),
+        (["--data", "{tmp}/a", "{tmp}/a", "--weights", "1e308", "1e308"], "too large or too far apart; give shares"),
+        (["--data", "{tmp}/a", "{tmp}/a", "--weights", "5e-324", "1e9"], "too large or too far apart; give shares"),
+        (["--data", "{tmp}/a", "{tmp}/c", "--temperature", "1e-6"], "--temperature 1e-06: gives the smaller datasets"),
         (["--tokens", "nan"], "--tokens nan: a number above 0 is wanted, e.g. 26e9"),
         (["--split", "0,1,0"], "--split 0,1,0: leaves nothing of {tmp}/a to training; use e.g. --split 99,1,0"),
         (["--split", "9,1,0", "--valid", "{tmp}/a"], "--split 9,1,0: contradicts --valid and --test"),
@@ -959,6 +963,7 @@ def test_mistakes_in_a_blend(
 ) -> None:
     make_dataset(tmp_path / "a", [10] * 100)
     make_dataset(tmp_path / "a b", [10] * 100)
+    make_dataset(tmp_path / "c", [20] * 100)
     (tmp_path / "there").touch()
     before = sorted(os.listdir(tmp_path))
     arguments = ["--data", f"{tmp_path}/a", "--output", f"{tmp_path}/blend"]

@@ -53,53 +53,76 @@ def blend(args: argparse.Namespace) -> None:
     if separate and args.split is not None:
         raise UserError(f"--split {args.split}: contradicts --valid and --test, which name those parts; drop one")
     split = None if separate else args.split or "99,1,0"
-    sizes = [training_tokens(prefix, split) for prefix in args.data]
+    check_numbers(args)
+    targets = [] if args.output is None else data.check_output("--output", args.output, ("",), args.overwrite)
+    # All files are looked at before a split is computed, for which Megatron is imported.
+    valid, test = by_tokens("--valid", args.valid), by_tokens("--test", args.test)
+    indices = [read_index(prefix) for prefix in args.data]
+    sizes = [training_tokens(index, split) for index in indices]
     weights = blend_weights(args, sizes)
     show(args, sizes, weights)
     words = [word for weight, prefix in zip(weights, args.data, strict=True) for word in (f"{weight:.6g}", prefix)]
     if separate:
-        parts = {"train": words, "valid": by_tokens("--valid", args.valid), "test": by_tokens("--test", args.test)}
+        parts = {"train": words, "valid": valid, "test": test}
         text, flags = json.dumps(parts, indent=1) + "\n", "--per-split-data-args-path {}"
     else:
         lines = [f"{weight} {prefix}\n" for weight, prefix in zip(words[::2], words[1::2], strict=True)]
         text, flags = "".join(lines), f"--data-args-path {{}} --split {split}"
-    if args.output is None:
+    if not targets:
         return
-    targets = data.check_output("--output", args.output, ("",), args.overwrite)
     with data.written_whole("--output", targets) as (path,), open(path, "w") as stream:
         stream.write(text)
     print(f"written        {args.output}")
     print(f"use it with    {flags.format(args.output)} --data-cache-path FOLDER")
 
 
-def training_tokens(prefix: str, split: str | None) -> int:
-    """Tokens of a dataset's training part; without a split of all of it. Raises UserError."""
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises UserError for a number that cannot be what its flag means."""
+    if args.tokens is not None and not 0 < args.tokens < math.inf:
+        raise UserError(f"--tokens {args.tokens:g}: a number above 0 is wanted, e.g. 26e9")
+    if args.temperature is not None and not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature:g}: a number above 0 is wanted; 1 weighs by tokens")
+    if args.weights is None:
+        return
+    shown = " ".join(f"{weight:g}" for weight in args.weights)
+    if args.temperature is not None:
+        raise UserError(f"--temperature {args.temperature:g}: has no effect with --weights; drop one of the two")
+    if len(args.weights) != len(args.data):
+        raise UserError(
+            f"--weights {shown}: {len(args.weights)} weights for {len(args.data)} datasets; give one for each"
+        )
+    if not all(0 < weight < math.inf for weight in args.weights):
+        raise UserError(f"--weights {shown}: must be above 0; leave a dataset out that shall give nothing")
+    if not 0 < min(args.weights) / sum(args.weights) <= 1:
+        raise UserError(f"--weights {shown}: too large or too far apart; give shares of 1")
+
+
+def read_index(prefix: str) -> data.DatasetIndex:
+    """A dataset's index. Raises UserError, also for a name that no blend file can hold."""
     index = data.read_index(prefix, "--data")
     if len(prefix.split()) != 1:
         raise UserError(f"--data {prefix!r}: a blend file is made of words; give the dataset a name without spaces")
+    return index
+
+
+def training_tokens(index: data.DatasetIndex, split: str | None) -> int:
+    """Tokens of a dataset's training part; without a split of all of it. Raises UserError."""
     if split is None:
         return index.tokens
     tokens = index.tokens_between(*data.split_bounds(split, index.sequences).get(data.TRAIN, (0, 0)))
     if not tokens:
-        raise UserError(f"--split {split}: leaves nothing of {prefix} to training; use e.g. --split 99,1,0")
+        raise UserError(f"--split {split}: leaves nothing of {index.prefix} to training; use e.g. --split 99,1,0")
     return tokens
 
 
 def blend_weights(args: argparse.Namespace, sizes: Sequence[int]) -> list[float]:
-    """The weights, with the sum 1. Raises UserError."""
-    if args.weights is None:
+    """The weights, with the sum 1. Raises UserError if a dataset would give nothing."""
+    given = args.weights
+    if given is None:
         temperature = 1.0 if args.temperature is None else args.temperature
-        if not temperature > 0:
-            raise UserError(f"--temperature {temperature:g}: a number above 0 is wanted; 1 weighs by tokens")
         given = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
-    else:
-        given, shown = args.weights, " ".join(f"{weight:g}" for weight in args.weights)
-        if args.temperature is not None:
-            raise UserError(f"--temperature {args.temperature:g}: has no effect with --weights; drop one of the two")
-        if len(given) != len(sizes):
-            raise UserError(f"--weights {shown}: {len(given)} weights for {len(sizes)} datasets; give one for each")
-        if not all(0 < weight < math.inf for weight in given):
-            raise UserError(f"--weights {shown}: must be above 0; leave a dataset out that shall give nothing")
+        if not all(given):
+            raise UserError(f"--temperature {temperature:g}: gives the smaller datasets no weight; give a larger one")
     return [weight / sum(given) for weight in given]
 
 
@@ -113,8 +136,6 @@ def by_tokens(flag: str, prefixes: Sequence[str] | None) -> list[str] | None:
 def show(args: argparse.Namespace, sizes: Sequence[int], weights: Sequence[float]) -> None:
     """Prints a line for each dataset; an epoch is once through its training part."""
     budget = args.tokens
-    if budget is not None and not 0 < budget < math.inf:
-        raise UserError(f"--tokens {budget:g}: a number above 0 is wanted, e.g. 26e9")
     width = max(7, *map(len, args.data))
     drawn = "" if budget is None else f"{'drawn':>20}{'epochs':>9}"
     print(f"{'dataset':{width}}{'training tokens':>20}{'weight':>9}{drawn}")

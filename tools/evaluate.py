@@ -79,6 +79,13 @@ def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return result
 
 
+def check_folders(flags: argparse.Namespace) -> None:
+    """Raises UserError for a folder that is not there, before the harness is imported, which takes seconds."""
+    for flag, folder in (("--data", flags.data), ("--tasks-folder", flags.tasks_folder)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"{flag} {folder}: no such folder; check the path")
+
+
 def local_files(folder: Path, task: str, config: dict[str, Any]) -> dict[str, Any]:
     """What replaces a task's settings so that its data are read from files.
 
@@ -204,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"> {name}: evaluated already, {out / name}.json; --again repeats it", file=sys.stderr)
         missing = [name for name in flags.tasks if name not in results]
         if missing:
+            check_folders(flags)
             if data is not None:
                 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
             try:
