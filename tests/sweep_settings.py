@@ -27,8 +27,8 @@ EXPERTS = f"{STOCK} {' '.join(MOE)}"
 MUP = f"{STOCK} --use-mup --mup-base-hidden-size 16"
 YARN = f"{STOCK} --position-embedding-type yarn --yarn-original-max-position-embeddings 16"
 LATENT = (
-    f"{STOCK} --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 --qk-pos-emb-head-dim 8 --v-head-dim 8 "
-    "--kv-channels 16"
+    f"{STOCK} -group-query-attention -num-query-groups --multi-latent-attention --kv-lora-rank 16 --qk-head-dim 8 "
+    "--qk-pos-emb-head-dim 8 --v-head-dim 8 --kv-channels 16"
 )
 CAPACITY = f"{EXPERTS} --moe-expert-capacity-factor 1.0"
 
@@ -116,6 +116,8 @@ TRIED = {
     "moe_token_drop_policy": f"{CAPACITY} --moe-token-drop-policy position",
     "moe_pad_expert_input_to_capacity": f"{CAPACITY} --moe-pad-expert-input-to-capacity",
 }
+# Tried, and refused when training starts: they need Transformer Engine.
+REFUSED = {"layernorm_zero_centered_gamma", "softmax_type", "window_size", "window_attn_skip_freq", "moe_latent_size"}
 _OTHER_MODELS = "of a hybrid model; pretrain_gpt_moa.py builds GPT models"
 _ATTENTION = "of an attention that Transformer Engine or a package of kernels computes"
 NOT_TRIED = {
@@ -156,8 +158,8 @@ class Row:
 
     @property
     def is_wrong(self) -> bool:
-        if self.training.startswith("refused"):
-            return False
+        if self.name in REFUSED:
+            return not self.training.startswith("refused: ")
         return self.training != self.loaded or not self.export.startswith(("same logits", "refused"))
 
 

@@ -31,6 +31,8 @@ def test_another_loss_and_an_unverified_export_are_wrong() -> None:
     assert Row("rotary_base", "3.8E+00", "3.9E+00", "same logits").is_wrong
     assert Row("rotary_base", "3.8E+00", "3.8E+00", "exit code 1: KeyError").is_wrong
     assert Row("rotary_base", "exit code 1: KeyError").is_wrong
+    assert Row("rotary_base", "refused: --rotary-base 50: …").is_wrong
+    assert not Row("window_size", "refused: --window-size (4, 0): …").is_wrong
 
 
 @pytest.mark.distributed
