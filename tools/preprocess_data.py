@@ -40,6 +40,7 @@ from megatron_moa.dataset_files import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "preprocess_data"
+MOST_WORKERS = 1024
 TASK_BYTES = 1 << 20  # text a worker gets at once: about half a second of work
 PR_SET_PDEATHSIG = 1  # of Linux: a worker must not wait for ever for work from a parent that was killed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -174,7 +175,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="K/N",
         help="do the K-th of N shares of the input, for tools/merge_data.py; slurm: the task of srun that this is",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.workers > MOST_WORKERS:
+        parser.error(f"--workers {args.workers}: out of range; give 1 to {MOST_WORKERS}")
+    if args.shuffle_documents is not None and args.shuffle_documents < 0:
+        parser.error(f"--shuffle-documents {args.shuffle_documents}: out of range; give 0 or more")
+    return args
 
 
 def preprocess(args: argparse.Namespace) -> None:

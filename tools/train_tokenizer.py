@@ -26,6 +26,9 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "train_tokenizer"
 BLOCK_BYTES = 1 << 18  # what one draw takes from a file: small enough to mix many files, large enough to read fast
+SPECIAL_TOKENS = 4  # <unk>, <s>, </s>, <pad>
+MOST_TOKENS = 10_000_000  # larger ones keep sentencepiece busy before it looks whether the text has so many
+MOST_THREADS = 1024
 LINE_CHARACTERS = 4096  # sentencepiece skips longer sentences, so longer lines are cut
 # no piece holds a control character, so those are always byte tokens; sentencepiece skips sentences with U+2585
 SEPARATORS = re.compile("[\x00-\x1f\u2585]+")
@@ -80,8 +83,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=1234, metavar="N", help="which part of a larger corpus is drawn")
     group.add_argument("--threads", type=data.positive, default=len(os.sched_getaffinity(0)), metavar="N")
     args = parser.parse_args(argv)
-    if not 0 < args.character_coverage <= 1:
-        parser.error(f"--character-coverage {args.character_coverage}: a share above 0 and at most 1 is wanted")
+    if not 0.98 <= args.character_coverage <= 1:  # sentencepiece's own bounds
+        parser.error(f"--character-coverage {args.character_coverage}: a share from 0.98 to 1 is wanted")
+    if not SPECIAL_TOKENS + 256 <= args.vocab_size <= MOST_TOKENS:
+        parser.error(
+            f"--vocab-size {args.vocab_size}: out of range; give {SPECIAL_TOKENS + 256} (the 256 bytes and "
+            f"{SPECIAL_TOKENS} special tokens) to {MOST_TOKENS:,}"
+        )
+    if args.threads > MOST_THREADS:
+        parser.error(f"--threads {args.threads}: out of range; give 1 to {MOST_THREADS}")
     return args
 
 
