@@ -212,7 +212,10 @@ def test_mistakes_in_evaluating_are_one_line(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--load", "absent"], "--load absent: no checkpoint there, nor a folder; give what training's --save named, or an export"),
+        (
+            ["--load", "absent"],
+            "--load absent: no checkpoint there, nor a folder; give what training's --save named, or an export",
+        ),
         (["--load", "model", "--tokeniser-model", "x"], "has such a flag; did you mean --tokenizer-model?"),
         (
             ["--load", "export", "--bf16"],

@@ -19,7 +19,9 @@ def check_source(folder: str, iteration: int | None, megatron_flags: Sequence[st
         megatron_flags: further flags for a checkpoint.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"--load {folder}: no checkpoint there, nor a folder; give what training's --save named, or an export")
+        raise UserError(
+            f"--load {folder}: no checkpoint there, nor a folder; give what training's --save named, or an export"
+        )
     if not (Path(folder) / "config.json").is_file():
         check_words(megatron_flags, our_flags())
         return
