@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from megatron_moa import te_guard
+
 if TYPE_CHECKING:
     from megatron_moa.inference import from_checkpoint
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "from_checkpoint"]
+
+
+te_guard.install()
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoint_files import Checkpoint
-from megatron_moa.checkpoint_guard import check_before_setup, check_tensors
+from megatron_moa.checkpoint_guard import check_before_setup, match_tensors
 from megatron_moa.checkpoint_tensors import CheckpointTensors, check_pickles
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
@@ -164,7 +164,7 @@ def _load_weights(model: GPTModel, folder: Path) -> None:
     together anew: a second copy of 40 % of a model. The parts are views of the parameter, so nothing has to be.
     """
     state = model.sharded_state_dict(metadata=dict(CheckpointTensors(folder).content_metadata))
-    check_tensors(state, str(folder))
+    match_tensors(state, str(folder))
     state = {name: place.build() if isinstance(place, ShardedTensorFactory) else place for name, place in state.items()}
     loaded = dist_checkpointing.load({"model": state}, str(folder))["model"]
     tensors = [value for value in nested_values([loaded]) if isinstance(value, torch.Tensor)]

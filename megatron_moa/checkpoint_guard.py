@@ -40,6 +40,7 @@ from megatron_moa.checkpoint_files import (
     write_manifest,
     write_tracker,
 )
+from megatron_moa.checkpoint_names import EXTRA_STATE, drop_absent_extra_state, take_stored_names
 from megatron_moa.errors import UserError, check_is_folder
 from megatron_moa.saved_settings import (
     changed_data,
@@ -236,12 +237,16 @@ def _notice(text: str) -> None:
 _SAME_SETTINGS = "load it with the settings it was saved with"
 
 
-def check_tensors(sharded_state_dict: dict, folder: str) -> None:
-    """Raises UserError unless the checkpoint has every tensor that is asked for, and the model takes every one that is
-    not an optimizer's; collective.
+def match_tensors(sharded_state_dict: dict, folder: str) -> None:
+    """Matches what a model asks for with what a checkpoint has, before it is loaded; collective.
 
-    Without this Megatron ignores surplus tensors, and missing ones too under some values of ``--dist-ckpt-strictness``.
-    Transformer Engine's ``_extra_state`` is left to that flag: other layers have none.
+    Names that differ between Transformer Engine's layers and local ones are made the checkpoint's, in place
+    (megatron_moa.checkpoint_names).
+
+    Raises:
+        UserError: the checkpoint lacks a tensor that is asked for, or has one that is not an optimizer's and that
+            nobody asks for. Megatron by itself ignores surplus tensors, and missing ones too under some values of
+            ``--dist-ckpt-strictness``.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -249,12 +254,18 @@ def check_tensors(sharded_state_dict: dict, folder: str) -> None:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = {key for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    take_stored_names(sharded_state_dict, stored)
+    if drop_absent_extra_state(sharded_state_dict, metadata):
+        _notice(
+            f"> --load {folder}: was saved without Transformer Engine's extra state, so that its modules start with "
+            "empty fp8 scales"
+        )
     wanted, _, _ = load_preprocess(sharded_state_dict)
     keys = {value.key for value in nested_values(wanted) if isinstance(value, ShardedTensor)}
     keys = set().union(*gathered(keys))
-    metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    stored = {key for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    keys, stored = ({key for key in some if not key.endswith("_extra_state")} for some in (keys, stored))
+    keys, stored = ({key for key in some if not key.endswith(EXTRA_STATE)} for some in (keys, stored))
     for missing, what in (
         (keys - stored, "lacks {} that this run has"),
         (
@@ -282,13 +293,13 @@ def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
     load = dist_checkpointing.load
 
     def load_checked(sharded_state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        check_tensors(sharded_state_dict, checkpoint_dir)
+        match_tensors(sharded_state_dict, checkpoint_dir)
         return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     def note(module: torch.nn.Module, keys: Any) -> None:
         # Megatron answers a strict load that fails with one that is not strict.
         for what, names in (("lacks", keys.missing_keys), ("has a surplus", keys.unexpected_keys)):
-            problems.extend(f"{what} {name}" for name in names if not name.endswith("_extra_state"))
+            problems.extend(f"{what} {name}" for name in names if not name.endswith(EXTRA_STATE))
 
     hooks = [model.register_load_state_dict_post_hook(note) for model in unwrap_model(models)]
     dist_checkpointing.load = load_checked

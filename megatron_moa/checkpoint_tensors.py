@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa.checkpoint_files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
+from megatron_moa.checkpoint_names import EXTRA_STATE, take_stored_names
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt.gpt_model import GPTModel
 
 OPTIMIZER = ("optimizer.", "chained_")  # how the keys of its state start
-_EXTRA_STATE = "_extra_state"  # Transformer Engine's; empty in checkpoints of local layers
 _COMMON_STATE = "common_state/shard_0_1"  # Megatron's settings, iteration, schedule
 _LEGACY_COMMON_STATE = "common.pt"  # where they were before megatron-core 0.19
 
@@ -493,11 +493,12 @@ class ModelTensors(Mapping[str, Tensor]):
             # A factory's tensor lies in the checkpoint as several (the halves of a gated fc1).
             name: (entry.build(), entry.merge_fn) if isinstance(entry, ShardedTensorFactory) else (entry, None)
             for name, entry in model.sharded_state_dict(metadata=dict(checkpoint.content_metadata)).items()
-            if not name.endswith(_EXTRA_STATE)
+            if not name.endswith(EXTRA_STATE)
         }
         names = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
         assert names == set(self._wanted), names.symmetric_difference(self._wanted)
         parts = [part for entry, _ in self._wanted.values() for part in nested_values([entry])]
+        take_stored_names(parts, checkpoint.tensors)
         for part in parts:
             assert isinstance(part, ShardedTensor), part
             shape, other = checkpoint._info(part.key).shape, tuple(part.global_shape)
@@ -506,9 +507,7 @@ class ModelTensors(Mapping[str, Tensor]):
                 raise UserError(
                     f"{folder}: {part.key} is {shape} there and {other} in the model; take its own settings"
                 )
-        surplus = {
-            key for key in checkpoint.tensors if not key.startswith(OPTIMIZER) and not key.endswith(_EXTRA_STATE)
-        }
+        surplus = {key for key in checkpoint.tensors if not key.startswith(OPTIMIZER) and not key.endswith(EXTRA_STATE)}
         if surplus := sorted(surplus - {part.key for part in parts}):
             raise UserError(f"{folder}: has {len(surplus)} tensors that the model lacks ({', '.join(surplus[:3])})")
 

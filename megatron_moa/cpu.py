@@ -19,6 +19,7 @@ The replacements last as long as the process.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import os
 import pkgutil
 import random
@@ -27,7 +28,8 @@ import socket
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -268,20 +270,15 @@ def _of_any_sizes(original: Callable) -> Callable:
     return collective
 
 
-def _set_defaults(parser: argparse.ArgumentParser, defaults: "Defaults") -> argparse.ArgumentParser:
+def _set_defaults(parser: argparse.ArgumentParser, defaults: "Iterable[Default]") -> argparse.ArgumentParser:
     parser.set_defaults(**{dest: value() if callable(value) else value for dest, value, _ in defaults})
     return parser
 
 
 def set_plain_torch_defaults(parser: argparse.ArgumentParser) -> None:
-    """Replaces defaults that only Transformer Engine or Apex can serve, where they are absent; for GPUs too."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.core.models.gpt.gpt_layer_specs import HAVE_APEX
-
-    if not HAVE_TE:
-        _set_defaults(parser, WITHOUT_TE_DEFAULTS)
-        if not HAVE_APEX:
-            _set_defaults(parser, WITHOUT_TE_AND_APEX_DEFAULTS)
+    """Replaces the defaults whose kernels are not there, each by what Megatron itself asks for; for GPUs too."""
+    absent = [default for default in KERNEL_DEFAULTS if not default.is_there()]
+    _set_defaults(parser, [(default.name, default.value, default.kernel) for default in absent])
 
 
 def _with_cpu_defaults(original: Callable) -> Callable:
@@ -412,23 +409,72 @@ WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
     ("megatron.training.arguments.validate_args", _keep_fused_gelu_alone, "the function stays that of GPUs"),
 )
 
-Defaults = tuple[tuple[str, Any, str], ...]  # name in Megatron's arguments, value (or a function that gives it), why
+Default = tuple[str, Any, str]  # name in Megatron's arguments, value (or a function that gives it), why
 
-WITHOUT_TE_DEFAULTS: Defaults = (
-    ("transformer_impl", "local", "Transformer Engine's layers"),
-    ("attention_backend", lambda: _attention_backend("unfused"), "the fused ones are Transformer Engine's"),
+
+def _has_transformer_engine() -> bool:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return HAVE_TE
+
+
+def _has_persistent_norm() -> bool:
+    from megatron.core.fusions.fused_layer_norm import HAVE_PERSIST_LAYER_NORM
+
+    return HAVE_PERSIST_LAYER_NORM
+
+
+def _has_gradient_accumulation() -> bool:
+    from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
+
+    return _grad_accum_fusion_available
+
+
+def _has_masked_softmax() -> bool:
+    return importlib.util.find_spec("scaled_upper_triang_masked_softmax_cuda") is not None
+
+
+def _has_rotary_kernel() -> bool:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return rope_utils.fused_apply_rotary_pos_emb is not None
+
+
+@dataclass(frozen=True)
+class KernelDefault:
+    """A setting of Megatron's whose default needs a kernel, and its value where that is not there.
+
+    Attributes:
+        name: in Megatron's arguments.
+        value: or a function that gives it.
+        kernel: whose it is.
+        is_there: the question that Megatron asks before it calls the kernel.
+    """
+
+    name: str
+    value: Any
+    kernel: str
+    is_there: Callable[[], bool]
+
+
+KERNEL_DEFAULTS = (
+    KernelDefault("transformer_impl", "local", "Transformer Engine's layers", _has_transformer_engine),
+    KernelDefault(
+        "attention_backend",
+        lambda: _attention_backend("unfused"),
+        "Transformer Engine's attention",
+        _has_transformer_engine,
+    ),
+    KernelDefault("apply_rope_fusion", False, "Transformer Engine's rotary kernel", _has_rotary_kernel),
+    KernelDefault("no_persist_layer_norm", True, "Apex's FastLayerNormFN", _has_persistent_norm),
+    KernelDefault(  # of the output layer, which is Megatron's own with Transformer Engine too
+        "gradient_accumulation_fusion", False, "Apex's fused_weight_gradient_mlp_cuda", _has_gradient_accumulation
+    ),
+    KernelDefault("masked_softmax_fusion", False, "Megatron's CUDA softmax", _has_masked_softmax),
 )
 
-WITHOUT_TE_AND_APEX_DEFAULTS: Defaults = (
-    ("no_persist_layer_norm", True, "a kernel of Apex"),
-    ("gradient_accumulation_fusion", False, "a kernel of Apex"),
-    ("masked_softmax_fusion", False, "a CUDA kernel"),
-    ("apply_rope_fusion", False, "a kernel of Transformer Engine or Apex"),
-)
-
-CPU_DEFAULTS: Defaults = (
-    *WITHOUT_TE_DEFAULTS,
-    *WITHOUT_TE_AND_APEX_DEFAULTS,
+CPU_DEFAULTS: tuple[Default, ...] = (
+    *((default.name, default.value, default.kernel) for default in KERNEL_DEFAULTS),
     ("distributed_backend", "gloo", "NCCL needs CUDA"),
     ("bias_swiglu_fusion", False, "fused by torch.compile, which is switched off for Megatron here"),
     ("bias_dropout_fusion", False, "as above"),

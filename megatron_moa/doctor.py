@@ -172,14 +172,15 @@ def _probe_megatron() -> Facts:
 
 def _probe_transformer_engine() -> Facts:
     import torch
+
+    if not torch.cuda.is_available():
+        return {"version": _installed_version("transformer-engine"), "runs": False}  # megatron_moa.te_guard
     import transformer_engine
     import transformer_engine.pytorch
 
-    facts = {"version": str(getattr(transformer_engine, "__version__", "of unknown version")), "runs": False}
-    if torch.cuda.is_available():
-        layer = transformer_engine.pytorch.Linear(16, 16, device="cuda")
-        facts["runs"] = bool(torch.isfinite(layer(torch.ones(16, 16, device="cuda"))).all().item())
-    return facts
+    layer = transformer_engine.pytorch.Linear(16, 16, device="cuda")
+    runs = bool(torch.isfinite(layer(torch.ones(16, 16, device="cuda"))).all().item())
+    return {"version": str(getattr(transformer_engine, "__version__", "of unknown version")), "runs": runs}
 
 
 def _probe_apex() -> Facts:
@@ -193,7 +194,12 @@ def _probe_apex() -> Facts:
     import amp_C  # noqa: F401  its compiled kernels
     import fused_layer_norm_cuda  # noqa: F401
 
-    return {**facts, "nvidia": True}
+    # Compiled only where it was asked for.
+    return {
+        **facts,
+        "nvidia": True,
+        "accumulates": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
 
 
 def _probe_triton() -> Facts:
@@ -435,7 +441,8 @@ def judge_transformer_engine(facts: Facts, gpu: bool) -> Finding:
         )
         return Finding(name, FALLS_BACK if spared else MISSING, text, f"install it anew, or {remove}")
     if not gpu:
-        text = f"{facts['version']} imports, but its modules need CUDA: a run here is --transformer-impl local"
+        version = facts["version"] or "of unknown version"
+        text = f"{version}, kept out: its modules need CUDA, and a run here is --transformer-impl local"
         return Finding(name, FALLS_BACK, text)
     if not facts["runs"]:
         return Finding(
@@ -455,8 +462,13 @@ def judge_apex(facts: Facts, gpu: bool) -> Finding:
         return Finding("Apex", CHECK, text, "compile it anew against this torch, or pip uninstall apex")
     if not facts["nvidia"]:
         # `import apex` is all that Megatron itself asks before it builds Apex's norm.
-        text = "a package apex that is not NVIDIA's; nothing of it is used here, Megatron's own script fails with it"
+        text = (
+            "a package apex that is not NVIDIA's; nothing of it is used here, but Megatron's own script fails with it"
+        )
         return Finding("Apex", CHECK, text, "pip uninstall apex")
+    if not facts["accumulates"]:
+        text = "NVIDIA's, without fused_weight_gradient_mlp_cuda: gradient accumulation is not fused"
+        return Finding("Apex", FALLS_BACK, text, "optional: compile Apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1")
     return Finding("Apex", OK, "NVIDIA's, with its kernels")
 
 

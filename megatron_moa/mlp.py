@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import set_save_original_input
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -56,6 +57,9 @@ class MixedMLP(MLP):
             and self.config.recompute_granularity == "selective"
             and "moe_act" in self.config.recompute_modules
         )
+        if self.recompute_mixture and (self.config.fp8 or self.config.fp4):
+            # Else Transformer Engine's fc2 keeps a quantized copy of what is to be computed again.
+            set_save_original_input(self.linear_fc2)
 
     def input_is_dispatched(self, is_expert: bool) -> bool:
         """Whether the input is gathered, and its gradient summed over ranks, outside this layer."""

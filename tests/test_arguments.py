@@ -269,16 +269,29 @@ def test_writing_in_place_needs_the_kernels(failing_run: Callable[..., str]) -> 
     assert "--moa-overwrite-preactivation: the eager backend does not write in place" in line
 
 
-def test_defaults_that_need_transformer_engine_or_apex_are_replaced_where_these_are_absent() -> None:
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
+@pytest.mark.parametrize("fuses_accumulation", [True, False], ids=["Apex", "no Apex"])
+@pytest.mark.parametrize("has_te", [True, False], ids=["TE", "no TE"])
+def test_each_default_that_needs_a_kernel_follows_that_kernel(
+    monkeypatch: pytest.MonkeyPatch, has_te: bool, fuses_accumulation: bool
+) -> None:
+    """Also with Transformer Engine and no Apex, as pip installs it, and with a package apex without this kernel."""
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", has_te)
+    rotary = (lambda *_: None) if has_te else None
+    monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", rotary)
+    monkeypatch.setattr("megatron.core.tensor_parallel.layers._grad_accum_fusion_available", fuses_accumulation)
+    monkeypatch.setattr("megatron.core.fusions.fused_layer_norm.HAVE_PERSIST_LAYER_NORM", fuses_accumulation)
+    monkeypatch.setattr("megatron.core.models.gpt.gpt_layer_specs.HAVE_APEX", True)  # a foreign one sets it too
     parser = argparse.ArgumentParser()
-    parser.add_argument("--transformer-impl", default="transformer_engine")
-    parser.add_argument("--no-gradient-accumulation-fusion", dest="gradient_accumulation_fusion", action="store_false")
+    getattr(add_megatron_arguments, "__wrapped__", add_megatron_arguments)(parser)
+    parser.set_defaults(transformer_impl="transformer_engine")
     args = add_all_arguments(parser).parse_args([])
-    assert args.transformer_impl == ("transformer_engine" if HAVE_TE else "local")
-    assert args.gradient_accumulation_fusion is HAVE_TE
-    assert parser.parse_args(["--transformer-impl", "inference_optimized"]).transformer_impl == "inference_optimized"
+    assert args.transformer_impl == ("transformer_engine" if has_te else "local")
+    assert args.apply_rope_fusion is has_te
+    assert args.gradient_accumulation_fusion is fuses_accumulation
+    assert args.no_persist_layer_norm is not fuses_accumulation
+    assert args.masked_softmax_fusion is False
+    given = parser.parse_args(["--transformer-impl", "inference_optimized"])
+    assert given.transformer_impl == "inference_optimized"
 
 
 @pytest.mark.parametrize(

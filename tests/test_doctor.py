@@ -84,7 +84,7 @@ def test_here_training_can_start() -> None:
 
 @pytest.mark.slow
 def test_broken_surroundings_are_findings(broken: Path) -> None:
-    """Four at once, in one run: an old Megatron, a foreign apex, the placeholder, a Transformer Engine that raises."""
+    """Four at once, in one run: an old Megatron, a foreign apex, the placeholder, Transformer Engine and no GPU."""
     fake_package(broken, "apex", "__version__ = '0.9.10dev'")
     fake_package(broken, "emerging_optimizers", "", "emerging-optimizers", "999.9.9")
     fake_package(broken, "transformer_engine", "raise OSError('libcudnn.so.9: cannot open\\nshared object file')")
@@ -98,11 +98,18 @@ def test_broken_surroundings_are_findings(broken: Path) -> None:
     assert "not NVIDIA's" in lines["Apex"][3]
     assert "pip uninstall apex" in result.stdout
     assert "placeholder" in lines["emerging-optimizers"][3]
-    assert "OSError: libcudnn.so.9: cannot open" in lines["Transformer Engine"][3]
+    assert "kept out: its modules need CUDA" in lines["Transformer Engine"][3]
     assert lines["Apex"][1] == "check"
     assert all(lines[name][1] == "missing" for name in ("megatron-core", "emerging-optimizers"))
-    ending = "Training cannot start: megatron-core, Transformer Engine, emerging-optimizers."
+    ending = "Training cannot start: megatron-core, emerging-optimizers."
     assert result.stdout.rstrip().endswith(ending)
+
+
+@pytest.mark.parametrize(("accumulates", "state"), [(True, "ok"), (False, "falls back")])
+def test_apex_without_gradient_accumulation_is_told(accumulates: bool, state: str) -> None:
+    finding = doctor.judge_apex({"version": "0.1", "nvidia": True, "accumulates": accumulates}, gpu=True)
+    assert finding.state == state
+    assert accumulates or "fused_weight_gradient_mlp_cuda" in finding.text
 
 
 @pytest.mark.full

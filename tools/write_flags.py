@@ -137,23 +137,20 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
     known = {option for action in stock(argparse.ArgumentParser())._actions for option in action.option_strings}
     ours = [action for action in parser._actions if not known.issuperset(action.option_strings)]
     parts = [
-        "## `pretrain_gpt_moa.py`\n\nMegatron's flags (`python pretrain_gpt_moa.py --help-megatron` explains them), and ours:\n",
+        "## `pretrain_gpt_moa.py`\n",
+        "Megatron's flags (`python pretrain_gpt_moa.py --help-megatron` explains them), and ours:\n",
         *_tables(parser, ours),
         "Settings of Megatron's with other defaults here; a flag that is given stays:\n",
         "| setting | where | default | why not Megatron's |\n| --- | --- | --- | --- |",
     ]
-    without_te = {dest for dest, _, _ in cpu.WITHOUT_TE_DEFAULTS}
-    without_both = {dest for dest, _, _ in cpu.WITHOUT_TE_AND_APEX_DEFAULTS}
+    kernels = {default.name: default.kernel for default in cpu.KERNEL_DEFAULTS}
     reason = ""
     for dest, value, why in cpu.CPU_DEFAULTS:
         reason = reason if why == "as above" else why
-        where = "on CPU"
-        if dest in without_te:
-            where = "without Transformer Engine"
-        elif dest in without_both:
-            where = "without Transformer Engine and Apex"
+        where = f"without {kernels[dest]}" if dest in kernels else "on CPU"
         value = value() if callable(value) else value
-        parts.append(f"| `{dest}` | {where} | `{getattr(value, 'name', value)}` | {reason} |")
+        because = "that is what Megatron asks for" if dest in kernels else reason
+        parts.append(f"| `{dest}` | {where} | `{getattr(value, 'name', value)}` | {because} |")
     parts.append("\nRefused on CPU, in one line, with values that need a GPU:\n\n| flag | instead |\n| --- | --- |")
     parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in cpu.GPU_FLAGS]
     return [*parts, ""]

@@ -1,0 +1,46 @@
+"""Names and objects that differ between Transformer Engine's layers and local ones, matched before loading."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+from megatron_moa.checkpoint_names import drop_absent_extra_state, take_stored_names
+
+
+def tensor(key: str) -> ShardedTensor:
+    return ShardedTensor.from_rank_offsets(key, torch.zeros(2))
+
+
+def extra_state(key: str) -> ShardedObject:
+    return ShardedObject(key, None, (1,), (0,))
+
+
+def test_a_norm_is_found_under_either_name() -> None:
+    local = "decoder.layers.3.mlp.linear_fc1.layer_norm_weight"
+    engine = "decoder.layers.3.pre_mlp_layernorm.weight"
+    for asked, stored in ((local, engine), (engine, local), (local, local)):
+        moment = tensor(f"optimizer.state.exp_avg.{asked}")
+        fc2 = tensor("decoder.layers.3.mlp.linear_fc2.weight")
+        state = {"model": {"norm": tensor(asked), "fc2": fc2}, "optimizer": [moment]}
+        take_stored_names(state, {stored, f"optimizer.state.exp_avg.{stored}"})
+        assert state["model"]["norm"].key == stored
+        assert fc2.key == "decoder.layers.3.mlp.linear_fc2.weight"
+        assert moment.key == f"optimizer.state.exp_avg.{stored}"
+
+
+def test_what_the_checkpoint_has_under_no_name_keeps_its_own() -> None:
+    missing = tensor("decoder.layers.3.pre_mlp_layernorm.weight")
+    take_stored_names({"norm": missing}, {"decoder.layers.4.pre_mlp_layernorm.weight"})
+    assert missing.key == "decoder.layers.3.pre_mlp_layernorm.weight"
+
+
+def test_only_absent_extra_state_is_dropped() -> None:
+    there, absent, other = (
+        extra_state("decoder.layers.0.mlp.linear_fc1._extra_state"),
+        extra_state("decoder.final_layernorm._extra_state"),
+        ShardedObject("rng_state", None, (1,), (0,)),
+    )
+    state = {"model": {"there": there, "absent": absent, "weight": tensor("w")}, "rng_state": other}
+    assert drop_absent_extra_state(state, {there.unique_key}) == 1
+    assert state == {"model": {"there": there, "weight": state["model"]["weight"]}, "rng_state": other}
