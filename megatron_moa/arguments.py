@@ -38,7 +38,6 @@ from megatron_moa.saved_settings import check_saved_settings
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds our flags to Megatron's parser, sets the defaults this machine can serve, and makes errors one line."""
     add_flags(parser)
-    parser.add_argument("--help-megatron", action="help", help="explain Megatron's flags too")
     cpu.set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
     for action in parser._actions:

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy
 
-from megatron_moa.corpus import TextFile, read_documents  # noqa: F401  others import them from here
 from megatron_moa.errors import UserError
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa import data
+from megatron_moa import corpus, data
 from megatron_moa.errors import UserError
 
 SHUFFLE_BYTES = 1 << 28  # what is gathered in memory before it is written
@@ -126,7 +126,7 @@ def part_from_flag(text: str) -> Part:
     return part
 
 
-def input_digest(files: Sequence[data.TextFile]) -> str:
+def input_digest(files: Sequence[corpus.TextFile]) -> str:
     """A fingerprint of the input: names, order, sizes and times of change."""
     listed = [(file.path, file.size, os.stat(file.path).st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()

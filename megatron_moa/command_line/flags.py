@@ -48,6 +48,7 @@ MODEL_FLAGS = (
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds every flag of ours: the mixture's, those of checkpoints and of watching a training."""
+    parser.add_argument("--help-megatron", action="help", help="explain Megatron's flags, too, and exit")
     add_mixture_flags(parser)
     add_checkpoint_flags(parser)
     add_progress_flags(parser)

@@ -535,7 +535,7 @@ def check_words(words: Sequence[str], ours: Sequence[str]) -> None:
             raise UserError("--yaml-cfg: a file of Megatron's settings has none of the mixture's; give flags instead")
     if importlib.metadata.version("megatron-core") != VERSION:
         return  # Megatron's parser knows its own
-    known = known_flags() | {*ours, "--help", "--help-megatron"}
+    known = known_flags() | {*ours, "--help"}
     for flag in given:
         if flag not in known:
             close = difflib.get_close_matches(flag, known, 1)
