@@ -149,7 +149,7 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
         reason = reason if why == "as above" else why
         where = f"without {kernels[dest]}" if dest in kernels else "on CPU"
         value = value() if callable(value) else value
-        because = "that is what Megatron asks for" if dest in kernels else reason
+        because = "Megatron's default needs that kernel" if dest in kernels else reason
         parts.append(f"| `{dest}` | {where} | `{getattr(value, 'name', value)}` | {because} |")
     parts.append("\nRefused on CPU, in one line, with values that need a GPU:\n\n| flag | instead |\n| --- | --- |")
     parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in cpu.GPU_FLAGS]
