@@ -55,6 +55,14 @@ EXCEPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
         tuple(VARIANTS),
         "a cache under its old name is taken without a warning, since exports serve older transformers as well",
     ),
+    **dict.fromkeys(
+        (
+            "test_model_rope_scaling_from_config_0_linear",
+            "test_model_rope_scaling_from_config_1_dynamic",
+            "test_model_rope_scaling_from_config_2_yarn",
+        ),
+        (("Type1",), "learned positions end at max_position_embeddings, whatever scaling the test asks for"),
+    ),
 }
 
 
@@ -96,7 +104,7 @@ def _failing(test: Callable[[unittest.TestCase], None]) -> Callable[[unittest.Te
 
     def run(self: unittest.TestCase) -> None:
         self.subTest = lambda *_, **__: contextlib.nullcontext()
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, IndexError)):
             test(self)
 
     return run
