@@ -186,6 +186,8 @@ def parse_arguments(
         optimizer.check_saved_schedule(args, saved, checkpoint)
         optimizer_resharding.check_saved_split(args, saved, checkpoint)
     args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
+    if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from; has no flag
+        args.moa_end_tokens = saved.moa_end_tokens
     optimizer_resharding.install()
     random_states.keep_every_ranks()
     random_states.check_saved(args, saved)
