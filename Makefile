@@ -13,13 +13,14 @@ DEMO_ARGS ?=
 export PYTHON PIP_ARGS VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-latest lint format venv clean check-python
+.PHONY: help demo test test-all test-latest test-te lint format venv clean check-python
 
 help:
 	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, 5 to 8 minutes"
 	@echo "make test    run the tests; PYTEST_ARGS='-k NAME -x' is passed on"
 	@echo "make test-all  the same and every further case of parallelism, resharding and faults; about an hour"
 	@echo "make test-latest  only the Hugging Face tests, with the newest transformers there is, in $(VENV)-latest"
+	@echo "make test-te  only the layers of Transformer Engine: its own Python on a CPU, its kernels emulated"
 	@echo "make lint    check style and common mistakes (ruff)"
 	@echo "make format  put the code into the project's format (ruff)"
 	@echo "make venv    only install, into $(VENV)"
@@ -42,9 +43,12 @@ test test-all: check-python $(STAMP)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
 		$(if $(filter test,$@),-m "not full") $(PYTEST_ARGS)
 
-test-all: test-latest
+test-all: test-latest test-te
 test-latest: check-python
 	@VENV_LATEST=$(VENV)-latest scripts/test_latest.sh
+
+test-te: check-python $(STAMP)
+	@TEST_WORKERS=$(TEST_WORKERS) scripts/test_te.sh
 
 lint: check-python $(STAMP)
 	@$(BIN)/ruff check .
@@ -55,5 +59,5 @@ format: check-python $(STAMP)
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-latest build dist *.egg-info .pytest_cache .ruff_cache runs/demo
+	rm -rf $(VENV) $(VENV)-latest .te build dist *.egg-info .pytest_cache .ruff_cache runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
