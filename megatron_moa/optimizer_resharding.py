@@ -1,4 +1,9 @@
-"""Loading a MoE model's optimizer state under another split of its experts.
+"""Loading optimizer state that another machine, or another split of a MoE model's experts, has saved.
+
+The fused Adams of Transformer Engine and Apex count steps once for each group of parameters, torch's Adam once for each
+parameter. The fused ones have further settings, too. As of 0.19.2 loading the state of one kind into the other ends
+with a KeyError, on ``step`` or ``bias_correction``. Here the steps are put where they are looked for, and settings that
+the checkpoint lacks stay the run's.
 
 Megatron has one optimizer for all parameters where experts share the dense layers' data-parallel group, and one for the
 experts beside it where they do not. Tensors are found again by their parameters' names in either case; what is common
@@ -10,7 +15,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.command_line.megatron_flags import as_typed
@@ -26,8 +34,9 @@ _SPLITS = (
 
 
 def install() -> None:
-    """Lets Megatron's chained optimizer load the state of another chain."""
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
+    """Lets Megatron's optimizers load the state of another chain, and of another Adam."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 
     load_state_dict = ChainedOptimizer.load_state_dict
     if hasattr(load_state_dict, "__wrapped__"):
@@ -38,6 +47,37 @@ def install() -> None:
         load_state_dict(self, _rechained(state_dict, self.chained_optimizers))
 
     ChainedOptimizer.load_state_dict = load_state_dict_of_any_chain
+    for kind in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
+        kind.load_state_dict = _of_any_adam(kind.load_state_dict)
+
+
+def _of_any_adam(load_state_dict: Callable) -> Callable:
+    @functools.wraps(load_state_dict)
+    def call(self: Any, state_dict: dict[str, Any]) -> None:
+        # A float32 optimizer's state is torch's; others hold torch's under "optimizer".
+        loaded = state_dict.get("optimizer", state_dict)
+        if "state" in loaded:  # the distributed optimizer has none there, and counts the steps itself
+            _count_steps_as(self.optimizer, loaded)
+        load_state_dict(self, state_dict)
+        for group in getattr(self.optimizer, "param_groups", ()):  # a rank without parameters has no optimizer
+            for setting, value in getattr(self.optimizer, "defaults", {}).items():
+                group.setdefault(setting, value)
+
+    return call
+
+
+def _count_steps_as(adam: Any, loaded: dict[str, Any]) -> None:
+    """Puts the number of steps where this Adam looks for it; Megatron saves torch's as ``common_step``."""
+    from megatron.core.optimizer import Adam
+
+    counts_by_parameter = isinstance(adam, torch.optim.Adam | torch.optim.AdamW)
+    if counts_by_parameter and "common_step" not in loaded["state"]:
+        steps = [group.pop("step") for group in loaded["param_groups"] if "step" in group]
+        if steps:
+            loaded["state"]["common_step"] = torch.tensor(float(steps[0]))
+    elif not counts_by_parameter and isinstance(adam, Adam) and "common_step" in loaded["state"]:
+        step = int(loaded["state"].pop("common_step"))
+        loaded["param_groups"] = [{**group, "step": step} for group in loaded["param_groups"]]
 
 
 def _rechained(loaded: Any, optimizers: list[Any]) -> Any:
@@ -122,7 +162,13 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         if value != saved_value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{checkpoint} has the optimizer's state for {flag} {saved_value}, not {value}; {remedy}")
-    # Grouped experts have their parameters in another order, and the buffer is saved as it lies.
+    # Transformer Engine's layers and grouped experts have their parameters in another order, and the buffer is saved as
+    # it lies.
+    impl, saved_impl = args.transformer_impl, getattr(saved, "transformer_impl", args.transformer_impl)
+    if impl != saved_impl:
+        raise UserError(
+            f"{checkpoint} has the optimizer's state for --transformer-impl {saved_impl}, not {impl}; {remedy}"
+        )
     grouped, saved_grouped = args.moe_grouped_gemm, getattr(saved, "moe_grouped_gemm", False)
     if args.num_experts and grouped != saved_grouped:
         there, here = as_typed("moe_grouped_gemm", saved_grouped), as_typed("moe_grouped_gemm", grouped)

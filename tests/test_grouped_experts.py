@@ -483,13 +483,13 @@ def test_a_refusal_is_one_line() -> None:
     assert "--moe-mlp-glu-interleave-size 16: not supported by these grouped experts; drop it, or --moe-g" in line
 
 
-def test_a_buffer_of_experts_in_another_order_is_refused(tmp_path: Path) -> None:
+def test_a_buffer_of_parameters_in_another_order_is_refused(tmp_path: Path) -> None:
     """A distributed optimizer's default checkpoint holds Megatron's buffer as it lies."""
     split = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1, "expert_model_parallel_size": 1}
     split |= {"expert_tensor_parallel_size": 1, "use_distributed_optimizer": True, "num_experts": 4}
 
     def args(grouped: bool, **changes: Any) -> argparse.Namespace:
-        own = {"finetune": False, "no_load_optim": False, "moe_grouped_gemm": grouped}
+        own = {"finetune": False, "no_load_optim": False, "moe_grouped_gemm": grouped, "transformer_impl": "local"}
         return argparse.Namespace(**{**split, **own, **changes})
 
     checkpoint = Checkpoint("--load", tmp_path, 3)
@@ -498,3 +498,7 @@ def test_a_buffer_of_experts_in_another_order_is_refused(tmp_path: Path) -> None
     check_saved_split(args(True), args(False, dist_ckpt_optim_fully_reshardable=True), checkpoint)
     with pytest.raises(UserError, match=r"the optimizer's state for .*, not --moe-grouped-gemm; go on under that, or"):
         check_saved_split(args(True), args(False), checkpoint)
+    engine = {"transformer_impl": "transformer_engine"}  # its norms have other places among the parameters
+    check_saved_split(args(True), args(True, dist_ckpt_optim_fully_reshardable=True, **engine), checkpoint)
+    with pytest.raises(UserError, match=r"--transformer-impl transformer_engine, not local; go on under that, or"):
+        check_saved_split(args(True), args(True, **engine), checkpoint)
