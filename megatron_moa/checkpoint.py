@@ -21,11 +21,13 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_tokenizer
 from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
+from megatron.training.utils import print_rank_0
 
 from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoint_files import Checkpoint
-from megatron_moa.checkpoint_guard import check_before_setup, match_tensors
+from megatron_moa.checkpoint_guard import changed_scales, check_before_setup, match_tensors
+from megatron_moa.checkpoint_names import EXTRA_STATE
 from megatron_moa.checkpoint_tensors import CheckpointTensors, check_pickles
 from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
@@ -163,14 +165,19 @@ def _load_weights(model: GPTModel, folder: Path) -> None:
     What lies in the checkpoint in several parts, as the first linear map of a gated layer does, Megatron would put
     together anew: a second copy of 40 % of a model. The parts are views of the parameter, so nothing has to be.
     """
-    state = model.sharded_state_dict(metadata=dict(CheckpointTensors(folder).content_metadata))
+    checkpoint = CheckpointTensors(folder)
+    state = model.sharded_state_dict(metadata=dict(checkpoint.content_metadata))
     match_tensors(state, str(folder))
+    if change := changed_scales(model.config, checkpoint):
+        print_rank_0(f"WARNING: --load {folder}: {change}")
     state = {name: place.build() if isinstance(place, ShardedTensorFactory) else place for name, place in state.items()}
     loaded = dist_checkpointing.load({"model": state}, str(folder))["model"]
+    if model.config.fp8:
+        model.load_state_dict({name: loaded[name] for name in loaded if EXTRA_STATE in name}, strict=False)
     tensors = [value for value in nested_values([loaded]) if isinstance(value, torch.Tensor)]
     filled = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for name, tensor in model.state_dict().items():
-        is_there = name.endswith("_extra_state") or tensor.untyped_storage().data_ptr() in filled
+        is_there = name.endswith(EXTRA_STATE) or tensor.untyped_storage().data_ptr() in filled
         assert is_there, f"{name} was not loaded in place"
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,7 +40,8 @@ from megatron_moa.checkpoint_files import (
     write_manifest,
     write_tracker,
 )
-from megatron_moa.checkpoint_names import EXTRA_STATE, drop_absent_extra_state, take_stored_names
+from megatron_moa.checkpoint_names import EXTRA_STATE, keep_absent_extra_state, take_stored_names
+from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.errors import UserError, check_is_folder
 from megatron_moa.saved_settings import (
     changed_data,
@@ -48,6 +49,9 @@ from megatron_moa.saved_settings import (
     check_vocabulary,
     upgrade_saved_settings,
 )
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 # Before loading.
 
@@ -257,11 +261,7 @@ def match_tensors(sharded_state_dict: dict, folder: str) -> None:
     metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
     stored = {key for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
     take_stored_names(sharded_state_dict, stored)
-    if drop_absent_extra_state(sharded_state_dict, metadata):
-        _notice(
-            f"> --load {folder}: was saved without Transformer Engine's extra state, so that its modules start with "
-            "empty fp8 scales"
-        )
+    keep_absent_extra_state(sharded_state_dict, metadata)
     wanted, _, _ = load_preprocess(sharded_state_dict)
     keys = {value.key for value in nested_values(wanted) if isinstance(value, ShardedTensor)}
     keys = set().union(*gathered(keys))
@@ -278,6 +278,16 @@ def match_tensors(sharded_state_dict: dict, folder: str) -> None:
             raise UserError(f"--load {folder}: the checkpoint {what.format(named)}; {_SAME_SETTINGS}")
 
 
+def changed_scales(config: TransformerConfig, checkpoint: CheckpointTensors) -> str:
+    """What becomes of fp8 scales that a checkpoint or a model alone has; empty if both have them, or neither."""
+    scaled = bool(config.fp8) and config.fp8_recipe == "delayed"
+    if checkpoint.has_fp8_scales == scaled:
+        return ""
+    if scaled:
+        return "has no fp8 scales; those of --fp8-recipe delayed start anew"
+    return "its fp8 scales are dropped, since this model is not of --fp8-format with --fp8-recipe delayed"
+
+
 @contextmanager
 def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
     """Inside, Megatron loads all of a checkpoint into these models and leaves none of their parameters as it was;
@@ -291,9 +301,12 @@ def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
 
     problems: list[str] = []
     load = dist_checkpointing.load
+    config = unwrap_model(models)[0].config
 
     def load_checked(sharded_state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
         match_tensors(sharded_state_dict, checkpoint_dir)
+        if change := changed_scales(config, CheckpointTensors(Path(checkpoint_dir))):
+            _notice(f"WARNING: --load {checkpoint_dir}: {change}")
         return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     def note(module: torch.nn.Module, keys: Any) -> None:

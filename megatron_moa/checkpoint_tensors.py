@@ -316,6 +316,22 @@ class CheckpointTensors:
             raise UserError(f"{self.folder}: has no {key!r}; take a checkpoint saved by Megatron 0.19 or this project")
         return self._raw(self._bytes[key])
 
+    @cached_property
+    def has_fp8_scales(self) -> bool:
+        """Whether Transformer Engine's modules have saved scales of fp8; else their extra states are empty.
+
+        One state of each size is read: all empty ones are alike.
+        """
+        by_size = {chunk.length: key for key, chunk in self._bytes.items() if EXTRA_STATE in key}
+        return any(self._has_content(key) for key in by_size.values())
+
+    def _has_content(self, key: str) -> bool:
+        try:
+            states = _load_archive(self.bytes(key), key)
+        except UserError:  # as Transformer Engine wrote it before 2.0, which is not what the restricted reader admits
+            return True
+        return any(isinstance(state, Tensor) and state.numel() for state in states)
+
     def _info(self, key: str) -> TensorInfo:
         if key not in self.tensors:
             raise UserError(f"{self.folder}: has no tensor {key}; load it with the settings it was saved with")
@@ -510,6 +526,8 @@ class ModelTensors(Mapping[str, Tensor]):
         surplus = {key for key in checkpoint.tensors if not key.startswith(OPTIMIZER) and not key.endswith(EXTRA_STATE)}
         if surplus := sorted(surplus - {part.key for part in parts}):
             raise UserError(f"{folder}: has {len(surplus)} tensors that the model lacks ({', '.join(surplus[:3])})")
+        if checkpoint.has_fp8_scales:
+            print(f"WARNING: {folder}: its fp8 scales are dropped; what is made of it has none", flush=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import pickle
 import re
@@ -11,11 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from megatron_moa.checkpoint_guard import changed_scales
 from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from tests import launch
@@ -71,6 +74,37 @@ def test_keeps_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     read = CheckpointTensors(write_checkpoint(tmp_path / "one", {"a": tensor}, {}, pieces=2)).read("a")
     assert read.dtype == dtype
     assert torch.equal(read, tensor)
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ([], False),
+        ([None, torch.empty(0, dtype=torch.uint8)], False),
+        ([torch.empty(0, dtype=torch.uint8), torch.ones(300, dtype=torch.uint8)], True),
+        ([io.BytesIO(b"scales")], True),
+    ],
+    ids=["no states", "empty", "scales", "scales of Transformer Engine 1"],
+)
+def test_fp8_scales_are_noticed(tmp_path: Path, states: list[object], expected: bool) -> None:
+    folder = write_checkpoint(tmp_path / "one", {}, {})
+
+    def add(index: Metadata) -> None:
+        for number, state in enumerate(states):
+            key = MetadataIndex(f"decoder.layers.mlp.linear_fc{number}._extra_state/shard_0_1")
+            index.state_dict_metadata[key.fqn] = BytesStorageMetadata()
+            index.storage_data[key] = append(folder, archive([state]))
+
+    change_metadata(folder, add)
+    checkpoint = CheckpointTensors(folder)
+    assert checkpoint.has_fp8_scales is expected
+    delayed, other, none = (
+        SimpleNamespace(fp8=fp8, fp8_recipe=recipe)
+        for fp8, recipe in (("hybrid", "delayed"), ("hybrid", "tensorwise"), (None, "delayed"))
+    )
+    assert ("start anew" in changed_scales(delayed, checkpoint)) is not expected
+    for config in (other, none):
+        assert ("are dropped" in changed_scales(config, checkpoint)) is expected
 
 
 def test_settings_without_megatrons_classes(tmp_path: Path) -> None:
