@@ -184,22 +184,25 @@ def _probe_transformer_engine() -> Facts:
 
 
 def _probe_apex() -> Facts:
-    import apex
+    import torch
 
-    facts: Facts = {"version": str(getattr(apex, "__version__", ""))}
     # NVIDIA's has these; the project of that name on PyPI has not.
-    nvidias = all(importlib.util.find_spec(f"apex.{part}") for part in ("optimizers", "normalization"))
+    folders = [Path(folder) for folder in importlib.util.find_spec("apex").submodule_search_locations or ()]
+    nvidias = all(any((folder / part).is_dir() for folder in folders) for part in ("optimizers", "normalization"))
+    if not torch.cuda.is_available():
+        return {"nvidia": nvidias, "accumulates": False}  # megatron_moa.te_guard
+    import apex  # noqa: F401
+
     if not nvidias:
-        return {**facts, "nvidia": False}
+        return {"nvidia": False, "accumulates": False}
     import amp_C  # noqa: F401  its compiled kernels
     import fused_layer_norm_cuda  # noqa: F401
 
-    # Compiled only where it was asked for.
-    return {
-        **facts,
-        "nvidia": True,
-        "accumulates": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
-    }
+    try:  # compiled only where it was asked for
+        import fused_weight_gradient_mlp_cuda  # noqa: F401
+    except ImportError:
+        return {"nvidia": True, "accumulates": False}
+    return {"nvidia": True, "accumulates": True}
 
 
 def _probe_triton() -> Facts:
@@ -466,6 +469,8 @@ def judge_apex(facts: Facts, gpu: bool) -> Finding:
             "a package apex that is not NVIDIA's; nothing of it is used here, but Megatron's own script fails with it"
         )
         return Finding("Apex", CHECK, text, "pip uninstall apex")
+    if not gpu:
+        return Finding("Apex", FALLS_BACK, "NVIDIA's, kept out: its kernels need CUDA, and a run here takes PyTorch's")
     if not facts["accumulates"]:
         text = "NVIDIA's, without fused_weight_gradient_mlp_cuda: gradient accumulation is not fused"
         return Finding("Apex", FALLS_BACK, text, "optional: compile Apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1")

@@ -112,6 +112,18 @@ def test_apex_without_gradient_accumulation_is_told(accumulates: bool, state: st
     assert accumulates or "fused_weight_gradient_mlp_cuda" in finding.text
 
 
+def test_apex_is_not_in_use_without_a_gpu(broken: Path) -> None:
+    """What it has is looked up, not imported."""
+    fake_package(broken, "apex", "raise OSError('no libcudart.so')")
+    for part in ("optimizers", "normalization"):
+        (broken / "apex" / part).mkdir()
+    facts = doctor._probe_apex()
+    assert facts["nvidia"] is True
+    finding = doctor.judge_apex(facts, gpu=False)
+    assert (finding.state, finding.remedy) == ("falls back", "")
+    assert "kept out" in finding.text
+
+
 @pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "state"), [("apex", "ok"), ("emerging_optimizers", "missing")])
