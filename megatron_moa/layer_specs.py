@@ -170,6 +170,12 @@ def check_supported(config: TransformerConfig, mixing: MixingConfig | None) -> N
         and (mixing is not None or config.transformer_impl == "local")
     ):
         _check_grouped_experts(config)
+    for attribute in ("fp8", "fp4"):
+        if config.transformer_impl == "local" and getattr(config, attribute):  # which local layers ignore
+            raise UserError(
+                f"--{attribute}-format {getattr(config, attribute)}: needs Transformer Engine's layers; "
+                "add --transformer-impl transformer_engine, or drop the flag"
+            )
     if mixing is None:
         return
     if mixing.gated != config.gated_linear_unit:

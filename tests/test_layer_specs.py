@@ -251,7 +251,7 @@ def test_what_grouped_experts_do_not_serve_is_refused(
     with pytest.raises(UserError, match=message):
         layer_spec(config, mixing)
     config.moe_grouped_gemm = False
-    if mixing is None:
+    if mixing is None and attribute not in ("fp8", "fp4"):  # which local layers serve with no experts
         layer_spec(config, mixing)
 
 
@@ -266,6 +266,16 @@ def test_with_apex_alone_the_final_norm_is_one_that_can_be(
     monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)  # what it is where some apex can be imported
     monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", nvidias)
     assert layer_spec(make_config(normalization=normalization), None).layer_norm is expected
+
+
+@pytest.mark.parametrize("attribute", ["fp8", "fp4"])
+@pytest.mark.parametrize("mixing", [None, MixingConfig(mixing="moa", form="bi-sided", recompute=True)])
+def test_low_precision_of_local_layers_is_refused(attribute: str, mixing: MixingConfig | None) -> None:
+    """They would compute in the precision of the weights, and say nothing."""
+    config = make_config()
+    setattr(config, attribute, "e4m3")
+    with pytest.raises(UserError, match=f"--{attribute}-format e4m3: needs Transformer Engine's layers"):
+        layer_spec(config, mixing)
 
 
 def test_transformer_engine_that_is_not_there_is_refused() -> None:
