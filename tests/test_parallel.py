@@ -142,7 +142,13 @@ def test_shared_experts(
     _assert_equal(one_process, tmp_path, f"{_BASE} {arm} {' '.join(MOE)} {_SHARED}", processes, flags)
 
 
-@pytest.mark.parametrize("arm", FORM_ARMS)
+@pytest.mark.parametrize(
+    "arm",
+    [
+        pytest.param(arm, marks=() if arm in ("one-sided-moa", "quadratic-la") else pytest.mark.full)
+        for arm in FORM_ARMS
+    ],
+)
 def test_one_sided_and_quadratic_on_every_kind_of_layer(
     one_process: dict[str, tuple[Path, Record]], tmp_path: Path, arm: str
 ) -> None:

@@ -64,7 +64,12 @@ full = pytest.mark.full
         pytest.param(f"{_MOA} {_RESHARDABLE}", DENSE_FURTHER, id="dense-moa-distopt", marks=full),
         pytest.param(f"{_LA} {_RESHARDABLE} --bf16", ("one", "dp2", "tp2-sp", "one"), id="dense-la-bf16", marks=full),
         *(
-            pytest.param(f"{' '.join(TWO_KINDS)} {FORM_ARMS[arm]} {further}", TWO_RANKS, id=f"two-kinds-{arm}")
+            pytest.param(
+                f"{' '.join(TWO_KINDS)} {FORM_ARMS[arm]} {further}",
+                TWO_RANKS,
+                id=f"two-kinds-{arm}",
+                marks=() if arm == "quadratic-la" else full,
+            )
             for arm, further in zip(FORM_ARMS, ("", _RESHARDABLE, _RESHARDABLE, ""), strict=True)
         ),
         pytest.param(f"{_LA} {_MOE}", EXPERTS, id="moe-la", marks=full),

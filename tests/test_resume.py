@@ -79,8 +79,18 @@ def test_resumed_run_is_the_same_run(case: str, tmp_path: Path) -> None:
 _TP2_EP2 = [*_TP2, *"--expert-model-parallel-size 2 --expert-tensor-parallel-size 1".split()]
 
 
-@pytest.mark.parametrize("split", [_TP2_EP2, _PP2], ids=["tp2-ep2", "pp2"])
-@pytest.mark.parametrize("arm", FORM_ARMS)
+_SPLITS = {"tp2-ep2": _TP2_EP2, "pp2": _PP2}
+_ALWAYS = (("one-sided-la", "tp2-ep2"), ("quadratic-moa", "pp2"))
+
+
+@pytest.mark.parametrize(
+    ("arm", "split"),
+    [
+        pytest.param(arm, split, id=f"{arm}-{name}", marks=() if (arm, name) in _ALWAYS else pytest.mark.full)
+        for arm in FORM_ARMS
+        for name, split in _SPLITS.items()
+    ],
+)
 def test_one_sided_and_quadratic_resume_on_every_kind_of_layer(arm: str, split: list[str], tmp_path: Path) -> None:
     """Here the checkpoint in the middle is one that the whole run saved on its way."""
     flags = [*SWIGLU, *TWO_KINDS, *_BASE, *FORM_ARMS[arm].split(), *split]
