@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_moa.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
+from megatron_moa.config import ACTIVATION_NAMES
 from megatron_moa.reference import DEFINITIONS
 from tests.equations import SIGMA
 
@@ -17,7 +18,7 @@ TOLERANCE = 4e-7
 
 
 def test_every_activation_has_a_formula_here() -> None:
-    assert set(SIGMA) == set(ACTIVATIONS) == set(DEFINITIONS)
+    assert set(SIGMA) == set(ACTIVATIONS) == set(DEFINITIONS) == set(ACTIVATION_NAMES)
     assert LEAKY_RELU_SLOPE == 0.01
 
 
