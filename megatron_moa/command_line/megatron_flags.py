@@ -516,6 +516,13 @@ def known_flags() -> frozenset[str]:
     return frozenset(flag for name in names for flag in spellings(name))
 
 
+def _is_tables_version() -> bool:
+    try:
+        return importlib.metadata.version("megatron-core") == VERSION
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def check_words(words: Sequence[str], ours: Sequence[str]) -> None:
     """Refuses flags of a command line that nothing reads, and those that do not exist.
 
@@ -533,7 +540,7 @@ def check_words(words: Sequence[str], ours: Sequence[str]) -> None:
             raise UserError(f"{flag}: has no effect, no line of Megatron {VERSION} reads it; drop the flag")
         if flag == "--yaml-cfg":
             raise UserError("--yaml-cfg: a file of Megatron's settings has none of the mixture's; give flags instead")
-    if importlib.metadata.version("megatron-core") != VERSION:
+    if not _is_tables_version():
         return  # Megatron's parser knows its own
     known = known_flags() | {*ours, "--help"}
     for flag in given:
