@@ -127,10 +127,10 @@ def flags_document() -> str:
 
 def _training_script(parser: argparse.ArgumentParser) -> list[str]:
     """Our flags of pretrain_gpt_moa.py, Megatron's defaults that change, and its flags that a CPU cannot serve."""
-    from megatron_moa import cpu  # before Megatron, whose warnings it silences
+    with warnings.catch_warnings(action="ignore"):  # Megatron's on what is not installed
+        from megatron.training.arguments import add_megatron_arguments
 
-    # isort: split
-    from megatron.training.arguments import add_megatron_arguments
+        from megatron_moa import cpu
 
     stock = (
         add_megatron_arguments.__wrapped__ if hasattr(add_megatron_arguments, "__wrapped__") else add_megatron_arguments
