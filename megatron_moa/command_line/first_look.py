@@ -47,7 +47,9 @@ def look(program: str, words: Sequence[str]) -> None:
     """
     if "--help-megatron" in words:
         return  # Megatron's own parser answers
-    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False, formatter_class=_Formatter)
+    parser = argparse.ArgumentParser(
+        prog=program, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser)
     parser.error = lambda message: fail(program, message)
     if "--help" in words or "-h" in words:
@@ -70,13 +72,6 @@ def _check_folder(args: argparse.Namespace) -> None:
     if args.use_checkpoint_args and not folder.exists():
         raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
     check_is_folder("--load", folder)
-
-
-class _Formatter(argparse.HelpFormatter):
-    """Leaves the lines of the epilog as they are."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return text
 
 
 def _few_settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
