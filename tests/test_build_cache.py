@@ -174,11 +174,11 @@ def test_a_cache_that_one_node_does_not_see(place: Path) -> None:
     flags = ["--data-path", "a", "--split", "1,0,0", "--eval-iters", 0]
     for name in ("cache0", "cache1"):
         build(place, 2, *flags, "--data-cache-path", name)
-    log = Run(*launch.launch(train_with_own_cache, ([*FLAGS, *flags],), 2, place))
+    log = Run(*launch.launch(train_with_own_cache, ([str(word) for word in (*FLAGS, *flags)],), 2, place))
     assert log.returncode == 0, log.log[-6000:]
     assert FOUND.format(4) in log.log
     shutil.rmtree(place / "cache1")
-    log = Run(*launch.launch(train_with_own_cache, ([*FLAGS, *flags],), 2, place))
+    log = Run(*launch.launch(train_with_own_cache, ([str(word) for word in (*FLAGS, *flags)],), 2, place))
     assert log.returncode == 2
     expected = (
         r"rank 1: error: cache1/[\w-]+_index.npy: the first rank has this part of the index cache, this node has not"

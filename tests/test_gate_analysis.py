@@ -609,7 +609,7 @@ def test_a_report_of_a_study_has_the_real_analysis(
     ("arguments", "words"),
     [
         (["stock", "text.jsonl"], r"stock: was trained with --moa-mixing none and has no coefficients; give one of"),
-        (["dense", "nowhere.txt"], r"TEXT \S*nowhere.txt: cannot be read \(No such file or directory\)"),
+        (["dense", "nowhere.txt"], r"TEXT \S*nowhere.txt: no such file; check the path"),
         (["dense", "text.jsonl", "--tokens", "100"], r"TEXT: 100 tokens are fewer than 4 windows .* at least 128"),
         (["dense", "text.jsonl", "--part", "training"], r"--part training: \S*text.jsonl is no dataset's prefix"),
         (["dense", "corpus", "--write-la", "dense"], r"--write-la \S*dense: is a folder that is not empty"),

@@ -44,4 +44,4 @@ def test_a_setting_comes_back(name: str, tmp_path: Path) -> None:
     assert not row.is_wrong, row
     if name in ALWAYS:
         assert row.loaded
-        assert row.export.startswith("refused: --mup-output-mult 4.0: ")
+        assert row.export.startswith("refused: --use-mup: ")
