@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moa import functional
-from megatron_moa.config import MixingConfig
+from megatron_moa.mixture import functional
+from megatron_moa.mixture.config import MixingConfig
 
 ALLOWED = 2.0  # times the error of PyTorch in the same dtype
 

@@ -29,9 +29,9 @@ from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.checkpoint_guard import changed_scales, check_before_setup, match_tensors
 from megatron_moa.checkpoint_names import EXTRA_STATE
 from megatron_moa.checkpoint_tensors import CheckpointTensors, check_pickles
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.inference import TextModel
+from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
 
 _prepared = False  # whether Megatron's global state in this process is ours to take back

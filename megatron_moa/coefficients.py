@@ -28,10 +28,10 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_moa.config import MixingConfig
-from megatron_moa.functional import gate_coefficients
-from megatron_moa.grouped import group_sizes
 from megatron_moa.init_scale import coefficient_scale
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.functional import gate_coefficients
+from megatron_moa.mixture.grouped_products import group_sizes
 from megatron_moa.optimizer import train_by_adam
 
 _GATE_STREAM = "moa-gate-rng"
@@ -103,7 +103,7 @@ class Coefficients(torch.nn.Module):
         Args:
             modules: of this class, one an expert, alike but for their parameters' values.
             hidden_states: [t, h], sorted by expert.
-            group_ends: [experts] int32, the rows up to and with each (megatron_moa.grouped).
+            group_ends: [experts] int32, the rows up to and with each (megatron_moa.mixture.grouped_products).
 
         Returns:
             [t, n] for gates, [experts, n] for LA; float32, or float64 for float64 parameters.

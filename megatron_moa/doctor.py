@@ -124,8 +124,8 @@ def _probe_megatron() -> Facts:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_moa import cpu
-    from megatron_moa.functional import resolve_backend
     from megatron_moa.layer_specs import HAVE_TE, layer_spec
+    from megatron_moa.mixture.functional import resolve_backend
 
     cpu.prepare()  # as every run begins
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)

@@ -18,9 +18,9 @@ from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
 from megatron_moa.coefficients import Coefficients, GateCoefficients, build_coefficients, gate_random_numbers
-from megatron_moa.config import MixingConfig
-from megatron_moa.functional import mixed_activation
-from megatron_moa.grouped import ends_of_groups
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.functional import mixed_activation
+from megatron_moa.mixture.grouped_products import ends_of_groups
 from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
 from megatron_moa.torch_grouped import TorchGroupedLinear, draw_expert
 

@@ -30,9 +30,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.layer_pattern import moe_layers
+from megatron_moa.mixture.config import MixingConfig
 
 _FORWARD_AND_BACKWARD = 3
 _MULTIPLY_ADD = 2

@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_moa.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
 
 if TYPE_CHECKING:
-    from megatron_moa.config import MixingConfig
     from megatron_moa.gate_probe import Ablation, Site
+    from megatron_moa.mixture.config import MixingConfig
 
 _SHOWN = 5  # tokens that ask most for an activation
 _COLUMNS = (

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from megatron_moa.reference import DEFINITIONS
+from megatron_moa.mixture.reference import DEFINITIONS
 
 _TOKENS, _MEAN = "tab:orange", "black"
 

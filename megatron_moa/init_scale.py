@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.output_scale import matching_scale
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.start_scale import matching_scale
 
 
 def coefficient_scale(mixing: MixingConfig, config: TransformerConfig) -> float:

@@ -29,7 +29,6 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moa.config import MixingConfig, auto_form, check_form
 from megatron_moa.errors import UserError
 from megatron_moa.experts import (
     MixedGroupedMLP,
@@ -37,6 +36,7 @@ from megatron_moa.experts import (
     MixedSequentialMLP,
     MixedSharedExpertMLP,
 )
+from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
 from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
 from megatron_moa.torch_grouped import (
     TorchColumnParallelGroupedLinear,

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import MixingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

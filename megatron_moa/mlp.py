@@ -15,8 +15,8 @@ from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
 from megatron_moa.coefficients import build_coefficients
-from megatron_moa.config import MixingConfig
-from megatron_moa.functional import mixed_activation
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.functional import mixed_activation
 
 
 @dataclass(kw_only=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import MixingConfig
 from megatron_moa.experts import MixedSharedExpertMLP
 from megatron_moa.gate_statistics import GateStatistics
+from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.progress import write_scalars
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.command_line.megatron_flags import as_typed, relevant, same
-from megatron_moa.config import (
+from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import (
     DEFAULT_GATE_INIT_STD,
     DEFAULT_INITIAL_COEFFICIENT,
     FORMAT_VERSION,
     refuse_changed_form,
 )
-from megatron_moa.errors import UserError
 
 # Decide which coefficients there are and what they mean. --moa-init and --moa-gate-init-std only say where they start,
 # --moa-freeze-gates only whether they are trained: these may change.

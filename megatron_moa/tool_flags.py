@@ -6,8 +6,8 @@ import argparse
 import contextlib
 from typing import Any
 
-from megatron_moa.config import FORMS, GATES, MIXINGS
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import FORMS, GATES, MIXINGS
 
 
 def add_iteration_flag(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa import measuring
-from megatron_moa.config import MixingConfig
+from megatron_moa.mixture.config import MixingConfig
 
 
 @dataclass

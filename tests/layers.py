@@ -11,8 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
-from megatron_moa.config import MixingConfig
 from megatron_moa.layer_specs import layer_spec, mtp_spec
+from megatron_moa.mixture.config import MixingConfig
 
 
 def make_config(gated: bool = True, **settings: Any) -> TransformerConfig:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa import accuracy
-from megatron_moa.config import MixingConfig
+from megatron_moa.mixture.config import MixingConfig
 from tests.training import ROOT
 
 

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_moa.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
-from megatron_moa.config import ACTIVATION_NAMES
-from megatron_moa.reference import DEFINITIONS
+from megatron_moa.mixture.activations import ACTIVATIONS, LEAKY_RELU_SLOPE
+from megatron_moa.mixture.config import ACTIVATION_NAMES
+from megatron_moa.mixture.reference import DEFINITIONS
 from tests.equations import SIGMA
 
 POINTS = torch.cat([torch.linspace(-12, 12, 4001, dtype=torch.float64), torch.tensor([1e-9, -1e-9]).double()])

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_moa import accuracy
-from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.functional import gate_coefficients, mixed_activation, resolve_backend
-from megatron_moa.kernels import mixture
 from megatron_moa.measuring import saved_for_backward
+from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
+from megatron_moa.mixture.triton_backend import mixture
 from tests.training import SWIGLU, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

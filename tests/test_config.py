@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megatron_moa.config import MixingConfig, auto_form, check_form
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
 
 
 @pytest.mark.parametrize(

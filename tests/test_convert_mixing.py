@@ -17,12 +17,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import inference, reference, upcycling
+from megatron_moa import inference, upcycling
 from megatron_moa.checkpoint_files import TRACKER
 from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.upcycling import Conversion, stock_as_mixture, target_mixing
 from megatron_moa.verification import Comparison
 from tests import launch

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import accuracy, reference
-from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import DICTIONARIES, FORMS, GATES, MixingConfig
-from megatron_moa.functional import gate_coefficients, mixed_activation
+from megatron_moa import accuracy
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixingConfig
+from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
 from tests import equations
 from tests.layers import build_feed_forward, make_config
 

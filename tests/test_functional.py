@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa import functional, reference
-from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.functional import mixed_activation
+from megatron_moa.mixture import functional, reference
+from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.functional import mixed_activation
 
 # relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")

@@ -24,11 +24,10 @@ from matplotlib.axes import Axes
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_moa import gate_continued, reference
+from megatron_moa import gate_continued
 from megatron_moa.checkpoint import LoadedModel
 from megatron_moa.checkpoint_tensors import CheckpointTensors
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.gate_collapse import collapsed_mixing
 from megatron_moa.gate_pictures import draw_curves, quadratic_map
@@ -43,6 +42,8 @@ from megatron_moa.gate_probe import (
     ablations,
     find_sites,
 )
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.config import MixingConfig
 from tests import launch
 from tests.layers import build_model, make_config, moe_settings
 from tests.test_convert_to_hf import EAGER, train_sentencepiece

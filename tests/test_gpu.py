@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from megatron_moa import accuracy
-from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import FORMS, GATES, MixingConfig
-from megatron_moa.functional import gate_coefficients, mixed_activation
+from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
 from tests.training import MOE, SWIGLU, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -14,11 +14,12 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor
 
-from megatron_moa import reference, torch_grouped
+from megatron_moa import torch_grouped
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.coefficients import Coefficients, GateCoefficients
-from megatron_moa.config import FORMS, GATES, MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.monitor import CoefficientMonitor
 from megatron_moa.optimizer_resharding import check_saved_split
 from megatron_moa.recording import Comparison, assemble

@@ -22,7 +22,7 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.export import code_files
 from megatron_moa.hf.mapping import entries, from_hf, to_hf
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, MixtureCoefficients
-from megatron_moa.output_scale import matching_scale
+from megatron_moa.mixture.start_scale import matching_scale
 from tests import hf_models, launch
 from tests.tiny_hf import KINDS, build, tokens_of
 from tests.training import MOE, ROOT, SWIGLU, TINY
@@ -329,15 +329,15 @@ def exported_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
 def alone(exported_code: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The modeling file of an export, imported as where megatron_moa is not installed."""
     with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "megatron_moa.config", None)
+        patched.setitem(sys.modules, "megatron_moa.mixture.config", None)
         return importlib.import_module(f"{exported_code}.modeling_gpt_moa")
 
 
-@pytest.mark.parametrize(("version", "source"), [(2, "megatron_moa.functional"), (3, "alone.reference")])
+@pytest.mark.parametrize(("version", "source"), [(2, "megatron_moa.mixture.functional"), (3, "alone.reference")])
 def test_an_export_uses_a_megatron_moa_of_its_format_version(
     version: int, source: str, exported_code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_moa.config.FORMAT_VERSION", version)
+    monkeypatch.setattr("megatron_moa.mixture.config.FORMAT_VERSION", version)
     module = importlib.import_module(f"{exported_code}.modeling_gpt_moa")
     assert {module.mixed_activation.__module__, module.gate_coefficients.__module__} == {source}
     assert module.GPTMoAConfig().mixing_format_version == 2

@@ -11,10 +11,10 @@ import torch
 
 import megatron_moa
 from megatron_moa.checkpoint_tensors import CheckpointTensors
-from megatron_moa.config import FORMAT_VERSION
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, mixing_config
+from megatron_moa.mixture.config import FORMAT_VERSION
 from tests import launch
 from tests.test_convert_from_hf import tensors
 from tests.training import ROOT
@@ -80,9 +80,9 @@ def test_forms_that_changed_are_refused(name: str, tmp_path: Path, capsys: pytes
 def test_an_exports_own_code_takes_its_own_mixture() -> None:
     """Code of version 1 takes the mixture from an installed megatron_moa, and from its folder where this fails."""
     imports = [
-        "from megatron_moa.config import MixingConfig",
-        "from megatron_moa.functional import gate_coefficients, mixed_activation",
-        "from megatron_moa.output_scale import start_scale",
+        "from megatron_moa.mixture.config import MixingConfig",
+        "from megatron_moa.mixture.functional import gate_coefficients, mixed_activation",
+        "from megatron_moa.mixture.start_scale import start_scale",
     ]
     with pytest.raises(ImportError, match="start_scale"):
         exec("\n".join(imports), {})

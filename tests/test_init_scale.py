@@ -8,8 +8,8 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_moa.config import FORMS, MixingConfig
-from megatron_moa.output_scale import output_scale
+from megatron_moa.mixture.config import FORMS, MixingConfig
+from megatron_moa.mixture.start_scale import output_scale
 from tests.layers import build_feed_forward, make_config
 
 pytestmark = pytest.mark.usefixtures("megatron")

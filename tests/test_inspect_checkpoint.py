@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.config import MixingConfig
-from megatron_moa.reference import gate_coefficients
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.reference import gate_coefficients
 from tests.checkpoints import COMMON, Hostile, append, archive, change_metadata, write_checkpoint
 from tests.training import SWIGLU, train
 from tools import inspect_checkpoint

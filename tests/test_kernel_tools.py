@@ -14,10 +14,16 @@ import torch
 from triton import knobs
 
 from megatron_moa import accuracy
-from megatron_moa.config import DICTIONARIES, MixingConfig
 from megatron_moa.errors import UserError
-from megatron_moa.kernels import mixture
-from megatron_moa.kernels.configurations import VARIABLE, Configuration, configuration, default_configuration, using
+from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
+from megatron_moa.mixture.triton_backend import mixture
+from megatron_moa.mixture.triton_backend.tile_sizes import (
+    VARIABLE,
+    Configuration,
+    configuration,
+    default_configuration,
+    using,
+)
 from tests.training import ROOT
 from tools import kernel_resources, tune_kernels
 
@@ -89,7 +95,7 @@ def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
     code = (
         "import os, torch; os.environ.pop('TRITON_INTERPRET', None)\n"
         "from tools import kernel_resources as tool\n"
-        "from megatron_moa.activations import ACTIVATIONS\n"
+        "from megatron_moa.mixture.activations import ACTIVATIONS\n"
         "mixing = tool.MixingConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
         "for launch in tool.gate_launches(mixing, torch.bfloat16, 2048):\n"
         "    print(tool.resources(launch, tool.HOPPER).shared)\n"

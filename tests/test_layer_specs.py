@@ -15,10 +15,10 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP, MixedSharedExpertMLP
 from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
+from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mlp import MixedMLP
 from megatron_moa.model import check_mixture, measure_mixture, report_mixture
 from megatron_moa.torch_grouped import TorchGroupedMLP

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_moa import measuring
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.measuring import Timings, peak_bytes, saved_for_backward, time_alternately
+from megatron_moa.mixture.config import MixingConfig
 
 CPU = torch.device("cpu")
 KILOBYTES = 1024  # float32 entries of 4 kB

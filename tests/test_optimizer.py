@@ -17,8 +17,8 @@ from megatron_moa import cpu
 from megatron_moa.arguments import restore_model_flags
 from megatron_moa.checkpoint_files import Checkpoint
 from megatron_moa.command_line.flags import mixing_from_args
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.optimizer import check_saved_optimizer, check_saved_schedule
 from megatron_moa.recording import Piece, Record
 from tests import launch

@@ -12,9 +12,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
-from megatron_moa import reference
 from megatron_moa.coefficients import Coefficients
-from megatron_moa.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.recording import Comparison
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, Run, recorded, train

@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from megatron_moa import experts as experts_module
 from megatron_moa import mlp as mlp_module
 from megatron_moa import recompute
-from megatron_moa.config import FORMS, MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import FORMS, MixingConfig
 from megatron_moa.mlp import MixedMLP
 from megatron_moa.monitor import CoefficientMonitor
 from megatron_moa.recording import Comparison

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa.errors import UserError
-from megatron_moa.output_scale import matching_scale, output_scale
+from megatron_moa.mixture.start_scale import matching_scale, output_scale
 from megatron_moa.study.arms import ARMS, Size
 from megatron_moa.study.corpora import make_corpus
 from megatron_moa.study.grid import Cell, cell_values, pending, read_study

@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa import accuracy, measuring
-from megatron_moa.config import DICTIONARIES, FORMS, GATES, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.functional import gate_coefficients, mixed_activation, resolve_backend
+from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixingConfig
+from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")

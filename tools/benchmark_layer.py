@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa import cpu, measuring
-from megatron_moa.config import BACKENDS, FORMS, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.functional import resolve_backend
+from megatron_moa.mixture.config import BACKENDS, FORMS, MixingConfig
+from megatron_moa.mixture.functional import resolve_backend
 
 PROGRAM = "benchmark_layer.py"
 LABELS = {"la": "LA", "moa": "MoA"}

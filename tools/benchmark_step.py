@@ -27,9 +27,9 @@ from typing import Any
 import torch
 
 from megatron_moa import cpu, measuring
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.functional import resolve_backend
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.recipes import read_recipe
 from megatron_moa.train_step import build, random_batches
 

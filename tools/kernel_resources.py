@@ -29,9 +29,9 @@ from unittest import mock
 import torch
 
 from megatron_moa import measuring
-from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import FORMS, MIXINGS, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.config import FORMS, MIXINGS, MixingConfig
 
 PROGRAM = "kernel_resources.py"
 
@@ -135,7 +135,7 @@ def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) 
 
 def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[Launch]:
     """Forward and backward of a mixture without bias and router probabilities, all its gradients needed."""
-    from megatron_moa.kernels import mixture
+    from megatron_moa.mixture.triton_backend import mixture
 
     tokens = 8192
     z = torch.empty(tokens, 2 * f if mixing.gated else f, dtype=dtype, device="meta")
@@ -151,7 +151,7 @@ def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[L
 
 def gate_launches(mixing: MixingConfig, dtype: torch.dtype, hidden: int) -> list[Launch]:
     """Forward and backward of a mixture's gates."""
-    from megatron_moa.kernels import gate
+    from megatron_moa.mixture.triton_backend import gate
 
     tokens, n = 8192, mixing.num_coefficients
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from megatron_moa import accuracy, measuring
-from megatron_moa.config import FORMS, MIXINGS, MixingConfig
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.mixture.config import FORMS, MIXINGS, MixingConfig
 
 PROGRAM = "tune_kernels.py"
 
@@ -35,7 +35,7 @@ KERNELS = ("forward", "backward")
 
 def candidates(kernel: str, mixing: str) -> Iterator[Any]:
     """The configurations worth a try."""
-    from megatron_moa.kernels.configurations import Configuration
+    from megatron_moa.mixture.triton_backend.tile_sizes import Configuration
 
     rows = ROWS if kernel == "backward" and mixing == "la" else (8,)
     for block, warps, row in itertools.product(BLOCKS, WARPS, rows):
@@ -47,7 +47,7 @@ def launchers(
     mixing: MixingConfig, tokens: int, f: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """What launches forward and backward on random numbers."""
-    from megatron_moa.kernels import backend
+    from megatron_moa.mixture.triton_backend import backend
 
     generator = torch.Generator(device=device).manual_seed(1)
 
@@ -83,7 +83,7 @@ def tune(
     """
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    from megatron_moa.kernels.configurations import configuration, using
+    from megatron_moa.mixture.triton_backend.tile_sizes import configuration, using
 
     def run_with(chosen: Any) -> measuring.Run:
         def run(lap: measuring.Lap) -> None:
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parse(argv)
         if not torch.cuda.is_available():
             raise UserError("no GPU here; run this where the model will be trained")
-        from megatron_moa.kernels.configurations import architecture
+        from megatron_moa.mixture.triton_backend.tile_sizes import architecture
 
         device, dtype = torch.device("cuda"), measuring.DTYPES[options.dtype]
         write(options.output, architecture(device), [])  # what fails, fails before minutes are spent

@@ -10,7 +10,8 @@ import importlib.util
 import math
 
 from megatron_moa.command_line.megatron_flags import as_typed
-from megatron_moa.config import (
+from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import (
     ACTIVATION_NAMES,
     AMPLITUDES,
     BACKENDS,
@@ -25,7 +26,6 @@ from megatron_moa.config import (
     auto_form,
     check_form,
 )
-from megatron_moa.errors import UserError
 
 PROGRESS_MODES = ("auto", "line", "log", "off")
 

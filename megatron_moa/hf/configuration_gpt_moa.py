@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from megatron_moa.config import FORMAT_VERSION, refuse_changed_form
+from megatron_moa.mixture.config import FORMAT_VERSION, refuse_changed_form
 
 NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 POSITIONS = ("rope", "learned_absolute", "none")
@@ -34,7 +34,7 @@ class GPTMoAConfig(PreTrainedConfig):
             layers.
         qk_norm: whether queries and keys are normalised per head.
         gated: whether feed-forward layers have two branches (SwiGLU's place).
-        mixing: settings of the mixture as :class:`megatron_moa.config.MixingConfig` takes them, those of its start
+        mixing: settings of the mixture as :class:`megatron_moa.mixture.config.MixingConfig` takes them, those of its start
             among them (``initial_coefficients``, ``gate_init_std``, ``init_scale``); None for the fixed activation
             ``hidden_act`` (docs/mixture.md).
         mixing_format_version: says what ``mixing`` means; a config.json without it is of version 1, and brought to

@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.folder import file_in, indexed_files
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixing_config
 from megatron_moa.inference import TextModel
+from megatron_moa.mixture.config import MixingConfig
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_gpt_moa import FORMAT_VERSION, GPTMoAConfig
 
 try:
-    from megatron_moa.config import FORMAT_VERSION as INSTALLED_VERSION
-    from megatron_moa.config import MixingConfig
-    from megatron_moa.functional import gate_coefficients, mixed_activation
-    from megatron_moa.output_scale import matching_scale
+    from megatron_moa.mixture.config import FORMAT_VERSION as INSTALLED_VERSION
+    from megatron_moa.mixture.config import MixingConfig
+    from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
+    from megatron_moa.mixture.start_scale import matching_scale
 
     if INSTALLED_VERSION != FORMAT_VERSION:
         raise ImportError("the installed megatron_moa computes forms of another format version")

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_moa.config import MixingConfig
+from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.planning.model import Model, Split
 
 # What a split recomputes, as flags of pretrain_gpt_moa.py.

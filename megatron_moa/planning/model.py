@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
 from megatron_moa.layer_pattern import moe_layers
+from megatron_moa.mixture.config import MixingConfig
 
 # What the formulas do not have: (attribute of Megatron's arguments, flag).
 _REFUSED = (

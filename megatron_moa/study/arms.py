@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_moa.config import FORMS, MixingConfig
-from megatron_moa.output_scale import output_scale
+from megatron_moa.mixture.config import FORMS, MixingConfig
+from megatron_moa.mixture.start_scale import output_scale
 
 # Over how much wider a layer of one matrix less is, for the same number of parameters: 3 h f = 2 h (3/2 f).
 _UNGATED_WIDTH = 1.5

@@ -12,9 +12,9 @@ import sysconfig
 import torch
 from torch import Tensor
 
-from megatron_moa import compiled, fused, reference
-from megatron_moa.config import MixingConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture import autograd, compile_backend, reference
+from megatron_moa.mixture.config import MixingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def mixed_activation(
     per_token_scale: Tensor | None = None,
     group_ends: Tensor | None = None,
 ) -> Tensor:
-    """Mixes the dictionary's activations of fc1's output (equations in :func:`megatron_moa.reference.mix`).
+    """Mixes the dictionary's activations of fc1's output (equations in :func:`megatron_moa.mixture.reference.mix`).
 
     Args:
         preactivation: fc1's output, [..., f] for type1, else [..., 2f] (activated branch first); bf16, fp16, fp32
@@ -37,7 +37,7 @@ def mixed_activation(
         bias: fc1's bias, [f] or [2f], added before the activations.
         per_token_scale: [...], multiplies each token's result (a router's probability).
         group_ends: [groups] int32, where tokens are sorted by expert and each expert has coefficients of its own for
-            all its tokens (LA): preactivation's rows up to and with each (megatron_moa.grouped).
+            all its tokens (LA): preactivation's rows up to and with each (megatron_moa.mixture.grouped_products).
 
     Returns:
         [..., f] in preactivation's dtype; half precision is computed in float32 and rounded once. float64 is for
@@ -50,7 +50,7 @@ def mixed_activation(
     _check_shapes(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
     arguments = preactivation, coefficients, mixing, bias, per_token_scale, group_ends
     backend = _fused_backend(mixing, preactivation)
-    return reference.mixed_activation(*arguments) if backend is None else fused.mixed_activation(backend, *arguments)
+    return reference.mixed_activation(*arguments) if backend is None else autograd.mixed_activation(backend, *arguments)
 
 
 def gate_coefficients(
@@ -63,7 +63,7 @@ def gate_coefficients(
     group_ends: Tensor | None = None,
 ) -> Tensor:
     """The mixing coefficients of every token (MoA): c_k = scale psi(u_k x + b_k), or with learned amplitudes
-    c_k = scale a_k psi_hat(u_k x + b_k); equations in :func:`megatron_moa.reference.gate`.
+    c_k = scale a_k psi_hat(u_k x + b_k); equations in :func:`megatron_moa.mixture.reference.gate`.
 
     Args:
         x: fc1's input, [..., h]; [t, h] with ``group_ends``.
@@ -73,7 +73,7 @@ def gate_coefficients(
         amplitude: a [n] ([groups, n]), or None for fixed amplitude.
         scale: [1], a constant, or None for 1.
         group_ends: [groups] int32, where tokens are sorted by expert and each expert has a gate of its own: x's rows
-            up to and with each (megatron_moa.grouped).
+            up to and with each (megatron_moa.mixture.grouped_products).
 
     Returns:
         [..., n], float32 (float64 for float64 parameters) whatever x's dtype is.
@@ -83,18 +83,20 @@ def gate_coefficients(
     """
     arguments = x, weight, mixing, bias, amplitude, scale, group_ends
     backend = _fused_backend(mixing, x)
-    return reference.gate_coefficients(*arguments) if backend is None else fused.gate_coefficients(backend, *arguments)
+    return (
+        reference.gate_coefficients(*arguments) if backend is None else autograd.gate_coefficients(backend, *arguments)
+    )
 
 
-def _fused_backend(mixing: MixingConfig, tensor: Tensor) -> fused.Backend | None:
+def _fused_backend(mixing: MixingConfig, tensor: Tensor) -> autograd.Backend | None:
     """The backend's module; None for eager, and for float64, which is for checks and has the reference only."""
     name = resolve_backend(mixing.backend, tensor.device.type)
     check_overwrite(mixing, name)
     if name == "eager" or tensor.dtype == torch.float64:
         return None
     if name == "compile":
-        return compiled
-    from megatron_moa.kernels import backend  # here, since it needs Triton
+        return compile_backend
+    from megatron_moa.mixture.triton_backend import backend  # here, since it needs Triton
 
     return backend
 

@@ -1,8 +1,8 @@
 """The dictionary of activations: each one's value and derivative, written once, for torch.compile and Triton alike.
 
 The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``,
-``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. megatron_moa.kernels.language makes Triton functions of
-them by reading ``torch`` as ``triton.language``. What they are held to is PyTorch's own, in megatron_moa.reference.
+``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. megatron_moa.mixture.triton_backend.language makes Triton functions of
+them by reading ``torch`` as ``triton.language``. What they are held to is PyTorch's own, in megatron_moa.mixture.reference.
 
 They are for float32. Each calls the terms it is made of by name (:func:`_decay`, :func:`_reciprocal`,
 :func:`_gaussian`), and both compilers compute a term once for all activations of the same x: two exponentials and two
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moa.reference import LEAKY_RELU_SLOPE
+from megatron_moa.mixture.reference import LEAKY_RELU_SLOPE
 
 _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717

@@ -17,7 +17,7 @@ CHANGED_FORMS = {
     "quadratic": "it had K² coefficients, where now K(K+1)/2 are left, those of k <= l",
 }
 
-# The activations that a dictionary may name; megatron_moa.reference defines them.
+# The activations that a dictionary may name; megatron_moa.mixture.reference defines them.
 ACTIVATION_NAMES = (
     "identity",
     "gelu",

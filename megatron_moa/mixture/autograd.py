@@ -3,7 +3,7 @@
 Autograd over plain PyTorch saves every activation of the dictionary, K tensors of fc1's size. Here the mixture saves
 what came in (fc1's output, which SwiGLU saves too, the coefficients, bias and scale), and a gate saves its input (which
 fc1 saves too) and the coefficients it gave; all else is computed again. A backend is a module with the four functions
-of :class:`Backend`: megatron_moa.compiled or megatron_moa.kernels.backend.
+of :class:`Backend`: megatron_moa.mixture.compile_backend or megatron_moa.mixture.triton_backend.backend.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_moa.config import MixingConfig
-from megatron_moa.grouped import group_of_rows, grouped_sum
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.grouped_products import group_of_rows, grouped_sum
 
 _Context = torch.autograd.function.FunctionCtx
 
@@ -89,7 +89,7 @@ def mixed_activation(
     per_token_scale: Tensor | None,
     group_ends: Tensor | None,
 ) -> Tensor:
-    """See :func:`megatron_moa.functional.mixed_activation`."""
+    """See :func:`megatron_moa.mixture.functional.mixed_activation`."""
     per_token = coefficients.dim() > 1 and group_ends is None
     mixed = _Mixture.apply(
         preactivation.flatten(0, -2),
@@ -113,7 +113,7 @@ def gate_coefficients(
     scale: Tensor | None,
     group_ends: Tensor | None,
 ) -> Tensor:
-    """See :func:`megatron_moa.functional.gate_coefficients`."""
+    """See :func:`megatron_moa.mixture.functional.gate_coefficients`."""
     coefficients = _Gate.apply(x.flatten(0, -2), weight, bias, amplitude, scale, group_ends, mixing, backend)
     return coefficients.unflatten(0, x.shape[:-1])
 

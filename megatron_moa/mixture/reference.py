@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from megatron_moa.config import MixingConfig
+    from megatron_moa.mixture.config import MixingConfig
 
 LEAKY_RELU_SLOPE = 0.01
 
-# The dictionary in PyTorch's own functions: what megatron_moa.activations is held to.
+# The dictionary in PyTorch's own functions: what megatron_moa.mixture.activations is held to.
 DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "gelu": F.gelu,
@@ -72,7 +72,7 @@ def gate_coefficients(
     scale: Tensor | None = None,
     group_ends: Tensor | None = None,
 ) -> Tensor:
-    """:func:`gate` of the logits u_k x + b_k, times ``scale``; see :func:`megatron_moa.functional.gate_coefficients`.
+    """:func:`gate` of the logits u_k x + b_k, times ``scale``; see :func:`megatron_moa.mixture.functional.gate_coefficients`.
 
     Float32 throughout, whatever the parameters are.
     """
@@ -90,7 +90,7 @@ def gate_coefficients(
 
 
 def _sizes(group_ends: Tensor) -> list[int]:
-    from megatron_moa.grouped import group_sizes  # here: grouped experts alone need it
+    from megatron_moa.mixture.grouped_products import group_sizes  # here: grouped experts alone need it
 
     return group_sizes(group_ends)
 

@@ -21,9 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moa.config import MixingConfig
-from megatron_moa.kernels.configurations import configuration
-from megatron_moa.kernels.language import (
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.triton_backend.language import (
     VECTOR,
     add_pairs,
     add_terms,
@@ -40,6 +39,7 @@ from megatron_moa.kernels.language import (
     weighted_sum,
     zeros,
 )
+from megatron_moa.mixture.triton_backend.tile_sizes import configuration
 
 MOST_SUMS = 28  # of the quadratic form in one launch: all of seven activations
 
@@ -174,7 +174,7 @@ def _mixture_backward_kernel(
 
 
 def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig) -> Tensor:
-    """``mixture_forward`` of :class:`megatron_moa.fused.Backend`: one launch."""
+    """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
     chosen = configuration("forward", mixing.form, f, z.device)
@@ -208,7 +208,7 @@ def backward(
     mixing: MixingConfig,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``mixture_backward`` of :class:`megatron_moa.fused.Backend`: one launch (LA: and one sum over programs), of the
+    """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over programs), of the
     quadratic form one for every MOST_SUMS coefficients.
     """
     need_z, need_coefficients, need_scale = needed

@@ -8,8 +8,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from megatron_moa.config import MixingConfig
-from megatron_moa.reference import gate, mix
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.reference import gate, mix
 
 _SAMPLES = 1 << 16  # of each random variable; tests/test_init_scale.py holds the result to real layers
 _SEED = 1234

@@ -1,5 +1,5 @@
 """The ``compile`` backend: forward and backward of the mixture, each fused into one function by torch.compile, and the
-gates in plain PyTorch. megatron_moa.fused has the autograd functions around both.
+gates in plain PyTorch. megatron_moa.mixture.autograd has the autograd functions around both.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import reference
-from megatron_moa.activations import ACTIVATIONS
-from megatron_moa.config import MixingConfig
-from megatron_moa.grouped import (
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.grouped_products import (
     group_of_rows,
     grouped_linear,
     grouped_linear_input_gradient,
@@ -37,7 +37,7 @@ _OPTIONS = {
 def mixture_forward(
     z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig
 ) -> Tensor:
-    """See :class:`megatron_moa.fused.Backend`."""
+    """See :class:`megatron_moa.mixture.autograd.Backend`."""
     inputs = _uniform(z, coefficients, bias, scale)
     function = _forward_function(mixing.form, mixing.activations, _kind(*inputs))
     return function(z.shape[0])(*inputs)
@@ -52,7 +52,7 @@ def mixture_backward(
     mixing: MixingConfig,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """See :class:`megatron_moa.fused.Backend`."""
+    """See :class:`megatron_moa.mixture.autograd.Backend`."""
     inputs = _uniform(z, coefficients, bias, scale)
     function = _backward_function(mixing.form, mixing.activations, _kind(*inputs), *needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
@@ -227,7 +227,7 @@ def gate_forward(
     group_ends: Tensor | None,
     mixing: MixingConfig,
 ) -> Tensor:
-    """See :class:`megatron_moa.fused.Backend`."""
+    """See :class:`megatron_moa.mixture.autograd.Backend`."""
     logits = _logits(x, weight, bias, group_ends)
     coefficients = reference.gate(logits, mixing, _per_row(amplitude, group_ends, logits))
     return coefficients if scale is None else coefficients * scale
@@ -245,7 +245,7 @@ def gate_backward(
     mixing: MixingConfig,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """See :class:`megatron_moa.fused.Backend`."""
+    """See :class:`megatron_moa.mixture.autograd.Backend`."""
     grad_x = grad_weight = grad_bias = grad_amplitude = None
     if scale is not None:
         grad, coefficients = grad * scale, coefficients / scale

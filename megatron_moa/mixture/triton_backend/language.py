@@ -1,4 +1,4 @@
-"""The activations (megatron_moa.activations) as Triton functions: the same code, with ``torch`` read as Triton."""
+"""The activations (megatron_moa.mixture.activations) as Triton functions: the same code, with ``torch`` read as Triton."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_moa.activations import ACTIVATIONS
+from megatron_moa.mixture.activations import ACTIVATIONS
 
 VECTOR = 8  # columns a thread holds next to each other: 16 bytes of bf16, the widest load there is
 
 
 @functools.cache
 def triton_function(function: FunctionType) -> triton.JITFunction:
-    """A function of megatron_moa.activations for use inside kernels, with all that it calls."""
+    """A function of megatron_moa.mixture.activations for use inside kernels, with all that it calls."""
     words: dict[str, Any] = {"tl": tl, "Tensor": tl.tensor}
     for name in function.__code__.co_names:
         if name in function.__globals__:

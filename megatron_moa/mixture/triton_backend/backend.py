@@ -1,4 +1,4 @@
-"""The ``triton`` backend: see :class:`megatron_moa.fused.Backend`."""
+"""The ``triton`` backend: see :class:`megatron_moa.mixture.autograd.Backend`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moa.kernels import gate, mixture
+from megatron_moa.mixture.triton_backend import gate, mixture
 
 
 def _on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:

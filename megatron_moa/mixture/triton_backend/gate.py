@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moa.config import MixingConfig
-from megatron_moa.grouped import grouped_sum
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.grouped_products import grouped_sum
 
 _TOKENS = 64  # rows a program
 _HIDDEN = 64  # columns of x at a time; half as many beyond 64 coefficients
