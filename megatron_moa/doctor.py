@@ -807,7 +807,7 @@ def examine(seconds: float, save: str | None = None, recipe: str | None = None) 
 def check_recipe(model: str) -> Finding:
     """Looks at a recipe's feed-forward widths, with FFN, FFN_MULTIPLE and TP as they are set."""
     from megatron_moa.errors import UserError
-    from megatron_moa.recipes import awkward_widths, feed_forward_widths, recipe_flags
+    from megatron_moa.runs.recipes import awkward_widths, feed_forward_widths, recipe_flags
 
     try:
         widths = feed_forward_widths(recipe_flags(model, "none", ["--mock-data"]))
@@ -822,8 +822,8 @@ def check_recipe(model: str) -> Finding:
 
 def smoke() -> Finding:
     """Trains a tiny mixture for five steps, as a user would, on one GPU or the CPU."""
-    from megatron_moa.tiny import SWIGLU, TINY
-    from megatron_moa.training_log import parse_iteration
+    from megatron_moa.runs.tiny_model import SWIGLU, TINY
+    from megatron_moa.runs.training_log import parse_iteration
 
     script = ROOT / "pretrain_gpt_moa.py"
     name = "five steps"

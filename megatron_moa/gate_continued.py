@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.gate_analysis import WAYS, continued_summary
-from megatron_moa.training_log import TrainingLog
+from megatron_moa.runs.training_log import TrainingLog
 
 LINES = "continued.jsonl"
 _PROGRAM = "gate_continued"

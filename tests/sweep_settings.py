@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.command_line.megatron_flags import FUNCTION
-from megatron_moa.tiny import MOE, TINY
+from megatron_moa.runs.tiny_model import MOE, TINY
 from tests import launch
 from tests.training import ROOT
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moa.tiny import SWIGLU, TINY
+from megatron_moa.runs.tiny_model import SWIGLU, TINY
 from tools.benchmark_conversion import conversions, measure, size, write_random
 
 _PARAMETERS = 16 * (4 * 1024**2 + 3 * 1024 * 4096 + 2 * 1024) + 1024 + 2 * 64 * 1024

@@ -12,7 +12,7 @@ import numpy
 import pytest
 
 from megatron_moa import dataset_files
-from megatron_moa.tiny import SWIGLU, TINY
+from megatron_moa.runs.tiny_model import SWIGLU, TINY
 from tests import launch
 from tests.training import ROOT, Run
 

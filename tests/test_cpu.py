@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from megatron_moa import cpu, tiny
+from megatron_moa import cpu
 from megatron_moa.errors import UserError
 from megatron_moa.planning import inputs
+from megatron_moa.runs import tiny_model
 from tests.training import ROOT, Run, torchrun
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only for machines without a GPU")
@@ -257,12 +258,12 @@ def test_explicit_flags_stay(monkeypatch):
         (["--disable-bias-linear"], False),
         # What Megatron cannot fuse with a bias, and raises for.
         (["--squared-relu"], False),
-        (tiny.MOE, False),
+        (tiny_model.MOE, False),
     ],
 )
 def test_gelu_is_fused_with_its_bias_as_on_gpus(flags, fused):
     cpu.enable()
-    common = [flag for flag in tiny.TINY if flag != "--disable-bias-linear"]
+    common = [flag for flag in tiny_model.TINY if flag != "--disable-bias-linear"]
     args, _ = inputs.parse([*common, "--moa-mixing", "none", *flags], 1)
     assert inputs.validated(args).bias_gelu_fusion is fused
 

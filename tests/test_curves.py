@@ -10,8 +10,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_moa.curves import read_course
 from megatron_moa.errors import UserError
+from megatron_moa.runs.curves import read_course
 
 TOKENS = 100  # an iteration
 

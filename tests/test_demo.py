@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_moa.training_log import IterationLine, TrainingLog
+from megatron_moa.runs.training_log import IterationLine, TrainingLog
 
 ROOT = Path(__file__).resolve().parents[1]
 

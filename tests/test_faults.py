@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_moa.launch import children, exit_code
-from megatron_moa.tiny import MOE, SWIGLU, TINY
+from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 from tests import launch
 from tests.training import ROOT, Run
 from tools import fault_drill

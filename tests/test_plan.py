@@ -18,7 +18,7 @@ from megatron_moa.hardware import GPUS
 from megatron_moa.planning import inputs, memory, parameters
 from megatron_moa.planning.communication import step_time
 from megatron_moa.planning.model import Model, Split
-from megatron_moa.recipes import model_files, recipe_flags
+from megatron_moa.runs.recipes import model_files, recipe_flags
 from tests import launch
 from tests.training import ROOT, run_script
 from tests.worlds import Job, visit

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_moa.curves import Course, Curve
+from megatron_moa.runs.curves import Course, Curve
 from tests.test_curves import TOKENS, steps, write_events
 from tests.training import ROOT
 

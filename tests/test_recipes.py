@@ -20,8 +20,8 @@ from megatron_moa import cpu
 from megatron_moa.planning import inputs
 from megatron_moa.planning.model import Model
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.recipes import recipe_flags
-from megatron_moa.training_log import TrainingLog
+from megatron_moa.runs.recipes import recipe_flags
+from megatron_moa.runs.training_log import TrainingLog
 from tests import launch
 from tests.training import ROOT, Run
 from tools import plan

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moa import recipes
 from megatron_moa.errors import UserError
+from megatron_moa.runs import recipes
 
 
 def values(flags: list[str], flag: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moa.recipes import recipe_flags
+from megatron_moa.runs.recipes import recipe_flags
 from tests import launch
 from tests.training import ROOT
 from tools.fault_drill import TRACKER, Log

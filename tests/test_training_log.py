@@ -1,13 +1,13 @@
-"""megatron_moa/training_log.py: what is read from Megatron's log."""
+"""megatron_moa/runs/training_log.py: what is read from Megatron's log."""
 
 import math
 from pathlib import Path
 
 import pytest
 
-from megatron_moa import training_log
 from megatron_moa.errors import UserError
-from megatron_moa.training_log import IterationLine, TrainingLog
+from megatron_moa.runs import training_log
+from megatron_moa.runs.training_log import IterationLine, TrainingLog
 
 ITERATION = (
     " [2026-03-01 12:00:00.123456] iteration       20/     300 | consumed samples:          320 | "

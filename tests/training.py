@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_moa import recording
 from megatron_moa.recording import Record
-from megatron_moa.tiny import MOE, SWIGLU, TINY
+from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 from tests import launch
 
 __all__ = ["FORM_ARMS", "MOE", "SWIGLU", "TINY", "TWO_KINDS"]

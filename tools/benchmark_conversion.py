@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, one_line_errors
-from megatron_moa.recipes import recipe_flags
+from megatron_moa.runs.recipes import recipe_flags
 
 PROGRAM = "benchmark_conversion.py"
 _TOOLS = Path(__file__).resolve().parent

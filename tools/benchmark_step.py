@@ -30,7 +30,7 @@ from megatron_moa import cpu, measuring
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.recipes import read_recipe
+from megatron_moa.runs.recipes import read_recipe
 from megatron_moa.train_step import build, random_batches
 
 PROGRAM = "benchmark_step.py"

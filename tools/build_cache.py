@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def recipe_flags(model: str, mixing: str, flags: Sequence[str]) -> list[str]:
     """What examples/pretrain.sh would run with."""
-    from megatron_moa import recipes
+    from megatron_moa.runs import recipes
 
     return recipes.recipe_flags(model, mixing, flags)
 

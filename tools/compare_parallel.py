@@ -6,7 +6,7 @@
     python tools/compare_parallel.py --processes-b 2 --b '--use-distributed-optimizer' -- --moa-mixing la --num-layers 4
 
 Both settings are flags of pretrain_gpt_moa.py; flags after ``--`` hold for both and come after a tiny model's
-(megatron_moa/tiny.py). b starts from a's weights. Printed are the loss at every step, every parameter's gradient at the
+(megatron_moa/runs/tiny_model.py). b starts from a's weights. Printed are the loss at every step, every parameter's gradient at the
 first step, relative to its largest entry, and whether all copies of replicated parameters are equal at the end.
 Exit code 0: within the tolerance; 1: not; 2: a mistake in the flags.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.recording import Comparison, Record
-from megatron_moa.tiny import MOE, SWIGLU, TINY
+from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 _SIZES = {

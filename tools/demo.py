@@ -29,7 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from megatron_moa.training_log import TrainingLog
+from megatron_moa.runs.training_log import TrainingLog
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKER = "demo.json"  # tells a folder of ours, which a rerun may empty, from any other

@@ -3,7 +3,7 @@
     python tools/fault_drill.py --kills 20                 # everything, about a quarter of an hour on two cores
     python tools/fault_drill.py --kills 2 --only kill,sigterm
 
-A tiny model (megatron_moa/tiny.py) is trained undisturbed once.  The same run is then killed with SIGKILL, one rank or
+A tiny model (megatron_moa/runs/tiny_model.py) is trained undisturbed once.  The same run is then killed with SIGKILL, one rank or
 all, while it starts, computes and saves, and started again each time until it ends; every loss it prints must be that
 of the undisturbed run.  Then come single faults: each must be told in the log, end with the expected exit code, and
 leave a checkpoint from which the run goes on with the undisturbed run's losses.  The last line says how many faults did
@@ -35,7 +35,7 @@ from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.faults import EXIT_LOST_RANK, EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL
 from megatron_moa.launch import children
-from megatron_moa.tiny import SWIGLU, TINY
+from megatron_moa.runs.tiny_model import SWIGLU, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "pretrain_gpt_moa.py"

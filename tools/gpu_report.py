@@ -23,7 +23,7 @@ from demo import LEFT_OUT
 
 from megatron_moa import measuring
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.training_log import TrainingLog
+from megatron_moa.runs.training_log import TrainingLog
 
 PROGRAM = "gpu_report.py"
 END_OF_DOCUMENT = 256

@@ -35,7 +35,7 @@ from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.recipes import MIXINGS, awkward_widths, recipe_flags
+from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
 
 PROGRAM = "plan.py"
 SHOWN = 5  # splits in the table

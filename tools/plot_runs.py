@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_moa.curves import Course, Curve, Statistics, read_course
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.runs.curves import Course, Curve, Statistics, read_course
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

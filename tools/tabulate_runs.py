@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.training_log import COUNT, NUMBER, TrainingLog
+from megatron_moa.runs.training_log import COUNT, NUMBER, TrainingLog
 
 PROGRAM = "tabulate_runs.py"
 # What names an arm; the rest of the settings must be the same in all runs.

@@ -25,13 +25,13 @@ from megatron_moa import __version__
 from megatron_moa.checkpoint import PreparedCheckpoint
 from megatron_moa.checkpoint_tensors import ModelTensors
 from megatron_moa.checkpoint_writer import progress_line
-from megatron_moa.curves import read_course
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
 from megatron_moa.hf.mapping import is_buffer, to_hf
 from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
+from megatron_moa.runs.curves import read_course
 from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_moa.errors import UserError
-from megatron_moa.recipes import read_recipe
+from megatron_moa.runs.recipes import read_recipe
 from megatron_moa.study.arms import ARMS, Size
 
 PAPER = "paper"  # the scale of a file as it stands

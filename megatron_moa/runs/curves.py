@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moa.errors import UserError
-from megatron_moa.training_log import COUNT, NUMBER, parse_iteration, parse_setting, read_lines, records
+from megatron_moa.runs.training_log import COUNT, NUMBER, parse_iteration, parse_setting, read_lines, records
 
 LOG_NAME = "train.log"  # in a run's folder, beside tensorboard/
 
