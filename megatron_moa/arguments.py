@@ -27,11 +27,11 @@ from megatron_moa.command_line.flags import (
     our_flags,
 )
 from megatron_moa.command_line.megatron_flags import as_typed
+from megatron_moa.command_line.output_folder import check_output_folders
 from megatron_moa.command_line.shapes import check_shapes
 from megatron_moa.errors import UserError, fail
 from megatron_moa.mixture.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
-from megatron_moa.output_folder import check_output_folders
 from megatron_moa.saved_settings import check_saved_settings
 
 

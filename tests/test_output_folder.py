@@ -1,4 +1,4 @@
-"""megatron_moa/output_folder.py: a folder has its name only when it is whole."""
+"""megatron_moa/command_line/output_folder.py: a folder has its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from megatron_moa.checkpoint_writer import _append
+from megatron_moa.command_line.output_folder import is_unfinished, written_folder
 from megatron_moa.errors import UserError
-from megatron_moa.output_folder import is_unfinished, written_folder
 from tests.training import ROOT
 
 
@@ -89,7 +89,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
 
 def test_a_killed_tool_leaves_what_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = (
-        "import os; from pathlib import Path; from megatron_moa.output_folder import written_folder\n"
+        "import os; from pathlib import Path; from megatron_moa.command_line.output_folder import written_folder\n"
         f"with written_folder('--out', Path({str(tmp_path / 'out')!r})): os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT)

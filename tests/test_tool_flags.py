@@ -1,11 +1,11 @@
-"""megatron_moa/tool_flags.py: flags that several tools have."""
+"""megatron_moa/command_line/tool_flags.py: flags that several tools have."""
 
 from __future__ import annotations
 
 import pytest
 
+from megatron_moa.command_line.tool_flags import add_target_flags, target_settings
 from megatron_moa.errors import OneLineParser, UserError
-from megatron_moa.tool_flags import add_target_flags, target_settings
 
 
 def _parser(required: bool) -> OneLineParser:

@@ -15,9 +15,14 @@ import contextlib
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.output_folder import written_folder
+from megatron_moa.command_line.tool_flags import (
+    add_iteration_flag,
+    add_target_flags,
+    add_tolerance_flag,
+    target_settings,
+)
 from megatron_moa.errors import OneLineParser, one_line_errors
-from megatron_moa.output_folder import written_folder
-from megatron_moa.tool_flags import add_iteration_flag, add_target_flags, add_tolerance_flag, target_settings
 
 _NAME = "convert_mixing.py"
 

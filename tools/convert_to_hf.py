@@ -15,9 +15,9 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.output_folder import written_folder
+from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.output_folder import written_folder
-from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "convert_to_hf.py"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -18,10 +18,10 @@ import dataclasses
 import json
 import sys
 
+from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
 from megatron_moa.corpus import add_reading_flags, text_file, texts
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.tool_flags import add_iteration_flag
 
 PROGRAM = "generate.py"
 MOST_SAMPLES = 10_000  # all are one batch

@@ -15,8 +15,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.output_folder import written_folder
 
 PROGRAM = "study_report.py"
 

@@ -41,10 +41,10 @@ from scipy.optimize import least_squares
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.reference import gate, mix
-from megatron_moa.output_folder import written_folder
 
 matplotlib.use("Agg")
 

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from megatron_moa.command_line.output_folder import is_unfinished
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import FAMILIES, OWN, Family, family_of
 from megatron_moa.hf.mapping import Entry, is_buffer
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
-from megatron_moa.output_folder import is_unfinished
 
 # In the order in which transformers looks for them; an index stands for the files that it names.
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
