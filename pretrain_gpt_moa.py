@@ -37,8 +37,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import checkpoint_guard, cpu, flops, index_cache, muon, nonfinite, optimizer
+from megatron_moa import cpu, flops, index_cache, muon, nonfinite, optimizer
 from megatron_moa.arguments import parse_arguments
+from megatron_moa.checkpoints import guard
 from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.faults import catch_stop_signals, exit_codes, hold_timeout
@@ -209,7 +210,7 @@ def main() -> None:
     with one_line_errors("pretrain_gpt_moa.py"):
         cpu.prepare()
         args, mixing = parse_arguments(check)
-        checkpoint_guard.install(args)
+        guard.install(args)
         optimizer.install(args)
         flops.install(args, mixing)
         model_config = model_config_from_args(args, mixing)

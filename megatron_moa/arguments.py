@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from megatron_moa import checkpoint_guard, cpu, optimizer, optimizer_resharding, progress, random_states
+from megatron_moa import cpu, optimizer, optimizer_resharding, progress, random_states
+from megatron_moa.checkpoints import guard
+from megatron_moa.checkpoints.settings import check_saved_settings
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import (
     MODEL_FLAGS,
@@ -32,7 +34,6 @@ from megatron_moa.command_line.shapes import check_shapes
 from megatron_moa.errors import UserError, fail
 from megatron_moa.mixture.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
-from megatron_moa.saved_settings import check_saved_settings
 
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -166,9 +167,9 @@ def parse_arguments(
     check_checkpoint_flags(args)
     check_progress_flags(args)
     saved = None
-    checkpoint = checkpoint_guard.find_checkpoint(args)
+    checkpoint = guard.find_checkpoint(args)
     if checkpoint is not None:
-        checkpoint, saved = checkpoint_guard.read_saved_settings(args, checkpoint)
+        checkpoint, saved = guard.read_saved_settings(args, checkpoint)
     if args.use_checkpoint_args:
         _take_saved_settings(args, checkpoint, saved)
     mixing = mixing_from_args(args)

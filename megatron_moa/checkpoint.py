@@ -25,10 +25,10 @@ from megatron.training.utils import print_rank_0
 
 from megatron_moa import cpu
 from megatron_moa.arguments import parse_arguments
-from megatron_moa.checkpoint_files import Checkpoint
-from megatron_moa.checkpoint_guard import changed_scales, check_before_setup, match_tensors
-from megatron_moa.checkpoint_names import EXTRA_STATE
-from megatron_moa.checkpoint_tensors import CheckpointTensors, check_pickles
+from megatron_moa.checkpoints.files import Checkpoint
+from megatron_moa.checkpoints.guard import changed_scales, check_before_setup, match_tensors
+from megatron_moa.checkpoints.names import EXTRA_STATE
+from megatron_moa.checkpoints.tensors import CheckpointTensors, check_pickles
 from megatron_moa.errors import UserError
 from megatron_moa.inference import TextModel
 from megatron_moa.mixture.config import MixingConfig

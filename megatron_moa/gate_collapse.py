@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_moa.checkpoint import PreparedCheckpoint, empty_model, prepare_checkpoint
-from megatron_moa.checkpoint_tensors import ModelTensors
-from megatron_moa.checkpoint_writer import write_release
+from megatron_moa.checkpoints.tensors import ModelTensors
+from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.errors import UserError
 from megatron_moa.gate_probe import GateProbe, Site

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from torch.nn import Parameter
 
-from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.checkpoints.files import Checkpoint
+from megatron_moa.checkpoints.settings import loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import loads_optimizer
 
 _GATES = "*.coefficients.weight"  # [n, h]
 _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.checkpoints.files import Checkpoint
+from megatron_moa.checkpoints.settings import loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import loads_optimizer
 
 _SPLITS = (
     "tensor_model_parallel_size",

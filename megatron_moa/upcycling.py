@@ -19,8 +19,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_moa.checkpoint import empty_model, prepare_checkpoint
-from megatron_moa.checkpoint_tensors import ModelTensors
-from megatron_moa.checkpoint_writer import write_release
+from megatron_moa.checkpoints.tensors import ModelTensors
+from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu
 from megatron_moa.errors import UserError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moa import checkpoint_files
-from megatron_moa.checkpoint_files import (
+from megatron_moa.checkpoints import files
+from megatron_moa.checkpoints.files import (
     MANIFEST,
     TRACKER,
     Checkpoint,
@@ -112,7 +112,7 @@ def test_deleted_folders_go_and_nothing_else(tmp_path: Path) -> None:
     shutil.copytree(elsewhere, tmp_path / "iter_0000040_mine")
     (tmp_path / "iter_0000005.deleted").mkdir()  # a deletion that was interrupted
     delete_superseded(tmp_path, 50, 1, None, None)
-    for thread in checkpoint_files.threading.enumerate():
+    for thread in files.threading.enumerate():
         if thread.name == "deletes checkpoints":  # others are other tests' and never end
             thread.join()
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -169,7 +169,7 @@ def test_the_tracker_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_files.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_tracker(tmp_path, 20)
     assert read_tracker(tmp_path) == 10
@@ -332,4 +332,4 @@ def test_the_manifest_is_read_as_documented(trained: Path) -> None:
     folder = iteration_folder(trained, 2)
     entry = json.loads((folder / MANIFEST).read_text())["files"][SHARD]
     assert entry["size"] == os.path.getsize(folder / SHARD)
-    assert int(entry["crc32"], 16) == checkpoint_files.zlib.crc32((folder / SHARD).read_bytes())
+    assert int(entry["crc32"], 16) == files.zlib.crc32((folder / SHARD).read_bytes())

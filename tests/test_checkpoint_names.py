@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 
-from megatron_moa.checkpoint_names import keep_absent_extra_state, take_stored_names
+from megatron_moa.checkpoints.names import keep_absent_extra_state, take_stored_names
 
 
 def tensor(key: str) -> ShardedTensor:

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from megatron_moa.checkpoint_guard import changed_scales
-from megatron_moa.checkpoint_tensors import CheckpointTensors
+from megatron_moa.checkpoints.guard import changed_scales
+from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from tests import launch
 from tests.checkpoints import COMMON, Hostile, append, archive, change_metadata, write_checkpoint
@@ -129,7 +129,7 @@ def test_settings_of_an_older_megatron(folder: Path) -> None:
 
 def test_does_not_import_megatron(folder: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from megatron_moa.checkpoint_tensors import CheckpointTensors; "
+        "import sys; from pathlib import Path; from megatron_moa.checkpoints.tensors import CheckpointTensors; "
         f"checkpoint = CheckpointTensors(Path(sys.argv[1])); checkpoint.args; checkpoint.read({WEIGHT!r}); "
         "assert not [name for name in sys.modules if name.split('.')[0] == 'megatron']"
     )
@@ -313,7 +313,7 @@ def compare(one: str, others: list[str], results: str) -> None:
     from megatron.core.utils import unwrap_model
 
     from megatron_moa.checkpoint import load_model
-    from megatron_moa.checkpoint_tensors import ModelTensors
+    from megatron_moa.checkpoints.tensors import ModelTensors
 
     model = unwrap_model(load_model(one).model)
     expected = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""megatron_moa/checkpoint_writer.py: what Megatron's own saving would have written, one tensor at a time."""
+"""megatron_moa/checkpoints/writer.py: what Megatron's own saving would have written, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.checkpoint_files import TRACKER, find_damage, read_tracker
-from megatron_moa.checkpoint_tensors import OPTIMIZER, CheckpointTensors
+from megatron_moa.checkpoints.files import TRACKER, find_damage, read_tracker
+from megatron_moa.checkpoints.tensors import OPTIMIZER, CheckpointTensors
 from tests import launch
 from tests.training import MOE, ROOT, SWIGLU, TINY, recorded
 
@@ -49,8 +49,8 @@ _OFTEN = next(iter(CASES))
 def rewrite(source: Path, out: Path, wrong: str = "") -> None:
     """Runs in a process of its own: writes a checkpoint again, or tries to with a tensor of another shape."""
     from megatron_moa.checkpoint import prepare_checkpoint
-    from megatron_moa.checkpoint_tensors import ModelTensors
-    from megatron_moa.checkpoint_writer import write_release
+    from megatron_moa.checkpoints.tensors import ModelTensors
+    from megatron_moa.checkpoints.writer import write_release
 
     prepared = prepare_checkpoint(str(source), ["--transformer-impl", "local"])
     model = prepared.build_empty()

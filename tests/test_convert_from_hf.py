@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from megatron_moa.checkpoint_tensors import CheckpointTensors
+from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE
 from megatron_moa.hf.tokenizer import SAMPLE

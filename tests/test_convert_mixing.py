@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa import inference, upcycling
-from megatron_moa.checkpoint_files import TRACKER
-from megatron_moa.checkpoint_tensors import CheckpointTensors
+from megatron_moa.checkpoints.files import TRACKER
+from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import reference

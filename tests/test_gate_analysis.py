@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_moa import gate_continued
 from megatron_moa.checkpoint import LoadedModel
-from megatron_moa.checkpoint_tensors import CheckpointTensors
+from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.coefficients import Coefficients
 from megatron_moa.errors import UserError
 from megatron_moa.gate_collapse import collapsed_mixing

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor
 
 from megatron_moa import torch_grouped
-from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.coefficients import Coefficients, GateCoefficients
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import reference

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import megatron_moa
-from megatron_moa.checkpoint_tensors import CheckpointTensors
+from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, mixing_config

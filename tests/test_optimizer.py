@@ -15,7 +15,7 @@ import torch
 
 from megatron_moa import cpu
 from megatron_moa.arguments import restore_model_flags
-from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixingConfig

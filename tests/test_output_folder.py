@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.checkpoint_writer import _append
+from megatron_moa.checkpoints.writer import _append
 from megatron_moa.command_line.output_folder import is_unfinished, written_folder
 from megatron_moa.errors import UserError
 from tests.training import ROOT

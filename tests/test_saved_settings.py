@@ -11,15 +11,15 @@ import pytest
 
 from megatron_moa import arguments, coefficients
 from megatron_moa.arguments import parser_defaults
-from megatron_moa.checkpoint_files import Checkpoint
-from megatron_moa.command_line.megatron_flags import as_typed
-from megatron_moa.errors import UserError
-from megatron_moa.saved_settings import (
+from megatron_moa.checkpoints.files import Checkpoint
+from megatron_moa.checkpoints.settings import (
     FORMAT_VERSION,
     check_saved_settings,
     check_vocabulary,
     upgrade_saved_settings,
 )
+from megatron_moa.command_line.megatron_flags import as_typed
+from megatron_moa.errors import UserError
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, run_script, train
 

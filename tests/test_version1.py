@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.checkpoint_tensors import CheckpointTensors
-from megatron_moa.saved_settings import FORMAT_VERSION
+from megatron_moa.checkpoints.settings import FORMAT_VERSION
+from megatron_moa.checkpoints.tensors import CheckpointTensors
 from tests import launch
 from tests.training import ROOT, Run
 from tools import inspect_checkpoint

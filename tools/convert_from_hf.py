@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # isort: split
         try:
-            from megatron_moa.checkpoint_writer import TRAIN_ON
+            from megatron_moa.checkpoints.writer import TRAIN_ON
             from megatron_moa.hf import importing
             from megatron_moa.hf.folder import open_folder
             from megatron_moa.verification import VerificationError

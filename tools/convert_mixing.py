@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_moa import quiet  # noqa: F401  before Megatron
 
             # isort: split
-            from megatron_moa.checkpoint_writer import TRAIN_ON
+            from megatron_moa.checkpoints.writer import TRAIN_ON
             from megatron_moa.upcycling import convert
 
             with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result

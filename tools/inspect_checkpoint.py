@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moa.checkpoint_files import (
+from megatron_moa.checkpoints.files import (
     MANIFEST,
     TRACKER,
     DamagedCheckpoint,
@@ -33,14 +33,14 @@ from megatron_moa.checkpoint_files import (
     read_tracker,
     saved_iterations,
 )
-from megatron_moa.checkpoint_tensors import OPTIMIZER, CheckpointTensors
+from megatron_moa.checkpoints.settings import upgrade_saved_settings
+from megatron_moa.checkpoints.tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.measuring import table
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.saved_settings import upgrade_saved_settings
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time

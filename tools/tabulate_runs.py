@@ -132,7 +132,7 @@ def _upgrade(run: Run) -> None:
         UserError: a form that means another function today.
     """
     if "moa_la_init" in run.log.settings:
-        from megatron_moa.saved_settings import upgrade_saved_settings  # which takes seconds, for torch
+        from megatron_moa.checkpoints.settings import upgrade_saved_settings  # which takes seconds, for torch
 
         settings = argparse.Namespace(**run.log.settings)
         upgrade_saved_settings(settings, run.path)

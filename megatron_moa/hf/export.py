@@ -23,8 +23,8 @@ from transformers import GenerationConfig
 
 from megatron_moa import __version__
 from megatron_moa.checkpoint import PreparedCheckpoint
-from megatron_moa.checkpoint_tensors import ModelTensors
-from megatron_moa.checkpoint_writer import progress_line
+from megatron_moa.checkpoints.tensors import ModelTensors
+from megatron_moa.checkpoints.writer import progress_line
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family

@@ -18,7 +18,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-from megatron_moa.checkpoint_names import take_stored_names
+from megatron_moa.checkpoints.names import take_stored_names
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.model import check_mixture
 from tests.layers import build_model, make_config, moe_settings

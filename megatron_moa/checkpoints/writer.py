@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from tqdm import tqdm
 
-from megatron_moa.checkpoint_files import TRACKER, write_manifest
+from megatron_moa.checkpoints.files import TRACKER, write_manifest
 from megatron_moa.errors import UserError
 
 # How training goes on from what write_release wrote; {} is its folder.

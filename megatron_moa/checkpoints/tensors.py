@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_moa.checkpoint_files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
-from megatron_moa.checkpoint_names import EXTRA_STATE, take_stored_names
+from megatron_moa.checkpoints.files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
+from megatron_moa.checkpoints.names import EXTRA_STATE, take_stored_names
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from megatron_moa.checkpoint_files import (
+from megatron_moa.checkpoints.files import (
     TRACKER,
     Checkpoint,
     DamagedCheckpoint,
@@ -40,15 +40,15 @@ from megatron_moa.checkpoint_files import (
     write_manifest,
     write_tracker,
 )
-from megatron_moa.checkpoint_names import EXTRA_STATE, keep_absent_extra_state, take_stored_names
-from megatron_moa.checkpoint_tensors import CheckpointTensors
-from megatron_moa.errors import UserError, check_is_folder
-from megatron_moa.saved_settings import (
+from megatron_moa.checkpoints.names import EXTRA_STATE, keep_absent_extra_state, take_stored_names
+from megatron_moa.checkpoints.settings import (
     changed_data,
     check_saved_settings,
     check_vocabulary,
     upgrade_saved_settings,
 )
+from megatron_moa.checkpoints.tensors import CheckpointTensors
+from megatron_moa.errors import UserError, check_is_folder
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -245,7 +245,7 @@ def match_tensors(sharded_state_dict: dict, folder: str) -> None:
     """Matches what a model asks for with what a checkpoint has, before it is loaded; collective.
 
     Names that differ between Transformer Engine's layers and local ones are made the checkpoint's, in place
-    (megatron_moa.checkpoint_names).
+    (megatron_moa.checkpoints.names).
 
     Raises:
         UserError: the checkpoint lacks a tensor that is asked for, or has one that is not an optimizer's and that

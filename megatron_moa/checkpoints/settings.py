@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_moa.checkpoint_files import Checkpoint
+from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.megatron_flags import as_typed, relevant, same
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import (
