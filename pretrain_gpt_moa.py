@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before torch and Megatron are imported, which take
 
     first_look.main()
 
-from megatron_moa import quiet  # noqa: F401  before Megatron
+from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
 # isort: split
 
@@ -37,12 +37,13 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import cpu, flops, index_cache, muon, nonfinite, optimizer
+from megatron_moa import cpu, flops, index_cache, nonfinite, optimizer
 from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoints import guard
 from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.faults import catch_stop_signals, exit_codes, hold_timeout
+from megatron_moa.megatron_fixes import muon
 from megatron_moa.model import model_config_from_args, report_mixture
 from megatron_moa.monitor import CoefficientMonitor
 from megatron_moa.progress import Progress

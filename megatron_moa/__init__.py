@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_moa import te_guard
+from megatron_moa.megatron_fixes import te_guard
 
 if TYPE_CHECKING:
     from megatron_moa.inference import from_checkpoint

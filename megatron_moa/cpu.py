@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_moa import quiet
 from megatron_moa.errors import UserError, fail, one_line_errors
+from megatron_moa.megatron_fixes import expected_warnings
 
 _enabled = False
 
@@ -693,7 +693,7 @@ def enable() -> bool:
     if _enabled:
         return True
     _print_rank_0("No CUDA device found: Megatron runs on CPU over gloo.")
-    quiet.expect_no_gpu()
+    expected_warnings.expect_no_gpu()
     import megatron.training.training  # noqa: F401
 
     _keep_compiler_rules()

@@ -174,7 +174,10 @@ def _probe_transformer_engine() -> Facts:
     import torch
 
     if not torch.cuda.is_available():
-        return {"version": _installed_version("transformer-engine"), "runs": False}  # megatron_moa.te_guard
+        return {
+            "version": _installed_version("transformer-engine"),
+            "runs": False,
+        }  # megatron_moa.megatron_fixes.te_guard
     import transformer_engine
     import transformer_engine.pytorch
 
@@ -190,7 +193,7 @@ def _probe_apex() -> Facts:
     folders = [Path(folder) for folder in importlib.util.find_spec("apex").submodule_search_locations or ()]
     nvidias = all(any((folder / part).is_dir() for folder in folders) for part in ("optimizers", "normalization"))
     if not torch.cuda.is_available():
-        return {"nvidia": nvidias, "accumulates": False}  # megatron_moa.te_guard
+        return {"nvidia": nvidias, "accumulates": False}  # megatron_moa.megatron_fixes.te_guard
     import apex  # noqa: F401
 
     if not nvidias:

@@ -278,7 +278,7 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
         UserError: neither is there, it cannot be loaded, or flags that do not fit it.
     """
     if not (Path(folder) / "config.json").is_file():
-        from megatron_moa import quiet  # noqa: F401  before Megatron
+        from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
         # isort: split
         from megatron_moa.checkpoint import load_model

@@ -18,10 +18,10 @@ from megatron_moa import torch_grouped
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.coefficients import Coefficients, GateCoefficients
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.monitor import CoefficientMonitor
-from megatron_moa.optimizer_resharding import check_saved_split
 from megatron_moa.recording import Comparison, assemble
 from megatron_moa.torch_grouped import TorchColumnParallelGroupedLinear, stacked
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings

@@ -11,7 +11,7 @@ from megatron.core import optimizer as megatron_optimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 
-from megatron_moa import optimizer_resharding
+from megatron_moa.megatron_fixes import optimizer_resharding
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -75,7 +75,7 @@ def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]
     """
     if (Path(flags.checkpoint) / "config.json").is_file():
         raise UserError(f"{flags.checkpoint}: is a Hugging Face folder; give the checkpoint that it was made of")
-    from megatron_moa import quiet  # noqa: F401  before Megatron
+    from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
     # isort: split
     from megatron_moa.checkpoint import prepare_checkpoint

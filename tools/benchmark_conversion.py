@@ -96,7 +96,7 @@ def write_random(flags: list[str], root: Path) -> None:
         flags: of pretrain_gpt_moa.py.
         root: as ``--save`` names it.
     """
-    from megatron_moa import quiet  # noqa: F401  before Megatron
+    from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
     # isort: split
     import torch

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         flags, megatron_flags = parse_flags(argv)
         target = target_settings(flags)
         # Imported after the flags are read: it takes seconds.
-        from megatron_moa import quiet  # noqa: F401  before Megatron
+        from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
         # isort: split
         try:

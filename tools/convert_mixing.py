@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         flags, megatron_flags = parse_flags(argv)
         with written_folder("--out", flags.out) as unfinished:
             # Imported after the flags are read: it takes seconds.
-            from megatron_moa import quiet  # noqa: F401  before Megatron
+            from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
             # isort: split
             from megatron_moa.checkpoints.writer import TRAIN_ON

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 
-from megatron_moa import te_guard
+from megatron_moa.megatron_fixes import te_guard
 
 if os.environ.get(te_guard.ALLOW) == "1":
     from tests import launch  # noqa: F401  # names modules to import before a fork, and is overruled here

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megatron_moa import cpu, te_guard
+from megatron_moa import cpu
+from megatron_moa.megatron_fixes import te_guard
 
 # Members that Transformer Engine's Python compares its own enums with.
 _ENUMS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa import te_guard
+from megatron_moa.megatron_fixes import te_guard
 from tests import launch
 from tests.test_convert_to_hf import train_sentencepiece
 from tests.training import MOE, ROOT, SWIGLU, TINY, Run, run_script, train
