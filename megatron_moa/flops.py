@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moa.errors import UserError
-from megatron_moa.layer_pattern import moe_layers
+from megatron_moa.layers.layer_pattern import moe_layers
 from megatron_moa.mixture.config import MixingConfig
 
 _FORWARD_AND_BACKWARD = 3

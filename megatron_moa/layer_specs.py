@@ -30,20 +30,20 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moa.errors import UserError
-from megatron_moa.experts import (
+from megatron_moa.layers.experts import (
     MixedGroupedMLP,
     MixedGroupedMLPSubmodules,
     MixedSequentialMLP,
     MixedSharedExpertMLP,
 )
-from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
-from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
-from megatron_moa.torch_grouped import (
+from megatron_moa.layers.grouped_linear import (
     TorchColumnParallelGroupedLinear,
     TorchGroupedMLP,
     TorchRowParallelGroupedLinear,
 )
-from megatron_moa.torch_modules import TorchAttention, TorchNorm
+from megatron_moa.layers.mlp import MixedMLP, MixedMLPSubmodules
+from megatron_moa.layers.norm_and_attention import TorchAttention, TorchNorm
+from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
 
 if HAVE_TE:
     from megatron.core.extensions.transformer_engine import (

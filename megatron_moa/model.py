@@ -24,13 +24,13 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_moa.arguments import megatron_checks
-from megatron_moa.coefficients import Coefficients
-from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP
 from megatron_moa.layer_specs import layer_spec, mtp_spec
+from megatron_moa.layers.coefficients import Coefficients
+from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP
+from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.mixture.start_scale import output_scale
-from megatron_moa.mlp import MixedMLP
 from megatron_moa.recompute import check_recompute, check_recompute_mixture
 
 # GPTModelConfig's attributes that GPTModel takes under the same name.

@@ -16,9 +16,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa.coefficients import Coefficients
-from megatron_moa.experts import MixedSharedExpertMLP
 from megatron_moa.gate_statistics import GateStatistics
+from megatron_moa.layers.coefficients import Coefficients
+from megatron_moa.layers.experts import MixedSharedExpertMLP
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.progress import write_scalars
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from megatron_moa import inference, upcycling
 from megatron_moa.checkpoints.files import TRACKER
 from megatron_moa.checkpoints.tensors import CheckpointTensors
-from megatron_moa.coefficients import Coefficients
 from megatron_moa.errors import UserError
+from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.upcycling import Conversion, stock_as_mixture, target_mixing

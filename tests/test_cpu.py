@@ -35,7 +35,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.training import pretrain
 
-from megatron_moa.torch_modules import TorchAttention, TorchNorm
+from megatron_moa.layers.norm_and_attention import TorchAttention, TorchNorm
 
 MODEL = []
 

@@ -27,7 +27,6 @@ from torch import Tensor
 from megatron_moa import gate_continued
 from megatron_moa.checkpoint import LoadedModel
 from megatron_moa.checkpoints.tensors import CheckpointTensors
-from megatron_moa.coefficients import Coefficients
 from megatron_moa.errors import UserError
 from megatron_moa.gate_collapse import collapsed_mixing
 from megatron_moa.gate_pictures import draw_curves, quadratic_map
@@ -42,6 +41,7 @@ from megatron_moa.gate_probe import (
     ablations,
     find_sites,
 )
+from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import MixingConfig
 from tests import launch

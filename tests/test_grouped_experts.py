@@ -14,16 +14,16 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor
 
-from megatron_moa import torch_grouped
 from megatron_moa.checkpoints.files import Checkpoint
-from megatron_moa.coefficients import Coefficients, GateCoefficients
 from megatron_moa.errors import UserError
+from megatron_moa.layers import grouped_linear
+from megatron_moa.layers.coefficients import Coefficients, GateCoefficients
+from megatron_moa.layers.grouped_linear import TorchColumnParallelGroupedLinear, stacked
 from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.monitor import CoefficientMonitor
 from megatron_moa.recording import Comparison, assemble
-from megatron_moa.torch_grouped import TorchColumnParallelGroupedLinear, stacked
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.test_optimizer import EXPERTS, groups_of
 from tests.training import MOE, SWIGLU, recorded, train
@@ -283,11 +283,11 @@ def test_recomputing_the_activation_step(mixing: MixingConfig | None) -> None:
 # Where the weights lie.
 
 
-def linears(module: torch.nn.Module) -> list[torch_grouped.TorchGroupedLinear]:
-    return [m for m in module.modules() if isinstance(m, torch_grouped.TorchGroupedLinear)]
+def linears(module: torch.nn.Module) -> list[grouped_linear.TorchGroupedLinear]:
+    return [m for m in module.modules() if isinstance(m, grouped_linear.TorchGroupedLinear)]
 
 
-def is_view(linear: torch_grouped.TorchGroupedLinear) -> bool:
+def is_view(linear: grouped_linear.TorchGroupedLinear) -> bool:
     """Whether the grouped product takes the weights where they are; they are the right ones either way."""
     together = stacked(linear.weights)
     assert torch.equal(together, torch.stack(linear.weights))
@@ -323,8 +323,8 @@ def test_weights_are_taken_where_they_lie(dtype: torch.dtype, width: int, distri
 
 def test_weights_apart_are_copied_and_are_right(caplog: pytest.LogCaptureFixture) -> None:
     """A bucket's end between two experts, padded; and ``.to(dtype)``, which moves every parameter by itself."""
-    torch_grouped._log_copy.cache_clear()
-    caplog.set_level("INFO", logger="megatron_moa.torch_grouped")
+    grouped_linear._log_copy.cache_clear()
+    caplog.set_level("INFO", logger="megatron_moa.layers.grouped_linear")
     config = make_config(**moe_settings(moe_grouped_gemm=True, moe_ffn_hidden_size=9))
     model = build_model(config, MOA)
     expected = logits_of(model)

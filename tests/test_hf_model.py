@@ -551,7 +551,7 @@ SCALED = {"mixing": {**KINDS["moa"]["mixing"], "init_scale": "matched"}}
 
 
 def test_starts_as_training_does() -> None:
-    """Megatron's default initialisation, and the mixture's own settings (megatron_moa.coefficients)."""
+    """Megatron's default initialisation, and the mixture's own settings (megatron_moa.layers.coefficients)."""
     wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 128}
     model = build("la, experts", **wide, initializer_range=0.05, num_hidden_layers=8, moe_layers=[False, True] * 4)
     weights = dict(model.named_parameters())

@@ -14,15 +14,15 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 
-from megatron_moa.coefficients import Coefficients
 from megatron_moa.errors import UserError
-from megatron_moa.experts import MixedGroupedMLP, MixedSequentialMLP, MixedSharedExpertMLP
 from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
+from megatron_moa.layers.coefficients import Coefficients
+from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP, MixedSharedExpertMLP
+from megatron_moa.layers.grouped_linear import TorchGroupedMLP
+from megatron_moa.layers.mlp import MixedMLP
+from megatron_moa.layers.norm_and_attention import TorchAttention, TorchNorm
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.mlp import MixedMLP
 from megatron_moa.model import check_mixture, measure_mixture, report_mixture
-from megatron_moa.torch_grouped import TorchGroupedMLP
-from megatron_moa.torch_modules import TorchAttention, TorchNorm
 from tests.layers import build_model, logits_of, make_config, moe_settings
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa.coefficients import GateCoefficients
+from megatron_moa.layers.coefficients import GateCoefficients
+from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
-from megatron_moa.mlp import MixedMLP
 from tests.layers import build_feed_forward, make_config, moe_settings, randn64
 
 pytestmark = pytest.mark.usefixtures("megatron")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_moa import monitor as monitor_module
+from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.mlp import MixedMLP
 from megatron_moa.monitor import CoefficientMonitor
 from tests.layers import build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, Run, record

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
-from megatron_moa.coefficients import Coefficients
+from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.recording import Comparison

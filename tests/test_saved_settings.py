@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moa import arguments, coefficients
+from megatron_moa import arguments
 from megatron_moa.arguments import parser_defaults
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import (
@@ -20,6 +20,7 @@ from megatron_moa.checkpoints.settings import (
 )
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
+from megatron_moa.layers import coefficients
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, run_script, train
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
-from megatron_moa.mlp import MixedMLP
 from tests.layers import build_feed_forward, make_config, randn64
 
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moa.errors import UserError
-from megatron_moa.torch_modules import TorchAttention, TorchLayerNorm, TorchNorm, TorchRMSNorm
+from megatron_moa.layers.norm_and_attention import TorchAttention, TorchLayerNorm, TorchNorm, TorchRMSNorm
 
 # Against the same-dtype stock module: fp32 differs by the order of sums, bf16 by the stock module's rounded scores
 # (8 bits of mantissa, values of order 1).

@@ -192,7 +192,7 @@ def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: to
     """The layer with random input [tokens, 1, h] and random gradient of its output, the same for every arm."""
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from megatron_moa.coefficients import Coefficients
+    from megatron_moa.layers.coefficients import Coefficients
 
     config = layer_config(options, arm.settings, dtype, tp)
     layer = build_layer(config, arm.mixing, device)

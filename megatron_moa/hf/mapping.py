@@ -92,7 +92,7 @@ def _feed_forward(config: GPTMoAConfig, megatron: str, hf: str) -> Iterator[Entr
 
 
 def _coefficients(config: GPTMoAConfig) -> list[str]:
-    """What a layer's coefficients hold (megatron_moa.coefficients)."""
+    """What a layer's coefficients hold (megatron_moa.layers.coefficients)."""
     mixing = config.mixing
     if mixing is None:
         return []

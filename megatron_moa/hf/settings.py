@@ -10,7 +10,7 @@ from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu, re
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
-from megatron_moa.layer_pattern import moe_layers
+from megatron_moa.layers.layer_pattern import moe_layers
 from megatron_moa.mixture.config import MixingConfig
 
 # Settings that the configuration below is made of. Every other one that decides the function must be at the value that
@@ -93,7 +93,7 @@ def mixing_settings(mixing: MixingConfig) -> dict[str, Any]:
 
 
 def _has_scale(mixing: MixingConfig) -> bool:
-    """Whether gates carry a constant factor (megatron_moa.coefficients)."""
+    """Whether gates carry a constant factor (megatron_moa.layers.coefficients)."""
     return mixing.init_scale == "matched" and mixing.amplitude == "fixed"
 
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_moa.errors import UserError
-from megatron_moa.layer_pattern import moe_layers
+from megatron_moa.layers.layer_pattern import moe_layers
 from megatron_moa.mixture.config import MixingConfig
 
 # What the formulas do not have: (attribute of Megatron's arguments, flag).

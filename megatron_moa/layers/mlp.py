@@ -14,7 +14,7 @@ from megatron.core.typed_torch import apply_module
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_moa.coefficients import build_coefficients
+from megatron_moa.layers.coefficients import build_coefficients
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import mixed_activation
 
@@ -29,7 +29,7 @@ class MixedMLPSubmodules(MLPSubmodules):
 class MixedMLP(MLP):
     """MLP whose activation mixes a dictionary of activations (docs/mixture.md).
 
-    State: Megatron's ``linear_fc1`` and ``linear_fc2`` unchanged, and ``coefficients`` (megatron_moa.coefficients).
+    State: Megatron's ``linear_fc1`` and ``linear_fc2`` unchanged, and ``coefficients`` (megatron_moa.layers.coefficients).
     Arguments are those of Megatron's MLP.
     """
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import Parameter
 
-from megatron_moa.coefficients import experts_reduce_apart
+from megatron_moa.layers.coefficients import experts_reduce_apart
 from megatron_moa.mixture.grouped_products import (
     ends_of_groups,
     grouped_linear,

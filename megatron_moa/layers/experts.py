@@ -17,12 +17,12 @@ from megatron.core.typed_torch import apply_module
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_moa.coefficients import Coefficients, GateCoefficients, build_coefficients, gate_random_numbers
+from megatron_moa.layers.coefficients import Coefficients, GateCoefficients, build_coefficients, gate_random_numbers
+from megatron_moa.layers.grouped_linear import TorchGroupedLinear, draw_expert
+from megatron_moa.layers.mlp import MixedMLP, MixedMLPSubmodules
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import mixed_activation
 from megatron_moa.mixture.grouped_products import ends_of_groups
-from megatron_moa.mlp import MixedMLP, MixedMLPSubmodules
-from megatron_moa.torch_grouped import TorchGroupedLinear, draw_expert
 
 
 class _OwnGates:
@@ -80,7 +80,7 @@ class MixedSequentialMLP(_OwnGates, SequentialMLP):
 
 @dataclass(kw_only=True)
 class MixedGroupedMLPSubmodules(GroupedMLPSubmodules):
-    """Megatron's submodules plus the mixture's settings, as :class:`megatron_moa.mlp.MixedMLPSubmodules`."""
+    """Megatron's submodules plus the mixture's settings, as :class:`megatron_moa.layers.mlp.MixedMLPSubmodules`."""
 
     mixing: MixingConfig
 
@@ -97,7 +97,7 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
     """Routed experts at once (``--moe-grouped-gemm``): Megatron's TEGroupedMLP with the mixture as activation step.
 
     One grouped gate and one mixture serve all experts' tokens. The grouped linears are Transformer Engine's or those of
-    megatron_moa.torch_grouped, as the submodules say.
+    megatron_moa.layers.grouped_linear, as the submodules say.
 
     State: TEGroupedMLP's ``linear_fc1`` and ``linear_fc2``, and ``local_experts``, which here hold ``coefficients``
     only. A checkpoint has the keys and the layout of :class:`MixedSequentialMLP`'s, and so have the coefficients in the

@@ -28,7 +28,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_moa.init_scale import coefficient_scale
+from megatron_moa.layers.init_scale import coefficient_scale
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import gate_coefficients
 from megatron_moa.mixture.grouped_products import group_sizes
