@@ -37,16 +37,17 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import cpu, flops, index_cache, nonfinite, optimizer
-from megatron_moa.arguments import parse_arguments
+from megatron_moa import cpu, index_cache
 from megatron_moa.checkpoints import guard
 from megatron_moa.data import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
-from megatron_moa.faults import catch_stop_signals, exit_codes, hold_timeout
 from megatron_moa.megatron_fixes import muon
-from megatron_moa.model import model_config_from_args, report_mixture
-from megatron_moa.monitor import CoefficientMonitor
-from megatron_moa.progress import Progress
+from megatron_moa.training import flops, nan_guard, optimizer
+from megatron_moa.training.arguments import parse_arguments
+from megatron_moa.training.coefficient_monitor import CoefficientMonitor
+from megatron_moa.training.exit_codes import catch_stop_signals, exit_codes, hold_timeout
+from megatron_moa.training.model import model_config_from_args, report_mixture
+from megatron_moa.training.progress import Progress
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _SPIKE = 10  # --check-for-spiky-loss: a loss this many times the largest seen
@@ -217,7 +218,7 @@ def main() -> None:
         model_config = model_config_from_args(args, mixing)
         stop = catch_stop_signals(args)
         model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing, form_reason=args.moa_form_reason))
-        model_config.post_wrap_hooks.append(nonfinite.attach)
+        model_config.post_wrap_hooks.append(nan_guard.attach)
         if args.swiglu:
             model_config.post_wrap_hooks.append(muon.separate_gated_halves)
         monitor = None

@@ -24,7 +24,6 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.utils import print_rank_0
 
 from megatron_moa import cpu
-from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.guard import changed_scales, check_before_setup, match_tensors
 from megatron_moa.checkpoints.names import EXTRA_STATE
@@ -32,7 +31,8 @@ from megatron_moa.checkpoints.tensors import CheckpointTensors, check_pickles
 from megatron_moa.errors import UserError
 from megatron_moa.inference import TextModel
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
+from megatron_moa.training.arguments import parse_arguments
+from megatron_moa.training.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
 
 _prepared = False  # whether Megatron's global state in this process is ours to take back
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_moa.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
+from megatron_moa.training.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
 
 if TYPE_CHECKING:
     from megatron_moa.gate_probe import Ablation, Site

@@ -17,7 +17,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.gate_probe import GateProbe, Site
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DEFAULT_INITIAL_COEFFICIENT, MixingConfig
-from megatron_moa.model import model_config_from_args
+from megatron_moa.training.model import model_config_from_args
 from megatron_moa.upcycling import args_of_new_run, mixture_flags
 from megatron_moa.verification import Comparison, compared_tokens, reference_logits
 

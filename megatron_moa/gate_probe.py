@@ -17,11 +17,11 @@ from torch import Tensor
 
 from megatron_moa.checkpoint import LoadedModel
 from megatron_moa.errors import UserError
-from megatron_moa.gate_statistics import GateStatistics
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedSharedExpertMLP
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.training.gate_statistics import GateStatistics
 
 DENSE, ROUTED, SHARED = "dense", "routed experts", "shared expert"
 _BATCH_TOKENS = 4096  # in one forward pass

@@ -15,7 +15,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.training import get_args
 
 from megatron_moa.errors import UserError
-from megatron_moa.faults import report
+from megatron_moa.training.exit_codes import report
 
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _ARRAYS = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")

@@ -20,7 +20,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args, run
 
-from megatron_moa.faults import EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL, STOP_SIGNALS
+from megatron_moa.training.exit_codes import EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL, STOP_SIGNALS
 
 _FINAL = (2, EXIT_NOT_FINITE)  # another start would end the same way
 

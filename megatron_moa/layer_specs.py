@@ -1,7 +1,7 @@
 """Megatron layer specs whose feed-forward layers mix activations: the stock spec with its mlp slot swapped.
 
 Usable from Megatron's own script, ``--spec megatron_moa.layer_specs moa_layer_spec``, and from ``MixedGPTModelConfig``
-(megatron_moa.model), which also reaches the layers of multi-token prediction.
+(megatron_moa.training.model), which also reaches the layers of multi-token prediction.
 """
 
 from __future__ import annotations

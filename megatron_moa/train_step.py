@@ -41,7 +41,7 @@ def build(name: str, args: argparse.Namespace, mixing: MixingConfig | None, batc
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import setup_model_and_optimizer, train_step
 
-    from megatron_moa.model import check_mixture, measure_mixture, model_config_from_args
+    from megatron_moa.training.model import check_mixture, measure_mixture, model_config_from_args
     from pretrain_gpt_moa import forward_step
 
     before = torch.cuda.memory_allocated()

@@ -25,7 +25,7 @@ from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, FORMAT_VERSION, MixingConfig, auto_form
-from megatron_moa.model import model_config_from_args
+from megatron_moa.training.model import model_config_from_args
 from megatron_moa.verification import Comparison, compared_tokens, reference_logits
 
 # What one-sided computes on W1's branch, without a coefficient.

@@ -12,11 +12,11 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 import pretrain_gpt_moa
-from megatron_moa.arguments import add_all_arguments, restore_model_flags
 from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, mixing_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
+from megatron_moa.training.arguments import add_all_arguments, restore_model_flags
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run
 

@@ -1,4 +1,4 @@
-"""megatron_moa/faults.py, nonfinite.py and launch.py: signals, lost ranks, values that are not finite, exit codes."""
+"""megatron_moa/training/exit_codes.py, nan_guard.py and launch.py: signals, lost ranks, values that are not finite, exit codes."""
 
 import json
 import os
@@ -160,16 +160,16 @@ def poison_once() -> None:
     if os.environ["RANK"] == "1":
         from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 
-        from megatron_moa import nonfinite
+        from megatron_moa.training import nan_guard
 
-        validate = nonfinite.StopOnNonFinite.validate_result
+        validate = nan_guard.StopOnNonFinite.validate_result
 
         def seen_once(machine, result, *rest, **options):
-            if get_rerun_state_machine().state is RerunState.INITIAL_RUN and nonfinite._iteration() == 3:
+            if get_rerun_state_machine().state is RerunState.INITIAL_RUN and nan_guard._iteration() == 3:
                 result = result * float("nan")
             validate(machine, result, *rest, **options)
 
-        nonfinite.StopOnNonFinite.validate_result = seen_once
+        nan_guard.StopOnNonFinite.validate_result = seen_once
 
 
 def test_nan_that_does_not_come_again_blames_the_machine(tmp_path):
@@ -310,7 +310,7 @@ def test_signal_to_a_process_that_shuts_down_changes_nothing(number):
 
 
 def test_no_handler_without_its_flag():
-    from megatron_moa.faults import catch_stop_signals
+    from megatron_moa.training.exit_codes import catch_stop_signals
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
     assert catch_stop_signals(SimpleNamespace(exit_signal_handler=False)) is None

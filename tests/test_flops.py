@@ -14,12 +14,12 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_moa.arguments import add_all_arguments
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
-from megatron_moa.flops import flops_per_token, install
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.model import MixedGPTModelBuilder, model_config_from_args
+from megatron_moa.training.arguments import add_all_arguments
+from megatron_moa.training.flops import flops_per_token, install
+from megatron_moa.training.model import MixedGPTModelBuilder, model_config_from_args
 from tests.training import MOE as ROUTED
 from tests.training import SWIGLU, TINY
 

@@ -1,4 +1,4 @@
-"""megatron_moa/gate_statistics.py: shares, ranks and intervals where the answer is known."""
+"""megatron_moa/training/gate_statistics.py: shares, ranks and intervals where the answer is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from megatron_moa.gate_statistics import GateStatistics, paired_interval
+from megatron_moa.training.gate_statistics import GateStatistics, paired_interval
 
 TOKENS, TYPES, CONTEXT = 20_000, 5_000, 50
 

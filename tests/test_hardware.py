@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_moa import hardware
-from megatron_moa.hardware import GPUS, gpu_named, this_gpu
+from megatron_moa.training import gpus
+from megatron_moa.training.gpus import GPUS, gpu_named, this_gpu
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_figures_are_in_one_unit(key: str) -> None:
 
 
 def test_this_gpu_goes_by_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(hardware.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(gpus.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpus.torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     assert this_gpu() is GPUS["h200"]
-    monkeypatch.setattr(hardware.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpus.torch.cuda, "is_available", lambda: False)
     assert this_gpu() is None
 
 

@@ -22,7 +22,7 @@ from megatron_moa.layers.grouped_linear import TorchGroupedMLP
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchNorm
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.model import check_mixture, measure_mixture, report_mixture
+from megatron_moa.training.model import check_mixture, measure_mixture, report_mixture
 from tests.layers import build_model, logits_of, make_config, moe_settings
 
 pytestmark = pytest.mark.usefixtures("megatron")

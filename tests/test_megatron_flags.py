@@ -15,10 +15,10 @@ import pytest
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_moa.arguments import add_all_arguments, parser_defaults
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import our_flags
 from megatron_moa.errors import UserError
+from megatron_moa.training.arguments import add_all_arguments, parser_defaults
 from tests.training import ROOT
 
 CLASSES = ("FUNCTION", "TOKENIZER", "TRAINING", "EXECUTION", "UNREAD")

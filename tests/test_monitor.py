@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa import monitor as monitor_module
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.monitor import CoefficientMonitor
+from megatron_moa.training import coefficient_monitor as monitor_module
+from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.layers import build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, Run, record
 
@@ -129,7 +129,7 @@ class TestStatistics:
     def test_coefficients_that_are_not_finite_do_not_stop_the_run(
         self, capsys: pytest.CaptureFixture[str], written: dict[int, dict[str, float]]
     ) -> None:
-        """The run says where they come from and ends with its own exit code (megatron_moa.nonfinite)."""
+        """The run says where they come from and ends with its own exit code (megatron_moa.training.nan_guard)."""
         record_once(TWO, math.nan)
         assert all(math.isnan(value) for value in written[1].values())
         assert gates_of(capsys.readouterr().out).keys() == {"layer 1", "layer 2"}

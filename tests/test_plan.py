@@ -14,11 +14,11 @@ import pytest
 
 from megatron_moa import cpu
 from megatron_moa.errors import UserError
-from megatron_moa.hardware import GPUS
 from megatron_moa.planning import inputs, memory, parameters
 from megatron_moa.planning.communication import step_time
 from megatron_moa.planning.model import Model, Split
 from megatron_moa.runs.recipes import model_files, recipe_flags
+from megatron_moa.training.gpus import GPUS
 from tests import launch
 from tests.training import ROOT, run_script
 from tests.worlds import Job, visit
@@ -192,7 +192,7 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     from megatron.training.initialize import initialize_megatron
 
     from megatron_moa import measuring, train_step
-    from megatron_moa.arguments import parse_arguments
+    from megatron_moa.training.arguments import parse_arguments
     from tools import benchmark_step
 
     sys.argv = ["pretrain_gpt_moa.py", *benchmark_step.RUN, *flags]

@@ -22,11 +22,11 @@ import torch
 from megatron.core import num_microbatches_calculator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_moa import progress
 from megatron_moa.command_line.flags import add_flags, check_progress_flags
 from megatron_moa.errors import UserError
-from megatron_moa.hardware import GPUS
-from megatron_moa.progress import Mark, Meter, Terminal, duration, peak_flops, samples_at_the_end
+from megatron_moa.training import progress
+from megatron_moa.training.gpus import GPUS
+from megatron_moa.training.progress import Mark, Meter, Terminal, duration, peak_flops, samples_at_the_end
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, train
 

@@ -15,15 +15,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
-from megatron_moa import recompute
 from megatron_moa.errors import UserError
 from megatron_moa.layers import experts as experts_module
 from megatron_moa.layers import mlp as mlp_module
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchRMSNorm
 from megatron_moa.mixture.config import FORMS, MixingConfig
-from megatron_moa.monitor import CoefficientMonitor
 from megatron_moa.recording import Comparison
+from megatron_moa.training import recompute
+from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.layers import build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, recorded, train
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron_moa import recording
-from megatron_moa.faults import EXIT_SAVED_ON_SIGNAL
 from megatron_moa.recording import Record
+from megatron_moa.training.exit_codes import EXIT_SAVED_ON_SIGNAL
 from tests import launch
 from tests.training import FORM_ARMS, MOE, ROOT, SWIGLU, TINY, TWO_KINDS, record, recorded
 

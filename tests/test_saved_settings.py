@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from megatron_moa import arguments
-from megatron_moa.arguments import parser_defaults
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import (
     FORMAT_VERSION,
@@ -21,6 +19,8 @@ from megatron_moa.checkpoints.settings import (
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.layers import coefficients
+from megatron_moa.training import arguments
+from megatron_moa.training.arguments import parser_defaults
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, run_script, train
 

@@ -118,7 +118,7 @@ def test_only_the_control_has_other_seeds():
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_arm_is_a_command_that_megatron_accepts(name, monkeypatch, tmp_path):
-    from megatron_moa.arguments import parse_arguments
+    from megatron_moa.training.arguments import parse_arguments
 
     study = study_of(STUDY, tmp_path)
     cell = Cell("python", "tiny", 100_000, "adamw", "wsd", name, 1e-2, 1)

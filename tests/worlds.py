@@ -115,8 +115,8 @@ def world(arguments: list[str], rank: int, world_size: int) -> Iterator[tuple[An
     from megatron.training.global_vars import destroy_global_vars
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa.arguments import parse_arguments
-    from megatron_moa.model import model_config_from_args
+    from megatron_moa.training.arguments import parse_arguments
+    from megatron_moa.training.model import model_config_from_args
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="none", MASTER_PORT="1")
     sys.argv = ["pretrain_gpt_moa.py", *arguments]
@@ -165,7 +165,7 @@ def find_parameters(models: list[Any]) -> dict[str, ParameterInfo]:
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model
 
-    from megatron_moa.model import _replicas
+    from megatron_moa.training.model import _replicas
 
     found = {}
     for model in unwrap_model(models):

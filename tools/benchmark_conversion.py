@@ -104,10 +104,10 @@ def write_random(flags: list[str], root: Path) -> None:
     from megatron.training.initialize import initialize_megatron
 
     from megatron_moa import cpu
-    from megatron_moa.arguments import parse_arguments
     from megatron_moa.checkpoint import empty_model
     from megatron_moa.checkpoints.writer import write_release
-    from megatron_moa.model import model_config_from_args
+    from megatron_moa.training.arguments import parse_arguments
+    from megatron_moa.training.model import model_config_from_args
 
     sys.stdout = sys.stderr  # for Megatron's log; the table is standard output
     cpu.prepare()

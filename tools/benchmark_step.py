@@ -71,8 +71,8 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
 
     Megatron's globals are set once, by the stock arm's flags; a mixture differs from it in what its own flags decide.
     """
-    from megatron_moa.arguments import parse_arguments
     from megatron_moa.command_line.flags import add_flags, mixing_from_args
+    from megatron_moa.training.arguments import parse_arguments
 
     others, mixture = split_moa_flags(options.megatron)
     options.megatron = others

@@ -33,9 +33,9 @@ import torch
 
 from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.faults import EXIT_LOST_RANK, EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL
 from megatron_moa.launch import children
 from megatron_moa.runs.tiny_model import SWIGLU, TINY
+from megatron_moa.training.exit_codes import EXIT_LOST_RANK, EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "pretrain_gpt_moa.py"
@@ -584,13 +584,13 @@ def poison(what: str, parameter: str, iteration: int) -> None:
 
     Args:
         what: "parameter" or "gradient".
-        parameter: its global name (megatron_moa.nonfinite).
+        parameter: its global name (megatron_moa.training.nan_guard).
         iteration: counted from 1, as in the log.
     """
     from megatron.core.utils import unwrap_model
     from megatron.training import training
 
-    from megatron_moa.nonfinite import global_name
+    from megatron_moa.training.nan_guard import global_name
 
     train_step = training.train_step
 

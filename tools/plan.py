@@ -29,13 +29,13 @@ from typing import Any
 
 from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.hardware import GPUS
 from megatron_moa.measuring import positive, table
 from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
 from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
+from megatron_moa.training.gpus import GPUS
 
 PROGRAM = "plan.py"
 SHOWN = 5  # splits in the table
@@ -96,7 +96,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="X",
         help="share of the peak that kernels reach while a GPU computes (default: %(default)s, an assumption)",
     )
-    parser.add_argument("--dollars-per-gpu-hour", type=price, metavar="X", help="default: megatron_moa/hardware.py's")
+    parser.add_argument(
+        "--dollars-per-gpu-hour", type=price, metavar="X", help="default: megatron_moa/training/gpus.py's"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument(
         "--brief", action="store_true", help="parameters, hardware, duration, cost: for a recipe's header"

@@ -172,7 +172,7 @@ def add_progress_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="what MFU is a part of: dense TFLOP/s of one GPU in the format trained in; default: the data sheet's "
-        "(megatron_moa/hardware.py)",
+        "(megatron_moa/training/gpus.py)",
     )
 
 

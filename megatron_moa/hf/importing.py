@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_moa import cpu
-from megatron_moa.arguments import parse_arguments
 from megatron_moa.checkpoint import empty_model, prepare_checkpoint
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.data import build_tokenizer
@@ -36,7 +35,8 @@ from megatron_moa.hf.modeling_gpt_moa import mixing_config
 from megatron_moa.hf.settings import config_from_args, mixing_settings
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.model import model_config_from_args
+from megatron_moa.training.arguments import parse_arguments
+from megatron_moa.training.model import model_config_from_args
 from megatron_moa.upcycling import mixture_flags, stock_as_mixture, target_mixing, upcycled
 from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from megatron_moa.arguments import parser_defaults
 from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu, relevant, same
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
 from megatron_moa.layers.layer_pattern import moe_layers
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.training.arguments import parser_defaults
 
 # Settings that the configuration below is made of. Every other one that decides the function must be at the value that
 # no flag sets (megatron_moa.command_line.megatron_flags.FUNCTION).

@@ -32,7 +32,7 @@ from megatron_moa.layers.init_scale import coefficient_scale
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import gate_coefficients
 from megatron_moa.mixture.grouped_products import group_sizes
-from megatron_moa.optimizer import train_by_adam
+from megatron_moa.training.optimizer import train_by_adam
 
 _GATE_STREAM = "moa-gate-rng"
 _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets
@@ -93,7 +93,7 @@ class Coefficients(torch.nn.Module):
         self.tp_group = tp_group
         self.layout = layout
         self.expert_parameters = expert_parameters
-        # Set by megatron_moa.monitor while it records; called with the coefficients, [..., n] or [n].
+        # Set by megatron_moa.training.coefficient_monitor while it records; called with the coefficients, [..., n] or [n].
         self.observer: Callable[[Tensor], None] | None = None
 
     @classmethod

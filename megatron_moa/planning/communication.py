@@ -1,7 +1,7 @@
 """What a GPU sends in a step, over which wires, and how long a step takes.
 
 Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism, and docs/parallelism.md
-for the mixture's own messages. Times are volumes over the bandwidths of megatron_moa.hardware, which no network
+for the mixture's own messages. Times are volumes over the bandwidths of megatron_moa.training.gpus, which no network
 reaches, and a latency for each message: estimates to rank splits by, not measurements.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megatron_moa.flops import Flops
-from megatron_moa.hardware import Gpu
 from megatron_moa.planning.memory import FLOAT32
 from megatron_moa.planning.model import Model, Split
 from megatron_moa.planning.parameters import Cut, layer_weights, stage_weights
+from megatron_moa.training.flops import Flops
+from megatron_moa.training.gpus import Gpu
 
 GPUS_PER_NODE = 8
 LATENCY = 15e-6  # seconds a message takes however small it is: assumed

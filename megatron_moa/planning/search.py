@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_moa.errors import UserError
-from megatron_moa.flops import Flops, flops_per_token
-from megatron_moa.hardware import Gpu
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.planning.communication import GPUS_PER_NODE, Step, step_time
 from megatron_moa.planning.memory import GIBIBYTE, Memory, peak
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
+from megatron_moa.training.flops import Flops, flops_per_token
+from megatron_moa.training.gpus import Gpu
 
 _KEPT = 10  # best splits that are looked at closer
 _MOST_GPUS = 1 << 16  # where the search for a number of GPUs that fits ends

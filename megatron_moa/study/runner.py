@@ -31,7 +31,7 @@ from megatron_moa.study.timing import TIMING, WIDER, step_times, width_of_equal_
 RESULTS = "results.jsonl"
 _SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt_moa.py"
 _POINTS = 64  # of a loss curve in a line of results
-_DIVERGED = 17  # exit code of a run whose loss is not finite (megatron_moa.nonfinite)
+_DIVERGED = 17  # exit code of a run whose loss is not finite (megatron_moa.training.nan_guard)
 
 
 def command(study: Study, cell: Cell, time_width: int | None = None) -> list[str]:

@@ -74,8 +74,8 @@ def main() -> None:
     cpu.prepare()
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa.arguments import parse_arguments
     from megatron_moa.train_step import build, random_batches
+    from megatron_moa.training.arguments import parse_arguments
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = []

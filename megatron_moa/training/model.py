@@ -23,7 +23,6 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_moa.arguments import megatron_checks
 from megatron_moa.layer_specs import layer_spec, mtp_spec
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP
@@ -31,7 +30,8 @@ from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.mixture.start_scale import output_scale
-from megatron_moa.recompute import check_recompute, check_recompute_mixture
+from megatron_moa.training.arguments import megatron_checks
+from megatron_moa.training.recompute import check_recompute, check_recompute_mixture
 
 # GPTModelConfig's attributes that GPTModel takes under the same name.
 _SAME_NAME = (
@@ -52,7 +52,7 @@ _SAME_NAME = (
 class MixedGPTModelConfig(GPTModelConfig):
     """Megatron's GPTModelConfig plus the mixture's settings (None: stock feed-forward layers)."""
 
-    builder: ClassVar[str] = "megatron_moa.model.MixedGPTModelBuilder"
+    builder: ClassVar[str] = "megatron_moa.training.model.MixedGPTModelBuilder"
     mixing: MixingConfig | None = None
 
 

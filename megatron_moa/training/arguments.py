@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_moa import cpu, optimizer, progress
+from megatron_moa import cpu
 from megatron_moa.checkpoints import guard
 from megatron_moa.checkpoints.settings import check_saved_settings
 from megatron_moa.command_line import megatron_flags
@@ -35,6 +35,7 @@ from megatron_moa.errors import UserError, fail
 from megatron_moa.megatron_fixes import optimizer_resharding, random_states
 from megatron_moa.mixture.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
+from megatron_moa.training import optimizer, progress
 
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

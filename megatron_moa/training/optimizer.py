@@ -160,7 +160,7 @@ def _checked(build: Callable, args: argparse.Namespace) -> Callable:
 
     @functools.wraps(build)
     def call(*arguments: object, **keywords: object) -> object:
-        from megatron_moa.arguments import megatron_checks
+        from megatron_moa.training.arguments import megatron_checks
 
         with megatron_checks(args):
             return build(*arguments, **keywords)

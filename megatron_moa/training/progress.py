@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 
-from megatron_moa.faults import report
-from megatron_moa.hardware import this_gpu
+from megatron_moa.training.exit_codes import report
+from megatron_moa.training.gpus import this_gpu
 
 if TYPE_CHECKING:
-    from megatron_moa.monitor import CoefficientMonitor
+    from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 
 _RECENT = 50  # intervals that the time left is estimated from
 _REDRAW = 0.2  # seconds
@@ -177,7 +177,7 @@ class Progress:
         self._drawn = 0.0
 
     def __enter__(self) -> Self:
-        """Wraps what :mod:`megatron_moa.progress` says."""
+        """Wraps what :mod:`megatron_moa.training.progress` says."""
         from megatron.training import training
 
         stock_log, stock_print = training.training_log, training.print_rank_last

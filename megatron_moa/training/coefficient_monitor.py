@@ -16,17 +16,17 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa.gate_statistics import GateStatistics
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedSharedExpertMLP
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.progress import write_scalars
+from megatron_moa.training.gate_statistics import GateStatistics
+from megatron_moa.training.progress import write_scalars
 
 
 class CoefficientMonitor:
     """Records coefficients during every ``interval``-th iteration and logs their statistics over all ranks.
 
-    They are summed and logged at the iteration's end (megatron_moa.progress), where all ranks meet; the last rank,
+    They are summed and logged at the iteration's end (megatron_moa.training.progress), where all ranks meet; the last rank,
     which has TensorBoard and W&B, logs.
     """
 
@@ -128,7 +128,7 @@ def _statistics_of(sums: Tensor) -> GateStatistics:
 def _of_all_gates(statistics: GateStatistics) -> tuple[float, float, float]:
     """Effective rank of the centred tokens-by-coefficients matrix C; spread, the root mean square of the gates'
     standard deviations; and the relative distance from a constant, |C - 1 m| / |C| with m the mean over tokens and
-    Frobenius' norm. NaN where coefficients are not finite: stopping is for others to decide (megatron_moa.nonfinite).
+    Frobenius' norm. NaN where coefficients are not finite: stopping is for others to decide (megatron_moa.training.nan_guard).
     """
     if not statistics.products.isfinite().all():
         return math.nan, math.nan, math.nan
