@@ -37,9 +37,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import cpu, index_cache
+from megatron_moa import cpu
 from megatron_moa.checkpoints import guard
-from megatron_moa.data import check_data_arguments
+from megatron_moa.data.checks import check_data_arguments, index_cache
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.megatron_fixes import muon
 from megatron_moa.training import flops, nan_guard, optimizer

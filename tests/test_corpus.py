@@ -1,4 +1,4 @@
-"""megatron_moa/corpus.py: one reader for all tools, exact texts, one-line errors with the row."""
+"""megatron_moa/data/corpus.py: one reader for all tools, exact texts, one-line errors with the row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_moa import corpus
+from megatron_moa.data.checks import corpus
 from megatron_moa.errors import UserError
 from tools import generate
 

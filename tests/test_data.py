@@ -15,10 +15,10 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa import data
+from megatron_moa.data.checks import checks
 from megatron_moa.errors import UserError
 
-with data.quiet_imports():
+with checks.quiet_imports():
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -112,12 +112,12 @@ def megatron_sizes(prefix: str, sequence_length: int, split: str, sizes: list[in
 def test_splits_are_megatrons(split: str, documents: int, tmp_path: Path) -> None:
     """Documents of 33 tokens and sequences of 32 + 1: one sample a document, so the sample counts tell the bounds."""
     prefix = make_dataset(tmp_path / "d", [33] * documents)
-    data.check_dataset(prefix, 32, split, needs_validation=True)
-    bounds = data.split_bounds(split, documents)
-    expected = [bounds.get(name) for name in (data.TRAIN, data.VALIDATION, data.TEST)]
+    checks.check_dataset(prefix, 32, split, needs_validation=True)
+    bounds = checks.split_bounds(split, documents)
+    expected = [bounds.get(name) for name in (checks.TRAIN, checks.VALIDATION, checks.TEST)]
     sizes = [0 if bound is None else bound[1] - bound[0] for bound in expected]
     found = megatron_sizes(prefix, 32, split, sizes, tmp_path / "cache")
-    index = data.read_index(prefix)
+    index = checks.read_index(prefix)
     for bound, samples in zip(expected, found, strict=True):
         assert (bound is None) == (samples is None)
         if bound is not None:
@@ -133,11 +133,11 @@ def test_megatron_hangs_on_a_split_without_documents_and_the_check_says_so(tmp_p
     with pytest.raises(Hang):
         megatron_sizes(prefix, 64, "99,1,0", [1, 0, 0], tmp_path / "cache")
     with pytest.raises(UserError) as error:
-        data.check_dataset(prefix, 64, "99,1,0", needs_validation=False)
+        checks.check_dataset(prefix, 64, "99,1,0", needs_validation=False)
     message = f"--data-path {prefix}: its 20 documents leave none to the validation part of --split 99,1,0, for which"
     assert str(error.value).startswith(message)
     assert "use --split 19,1,0" in str(error.value)
-    data.check_dataset(prefix, 64, "19,1,0", needs_validation=True)
+    checks.check_dataset(prefix, 64, "19,1,0", needs_validation=True)
     assert megatron_sizes(prefix, 64, "19,1,0", [20, 1, 0], tmp_path / "cache") == [27, 1, None]
 
 
@@ -147,19 +147,19 @@ def test_default_split_needs_500_documents(documents: int, tmp_path: Path) -> No
     with pytest.raises(
         UserError, match="part of --split 969, 30, 1, for which Megatron would wait for ever; use --split"
     ):
-        data.check_dataset(prefix, 8, "969, 30, 1", needs_validation=True)
+        checks.check_dataset(prefix, 8, "969, 30, 1", needs_validation=True)
 
 
 @pytest.mark.parametrize(("tokens", "enough"), [(128, False), (129, True)])
 def test_one_sequence_needs_one_token_more(tokens: int, enough: bool, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [tokens])
     if enough:
-        data.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
+        checks.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
         assert megatron_sizes(prefix, 128, "1,0,0", [None, 0, 0], tmp_path / "cache") == [1, None, None]
         return
     assert megatron_sizes(prefix, 128, "1,0,0", [None, 0, 0], tmp_path / "cache") == [0, None, None]
     with pytest.raises(UserError) as error:
-        data.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
+        checks.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
     assert str(error.value).startswith(
         f"--data-path {prefix}: 128 tokens in the training split, shorter than one sequence of --seq-length 128"
     )
@@ -168,24 +168,24 @@ def test_one_sequence_needs_one_token_more(tokens: int, enough: bool, tmp_path: 
 
 def test_validation_is_checked_only_if_needed(tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 19 + [20])
-    data.check_dataset(prefix, 64, "95,5,0", needs_validation=False)
+    checks.check_dataset(prefix, 64, "95,5,0", needs_validation=False)
     with pytest.raises(UserError, match=r"20 tokens in the validation split.* give it a larger share .*--eval-iters 0"):
-        data.check_dataset(prefix, 64, "95,5,0", needs_validation=True)
-    data.check_dataset(prefix, 64, "1,0,0", needs_validation=True)  # check_data_arguments refuses it
+        checks.check_dataset(prefix, 64, "95,5,0", needs_validation=True)
+    checks.check_dataset(prefix, 64, "1,0,0", needs_validation=True)  # check_data_arguments refuses it
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "1,2,3,4", "1..2,3"])
 def test_split_that_is_none(split: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 10)
     with pytest.raises(UserError, match=r"--split .*: not one to three shares; use e.g. --split 99,1,0"):
-        data.check_dataset(prefix, 8, split, needs_validation=True)
+        checks.check_dataset(prefix, 8, split, needs_validation=True)
 
 
 def test_split_without_training(tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 10)
     with pytest.raises(UserError, match="--split 0,1,0: gives nothing to training"):
-        data.check_dataset(prefix, 8, "0,1,0", needs_validation=True)
-    data.check_dataset(prefix, 8, "0,1,0", needs_validation=True, needs_training=False)
+        checks.check_dataset(prefix, 8, "0,1,0", needs_validation=True)
+    checks.check_dataset(prefix, 8, "0,1,0", needs_validation=True, needs_training=False)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_damaged_files(damage: object, expected: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 10)
     damage(prefix)
     with pytest.raises(UserError) as error:
-        data.check_dataset(prefix, 8, "1,0,0", needs_validation=True, flag="--train-data-path")
+        checks.check_dataset(prefix, 8, "1,0,0", needs_validation=True, flag="--train-data-path")
     assert str(error.value).startswith(f"--train-data-path {prefix}: ")
     assert expected.replace("{prefix}", prefix) in str(error.value)
     assert "\n" not in str(error.value)
@@ -227,24 +227,24 @@ def test_damaged_files(damage: object, expected: str, tmp_path: Path) -> None:
 def test_ending_to_drop(ending: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100])
     with pytest.raises(UserError, match=f": a prefix without ending is wanted: --data-path {prefix}$"):
-        data.check_dataset(prefix + ending, 8, "1,0,0", needs_validation=False)
+        checks.check_dataset(prefix + ending, 8, "1,0,0", needs_validation=False)
 
 
 def test_megatrons_own_tool_adds_a_name(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d_text_document", [100])
     with pytest.raises(UserError, match=r"no file .*d\.bin; .* did you mean .*/d_text_document\?"):
-        data.check_dataset(str(tmp_path / "d"), 8, "1,0,0", needs_validation=False)
+        checks.check_dataset(str(tmp_path / "d"), 8, "1,0,0", needs_validation=False)
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
 def test_token_ids_must_be_in_the_vocabulary(dtype: type, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [1000] * 10, highest=400, dtype=dtype)
-    data.check_token_ids(prefix, 401)
+    checks.check_token_ids(prefix, 401)
     for sample in (1 << 20, 6400):  # the whole file, and 64 windows of it
         with pytest.raises(
             UserError, match="holds the token 400, but the tokenizer has the tokens 0 to 399; give the --tok"
         ):
-            data.check_token_ids(prefix, 400, sample=sample)
+            checks.check_token_ids(prefix, 400, sample=sample)
 
 
 def test_negative_token_ids(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_negative_token_ids(tmp_path: Path) -> None:
     builder.add_document(numpy.array([5, -1, 7]), [3])
     builder.finalize(f"{tmp_path}/d.idx")
     with pytest.raises(UserError, match="holds the token -1, but the tokenizer has the tokens 0 to 9"):
-        data.check_token_ids(f"{tmp_path}/d", 10)
+        checks.check_token_ids(f"{tmp_path}/d", 10)
 
 
 def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
@@ -266,8 +266,8 @@ def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
     with open(tmp_path / "d.bin", "wb") as stream:
         stream.truncate(documents * length * 2)
     start = time.perf_counter()
-    data.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
-    data.check_token_ids(str(tmp_path / "d"), 100)
+    checks.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
+    checks.check_token_ids(str(tmp_path / "d"), 100)
     assert time.perf_counter() - start < 1
 
 
@@ -291,7 +291,7 @@ def test_good_arguments_pass(model: str, tmp_path: Path) -> None:
         {"data_path": ["s3://bucket/data"]},
     ]
     for given in good:
-        data.check_data_arguments(arguments(model, **given))
+        checks.check_data_arguments(arguments(model, **given))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_bad_arguments(given: dict[str, object], expected: str, model: str, tmp_
         return value
 
     with pytest.raises(UserError) as error:
-        data.check_data_arguments(arguments(model, **{key: fill(value) for key, value in given.items()}))
+        checks.check_data_arguments(arguments(model, **{key: fill(value) for key, value in given.items()}))
     assert fill(expected) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -405,7 +405,7 @@ def test_mistakes_in_a_blend_file(content: str, expected: str, model: str, tmp_p
         content, expected = content.replace(name, path), expected.replace(name, path)
     (tmp_path / "list").write_text(content)
     with pytest.raises(UserError) as error:
-        data.check_data_arguments(arguments(model, data_args_path=f"{tmp_path}/list", split="99,1,0"))
+        checks.check_data_arguments(arguments(model, data_args_path=f"{tmp_path}/list", split="99,1,0"))
     assert str(error.value).startswith(f"--data-args-path {tmp_path}/{expected}")
     assert "\n" not in str(error.value)
 
@@ -428,7 +428,7 @@ def test_mistakes_in_a_file_of_blends(content: str, expected: str, model: str, t
         content, expected = content.replace(name, path), expected.replace(name, path)
     (tmp_path / "list").write_text(content)
     with pytest.raises(UserError) as error:
-        data.check_data_arguments(arguments(model, per_split_data_args_path=f"{tmp_path}/list"))
+        checks.check_data_arguments(arguments(model, per_split_data_args_path=f"{tmp_path}/list"))
     assert str(error.value).startswith(f"--per-split-data-args-path {tmp_path}/list")
     assert expected in str(error.value)
 
@@ -438,10 +438,10 @@ def test_evaluation_needs_validation_data(model: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "a", [100] * 600)
     for split in ("1,0,0", "90,0,10"):
         with pytest.raises(UserError, match=f"^--split {split}: leaves nothing to validation; .* or --eval-iters 0$"):
-            data.check_data_arguments(arguments(model, data_path=[prefix], split=split))
-        data.check_data_arguments(arguments(model, data_path=[prefix], split=split, eval_iters=0))
+            checks.check_data_arguments(arguments(model, data_path=[prefix], split=split))
+        checks.check_data_arguments(arguments(model, data_path=[prefix], split=split, eval_iters=0))
     with pytest.raises(UserError, match=r"^--valid-data-path is missing: .* or use --eval-iters 0$"):
-        data.check_data_arguments(arguments(model, train_data_path=[prefix], test_data_path=[prefix]))
+        checks.check_data_arguments(arguments(model, train_data_path=[prefix], test_data_path=[prefix]))
 
 
 def test_full_validation_needs_what_megatron_needs(model: str, tmp_path: Path) -> None:
@@ -450,26 +450,26 @@ def test_full_validation_needs_what_megatron_needs(model: str, tmp_path: Path) -
     separate = {"train_data_path": [prefix], "valid_data_path": [prefix, prefix]}
     both = {"full_validation": True, "multiple_validation_sets": True}
     with pytest.raises(UserError, match=r"^--full-validation: Megatron takes it only with --multiple-validation-sets;"):
-        data.check_data_arguments(arguments(model, **separate, **{**both, "multiple_validation_sets": False}))
+        checks.check_data_arguments(arguments(model, **separate, **{**both, "multiple_validation_sets": False}))
     with pytest.raises(UserError, match=r"^--multiple-validation-sets: Megatron takes it only with --full-validation;"):
-        data.check_data_arguments(arguments(model, **separate, **{**both, "full_validation": False}))
+        checks.check_data_arguments(arguments(model, **separate, **{**both, "full_validation": False}))
     with pytest.raises(UserError, match=r"^--full-validation: needs a dataset of its own to go through; add --valid-"):
-        data.check_data_arguments(arguments(model, data_path=[prefix], split="99,1,0", **both))
+        checks.check_data_arguments(arguments(model, data_path=[prefix], split="99,1,0", **both))
     with pytest.raises(UserError, match=r"^--full-validation: Megatron cannot evaluate test data beside it; drop"):
-        data.check_data_arguments(arguments(model, **separate, **both, test_data_path=[prefix]))
-    data.check_data_arguments(arguments(model, **separate, **both))
+        checks.check_data_arguments(arguments(model, **separate, **both, test_data_path=[prefix]))
+    checks.check_data_arguments(arguments(model, **separate, **both))
 
 
 def test_blends_that_are_not_evaluated(model: str, tmp_path: Path) -> None:
     """Megatron's loader asserts that there are samples to read, and of such a blend none are built."""
     blend = ["1", make_dataset(tmp_path / "a", [100] * 600), "2", make_dataset(tmp_path / "b", [100] * 600)]
     with pytest.raises(UserError, match=r"^--split 99,1,0: with --eval-iters 0 .* use --split 1,0,0$"):
-        data.check_data_arguments(arguments(model, data_path=blend, split="99,1,0", eval_iters=0))
+        checks.check_data_arguments(arguments(model, data_path=blend, split="99,1,0", eval_iters=0))
     with pytest.raises(UserError, match=r"^--valid-data-path: with --eval-iters 0 .* leave it out$"):
-        data.check_data_arguments(arguments(model, train_data_path=blend, valid_data_path=blend, eval_iters=0))
-    data.check_data_arguments(arguments(model, data_path=blend, split="1,0,0", eval_iters=0))
-    data.check_data_arguments(arguments(model, train_data_path=blend, valid_data_path=blend[1:2], eval_iters=0))
-    data.check_data_arguments(arguments(model, data_path=blend, split="99,1,0"))
+        checks.check_data_arguments(arguments(model, train_data_path=blend, valid_data_path=blend, eval_iters=0))
+    checks.check_data_arguments(arguments(model, data_path=blend, split="1,0,0", eval_iters=0))
+    checks.check_data_arguments(arguments(model, train_data_path=blend, valid_data_path=blend[1:2], eval_iters=0))
+    checks.check_data_arguments(arguments(model, data_path=blend, split="99,1,0"))
 
 
 def test_stale_index_cache(model: str, tmp_path: Path) -> None:
@@ -482,10 +482,10 @@ def test_stale_index_cache(model: str, tmp_path: Path) -> None:
         args.data_cache_path = given
         make_dataset(tmp_path / "d", [100] * 20)
         megatron_sizes(prefix, 32, "19,1,0", [10, 1, 0], folder)
-        data.check_data_arguments(args)
+        checks.check_data_arguments(args)
         os.utime(f"{prefix}.idx", (time.time() + 60,) * 2)
         with pytest.raises(UserError, match=f"the index cache is older than the data; delete it: rm -r {folder}$"):
-            data.check_data_arguments(args)
+            checks.check_data_arguments(args)
         os.utime(f"{prefix}.idx")
         for path in folder.iterdir():
             path.unlink()
@@ -496,21 +496,21 @@ def test_index_cache_that_cannot_be_written(model: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"--data-cache-path .*: Megatron cannot write its index cache below .*/file;"):
-        data.check_data_arguments(args)
+        checks.check_data_arguments(args)
 
 
 def test_written_whole(tmp_path: Path) -> None:
     targets = [str(tmp_path / "new" / "a"), str(tmp_path / "new" / "b")]
 
     def interrupted() -> None:
-        with data.written_whole("--output", targets) as (first, _):
+        with checks.written_whole("--output", targets) as (first, _):
             Path(first).write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert os.listdir(tmp_path) == []
-    with data.written_whole("--output", targets) as names:
+    with checks.written_whole("--output", targets) as names:
         for name in names:
             Path(name).write_text("whole")
         assert not any(os.path.exists(target) for target in targets)
@@ -524,29 +524,29 @@ def test_index_cache_that_was_cut(model: str, tmp_path: Path, damage: str) -> No
     cache = tmp_path / "cache"
     megatron_sizes(prefix, 32, "19,1,0", [20, 1, 0], cache)
     args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(cache))
-    data.check_data_arguments(args)
+    checks.check_data_arguments(args)
     path = sorted(cache.glob("*-train-sample_index.npy"))[0]
     content = path.read_bytes()
     path.write_bytes({"cut": content[:-8], "header": b"x" + content[1:], "empty": b""}[damage])
     with pytest.raises(UserError, match=rf"^{path}, part of .*delete the cache.*: rm -r {cache}$"):
-        data.check_data_arguments(args)
+        checks.check_data_arguments(args)
 
 
 def test_a_cache_that_is_there_need_not_be_written(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is all that the run needs, Megatron finds out when it builds."""
     prefix, cache = make_dataset(tmp_path / "d", [100] * 20), tmp_path / "cache"
     args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(cache))
-    monkeypatch.setattr(data.os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(checks.os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
     with pytest.raises(UserError, match=rf"^--data-cache-path {cache}: Megatron cannot write its index cache below"):
-        data.check_data_arguments(args)
+        checks.check_data_arguments(args)
     megatron_sizes(prefix, 32, "19,1,0", [10, 1, 0], cache)
-    data.check_data_arguments(args)
+    checks.check_data_arguments(args)
 
 
 @pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_missing_part_of_a_cache_that_cannot_be_written(kind: int, wrapped: bool, tmp_path: Path) -> None:
-    from megatron_moa import index_cache
+    from megatron_moa.data.checks import index_cache
 
     error = OSError(kind, os.strerror(kind), f"{tmp_path}/x-description.txt")
 

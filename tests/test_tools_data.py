@@ -20,8 +20,8 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa import corpus as reader
-from megatron_moa import data, dataset_files
+from megatron_moa.data.checks import checks, dataset_files
+from megatron_moa.data.checks import corpus as reader
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -102,7 +102,7 @@ def preprocess(model: str, output: Path, *arguments: str) -> None:
 
 def documents(prefix: Path) -> list[list[int]]:
     """What Megatron's own reader finds."""
-    with data.quiet_imports():
+    with checks.quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
@@ -128,7 +128,7 @@ def test_every_text_comes_back_byte_for_byte(model_type: str, corpus: Path, tmp_
         ["--input", str(corpus), "--glob", "**/*.py", "--output", str(tmp_path / "tok"), "--vocab-size", "600"]
         + ["--model-type", model_type]
     )
-    tokenizer = data.build_tokenizer(
+    tokenizer = checks.build_tokenizer(
         SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "tok.model"))
     )
     for text in TEXTS + [path.read_text() for path in corpus.rglob("*.py")]:
@@ -266,8 +266,8 @@ def test_speed_is_printed(corpus: Path, model: str, tmp_path: Path, capsys: pyte
 
 def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(data.time, "monotonic", lambda: now[0])
-    with data.progress_bar(8_000_000, "tokenizing part 2 of 3") as bar:
+    monkeypatch.setattr(checks.time, "monotonic", lambda: now[0])
+    with checks.progress_bar(8_000_000, "tokenizing part 2 of 3") as bar:
         for second in (10, 35, 40, 70):
             now[0] = second
             bar.update(1_000_000)
@@ -280,11 +280,11 @@ def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_gpt_dataset_draws_the_same_tokens(corpus: Path, model: str, tmp_path: Path) -> None:
     """From text to a training sample: Megatron's GPTDataset yields pieces of the text, labels moved by one."""
     preprocess(model, tmp_path / "data", "--input", corpus, "--glob", "**/*.py")
-    data.check_dataset(str(tmp_path / "data"), 64, "80,20,0", needs_validation=True)
-    with data.quiet_imports():
+    checks.check_dataset(str(tmp_path / "data"), 64, "80,20,0", needs_validation=True)
+    with checks.quiet_imports():
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    tokenizer = data.build_tokenizer(SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model))
+    tokenizer = checks.build_tokenizer(SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model))
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=64,
@@ -350,7 +350,7 @@ def test_shuffled_documents_are_the_same_documents(model: str, tmp_path: Path) -
 
 
 def test_index_is_megatrons(tmp_path: Path) -> None:
-    with data.quiet_imports():
+    with checks.quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     lengths = numpy.array([3, 1, 70_000, 2], dtype=numpy.int32)
     for dtype in (numpy.uint16, numpy.int32):
@@ -917,7 +917,7 @@ def test_blend_weights(
     words = Path(output).read_text().split()
     assert words[1::2] == prefixes
     assert [float(word) for word in words[::2]] == pytest.approx(weights, abs=1e-6)
-    assert data.read_blend_file("--data-args-path", output) == [
+    assert checks.read_blend_file("--data-args-path", output) == [
         (f"--data-args-path {output}, line {i}:", prefix) for i, prefix in enumerate(prefixes, 1)
     ]
     printed = capsys.readouterr().out
@@ -937,10 +937,10 @@ def test_blend_with_its_own_validation_data(tmp_path: Path, capsys: pytest.Captu
         "valid": ["20", prefixes[1], "30", prefixes[2]],
         "test": None,
     }
-    found = data.read_blends_file("--per-split-data-args-path", output)
+    found = checks.read_blends_file("--per-split-data-args-path", output)
     assert {part: [prefix for _, prefix in named] for part, named in found.items()} == {
-        data.TRAIN: prefixes[:2],
-        data.VALIDATION: prefixes[1:],
+        checks.TRAIN: prefixes[:2],
+        checks.VALIDATION: prefixes[1:],
     }
 
 

@@ -20,7 +20,7 @@ import sys
 
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
-from megatron_moa.corpus import add_reading_flags, text_file, texts
+from megatron_moa.data.corpus import add_reading_flags, text_file, texts
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "generate.py"

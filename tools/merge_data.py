@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_moa import data, dataset_files
+from megatron_moa.data.checks import checks, dataset_files
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "merge_data"
@@ -44,7 +44,7 @@ def merge(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
     prefix = args.output_prefix
     start = time.perf_counter()
-    targets = data.check_output("--output-prefix", prefix, (".bin", ".idx"), args.overwrite)
+    targets = checks.check_output("--output-prefix", prefix, (".bin", ".idx"), args.overwrite)
     parts, manifests = dataset_files.finished_parts(prefix)
     tokens = sum(manifest.tokens for manifest in manifests)
     if not tokens:
@@ -56,12 +56,12 @@ def merge(args: argparse.Namespace) -> None:
             f"--output-prefix {prefix}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; free space"
         )
     data_bytes = sum(manifest.expected_sizes[".bin"] for manifest in manifests)
-    with data.written_whole("--output-prefix", targets) as (bin_path, idx_path):
-        with data.progress_bar(data_bytes, "merging") as bar:
+    with checks.written_whole("--output-prefix", targets) as (bin_path, idx_path):
+        with checks.progress_bar(data_bytes, "merging") as bar:
             dataset_files.merge(parts, manifests, bin_path, idx_path, bar.update)
         if args.overwrite:
             dataset_files.drop_index_cache(prefix)
-    written = data.read_index(prefix, "--output-prefix")
+    written = checks.read_index(prefix, "--output-prefix")
     assert written.tokens == tokens, f"{written.tokens} tokens instead of {tokens}"
     seconds = time.perf_counter() - start
     print(f"parts          {len(parts)}")

@@ -35,8 +35,8 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa import corpus, data, dataset_files
-from megatron_moa.dataset_files import Manifest, Part
+from megatron_moa.data.checks import checks, corpus, dataset_files
+from megatron_moa.data.dataset_files import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "preprocess_data"
@@ -44,7 +44,7 @@ MOST_WORKERS = 1024
 TASK_BYTES = 1 << 20  # text a worker gets at once: about half a second of work
 PR_SET_PDEATHSIG = 1  # of Linux: a worker must not wait for ever for work from a parent that was killed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TOKENIZER_TYPES = (*data.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
+TOKENIZER_TYPES = (*checks.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("work")
     group.add_argument(
         "--workers",
-        type=data.positive,
+        type=checks.positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes on this machine; default: its cores",
@@ -186,13 +186,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def preprocess(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
     files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors, compressed=True)
-    data.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    checks.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
     if args.part is not None:
         preprocess_part(files, args)
         return
-    targets = data.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
+    targets = checks.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
     settings = worker_settings(args)
-    with data.written_whole("--output-prefix", targets) as (bin_path, idx_path):
+    with checks.written_whole("--output-prefix", targets) as (bin_path, idx_path):
         totals = write_dataset(list(pieces(files)), settings, args, bin_path, idx_path)
         if args.overwrite:
             dataset_files.drop_index_cache(args.output_prefix)
@@ -209,7 +209,7 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
     part: Part = args.part
     prefix = part.prefix(args.output_prefix)
     decisive = decisive_settings(files, args)
-    data.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), overwrite=True)
+    checks.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), overwrite=True)
     if os.path.exists(f"{prefix}.json") and not args.overwrite:
         manifest = Manifest.read(f"{prefix}.json")
         if names := dataset_files.differing_settings(manifest.settings, decisive):
@@ -222,7 +222,7 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
         return
     settings = worker_settings(args)
     targets = [prefix + ending for ending in dataset_files.PART_ENDINGS]
-    with data.written_whole("--output-prefix", targets) as (bin_path, idx_path, json_path):
+    with checks.written_whole("--output-prefix", targets) as (bin_path, idx_path, json_path):
         share = list(pieces(files, *part.bounds(sum(file.size for file in files))))
         totals = write_dataset(share, settings, args, bin_path, idx_path)
         dtype = numpy.dtype(settings.dtype).name
@@ -236,7 +236,7 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
 def worker_settings(args: argparse.Namespace) -> Settings:
     """Loads the tokenizer. Raises UserError."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    tokenizer = data.build_tokenizer(args)
+    tokenizer = checks.build_tokenizer(args)
     from megatron.core.datasets.indexed_dataset import DType
 
     eod = end_of_document(tokenizer, args) if args.append_eod else None
@@ -248,7 +248,7 @@ def decisive_settings(files: Sequence[corpus.TextFile], args: argparse.Namespace
     """What decides the documents and their order: parts belong together if these are equal."""
     names = ("tokenizer_type", "tokenizer_hf_no_include_special_tokens", "append_eod", "shuffle_documents")
     return {name: getattr(args, name) for name in (*names, "json_key", "errors")} | {
-        "tokenizer": data.tokenizer_digest(args.tokenizer_model),
+        "tokenizer": checks.tokenizer_digest(args.tokenizer_model),
         "input": dataset_files.input_digest(files),
     }
 
@@ -316,7 +316,7 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
     start = time.perf_counter()
     title = "tokenizing" if args.part is None else f"tokenizing part {args.part.number} of {args.part.count}"
     with signals_held():  # a half-built bar complains when it is deleted
-        progress = data.progress_bar(sum(piece.input_bytes for piece in work), title)
+        progress = checks.progress_bar(sum(piece.input_bytes for piece in work), title)
     with progress as bar:
         for batch in tokenized(tasks(work), settings, args.workers):
             batch.tokens.tofile(stream)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import add_flags, check_progress_flags, mixing_from_args, our_flags
-from megatron_moa.data import check_data_files
+from megatron_moa.data.checks import check_data_files
 from megatron_moa.errors import UserError, check_is_folder, fail, one_line_errors
 
 # Settings of Megatron's that the checks below look at, beside ours.
