@@ -15,12 +15,12 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_moa.checkpoint import LoadedModel
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedSharedExpertMLP
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.trained.from_megatron import LoadedModel
 from megatron_moa.training.gate_statistics import GateStatistics
 
 DENSE, ROUTED, SHARED = "dense", "routed experts", "shared expert"

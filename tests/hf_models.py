@@ -10,10 +10,10 @@ def compare(checkpoint: str, results: str) -> None:
     """Writes the largest difference of logits, and what else was compared, as JSON."""
     import torch
 
-    from megatron_moa.checkpoint import load_model
     from megatron_moa.hf.mapping import entries, from_hf, to_hf
     from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
     from megatron_moa.hf.settings import config_from_args
+    from megatron_moa.trained.from_megatron import load_model
 
     loaded = load_model(checkpoint)
     vocabulary = loaded.tokenizer.vocab_size

@@ -312,8 +312,8 @@ def compare(one: str, others: list[str], results: str) -> None:
     """Runs in a process of its own: Megatron loads the first checkpoint; is that what we read of all?"""
     from megatron.core.utils import unwrap_model
 
-    from megatron_moa.checkpoint import load_model
     from megatron_moa.checkpoints.tensors import ModelTensors
+    from megatron_moa.trained.from_megatron import load_model
 
     model = unwrap_model(load_model(one).model)
     expected = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}

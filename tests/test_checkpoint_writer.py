@@ -48,9 +48,9 @@ _OFTEN = next(iter(CASES))
 
 def rewrite(source: Path, out: Path, wrong: str = "") -> None:
     """Runs in a process of its own: writes a checkpoint again, or tries to with a tensor of another shape."""
-    from megatron_moa.checkpoint import prepare_checkpoint
     from megatron_moa.checkpoints.tensors import ModelTensors
     from megatron_moa.checkpoints.writer import write_release
+    from megatron_moa.trained.from_megatron import prepare_checkpoint
 
     prepared = prepare_checkpoint(str(source), ["--transformer-impl", "local"])
     model = prepared.build_empty()

@@ -1,4 +1,4 @@
-"""megatron_moa/upcycling.py, tools/convert_mixing.py: another mixture, the same function."""
+"""megatron_moa/trained/upcycling.py, tools/convert_mixing.py: another mixture, the same function."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import inference, upcycling
 from megatron_moa.checkpoints.files import TRACKER
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
-from megatron_moa.upcycling import Conversion, stock_as_mixture, target_mixing
-from megatron_moa.verification import Comparison
+from megatron_moa.trained import text_model, upcycling
+from megatron_moa.trained.compare_logits import Comparison
+from megatron_moa.trained.upcycling import Conversion, stock_as_mixture, target_mixing
 from tests import launch
 from tests.checkpoints import Hostile, write_checkpoint
 from tests.layers import build_model, logits_of, make_config, moe_settings
@@ -365,7 +365,7 @@ def test_runs_nothing_of_a_strangers_file(tmp_path: Path, capsys: pytest.Capture
         assert end.value.code == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="metadata: cannot be read"):
-        inference.load(root)
+        text_model.load(root)
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 

@@ -25,7 +25,6 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megatron_moa import gate_continued
-from megatron_moa.checkpoint import LoadedModel
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from megatron_moa.gate_collapse import collapsed_mixing
@@ -44,6 +43,7 @@ from megatron_moa.gate_probe import (
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.trained.from_megatron import LoadedModel
 from tests import launch
 from tests.layers import build_model, make_config, moe_settings
 from tests.test_convert_to_hf import EAGER, train_sentencepiece

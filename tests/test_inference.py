@@ -18,7 +18,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.loading import load_folder
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
-from megatron_moa.inference import TextLoss
+from megatron_moa.trained.text_model import TextLoss
 from tests import inference_runs, launch
 from tests.checkpoints import Hostile
 from tests.test_convert_to_hf import EAGER, SPLIT, convert, train_sentencepiece

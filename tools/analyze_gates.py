@@ -32,8 +32,8 @@ from megatron_moa.data.corpus import read_documents
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 if TYPE_CHECKING:
-    from megatron_moa.checkpoint import LoadedModel, PreparedCheckpoint
     from megatron_moa.gate_probe import GateProbe, Recording
+    from megatron_moa.trained.from_megatron import LoadedModel, PreparedCheckpoint
 
 PROGRAM = "analyze_gates.py"
 CONTINUED = ("way", "seed", "loss", "iterations", "tokens", "lr")  # what is kept of a training that went on
@@ -78,7 +78,7 @@ def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]
     from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
     # isort: split
-    from megatron_moa.checkpoint import prepare_checkpoint
+    from megatron_moa.trained.from_megatron import prepare_checkpoint
 
     prepared = prepare_checkpoint(flags.checkpoint, megatron_flags, flags.iteration)
     if prepared.config.mixing is None:

@@ -104,8 +104,8 @@ def write_random(flags: list[str], root: Path) -> None:
     from megatron.training.initialize import initialize_megatron
 
     from megatron_moa import cpu
-    from megatron_moa.checkpoint import empty_model
     from megatron_moa.checkpoints.writer import write_release
+    from megatron_moa.trained.from_megatron import empty_model
     from megatron_moa.training.arguments import parse_arguments
     from megatron_moa.training.model import model_config_from_args
 

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_moa.checkpoints.writer import TRAIN_ON
             from megatron_moa.hf import importing
             from megatron_moa.hf.folder import open_folder
-            from megatron_moa.verification import VerificationError
+            from megatron_moa.trained.compare_logits import VerificationError
         except ModuleNotFoundError as error:
             raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
         import torch

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
             # isort: split
             from megatron_moa.checkpoints.writer import TRAIN_ON
-            from megatron_moa.upcycling import convert
+            from megatron_moa.trained.upcycling import convert
 
             with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
                 done = convert(flags.load, unfinished, megatron_flags, flags.iteration, **target_settings(flags))

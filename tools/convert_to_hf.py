@@ -70,8 +70,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
         import torch
 
-        from megatron_moa.checkpoint import prepare_checkpoint
-        from megatron_moa.verification import VerificationError
+        from megatron_moa.trained.compare_logits import VerificationError
+        from megatron_moa.trained.from_megatron import prepare_checkpoint
 
         # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
         megatron_flags = ["--transformer-impl", "local", *megatron_flags]

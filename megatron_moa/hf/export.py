@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from megatron_moa import __version__
-from megatron_moa.checkpoint import PreparedCheckpoint
 from megatron_moa.checkpoints.tensors import ModelTensors
 from megatron_moa.checkpoints.writer import progress_line
 from megatron_moa.errors import UserError
@@ -32,7 +31,8 @@ from megatron_moa.hf.mapping import is_buffer, to_hf
 from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
 from megatron_moa.runs.curves import read_course
-from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
+from megatron_moa.trained.compare_logits import Comparison, VerificationError, compared_tokens, reference_logits
+from megatron_moa.trained.from_megatron import PreparedCheckpoint
 
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
 TRANSFORMERS = "5.12 to 5.24"  # releases that exports were tried with: setup.py's range

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_moa import cpu
-from megatron_moa.checkpoint import empty_model, prepare_checkpoint
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.data.checks import build_tokenizer
 from megatron_moa.errors import UserError
@@ -35,10 +34,11 @@ from megatron_moa.hf.modeling_gpt_moa import mixing_config
 from megatron_moa.hf.settings import config_from_args, mixing_settings
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.trained.compare_logits import Comparison, VerificationError, compared_tokens, reference_logits
+from megatron_moa.trained.from_megatron import empty_model, prepare_checkpoint
+from megatron_moa.trained.upcycling import mixture_flags, stock_as_mixture, target_mixing, upcycled
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.model import model_config_from_args
-from megatron_moa.upcycling import mixture_flags, stock_as_mixture, target_mixing, upcycled
-from megatron_moa.verification import Comparison, VerificationError, compared_tokens, reference_logits
 
 TOKENIZER = "tokenizer"  # its folder in the checkpoint
 _LONGEST = 4096  # of the sequences to train on, unless --seq-length says more: memory, not the model, is the limit
@@ -299,7 +299,7 @@ def import_folder(
         final: the name it will have, for the tokenizer's path in the args.
         dtype: of the parameters.
         seq_length: None for all positions, :data:`_LONGEST` at most.
-        target: ``mixing`` and others, of :func:`megatron_moa.upcycling.target_mixing`: the mixture to become; None
+        target: ``mixing`` and others, of :func:`megatron_moa.trained.upcycling.target_mixing`: the mixture to become; None
             for the folder's own.
         megatron_flags: further ones, for the args.
 

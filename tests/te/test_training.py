@@ -33,7 +33,7 @@ def same(run: Run, other: Run, iterations: tuple[int, ...]) -> None:
 
 def compute_alike(folder: str) -> None:
     """A target of tests.launch: checks that a checkpoint computes the same with layers of either kind."""
-    from megatron_moa.checkpoint import load_model
+    from megatron_moa.trained.from_megatron import load_model
 
     found = {}
     for implementation in (TE, LOCAL):

@@ -18,15 +18,15 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_moa.checkpoint import empty_model, prepare_checkpoint
 from megatron_moa.checkpoints.tensors import ModelTensors
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, FORMAT_VERSION, MixingConfig, auto_form
+from megatron_moa.trained.compare_logits import Comparison, compared_tokens, reference_logits
+from megatron_moa.trained.from_megatron import empty_model, prepare_checkpoint
 from megatron_moa.training.model import model_config_from_args
-from megatron_moa.verification import Comparison, compared_tokens, reference_logits
 
 # What one-sided computes on W1's branch, without a coefficient.
 _FIXED = "silu"

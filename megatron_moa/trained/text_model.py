@@ -1,6 +1,6 @@
 """What a trained model is used for, whatever kind of folder it came from: logits, text, and the loss of a text.
 
-:class:`TextModel` is the common part; ``megatron_moa/checkpoint.py`` has the model of a Megatron checkpoint,
+:class:`TextModel` is the common part; ``megatron_moa/trained/from_megatron.py`` has the model of a Megatron checkpoint,
 ``megatron_moa/hf/loading.py`` that of a Hugging Face folder. :func:`from_checkpoint` takes either.
 """
 
@@ -281,7 +281,7 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
         from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
         # isort: split
-        from megatron_moa.checkpoint import load_model
+        from megatron_moa.trained.from_megatron import load_model
 
         return load_model(str(folder), megatron_flags, iteration)
     if iteration is not None:
@@ -304,7 +304,7 @@ def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = (), iter
         model.text_loss(text).bits_per_byte
 
     It needs no torchrun, may be called again for other checkpoints, and leaves ``sys.argv`` alone. A checkpoint's
-    :class:`megatron_moa.checkpoint.LoadedModel` further has ``model``, ``tokenizer``, ``mixing``, ``args`` and
+    :class:`megatron_moa.trained.from_megatron.LoadedModel` further has ``model``, ``tokenizer``, ``mixing``, ``args`` and
     ``iteration``; a folder's :class:`megatron_moa.hf.loading.FolderModel` the first three, and ``config``.
     """
     with _silence(), _environment_stays():

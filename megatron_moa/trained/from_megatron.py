@@ -29,8 +29,8 @@ from megatron_moa.checkpoints.guard import changed_scales, check_before_setup, m
 from megatron_moa.checkpoints.names import EXTRA_STATE
 from megatron_moa.checkpoints.tensors import CheckpointTensors, check_pickles
 from megatron_moa.errors import UserError
-from megatron_moa.inference import TextModel
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.trained.text_model import TextModel
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
 

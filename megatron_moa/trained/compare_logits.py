@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moa.checkpoint import PreparedCheckpoint
+from megatron_moa.trained.from_megatron import PreparedCheckpoint
 
 _LONGEST = 256  # of a row that is compared: logits of a large vocabulary take memory
 
