@@ -1,4 +1,4 @@
-"""Where the limits of megatron_moa.accuracy come from: what an H200 was off by (docs/results/h200), computed here.
+"""Where the limits of megatron_moa.research.benchmarks.kernel_errors come from: what an H200 was off by (docs/results/h200), computed here.
 
 That was with earlier dictionaries and forms: the figures used here are those of gates, of which only the number of
 coefficients counts (49 of the quadratic form, 7 of the one-sided one), and of type1.
@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa import accuracy
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.research.benchmarks import kernel_errors
 from tests.training import ROOT
 
 
@@ -66,7 +66,7 @@ def error_of_gates(
     groups: int,
 ) -> float:
     """On check_gate's numbers, the logits added up by ``add``; of ``groups``, if any, the first and last have rows."""
-    random = accuracy._Random(dtype, "cpu", 1)
+    random = kernel_errors._Random(dtype, "cpu", 1)
     shape = (groups, n) if groups else (1, n)
     x = random.normal(tokens, h).detach()
     weight = random.normal(*shape, h, std=h**-0.5).detach()
@@ -77,7 +77,7 @@ def error_of_gates(
     def gates(logits: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         return torch.cat([psi(logits(*part)) for part in parts])
 
-    return accuracy._relative_error(gates(add), gates(lambda x, weight: x.double() @ weight.double().T))
+    return kernel_errors._relative_error(gates(add), gates(lambda x, weight: x.double() @ weight.double().T))
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,10 @@ def test_a_gate_is_off_by_what_its_sum_explains(
     assert error_of_gates(psi, n, dtype, add, 128, 512, groups) == pytest.approx(record["error"], rel=1e-3)
     mixing = MixingConfig(gate=gate, backend="triton")
     elsewhere, on_a_gpu = (
-        accuracy.FLOORS[torch.float32] + accuracy._sum_floor(mixing, dtype, device, 512) for device in ("cpu", "cuda")
+        kernel_errors.FLOORS[torch.float32] + kernel_errors._sum_floor(mixing, dtype, device, 512)
+        for device in ("cpu", "cuda")
     )
-    found = accuracy.Accuracy("result", record["error"], record["same_dtype_error"], elsewhere)
+    found = kernel_errors.Accuracy("result", record["error"], record["same_dtype_error"], elsewhere)
     assert not found.ok
     found = dataclasses.replace(found, floor=on_a_gpu)
     assert found.ok
@@ -117,7 +118,7 @@ def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
     record = measured("moa type1", "bf16")
     assert record["worst"].endswith(" [128, 1024] triton bias")
     mixing = MixingConfig(form="type1", activations=tuple(record["activations"]), backend="eager")
-    checks = accuracy.check_mixture(mixing, torch.bfloat16, "cpu", tokens=128, width=1024, bias=True, scale=True)
+    checks = kernel_errors.check_mixture(mixing, torch.bfloat16, "cpu", tokens=128, width=1024, bias=True, scale=True)
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
     assert bias.error == pytest.approx(record["same_dtype_error"], rel=1e-3)  # the reference rounds the sum alone
     assert bias.same_dtype_error == pytest.approx(record["error"], rel=1e-3)
@@ -127,6 +128,8 @@ def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
 def test_few_tokens_sum_to_less_than_they_round() -> None:
     """As where tests/test_gpu.py failed while kernels were held to a sum of gradients that nobody rounds."""
     mixing = MixingConfig(mixing="la", form="bi-sided", backend="eager")
-    checks = accuracy.check_mixture(mixing, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True, seed=3)
+    checks = kernel_errors.check_mixture(
+        mixing, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True, seed=3
+    )
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
-    assert bias.same_dtype_error > accuracy.ALLOWED * bias.error + accuracy.FLOORS[torch.bfloat16]
+    assert bias.same_dtype_error > kernel_errors.ALLOWED * bias.error + kernel_errors.FLOORS[torch.bfloat16]

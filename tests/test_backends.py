@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa import accuracy
 from megatron_moa.errors import UserError
-from megatron_moa.measuring import saved_for_backward
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
 from megatron_moa.mixture.triton_backend import mixture
+from megatron_moa.research.benchmarks import kernel_errors
+from megatron_moa.research.benchmarks.timing import saved_for_backward
 from tests.training import SWIGLU, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,9 +51,11 @@ def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name
         mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend=backend)
         # The interpreter's bfloat16 is cut off, and a bias' gradient adds up what is cut off; GPUs round.
         bias = dtype != torch.bfloat16
-        accuracy.require(accuracy.check_mixture(mixing, dtype, DEVICE, tokens=5, width=43, bias=bias, scale=True))
+        kernel_errors.require(
+            kernel_errors.check_mixture(mixing, dtype, DEVICE, tokens=5, width=43, bias=bias, scale=True)
+        )
         if backend == "triton":  # every width is compiled anew
-            accuracy.require(accuracy.check_mixture(mixing, dtype, DEVICE, tokens=4, width=8))
+            kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, DEVICE, tokens=4, width=8))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has it; 14 activations compile long")
@@ -98,8 +100,8 @@ def test_quadratic_sums_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> None:
     mixing = MixingConfig(mixing="la", form=form, activations=("silu", "relu"), backend=backend)
-    checks = accuracy.check_mixture(mixing, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
-    accuracy.require(checks)
+    checks = kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
+    kernel_errors.require(checks)
 
 
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
@@ -109,7 +111,7 @@ def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None
     # The interpreter takes some 10 ms a row, and one relu is enough to count rows.
     form, activations = ("bi-sided", ("silu", "tanh")) if size < 200 else ("type1", ("relu",))
     mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend=backend)
-    accuracy.require(accuracy.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,16 +121,16 @@ def test_any_width(backend: str, size: int, form: str) -> None:
     if backend == "compile" and size not in (1, 127):  # each width is compiled anew
         pytest.skip("two widths are enough for the compiler")
     mixing = MixingConfig(form=form, activations=("silu", "tanh"), backend=backend)
-    accuracy.require(accuracy.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
 
 
 @pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided"])
 def test_every_activation_as_a_kernel(form: str) -> None:
     mixing = MixingConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
-    accuracy.require(accuracy.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=300))
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=300))
     for name in ACTIVATIONS:
         alone = dataclasses.replace(mixing, activations=(name,))
-        accuracy.require(accuracy.check_mixture(alone, torch.float32, DEVICE, tokens=2, width=70))
+        kernel_errors.require(kernel_errors.check_mixture(alone, torch.float32, DEVICE, tokens=2, width=70))
 
 
 @pytest.mark.parametrize("groups", [0, 3])
@@ -139,8 +141,8 @@ def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
         mixing = MixingConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
         learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
         for dtype in DTYPES:
-            accuracy.require(accuracy.check_gate(mixing, dtype, DEVICE, 150, 70, groups, scale=True))
-            accuracy.require(accuracy.check_gate(learned, dtype, DEVICE, 67, 9, groups))
+            kernel_errors.require(kernel_errors.check_gate(mixing, dtype, DEVICE, 150, 70, groups, scale=True))
+            kernel_errors.require(kernel_errors.check_gate(learned, dtype, DEVICE, 67, 9, groups))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 64, 65])
@@ -148,7 +150,7 @@ def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
 def test_gates_of_any_number_of_tokens(backend: str, tokens: int) -> None:
     mixing = MixingConfig(gate_bias=True, backend=backend)
     for groups in (0, 4):
-        accuracy.require(accuracy.check_gate(mixing, torch.float32, DEVICE, tokens, 600, groups))
+        kernel_errors.require(kernel_errors.check_gate(mixing, torch.float32, DEVICE, tokens, 600, groups))
 
 
 def make_layer(mixing: MixingConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -187,7 +189,7 @@ def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) 
         asked = [layer[name] for name in names]
         return torch.autograd.grad(activation_step(layer, mixing), asked, grad)
 
-    assert accuracy.bit_equal_gradients(gradients)
+    assert kernel_errors.bit_equal_gradients(gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

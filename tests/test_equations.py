@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import accuracy
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixingConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
+from megatron_moa.research.benchmarks import kernel_errors
 from tests import equations
 from tests.layers import build_feed_forward, make_config
 
@@ -101,14 +101,14 @@ def test_megatron_s_layer_is_the_equation(form: str, megatron: None) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["compile", "triton"])
 def test_the_fused_backends_in_float32_are_the_equation(backend: str, form: str) -> None:
-    """To what accuracy.py allows in float32: twice the error of PyTorch's own functions, and 16 roundings."""
+    """To what kernel_errors.py allows in float32: twice the error of PyTorch's own functions, and 16 roundings."""
     # torch.compile takes seconds for each dictionary and source of coefficients.
     for k, gate in [(3, None), (3, "sigmoid")] if backend == "compile" else SOURCES:
         mixing = config(form, k, gate, backend)
         weights = make_weights(mixing, torch.float32)
         right = expected(mixing, weights)
         eager = error(feed_forward(dataclasses.replace(mixing, backend="eager"), *weights.values()), right)
-        limit = accuracy.ALLOWED * eager + accuracy.FLOORS[torch.float32]
+        limit = kernel_errors.ALLOWED * eager + kernel_errors.FLOORS[torch.float32]
         assert error(feed_forward(mixing, *weights.values()), right) <= limit < 1e-5, (k, gate)
 
 

@@ -1,6 +1,6 @@
 """Gates of a trained mixture: recorded coefficients, losses with others in their place, and the reports of both.
 
-megatron_moa/gate_probe.py on models made by hand; then tools/analyze_gates.py and examples/studies/continue_frozen.sh.
+megatron_moa/research/gates/probe.py on models made by hand; then tools/analyze_gates.py and examples/studies/continue_frozen.sh.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ from matplotlib.axes import Axes
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_moa import gate_continued
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
-from megatron_moa.gate_collapse import collapsed_mixing
-from megatron_moa.gate_pictures import draw_curves, quadratic_map
-from megatron_moa.gate_probe import (
+from megatron_moa.layers.coefficients import Coefficients
+from megatron_moa.mixture import reference
+from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.research.gates import continued
+from megatron_moa.research.gates.collapse import collapsed_mixing
+from megatron_moa.research.gates.pictures import draw_curves, quadratic_map
+from megatron_moa.research.gates.probe import (
     DENSE,
     ROUTED,
     SHARED,
@@ -40,9 +43,6 @@ from megatron_moa.gate_probe import (
     ablations,
     find_sites,
 )
-from megatron_moa.layers.coefficients import Coefficients
-from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.trained.from_megatron import LoadedModel
 from tests import launch
 from tests.layers import build_model, make_config, moe_settings
@@ -728,7 +728,7 @@ def test_ends_of_trainings_are_paired_by_seed(tmp_path: Path, capsys: pytest.Cap
         for way, loss in (("la", 3.2), ("gates", 3.0), ("frozen", 3.0 + 0.01 * seed)):
             write_log(tmp_path / f"{way}-seed{seed}", loss + seed)
     write_log(tmp_path / "la-seed3", 9.0)  # its partners are still to be trained
-    gate_continued.main([str(tmp_path)])
+    continued.main([str(tmp_path)])
     lines = [json.loads(line) for line in (tmp_path / "continued.jsonl").read_text().splitlines()]
     assert [(line["way"], line["seed"]) for line in lines] == [
         *((way, seed) for seed in (1, 2) for way in ("gates", "frozen", "la")),
@@ -755,7 +755,7 @@ def test_ends_of_trainings_are_paired_by_seed(tmp_path: Path, capsys: pytest.Cap
 def test_trainings_that_have_not_ended_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in ("has no training of examples/studies/continue_frozen.sh", "has no validation loss after the last"):
         with pytest.raises(SystemExit) as left:
-            gate_continued.main([str(tmp_path)])
+            continued.main([str(tmp_path)])
         assert left.value.code == 2
         assert words in capsys.readouterr().err
         if not (tmp_path / "la-seed1").exists():

@@ -10,10 +10,10 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_moa import accuracy
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
+from megatron_moa.research.benchmarks import kernel_errors
 from tests.training import MOE, SWIGLU, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -66,16 +66,16 @@ def test_training_in_bf16(mixing: str, extra: list[str]) -> None:
 def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
     for form in FORMS:
         mixing = MixingConfig(form=form, gate=gate, backend="triton")
-        accuracy.require(accuracy.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
+        kernel_errors.require(kernel_errors.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
         learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
-        accuracy.require(accuracy.check_gate(learned, dtype, "cuda", 300, 1000, groups))
+        kernel_errors.require(kernel_errors.check_gate(learned, dtype, "cuda", 300, 1000, groups))
 
 
 @pytest.mark.parametrize("k", [8, 14])
 def test_quadratic_sums_in_several_launches(k: int) -> None:
     mixing = MixingConfig(form="quadratic", activations=tuple(ACTIVATIONS)[:k], backend="triton")
-    accuracy.require(accuracy.check_mixture(mixing, torch.float32, "cuda", 65, 1408, scale=True))
-    accuracy.require(accuracy.check_gate(mixing, torch.bfloat16, "cuda", 300, 768))
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, "cuda", 65, 1408, scale=True))
+    kernel_errors.require(kernel_errors.check_gate(mixing, torch.bfloat16, "cuda", 300, 768))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,4 +85,4 @@ def test_quadratic_sums_in_several_launches(k: int) -> None:
 def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: torch.dtype) -> None:
     mixing = MixingConfig(mixing=mixing_name, form=form, backend=backend)
     for tokens, width in ((257, 512), (4097, 1408), (3, 127)):
-        accuracy.require(accuracy.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))
+        kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))

@@ -22,7 +22,7 @@ from megatron_moa.layers.grouped_linear import TorchColumnParallelGroupedLinear,
 from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
-from megatron_moa.recording import Comparison, assemble
+from megatron_moa.research.compare_runs import Comparison, assemble
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.test_optimizer import EXPERTS, groups_of

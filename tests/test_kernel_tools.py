@@ -13,7 +13,6 @@ import pytest
 import torch
 from triton import knobs
 
-from megatron_moa import accuracy
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
 from megatron_moa.mixture.triton_backend import mixture
@@ -24,6 +23,7 @@ from megatron_moa.mixture.triton_backend.tile_sizes import (
     default_configuration,
     using,
 )
+from megatron_moa.research.benchmarks import kernel_errors
 from tests.training import ROOT
 from tools import kernel_resources, tune_kernels
 
@@ -232,13 +232,13 @@ def test_tuning_takes_the_fastest_of_those_that_are_right(
     mixing, f = MixingConfig(mixing="la", form="type1", activations=("silu",), backend="triton"), 64
     launch = tune_kernels.launchers(mixing, 4, f, torch.float32, CPU)["backward"]
     checked = []
-    own = accuracy.check_mixture
+    own = kernel_errors.check_mixture
 
-    def check(*arguments: Any, **named: Any) -> list[accuracy.Accuracy]:
+    def check(*arguments: Any, **named: Any) -> list[kernel_errors.Accuracy]:
         checked.append(configuration("backward", "type1", f, CPU))
         return own(*arguments, **{**named, "tokens": 5})
 
-    monkeypatch.setattr(accuracy, "check_mixture", check)
+    monkeypatch.setattr(kernel_errors, "check_mixture", check)
     # 16 rows of two tiles beside 4 of one: eight times the work, for the interpreter.
     slow, fast = Configuration(32, 1, 16), Configuration(64, 2, 4)
     with using("backward", "type1", f, slow):
@@ -247,9 +247,9 @@ def test_tuning_takes_the_fastest_of_those_that_are_right(
     assert checked == [fast]
     assert "2 tried, 0 did not fit" in capsys.readouterr().out
 
-    wrong = accuracy.Accuracy("result", 1.0, 0.0, 0.0)
-    monkeypatch.setattr(accuracy, "check_mixture", lambda *arguments, **named: [wrong])
-    with pytest.raises(accuracy.AccuracyError):
+    wrong = kernel_errors.Accuracy("result", 1.0, 0.0, 0.0)
+    monkeypatch.setattr(kernel_errors, "check_mixture", lambda *arguments, **named: [wrong])
+    with pytest.raises(kernel_errors.AccuracyError):
         tune_kernels.tune(mixing, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
 
 

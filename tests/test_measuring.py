@@ -1,4 +1,4 @@
-"""megatron_moa.measuring: clocks, ratios, memory and records are right."""
+"""megatron_moa.research.benchmarks.timing: clocks, ratios, memory and records are right."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa import measuring
 from megatron_moa.errors import UserError
-from megatron_moa.measuring import Timings, peak_bytes, saved_for_backward, time_alternately
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.research.benchmarks import timing
+from megatron_moa.research.benchmarks.timing import Timings, peak_bytes, saved_for_backward, time_alternately
 
 CPU = torch.device("cpu")
 KILOBYTES = 1024  # float32 entries of 4 kB
@@ -28,9 +28,9 @@ KILOBYTES = 1024  # float32 entries of 4 kB
 def test_every_phase_lasts_from_one_lap_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     # Readings of the clock, seconds: start, forward, backward of two rounds.
     readings = iter([0.0, 0.010, 0.030, 1.0, 1.004, 1.005])
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(readings))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(readings))
 
-    def run(lap: measuring.Lap) -> None:
+    def run(lap: timing.Lap) -> None:
         lap("forward")
         lap("backward")
 
@@ -44,8 +44,8 @@ def test_every_phase_lasts_from_one_lap_to_the_next(monkeypatch: pytest.MonkeyPa
 def test_contenders_take_turns_and_warm_up_untimed() -> None:
     order: list[str] = []
 
-    def contender(name: str) -> measuring.Run:
-        def run(lap: measuring.Lap) -> None:
+    def contender(name: str) -> timing.Run:
+        def run(lap: timing.Lap) -> None:
             order.append(name)
             lap("all")
 
@@ -79,7 +79,7 @@ def test_backward_is_run_anew_and_leaves_no_gradients() -> None:
     seen = []
     x.register_hook(seen.append)
     phases: list[str] = []
-    run = measuring.forward_backward(lambda: 2 * x, torch.tensor([1.0, 2.0, 3.0]), [x])
+    run = timing.forward_backward(lambda: 2 * x, torch.tensor([1.0, 2.0, 3.0]), [x])
     run(phases.append)
     run(phases.append)
     assert phases == ["forward", "backward"] * 2
@@ -89,15 +89,15 @@ def test_backward_is_run_anew_and_leaves_no_gradients() -> None:
 
 def test_copy_bandwidth_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = itertools.count()
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(readings))  # every copy takes a second
-    assert measuring.copy_bandwidth(CPU, size=4_000_000) == pytest.approx(0.008)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(readings))  # every copy takes a second
+    assert timing.copy_bandwidth(CPU, size=4_000_000) == pytest.approx(0.008)
 
 
 # Memory.
 
 
 def test_peak_counts_what_is_held_at_once() -> None:
-    def run(lap: measuring.Lap) -> None:
+    def run(lap: timing.Lap) -> None:
         first = torch.empty(3 * KILOBYTES)
         second = torch.empty(2 * KILOBYTES)
         del first
@@ -110,8 +110,8 @@ def test_peak_counts_what_is_held_at_once() -> None:
 def test_peak_of_a_forward_and_backward() -> None:
     x = torch.randn(KILOBYTES, requires_grad=True)
     grad = torch.ones(KILOBYTES)
-    run = measuring.forward_backward(lambda: x.sin().exp(), grad, [x])
-    run(measuring.no_lap)
+    run = timing.forward_backward(lambda: x.sin().exp(), grad, [x])
+    run(timing.no_lap)
     # Held by the end of forward: sin(x), saved by none but freed after exp, and exp(sin(x)): two at once. In backward:
     # the output (saved), the gradient of sin(x), cos(x), and their product: four, before the first are freed.
     assert peak_bytes(run, CPU) == 4 * 4 * KILOBYTES
@@ -164,7 +164,7 @@ def test_outputs_discarded_to_be_recomputed_count_nothing() -> None:
 
 def options(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    measuring.add_arguments(parser, rounds=5)
+    timing.add_arguments(parser, rounds=5)
     return parser.parse_args(flags)
 
 
@@ -179,59 +179,59 @@ def _threads_stay() -> None:
 def test_threads_by_flag_then_environment_then_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    measuring.set_up(options("--device", "cpu"))
+    timing.set_up(options("--device", "cpu"))
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    assert measuring.set_up(options("--device", "cpu")) == (CPU, torch.float32)
+    assert timing.set_up(options("--device", "cpu")) == (CPU, torch.float32)
     assert torch.get_num_threads() == 1
-    assert measuring.set_up(options("--device", "cpu", "--threads", "3", "--dtype", "bf16")) == (CPU, torch.bfloat16)
+    assert timing.set_up(options("--device", "cpu", "--threads", "3", "--dtype", "bf16")) == (CPU, torch.bfloat16)
     assert torch.get_num_threads() == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_an_error() -> None:
     with pytest.raises(UserError, match="--device cuda: no CUDA device here"):
-        measuring.set_up(options("--device", "cuda"))
+        timing.set_up(options("--device", "cuda"))
 
 
 def test_environment_names_what_figures_depend_on() -> None:
-    found = measuring.environment(CPU)
+    found = timing.environment(CPU)
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert found["megatron-core"]
     assert found["threads"] == torch.get_num_threads()
     assert found["commit"] is None or len(found["commit"]) == 40
     for part in (found["date"], found["device"], str(found["megatron-core"])):
-        assert part in measuring.describe(found)
+        assert part in timing.describe(found)
 
 
 def test_no_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(measuring, "ROOT", tmp_path)
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    found = measuring.environment(CPU)
+    found = timing.environment(CPU)
     assert (found["commit"], found["dirty"]) == (None, None)
-    assert "no commit" in measuring.describe(found)
+    assert "no commit" in timing.describe(found)
 
 
 def test_records_are_appended_with_their_environment(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     for arm in ("a", "b"):
-        measuring.append_records(path, "layer", {"torch": "2"}, [{"arm": arm}])
+        timing.append_records(path, "layer", {"torch": "2"}, [{"arm": arm}])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"benchmark": "layer", "arm": arm, "environment": {"torch": "2"}} for arm in ("a", "b")]
-    measuring.append_records(None, "layer", {}, [{"arm": "a"}])
+    timing.append_records(None, "layer", {}, [{"arm": "a"}])
 
 
 def test_table() -> None:
-    assert measuring.table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
+    assert timing.table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
         "|  | ms |\n| --- | --- |\n| a | 1.235 |\n| b |  |\n| c | 12346 |"
     )
 
 
 @pytest.fixture
 def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A stand-in for megatron_moa.accuracy that notes what it is asked, and is wrong when told to."""
-    module = types.ModuleType("megatron_moa.accuracy")
+    """A stand-in for megatron_moa.research.benchmarks.kernel_errors that notes what it is asked, and is wrong when told to."""
+    module = types.ModuleType("megatron_moa.research.benchmarks.kernel_errors")
     module.AccuracyError = type("AccuracyError", (Exception,), {})
     seen = types.SimpleNamespace(asked=[], wrong=None)
 
@@ -248,7 +248,7 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
             raise module.AccuracyError(f"{seen.wrong}:\n too far off")
 
     module.check_mixture, module.check_gate, module.require = check_mixture, check_gate, require
-    monkeypatch.setitem(sys.modules, "megatron_moa.accuracy", module)
+    monkeypatch.setitem(sys.modules, "megatron_moa.research.benchmarks.kernel_errors", module)
     monkeypatch.setattr(sys.modules["megatron_moa"], "accuracy", module, raising=False)
     return seen
 
@@ -258,11 +258,11 @@ def test_nothing_is_timed_on_red(
     accuracy: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], wrong: str
 ) -> None:
     moa, la = MixingConfig(), MixingConfig(mixing="la")
-    measuring.require_correct("tool.py", [moa, la, moa], torch.float32, CPU, width=7, hidden=5)
+    timing.require_correct("tool.py", [moa, la, moa], torch.float32, CPU, width=7, hidden=5)
     assert [(kind, mixing) for kind, mixing, _ in accuracy.asked] == [("mixture", moa), ("gate", moa), ("mixture", la)]
     assert [sizes.get("width", sizes.get("hidden")) for _, _, sizes in accuracy.asked] == [7, 5, 7]
     accuracy.wrong = wrong
     with pytest.raises(SystemExit) as left:
-        measuring.require_correct("tool.py", [moa], torch.float32, CPU, width=7, hidden=5)
+        timing.require_correct("tool.py", [moa], torch.float32, CPU, width=7, hidden=5)
     assert left.value.code == 1
     assert capsys.readouterr().out == f"tool.py: nothing was timed, because a result is wrong: {wrong}: too far off\n"

@@ -18,7 +18,7 @@ from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.recording import Piece, Record
+from megatron_moa.research.compare_runs import Piece, Record
 from megatron_moa.training.arguments import restore_model_flags
 from megatron_moa.training.optimizer import check_saved_optimizer, check_saved_schedule
 from tests import launch

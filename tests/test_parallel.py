@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa.mixture.config import FORMS
-from megatron_moa.recording import Comparison, Record
+from megatron_moa.research.compare_runs import Comparison, Record
 from tests.training import FORM_ARMS, MOE, SWIGLU, TWO_KINDS, recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

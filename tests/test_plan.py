@@ -191,7 +191,7 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     cpu.prepare()
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa import measuring, train_step
+    from megatron_moa.research.benchmarks import timing, train_step
     from megatron_moa.training.arguments import parse_arguments
     from tools import benchmark_step
 
@@ -201,13 +201,13 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     batches = train_step.random_batches(args)
     arms = []
 
-    def train(lap: measuring.Lap) -> None:
+    def train(lap: timing.Lap) -> None:
         arms.append(train_step.build("plan", args, mixing, batches))
         arms[0].run(lap)
 
     device = torch.device("cpu")
-    whole = measuring.peak_bytes(train, device)
-    step = measuring.peak_bytes(arms[0].run, device)
+    whole = timing.peak_bytes(train, device)
+    step = timing.peak_bytes(arms[0].run, device)
     split = Split(gpus=1, micro_batch=args.micro_batch_size, recompute=recompute)
     planned = memory.peak(Model.from_args(args, mixing), split, memory.CPU)
     at_rest = planned.weights + planned.gradients + planned.optimizer

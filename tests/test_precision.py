@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
-from megatron_moa.recording import Comparison
+from megatron_moa.research.compare_runs import Comparison
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, Run, recorded, train
 

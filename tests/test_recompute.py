@@ -21,7 +21,7 @@ from megatron_moa.layers import mlp as mlp_module
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchRMSNorm
 from megatron_moa.mixture.config import FORMS, MixingConfig
-from megatron_moa.recording import Comparison
+from megatron_moa.research.compare_runs import Comparison
 from megatron_moa.training import recompute
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.layers import build_model, logits_of, make_config, moe_settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.recording import Comparison, Piece, Record, Step, assemble
+from megatron_moa.research.compare_runs import Comparison, Piece, Record, Step, assemble
 from tests.training import ROOT, run_script
 
 TOOL = "tools/compare_parallel.py"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.recording import assemble
+from megatron_moa.research.compare_runs import assemble
 from tests.training import FORM_ARMS, MOE, SWIGLU, TWO_KINDS, record, recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(900)]  # a tour has up to nine runs

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa import recording
-from megatron_moa.recording import Record
+from megatron_moa.research import compare_runs
+from megatron_moa.research.compare_runs import Record
 from megatron_moa.training.exit_codes import EXIT_SAVED_ON_SIGNAL
 from tests import launch
 from tests.training import FORM_ARMS, MOE, ROOT, SWIGLU, TINY, TWO_KINDS, record, recorded
@@ -121,7 +121,7 @@ def _stopped_by_signal(arguments: list[str], folder: Path, at: int) -> None:
         return train_step(*args, **kwargs)
 
     training.train_step = step
-    recording.run(str(ROOT / "pretrain_gpt_moa.py"), arguments, folder)
+    compare_runs.run(str(ROOT / "pretrain_gpt_moa.py"), arguments, folder)
 
 
 def test_run_stopped_by_a_signal_resumes_as_the_same_run(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ import pytest
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.start_scale import matching_scale, output_scale
-from megatron_moa.study.arms import ARMS, Size
-from megatron_moa.study.corpora import make_corpus
-from megatron_moa.study.grid import Cell, cell_values, pending, read_study
-from megatron_moa.study.paper import ROWS, TABLE_1, TABLE_2
-from megatron_moa.study.planned import planned
-from megatron_moa.study.runner import RESULTS, Runner, command, losses_of, read_results
-from megatron_moa.study.timing import TIMING, WIDER, width_of_equal_time
+from megatron_moa.research.study.arms import ARMS, Size
+from megatron_moa.research.study.corpora import make_corpus
+from megatron_moa.research.study.grid import Cell, cell_values, pending, read_study
+from megatron_moa.research.study.paper import ROWS, TABLE_1, TABLE_2
+from megatron_moa.research.study.planned import planned
+from megatron_moa.research.study.runner import RESULTS, Runner, command, losses_of, read_results
+from megatron_moa.research.study.timing import TIMING, WIDER, width_of_equal_time
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = Size("tiny", layers=2, hidden=48, ffn=128, heads=2, sequence=64, batch=8, init_std=0.0924)
@@ -519,7 +519,7 @@ def test_two_kills_change_nothing(smoke, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_controls_and_the_steps_of_the_comparison(smoke):
-    from megatron_moa.study.statistics import Results
+    from megatron_moa.research.study.statistics import Results
 
     results = Results(read_results(smoke / RESULTS))
     (setting,) = results.settings

@@ -14,9 +14,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from megatron_moa.study.arms import ARMS
-from megatron_moa.study.paper import reported
-from megatron_moa.study.statistics import UNTUNED
+from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.paper import reported
+from megatron_moa.research.study.statistics import UNTUNED
 from tests.test_study_statistics import SETTING, line, seeds
 from tests.training import ROOT
 from tools import study_report

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from megatron_moa.study.statistics import (
+from megatron_moa.research.study.statistics import (
     AT_LEAST,
     AT_MOST,
     BETTER,

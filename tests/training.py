@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moa import recording
-from megatron_moa.recording import Record
+from megatron_moa.research import compare_runs
+from megatron_moa.research.compare_runs import Record
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 from tests import launch
 
@@ -102,9 +102,9 @@ def train(*arguments: str | Path, processes: int = 1, check: bool = True) -> Run
 def record(
     folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None, check: bool = True
 ) -> Run:
-    """As :func:`train`, recorded (megatron_moa.recording) in a folder; ``start_from`` another record's weights."""
+    """As :func:`train`, recorded (megatron_moa.research.compare_runs) in a folder; ``start_from`` another record's weights."""
     target = (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments), folder, start_from)
-    return _launched(recording.run, target, processes, check)
+    return _launched(compare_runs.run, target, processes, check)
 
 
 def recorded(folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None) -> Record:

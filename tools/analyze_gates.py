@@ -32,7 +32,7 @@ from megatron_moa.data.corpus import read_documents
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 if TYPE_CHECKING:
-    from megatron_moa.gate_probe import GateProbe, Recording
+    from megatron_moa.research.gates.probe import GateProbe, Recording
     from megatron_moa.trained.from_megatron import LoadedModel, PreparedCheckpoint
 
 PROGRAM = "analyze_gates.py"
@@ -123,7 +123,7 @@ def read_texts(texts: Sequence[str], part: str | None, prepared: PreparedCheckpo
 
 def token_texts(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
     """How tokens are shown. A token's text in the middle of one: a tokenizer may drop the space before the first."""
-    from megatron_moa.gate_analysis import shown_token
+    from megatron_moa.research.gates.analysis import shown_token
 
     return [
         shown_token(loaded.decode([token, token])[len(loaded.decode([token])) :], token == loaded.end)
@@ -141,9 +141,9 @@ def analyze(
     # Imported here: it takes seconds, and Megatron's messages have been dealt with.
     import torch
 
-    from megatron_moa.gate_analysis import finite, site_entry
-    from megatron_moa.gate_probe import GateProbe, Windows
-    from megatron_moa.study.runner import surroundings
+    from megatron_moa.research.gates.analysis import finite, site_entry
+    from megatron_moa.research.gates.probe import GateProbe, Windows
+    from megatron_moa.research.study.runner import surroundings
 
     loaded = prepared.load()
     windows = Windows.of(documents, loaded.end, loaded.context, flags.tokens, flags.seed)
@@ -203,8 +203,8 @@ def ablate(probe: GateProbe, recording: Recording, seed: int) -> dict[str, Any]:
     """The loss of the text's second half with each ablation, against the loss as it is."""
     from tqdm import tqdm
 
-    from megatron_moa.gate_analysis import ablation_entry, clusters_of
-    from megatron_moa.gate_probe import ablations
+    from megatron_moa.research.gates.analysis import ablation_entry, clusters_of
+    from megatron_moa.research.gates.probe import ablations
 
     windows = probe.windows
     unchanged = recording.losses[windows.half :]
@@ -233,7 +233,7 @@ def write_la(
     Raises:
         UserError: it does not compute what the model does at these means.
     """
-    from megatron_moa.gate_collapse import write_collapsed
+    from megatron_moa.research.gates.collapse import write_collapsed
 
     means = {
         name: mean
@@ -274,8 +274,8 @@ def main(argv: list[str] | None = None) -> None:
         la_folder = written.enter_context(written_folder("--write-la", flags.write_la)) if flags.write_la else None
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
             analysis, said = analyze(flags, megatron_flags, la_folder)
-        from megatron_moa.gate_analysis import gate_table, markdown
-        from megatron_moa.gate_pictures import draw_curves, draw_gates
+        from megatron_moa.research.gates.analysis import gate_table, markdown
+        from megatron_moa.research.gates.pictures import draw_curves, draw_gates
 
         report = "\n".join(markdown(analysis))
         if out is not None:

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import accuracy, measuring
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixingConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
+from megatron_moa.research.benchmarks import kernel_errors, timing
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")
@@ -191,7 +191,7 @@ def measure(
     sizes: Sizes, wanted: list[MixingConfig], options: argparse.Namespace, device: torch.device, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
     """A record for each contender: those with a linear branch, those without, gates."""
-    maker = Maker(sizes, device, measuring.DTYPES[options.dtype])
+    maker = Maker(sizes, device, timing.DTYPES[options.dtype])
     names = {"la": "LA", "moa": "MoA"}
     for gated in (True, False):
         own = {f"{names[m.mixing]} {m.form} {m.backend}": m for m in wanted if m.gated == gated}
@@ -216,22 +216,22 @@ def _family(
     device: torch.device,
     bandwidth: float,
 ) -> Iterator[dict[str, Any]]:
-    runs: dict[str, measuring.Run] = {}
+    runs: dict[str, timing.Run] = {}
     for name, contender in contenders.items():
         try:
             grad = torch.randn_like(contender.forward())
-            run = measuring.forward_backward(contender.forward, grad, contender.leaves)
-            run(measuring.no_lap)
+            run = timing.forward_backward(contender.forward, grad, contender.leaves)
+            run(timing.no_lap)
         except torch.OutOfMemoryError:
             print(f"left out, {name}: does not fit into the GPU's memory")
             torch.cuda.empty_cache()
             continue
         runs[name] = run
-    timings = measuring.time_alternately(runs, device, options.rounds, flush=True)
+    timings = timing.time_alternately(runs, device, options.rounds, flush=True)
     for name in runs:
         contender, record = contenders[name], timings.record(name)
         rate = {phase: contender.bytes[phase] / record["ms"][phase] / 1e6 for phase in contender.bytes}
-        phases = (*contender.bytes, measuring.TOTAL)
+        phases = (*contender.bytes, timing.TOTAL)
         yield {
             "arm": name,
             **contender.facts,
@@ -259,9 +259,9 @@ def print_table(records: list[dict[str, Any]]) -> None:
         row = [record["arm"], record["ms"]["forward"], record["ms"]["backward"]]
         for phase in ("forward", "backward"):
             row += [f"{record['gb_per_s'][phase]:.0f}", f"{record['of_copy'][phase]:.2f}"]
-        row += [f"{ratio[phase]:.3f}" if ratio else None for phase in ("forward", "backward", measuring.TOTAL)]
+        row += [f"{ratio[phase]:.3f}" if ratio else None for phase in ("forward", "backward", timing.TOTAL)]
         rows.append(row)
-    print(measuring.table(header, rows), flush=True)
+    print(timing.table(header, rows), flush=True)
 
 
 def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
@@ -269,34 +269,34 @@ def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
     sizes = list(dict.fromkeys(record[grown if grown != "activations" else "K"] for record in records))
     arms = list(dict.fromkeys(record["arm"] for record in records if record["role"] == "mixture"))
     cells = {
-        (record["arm"], record[grown if grown != "activations" else "K"]): record["ratio"][measuring.TOTAL]
+        (record["arm"], record[grown if grown != "activations" else "K"]): record["ratio"][timing.TOTAL]
         for record in records
         if record["role"] == "mixture"
     }
     rows = [[arm, *(f"{cells[arm, size]:.3f}" if (arm, size) in cells else None for size in sizes)] for arm in arms]
     label = "K" if grown == "activations" else grown
     print(f"\nforward and backward together over the baseline's, by {label}\n")
-    print(measuring.table(["", *map(str, sizes)], rows), flush=True)
+    print(timing.table(["", *map(str, sizes)], rows), flush=True)
 
 
 def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
     """Accuracy of all forms, sources, gates and backends: odd and empty sizes, bias, scale, groups; a record each."""
     for dtype, mixing in itertools.product(options.dtypes, mixings(options, backends)):
-        own = measuring.DTYPES[dtype]
+        own = timing.DTYPES[dtype]
         results: list[Any] = []
         # torch.compile makes code anew for another width, bias or scale: few combinations, each thing in one of them.
         for tokens, width, further in ((0, 129, False), (1, 129, True), (37, 129, False), (128, 1024, True)):
-            results += accuracy.check_mixture(
+            results += kernel_errors.check_mixture(
                 mixing, own, device, tokens=tokens, width=width, bias=further, scale=further
             )
         if mixing.mixing == "la":
-            results += accuracy.check_mixture(mixing, own, device, tokens=128, width=1024, groups=5)
+            results += kernel_errors.check_mixture(mixing, own, device, tokens=128, width=1024, groups=5)
         else:
             for gate, further in itertools.product(GATES, (False, True)):
                 amplitude = "learned" if further else "fixed"
                 gated = replace(mixing, gate=gate, gate_bias=further, amplitude=amplitude)
                 for tokens, hidden, groups in ((0, 64, 0), (37, 129, 0), (128, 512, 0), (128, 512, 5)):
-                    results += accuracy.check_gate(
+                    results += kernel_errors.check_gate(
                         gated, own, device, tokens=tokens, hidden=hidden, groups=groups, scale=further
                     )
         worst = max(results, key=lambda result: (not result.ok, result.error / result.limit))
@@ -319,13 +319,13 @@ def print_checks(records: list[dict[str, Any]]) -> None:
         for r in records
     ]
     header = ("", "dtype", "results", "wrong", "furthest off", "error", "of PyTorch in this dtype")
-    print(measuring.table(header, rows), flush=True)
+    print(timing.table(header, rows), flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Our flags."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = {"type": measuring.positive, "metavar": "N"}
+    size = {"type": timing.positive, "metavar": "N"}
     parser.add_argument("--tokens", **size, help="default: 8192 on a GPU, 2048 on a CPU")
     parser.add_argument("--ffn", **size, help="f (default: 8192 on a GPU, 1408 on a CPU)")
     parser.add_argument("--hidden", **size, help="h of the gate (default: f / 4)")
@@ -335,13 +335,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grow", choices=tuple(GROWN), help="how the cost grows with K, f or tokens")
     parser.add_argument("--values", nargs="+", **size, help=f"of what --grow names (default: {GROWN})")
     parser.add_argument("--check", action="store_true", help="accuracy only; all dtypes unless --dtype names one")
-    measuring.add_arguments(parser, rounds=20)
+    timing.add_arguments(parser, rounds=20)
     options = parser.parse_args(argv)
     if options.values and not options.grow:
         raise UserError("--values: of what? add --grow activations, ffn or tokens")
     if options.grow == "activations" and max(options.values or [0]) > len(ORDER):
         raise UserError(f"--values {max(options.values)}: there are {len(ORDER)} activations to grow over")
-    options.dtypes = [options.dtype] if options.dtype else list(measuring.DTYPES)
+    options.dtypes = [options.dtype] if options.dtype else list(timing.DTYPES)
     return options
 
 
@@ -365,26 +365,26 @@ def main(argv: list[str] | None = None) -> None:
     """Checks, times, reports."""
     with one_line_errors(PROGRAM):
         options = parse(argv)
-        device, dtype = measuring.set_up(options)
+        device, dtype = timing.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
-        surroundings = measuring.environment(device)
-        print(measuring.describe(surroundings), flush=True)
+        surroundings = timing.environment(device)
+        print(timing.describe(surroundings), flush=True)
         backends = there(device, options.backend)
         if options.check:
             try:
                 records = list(check(options, backends, device))
-            except accuracy.AccuracyError as error:  # a gradient that is missing, or of another shape or dtype
+            except kernel_errors.AccuracyError as error:  # a gradient that is missing, or of another shape or dtype
                 print(f"{PROGRAM}: {error}")
                 raise SystemExit(1) from None
             print_checks(records)
-            measuring.append_records(options.json, "accuracy", surroundings, records)
+            timing.append_records(options.json, "accuracy", surroundings, records)
             raise SystemExit(1 if any(record["failed"] for record in records) else 0)
-        bandwidth = measuring.copy_bandwidth(device)
+        bandwidth = timing.copy_bandwidth(device)
         print(f"copy on this device: {bandwidth:.0f} GB/s", flush=True)
         records = []
         for sizes in series(options, device):
             wanted = mixings(options, backends, sizes.activations)
-            measuring.require_correct(PROGRAM, wanted, dtype, device, width=sizes.ffn, hidden=sizes.hidden)
+            timing.require_correct(PROGRAM, wanted, dtype, device, width=sizes.ffn, hidden=sizes.hidden)
             label = "" if sizes.activations is None else f", K {sizes.activations}"
             print(f"\n{sizes.tokens} tokens, f {sizes.ffn}, h {sizes.hidden}{label}, {options.dtype}\n")
             found = [
@@ -394,7 +394,7 @@ def main(argv: list[str] | None = None) -> None:
             records += found
     if options.grow:
         print_growth(options.grow, records)
-    measuring.append_records(options.json, "kernels", surroundings, records)
+    timing.append_records(options.json, "kernels", surroundings, records)
 
 
 if __name__ == "__main__":

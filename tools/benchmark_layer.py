@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import cpu, measuring
+from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, FORMS, MixingConfig
 from megatron_moa.mixture.functional import resolve_backend
+from megatron_moa.research.benchmarks import timing
 
 PROGRAM = "benchmark_layer.py"
 LABELS = {"la": "LA", "moa": "MoA"}
@@ -183,7 +184,7 @@ class Built:
     """A layer ready to be timed."""
 
     forward: Callable[[], Tensor]
-    run: measuring.Run
+    run: timing.Run
     leaves: list[Tensor]
     coefficients: list[Tensor]  # what the layer's last forward mixed with
 
@@ -213,7 +214,7 @@ def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: to
         coefficients.clear()
         return layer(x)[0]
 
-    return Built(forward, measuring.forward_backward(forward, grad, leaves), leaves, coefficients)
+    return Built(forward, timing.forward_backward(forward, grad, leaves), leaves, coefficients)
 
 
 def measure(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> list[dict[str, Any]]:
@@ -237,23 +238,23 @@ def measure(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
             continue
         barrier = torch.distributed.barrier if torch.distributed.get_world_size() > 1 else lambda: None
         runs = {arm.name: built[arm.name].run for arm in own}
-        timings = measuring.time_alternately(runs, device, options.rounds, flush=True, before_each=barrier)
+        timings = timing.time_alternately(runs, device, options.rounds, flush=True, before_each=barrier)
         records += _family_records(own, built, timings, device)
     sizes = {name: getattr(options, name) for name in ("hidden", "ffn", "tokens", "experts", "topk", "dtype")}
     return [{**record, **sizes, "tp": tp} for record in records]
 
 
 def _family_records(
-    own: list[Arm], built: dict[str, Built], timings: measuring.Timings, device: torch.device
+    own: list[Arm], built: dict[str, Built], timings: timing.Timings, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     by_role = {role: [arm.name for arm in own if arm.role == role] for role in ("stock", "compiled")}
     stock = timings.fastest(by_role["stock"]) if by_role["stock"] else None
     (compiled,) = by_role["compiled"]
-    peaks = {arm.name: measuring.peak_bytes(built[arm.name].run, device) for arm in own}
+    peaks = {arm.name: timing.peak_bytes(built[arm.name].run, device) for arm in own}
     least = min((peaks[name] for name in by_role["stock"]), default=None)
     for arm in own:
         layer = built[arm.name]
-        saved = measuring.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
+        saved = timing.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
         backend = None if arm.mixing is None else resolve_backend(arm.mixing.backend, device.type)
         yield {
             "arm": arm.name,
@@ -266,7 +267,7 @@ def _family_records(
             **timings.record(arm.name),
             "stock": stock,
             "ratio_to_stock": {
-                phase: timings.ratio(arm.name, stock, phase) for phase in ("forward", "backward", measuring.TOTAL)
+                phase: timings.ratio(arm.name, stock, phase) for phase in ("forward", "backward", timing.TOTAL)
             }
             if stock
             else None,
@@ -286,15 +287,15 @@ def print_table(records: list[dict[str, Any]]) -> None:
     rows = []
     for record in records:
         ms, ratio = record["ms"], record["ratio_to_stock"]
-        first, third = record["ms_quartiles"][measuring.TOTAL]
+        first, third = record["ms_quartiles"][timing.TOTAL]
         rows.append(
             (
                 record["arm"],
                 record["backend"],
                 ms["forward"],
                 ms["backward"],
-                f"{ms[measuring.TOTAL]:.4g} ({first:.4g} to {third:.4g})",
-                f"{ratio[measuring.TOTAL]:.3f}" if ratio else None,
+                f"{ms[timing.TOTAL]:.4g} ({first:.4g} to {third:.4g})",
+                f"{ratio[timing.TOTAL]:.3f}" if ratio else None,
                 f"{record['ratio_to_compiled']:.3f}",
                 record["peak_bytes"] / 1e6,
                 f"{record['peak_ratio']:.4f}" if record["peak_ratio"] else None,
@@ -302,7 +303,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 record["saved_coefficient_bytes"] / 1e6,
             )
         )
-    print(measuring.table(header, rows), flush=True)
+    print(timing.table(header, rows), flush=True)
 
 
 def check_goals(records: list[dict[str, Any]]) -> bool:
@@ -315,7 +316,7 @@ def check_goals(records: list[dict[str, Any]]) -> bool:
         figures = [
             (
                 f"time over {record['stock']}",
-                record["ratio_to_stock"] and record["ratio_to_stock"][measuring.TOTAL],
+                record["ratio_to_stock"] and record["ratio_to_stock"][timing.TOTAL],
                 goal,
             ),
             ("peak memory over stock", record["peak_ratio"], PEAK_GOAL),
@@ -355,7 +356,7 @@ def split_over(tp: int) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Our flags."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = {"type": measuring.positive, "metavar": "N"}
+    size = {"type": timing.positive, "metavar": "N"}
     parser.add_argument("--hidden", **size, default=512, help="h (default: %(default)s)")
     parser.add_argument("--ffn", **size, default=1408, help="f, of one expert in a MoE (default: %(default)s)")
     parser.add_argument("--tokens", **size, default=2048, help="default: %(default)s")
@@ -383,7 +384,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="how costs grow: with experts, doubled up to --experts; with TP sizes, up to all processes of torchrun",
     )
     parser.add_argument("--require", action="store_true", help=f"exit code 1 unless MoA meets the goals: {GOALS}")
-    measuring.add_arguments(parser, rounds=15)
+    timing.add_arguments(parser, rounds=15)
     options = parser.parse_args(argv)
     if options.execution and not options.experts:
         raise UserError(f"--execution {options.execution}: there are no experts; add --experts N")
@@ -416,7 +417,7 @@ def main(argv: list[str] | None = None) -> None:
     """Checks, times, reports."""
     with one_line_errors(PROGRAM):
         options = parse(argv)
-        device, dtype = measuring.set_up(options)
+        device, dtype = timing.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
         cpu.prepare()
         start(device)
@@ -425,12 +426,12 @@ def main(argv: list[str] | None = None) -> None:
         for _, tp in series:
             if world % tp or options.hidden % tp or options.ffn % tp or options.tokens % tp:
                 raise UserError(f"--tp {tp}: does not divide {world} processes, --hidden, --ffn and --tokens")
-        surroundings = measuring.environment(device)
-        _say(measuring.describe(surroundings))
+        surroundings = timing.environment(device)
+        _say(timing.describe(surroundings))
         split_over(series[0][1])
         mixings = [arm.mixing for arm in arms(options) if arm.mixing is not None]
         width, scale = options.ffn // series[0][1], bool(options.experts)
-        measuring.require_correct(PROGRAM, mixings, dtype, device, width=width, hidden=options.hidden, scale=scale)
+        timing.require_correct(PROGRAM, mixings, dtype, device, width=width, hidden=options.hidden, scale=scale)
         records: list[dict[str, Any]] = []
         for own, tp in series:
             split_over(tp)
@@ -444,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         print()
         good = check_goals(records)
-        measuring.append_records(options.json, "layer", surroundings, records)
+        timing.append_records(options.json, "layer", surroundings, records)
     torch.distributed.destroy_process_group()
     raise SystemExit(1 if options.require and not good else 0)
 

@@ -2,7 +2,7 @@
 
     python tools/compare_parallel.py --b '--tensor-model-parallel-size 2 --sequence-parallel'
     python tools/compare_parallel.py --a '--moa-backend eager' --b '--moa-backend compile'
-    python tools/compare_parallel.py --records A B        # of runs of your own: python -m megatron_moa.recording --help
+    python tools/compare_parallel.py --records A B        # of runs of your own: python -m megatron_moa.research.compare_runs --help
     python tools/compare_parallel.py --processes-b 2 --b '--use-distributed-optimizer' -- --moa-mixing la --num-layers 4
 
 Both settings are flags of pretrain_gpt_moa.py; flags after ``--`` hold for both and come after a tiny model's
@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.recording import Comparison, Record
+from megatron_moa.research.compare_runs import Comparison, Record
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def train(flags: list[str], processes: int, folder: Path, start_from: Path | Non
     Raises:
         UserError: the run failed; what it printed is on stderr.
     """
-    record = ["-m", "megatron_moa.recording", "--to", str(folder)]
+    record = ["-m", "megatron_moa.research.compare_runs", "--to", str(folder)]
     if start_from is not None:
         record += ["--start-from", str(start_from)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

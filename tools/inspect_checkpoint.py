@@ -38,9 +38,9 @@ from megatron_moa.checkpoints.tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.measuring import table
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.research.benchmarks.timing import table
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time

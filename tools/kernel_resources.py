@@ -28,10 +28,10 @@ from unittest import mock
 
 import torch
 
-from megatron_moa import measuring
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixingConfig
+from megatron_moa.research.benchmarks import timing
 
 PROGRAM = "kernel_resources.py"
 
@@ -338,8 +338,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
     parser.add_argument("--mixing", choices=MIXINGS, default="moa", help="default: moa")
     parser.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=(), help="default: the form's")
-    parser.add_argument("--dtype", choices=tuple(measuring.DTYPES), default="bf16", help="default: bf16")
-    size = {"type": measuring.positive, "metavar": "N"}
+    parser.add_argument("--dtype", choices=tuple(timing.DTYPES), default="bf16", help="default: bf16")
+    size = {"type": timing.positive, "metavar": "N"}
     parser.add_argument("--ffn", **size, default=8192, help="f (default: 8192)")
     parser.add_argument("--hidden", **size, help="h, for the gates (default: f / 4)")
     parser.add_argument(
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(PROGRAM):
         options = parse(argv)
         require_tools(options.arch)
-        dtype = measuring.DTYPES[options.dtype]
+        dtype = timing.DTYPES[options.dtype]
         bandwidths = options.bandwidth if options.arch == HOPPER else ()
         common = {"mixing": options.mixing, "dtype": options.dtype, "arch": options.arch}
         records = []
@@ -413,8 +413,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print(options, rows, gates, bandwidths)
         if options.json:
             try:
-                surroundings = measuring.environment(torch.device("cpu"))
-                measuring.append_records(options.json, "resources", surroundings, records)
+                surroundings = timing.environment(torch.device("cpu"))
+                timing.append_records(options.json, "resources", surroundings, records)
             except OSError as error:
                 raise UserError(f"--json {options.json}: {error.strerror}; name a file that can be written") from error
 
@@ -429,10 +429,10 @@ def _print(
         head += ["issue ps", "half ps", "MUFU ps"]
     for bandwidth in bandwidths:
         head += [f"{bandwidth:g} TB/s ps", "bound / that"]
-    print(measuring.table(head, rows))
+    print(timing.table(head, rows))
     if gates:
         print()
-        print(measuring.table(["", "regs", "spilled", "shared"], gates))
+        print(timing.table(["", "regs", "spilled", "shared"], gates))
 
 
 if __name__ == "__main__":

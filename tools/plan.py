@@ -29,11 +29,11 @@ from typing import Any
 
 from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.measuring import positive, table
 from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
+from megatron_moa.research.benchmarks.timing import positive, table
 from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
 from megatron_moa.training.gpus import GPUS
 

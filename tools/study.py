@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moa.errors import OneLineParser, one_line_ending
-from megatron_moa.measuring import positive
+from megatron_moa.research.benchmarks.timing import positive
 
 PROGRAM = "study.py"
 
@@ -49,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left to be run."""
     flags = make_parser().parse_args(argv)
     with one_line_ending(PROGRAM, "finished runs are kept; the same command goes on"):
-        from megatron_moa.study.grid import PAPER, read_study
-        from megatron_moa.study.planned import planned
-        from megatron_moa.study.runner import Runner, visible_gpus
+        from megatron_moa.research.study.grid import PAPER, read_study
+        from megatron_moa.research.study.planned import planned
+        from megatron_moa.research.study.runner import Runner, visible_gpus
 
         study = read_study(flags.study, flags.scale)
         if flags.plan:

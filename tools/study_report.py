@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--out {flags.out}: the report is markdown; name a file that ends in .md")
         if flags.out.is_dir():
             raise UserError(f"--out {flags.out}: is a folder; name a file")
-        from megatron_moa.study.evidence import read_evidence
-        from megatron_moa.study.report import report
+        from megatron_moa.research.study.evidence import read_evidence
+        from megatron_moa.research.study.report import report
 
         evidence = read_evidence(flags.results)
         command = shlex.join(["python", "tools/study_report.py", *map(str, flags.results), "--out", str(flags.out)])

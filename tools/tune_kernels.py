@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from megatron_moa import accuracy, measuring
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixingConfig
+from megatron_moa.research.benchmarks import kernel_errors, timing
 
 PROGRAM = "tune_kernels.py"
 
@@ -85,8 +85,8 @@ def tune(
 
     from megatron_moa.mixture.triton_backend.tile_sizes import configuration, using
 
-    def run_with(chosen: Any) -> measuring.Run:
-        def run(lap: measuring.Lap) -> None:
+    def run_with(chosen: Any) -> timing.Run:
+        def run(lap: timing.Lap) -> None:
             with using(kernel, mixing.form, f, chosen):
                 launch()
             lap(kernel)
@@ -94,22 +94,22 @@ def tune(
         return run
 
     before = configuration(kernel, mixing.form, f, device)
-    runs: dict[str, measuring.Run] = {}
+    runs: dict[str, timing.Run] = {}
     by_name = {str(chosen): chosen for chosen in (before, *tried)}
     for name, chosen in by_name.items():
         run = run_with(chosen)
         try:
-            run(measuring.no_lap)  # compiles
+            run(timing.no_lap)  # compiles
         except (OutOfResources, PTXASError):
             if chosen is before:
                 raise
             continue
         runs[name] = run
-    timings = measuring.time_alternately(runs, device, rounds, flush=True)
+    timings = timing.time_alternately(runs, device, rounds, flush=True)
     name = timings.fastest(runs)
     best = by_name[name]
     with using(kernel, mixing.form, f, best):
-        accuracy.require(accuracy.check_mixture(mixing, dtype, device, tokens=65, width=f))
+        kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, device, tokens=65, width=f))
     print(
         f"{mixing.mixing} {mixing.form} {kernel}, f {f}: {timings.median(str(before)):.4f} -> "
         f"{timings.median(name):.4f} ms, {best}; {len(runs)} tried, {len(by_name) - len(runs)} did not fit",
@@ -159,14 +159,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     description = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=description)
-    size = {"type": measuring.positive, "metavar": "N"}
+    size = {"type": timing.positive, "metavar": "N"}
     parser.add_argument("--ffn", **size, nargs="+", required=True, help="widths f (of a tensor-parallel rank)")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
     parser.add_argument(
         "--mixing", choices=MIXINGS, default="moa", help="default: moa; the file has one entry for both"
     )
     parser.add_argument("--tokens", **size, default=8192, help="default: 8192")
-    parser.add_argument("--dtype", choices=tuple(measuring.DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument("--dtype", choices=tuple(timing.DTYPES), default="bf16", help="default: bf16")
     parser.add_argument("--rounds", **size, default=15, help="repetitions of each, in alternation (default: 15)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="what it holds of others stays")
     return parser.parse_args(argv)
@@ -180,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("no GPU here; run this where the model will be trained")
         from megatron_moa.mixture.triton_backend.tile_sizes import architecture
 
-        device, dtype = torch.device("cuda"), measuring.DTYPES[options.dtype]
+        device, dtype = torch.device("cuda"), timing.DTYPES[options.dtype]
         write(options.output, architecture(device), [])  # what fails, fails before minutes are spent
-        print(measuring.describe(measuring.environment(device)), flush=True)
+        print(timing.describe(timing.environment(device)), flush=True)
         for form, f in itertools.product(options.form, options.ffn):
             mixing = MixingConfig(mixing=options.mixing, form=form, backend="triton")
             launches = launchers(mixing, options.tokens, f, dtype, device)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 tried = list(candidates(kernel, options.mixing))
                 try:
                     entry = tune(mixing, kernel, launches[kernel], f, dtype, device, tried, options.rounds)
-                except accuracy.AccuracyError as error:
+                except kernel_errors.AccuracyError as error:
                     print(f"{PROGRAM}: {error}")
                     raise SystemExit(1) from None
                 write(options.output, architecture(device), [entry])  # one by one: a run cut short keeps what it found

@@ -75,4 +75,4 @@ for seed in "${SEEDS[@]}"; do
         [ -n "$DRY_RUN" ] || touch "$folder/ended"
     done
 done
-[ -n "$DRY_RUN" ] || exec "$PYTHON" -m megatron_moa.gate_continued "$OUT"
+[ -n "$DRY_RUN" ] || exec "$PYTHON" -m megatron_moa.research.gates.continued "$OUT"

@@ -16,8 +16,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from megatron_moa.study.arms import ARMS
-from megatron_moa.study.statistics import BASELINE, UNTUNED, Results, Setting, fit_power_law
+from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.statistics import BASELINE, UNTUNED, Results, Setting, fit_power_law
 
 # What is drawn where all arms would hide one another.
 CHIEF_ARMS = (

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_moa.errors import UserError
-from megatron_moa.study.arms import ARMS
-from megatron_moa.study.grid import Study, pending
+from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.grid import Study, pending
 
 _PLAN = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
 GPU, MFU = "h100", 0.25

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moa.errors import UserError
-from megatron_moa.study.grid import Cell
-from megatron_moa.study.runner import RESULTS, read_results
-from megatron_moa.study.statistics import Results
-from megatron_moa.study.timing import TIMING
+from megatron_moa.research.study.grid import Cell
+from megatron_moa.research.study.runner import RESULTS, read_results
+from megatron_moa.research.study.statistics import Results
+from megatron_moa.research.study.timing import TIMING
 
 _CELL = {field.name for field in fields(Cell)}
 _LINE = ("cell", "final", "non_embedding", "iterations", "loss", "flags", "machine", "versions", "date")

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
-from megatron_moa.study.arms import ARMS
-from megatron_moa.study.grid import best_rate, cell_from, rates_of
-from megatron_moa.study.runner import losses_of
+from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.grid import best_rate, cell_from, rates_of
+from megatron_moa.research.study.runner import losses_of
 
 CONFIDENCE = 0.95
 LEAST_SIZES = 4  # of a fit: a law of three parameters goes through three points whatever they are
@@ -28,7 +28,7 @@ AT_MOST, AT_LEAST, UNKNOWN = "≤ ", "≥ ", "? "  # of a difference, where an a
 _OF_SIZE = ("--num-layers", "--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--init-method-std")
 _OF_RUN = ("--lr", "--min-lr", "--seed", "--micro-batch-size", "--swiglu", "--squared-relu")
 
-Setting = tuple[str, str, int, str, str]  # megatron_moa.study.grid.Cell.setting
+Setting = tuple[str, str, int, str, str]  # megatron_moa.research.study.grid.Cell.setting
 
 
 @dataclass(frozen=True)

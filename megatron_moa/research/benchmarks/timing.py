@@ -399,14 +399,16 @@ def require_correct(
         tokens: few are enough.
         scale: whether the mixture multiplies by a router's probability.
     """
-    from megatron_moa import accuracy
+    from megatron_moa.research.benchmarks import kernel_errors
 
     try:
         for mixing in dict.fromkeys(mixings):
-            accuracy.require(accuracy.check_mixture(mixing, dtype, device, tokens=tokens, width=width, scale=scale))
+            kernel_errors.require(
+                kernel_errors.check_mixture(mixing, dtype, device, tokens=tokens, width=width, scale=scale)
+            )
             if mixing.mixing == "moa":
-                accuracy.require(accuracy.check_gate(mixing, dtype, device, tokens=tokens, hidden=hidden))
-    except accuracy.AccuracyError as error:
+                kernel_errors.require(kernel_errors.check_gate(mixing, dtype, device, tokens=tokens, hidden=hidden))
+    except kernel_errors.AccuracyError as error:
         text = " ".join(str(error).split())
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: nothing was timed, because a result is wrong: {text}", flush=True)

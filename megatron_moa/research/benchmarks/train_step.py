@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moa import measuring
 from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.research.benchmarks import timing
 
 
 @dataclass
@@ -25,7 +25,7 @@ class TrainStep:
 
     name: str
     mixing: MixingConfig | None
-    run: measuring.Run
+    run: timing.Run
     parameters: int
     state_bytes: int | None
 
@@ -58,11 +58,11 @@ def build(name: str, args: argparse.Namespace, mixing: MixingConfig | None, batc
     config.finalize_model_grads_func = finalize_model_grads
     iterator = RerunDataIterator(batches)
 
-    def run(lap: measuring.Lap) -> None:
+    def run(lap: timing.Lap) -> None:
         train_step(forward_step, iterator, model, optimizer, schedule, config, get_forward_backward_func(), iteration=0)
         lap("step")
 
-    run(measuring.no_lap)  # the optimizer makes its state in its first step
+    run(timing.no_lap)  # the optimizer makes its state in its first step
     state = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else None
     return TrainStep(name, mixing, run, measure_mixture(model).parameters, state)
 

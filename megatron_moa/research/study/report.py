@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_moa.study.arms import ARMS
-from megatron_moa.study.evidence import Evidence
-from megatron_moa.study.paper import ROWS, reported
-from megatron_moa.study.pictures import (
+from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.evidence import Evidence
+from megatron_moa.research.study.paper import ROWS, reported
+from megatron_moa.research.study.pictures import (
     CHIEF_ARMS,
     anchor,
     arm_panel,
@@ -24,7 +24,7 @@ from megatron_moa.study.pictures import (
     setting_title,
     size_title,
 )
-from megatron_moa.study.statistics import (
+from megatron_moa.research.study.statistics import (
     AT_LEAST,
     AT_MOST,
     BASELINE,
@@ -40,8 +40,8 @@ from megatron_moa.study.statistics import (
     Tuned,
     fit_power_law,
 )
-from megatron_moa.study.steps import CHAINS, CONTROLS, MATCHED, OWN_SCALE, Step
-from megatron_moa.study.timing import TIMING
+from megatron_moa.research.study.steps import CHAINS, CONTROLS, MATCHED, OWN_SCALE, Step
+from megatron_moa.research.study.timing import TIMING
 
 _BI_SIDED = ("moa-bi-sided", "moa-bi-sided-matched", "la-bi-sided", "la-bi-sided-matched")
 PAPER_SMALLEST = 120e6  # parameters; what arXiv 2605.26647 begins at
@@ -133,7 +133,7 @@ class _Report:
                 yield f"- {arm_title(arm)}, against SwiGLU, in {len(verdicts)} settings: {_tally(verdicts)}."
 
     def _gates_in_short(self) -> Lines:
-        from megatron_moa.gate_analysis import change, continued_summary
+        from megatron_moa.research.gates.analysis import change, continued_summary
 
         what = {"frozen": "with frozen gates", "la": "with gates replaced by their means, which train"}
         means = [
@@ -614,8 +614,8 @@ class _Report:
     def _gates(self) -> Lines:
         if not self.evidence.gates:
             return
-        from megatron_moa.gate_analysis import beside_one_another, markdown
-        from megatron_moa.gate_pictures import draw_curves
+        from megatron_moa.research.gates.analysis import beside_one_another, markdown
+        from megatron_moa.research.gates.pictures import draw_curves
 
         yield "## Trained gates\n"
         if len(self.evidence.gates) > 1:

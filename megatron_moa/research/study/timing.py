@@ -1,7 +1,7 @@
 """The time of every arm's training step, in alternation in one process, with nothing else of the study running.
 
 Times in a study's results are taken while other runs go on beside it; comparisons at equal time use these. Run by
-:mod:`megatron_moa.study.runner` as a process of its own: arms come in on stdin, medians go out on stdout, as JSON.
+:mod:`megatron_moa.research.study.runner` as a process of its own: arms come in on stdin, medians go out on stdout, as JSON.
 """
 
 from __future__ import annotations
@@ -67,14 +67,15 @@ def main() -> None:
     """Reads arms from stdin, times their steps, prints JSON as the last line."""
     import torch
 
-    from megatron_moa import cpu, measuring
+    from megatron_moa import cpu
+    from megatron_moa.research.benchmarks import timing
 
     request = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="megatron")
     cpu.prepare()
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa.train_step import build, random_batches
+    from megatron_moa.research.benchmarks.train_step import build, random_batches
     from megatron_moa.training.arguments import parse_arguments
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,7 +91,7 @@ def main() -> None:
                 batches = random_batches(args)
             args.padded_vocab_size = first.padded_vocab_size
             steps.append(build(name, args, mixing, batches))
-        timings = measuring.time_alternately(
+        timings = timing.time_alternately(
             {step.name: step.run for step in steps}, device, request["rounds"], warmup=_WARM_UP
         )
     times = {}

@@ -1,6 +1,6 @@
 """Records what a training computed, exactly and by global name, so that two runs can be compared however each is split.
 
-    torchrun --nproc-per-node 2 -m megatron_moa.recording --to FOLDER pretrain_gpt_moa.py ARGS...
+    torchrun --nproc-per-node 2 -m megatron_moa.research.compare_runs --to FOLDER pretrain_gpt_moa.py ARGS...
 
 runs any script that trains through Megatron's ``pretrain`` and leaves in FOLDER, one file a rank: loss and gradient
 norm of every step at full precision, the gradients of the first step as the optimizer gets them (summed over all ranks,
@@ -323,8 +323,8 @@ def run(script: str, arguments: list[str], to: Path, start_from: Path | None = N
 
 
 def main() -> None:
-    """``python -m megatron_moa.recording --to FOLDER SCRIPT ARGS...``"""
-    program = "python -m megatron_moa.recording"
+    """``python -m megatron_moa.research.compare_runs --to FOLDER SCRIPT ARGS...``"""
+    program = "python -m megatron_moa.research.compare_runs"
     parser = OneLineParser(prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the record goes")
     parser.add_argument(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from megatron_moa.errors import UserError
+from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.runs.recipes import read_recipe
-from megatron_moa.study.arms import ARMS, Size
 
 PAPER = "paper"  # the scale of a file as it stands
 OPTIMIZERS = ("adamw", "muon")
@@ -86,7 +86,7 @@ class Study:
     """What a study's file says.
 
     Attributes:
-        corpora: settings of :mod:`megatron_moa.study.corpora`, by name.
+        corpora: settings of :mod:`megatron_moa.research.study.corpora`, by name.
         grids: in the order in which they are run.
         flags: of pretrain_gpt_moa.py, for every run.
         evaluation: iterations of the validation at the end of a run.

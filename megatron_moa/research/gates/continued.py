@@ -1,6 +1,6 @@
 """Writes the trainings of examples/studies/continue_frozen.sh as JSON lines, with differences to the first way.
 
-python -m megatron_moa.gate_continued runs/continued
+python -m megatron_moa.research.gates.continued runs/continued
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.gate_analysis import WAYS, continued_summary
+from megatron_moa.research.gates.analysis import WAYS, continued_summary
 from megatron_moa.runs.training_log import TrainingLog
 
 LINES = "continued.jsonl"

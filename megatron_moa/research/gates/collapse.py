@@ -13,9 +13,9 @@ from torch import Tensor
 from megatron_moa.checkpoints.tensors import ModelTensors
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.errors import UserError
-from megatron_moa.gate_probe import GateProbe, Site
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DEFAULT_INITIAL_COEFFICIENT, MixingConfig
+from megatron_moa.research.gates.probe import GateProbe, Site
 from megatron_moa.trained.compare_logits import Comparison, compared_tokens, reference_logits
 from megatron_moa.trained.from_megatron import PreparedCheckpoint, empty_model, prepare_checkpoint
 from megatron_moa.trained.upcycling import args_of_new_run, mixture_flags

@@ -59,7 +59,7 @@ def reported(arm: str, size: str, tokens: int) -> tuple[float, str] | None:
     """What the paper reports of an arm, and of which model: of this one where it has it, else of its smallest.
 
     Args:
-        arm: of megatron_moa.study.arms; ``relu2`` is compared with SwiGLU here.
+        arm: of megatron_moa.research.study.arms; ``relu2`` is compared with SwiGLU here.
         size: of a study; the paper's models have the names of examples/models, with ``_`` or ``.``.
         tokens: of the training.
     """

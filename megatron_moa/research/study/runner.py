@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_moa.errors import UserError
+from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.corpora import Corpus, make_corpus
+from megatron_moa.research.study.grid import Cell, Study, cell_from, cell_values, pending
+from megatron_moa.research.study.timing import TIMING, WIDER, step_times, width_of_equal_time
 from megatron_moa.runs.training_log import TrainingLog
-from megatron_moa.study.arms import ARMS
-from megatron_moa.study.corpora import Corpus, make_corpus
-from megatron_moa.study.grid import Cell, Study, cell_from, cell_values, pending
-from megatron_moa.study.timing import TIMING, WIDER, step_times, width_of_equal_time
 
 RESULTS = "results.jsonl"
 _SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt_moa.py"

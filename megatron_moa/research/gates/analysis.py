@@ -1,6 +1,6 @@
 """Turns what was recorded of a model's gates into JSON, and that into tables and sentences.
 
-:func:`site_entry` and :func:`ablation_entry` make the JSON of what :mod:`megatron_moa.gate_probe` has recorded;
+:func:`site_entry` and :func:`ablation_entry` make the JSON of what :mod:`megatron_moa.research.gates.probe` has recorded;
 :func:`markdown` and :func:`gate_table` tell it, from the JSON alone. docs/gates.md says how to read it.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from megatron_moa.training.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
 
 if TYPE_CHECKING:
-    from megatron_moa.gate_probe import Ablation, Site
     from megatron_moa.mixture.config import MixingConfig
+    from megatron_moa.research.gates.probe import Ablation, Site
 
 _SHOWN = 5  # tokens that ask most for an activation
 _COLUMNS = (

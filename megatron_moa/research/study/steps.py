@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moa.study.statistics import UNDECIDED, WORSE
+from megatron_moa.research.study.statistics import UNDECIDED, WORSE
 
 
 @dataclass(frozen=True)
