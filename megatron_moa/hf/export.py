@@ -37,6 +37,7 @@ from megatron_moa.trained.from_megatron import PreparedCheckpoint
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
 TRANSFORMERS = "5.12 to 5.24"  # releases that exports were tried with: setup.py's range
 _CODE = Path(__file__).parent
+_CODE_FOLDERS = (_CODE, _CODE.parent / "mixture", _CODE.parent)  # no file name is in two of them
 _AUTO = {
     "AutoConfig": "configuration_gpt_moa.GPTMoAConfig",
     "AutoModel": "modeling_gpt_moa.GPTMoAModel",
@@ -245,9 +246,10 @@ def code_files() -> dict[str, str]:
         if f"{name}.py" in files:
             continue
         own = (_CODE / f"{name}.py").is_file()
-        text = ((_CODE if own else _CODE.parent) / f"{name}.py").read_text()
+        folder = next(folder for folder in _CODE_FOLDERS if (folder / f"{name}.py").is_file())
+        text = (folder / f"{name}.py").read_text()
         # The model's own files prefer an installed megatron_moa where they try to import it.
-        imports = r"^(from )megatron_moa\." if own else r"^(\s*from )megatron_moa\."
+        imports = r"^(from )megatron_moa\.(?:\w+\.)*" if own else r"^(\s*from )megatron_moa\.(?:\w+\.)*"
         text = re.sub(imports, r"\1.", text, flags=re.MULTILINE)
         files[f"{name}.py"] = text
         pending += re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE)

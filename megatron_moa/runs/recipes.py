@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_moa.errors import UserError
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _FORMS = ("type1", "one-sided", "bi-sided", "quadratic")
 MIXINGS = ("none", "la", "moa", *_FORMS, *(f"la-{form}" for form in _FORMS))
 TENSOR_CORE_MULTIPLE = 8  # elements of two bytes; a row of a matrix must begin at a multiple of 16 bytes

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixingConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOTAL = "total"
 

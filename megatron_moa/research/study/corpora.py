@@ -23,7 +23,7 @@ import sentencepiece
 
 from megatron_moa.errors import UserError
 
-_TOOLS = Path(__file__).resolve().parents[2] / "tools"
+_TOOLS = Path(__file__).resolve().parents[3] / "tools"
 # Not in the text: Python's tests, installed packages, tables of data.
 LEFT_OUT = ("test/*", "*/test*/*", "*/idle_test/*", "*-packages/*", "encodings/*", "pydoc_data/*")
 _DOCUMENT = 4096  # characters after which a dictionary's next entry begins a new document

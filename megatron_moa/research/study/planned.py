@@ -14,7 +14,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.grid import Study, pending
 
-_PLAN = Path(__file__).resolve().parents[2] / "tools" / "plan.py"
+_PLAN = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 GPU, MFU = "h100", 0.25
 
 

@@ -29,7 +29,7 @@ from megatron_moa.research.study.timing import TIMING, WIDER, step_times, width_
 from megatron_moa.runs.training_log import TrainingLog
 
 RESULTS = "results.jsonl"
-_SCRIPT = Path(__file__).resolve().parents[2] / "pretrain_gpt_moa.py"
+_SCRIPT = Path(__file__).resolve().parents[3] / "pretrain_gpt_moa.py"
 _POINTS = 64  # of a loss curve in a line of results
 _DIVERGED = 17  # exit code of a run whose loss is not finite (megatron_moa.training.nan_guard)
 
