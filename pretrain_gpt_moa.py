@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 if __name__ == "__main__":  # before torch and Megatron are imported, which takes seconds
-    from megatron_moa.command_line import first_look
+    from megatron_moa.training import first_look
 
     first_look.main()
 
@@ -39,11 +39,9 @@ from torch import Tensor
 
 from megatron_moa import cpu
 from megatron_moa.checkpoints import guard
-from megatron_moa.data import index_cache
 from megatron_moa.data.checks import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
-from megatron_moa.megatron_fixes import muon
-from megatron_moa.training import flops, nan_guard, optimizer
+from megatron_moa.training import flops, index_cache, muon, nan_guard, optimizer
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from megatron_moa.training.exit_codes import catch_stop_signals, exit_codes, hold_timeout

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_moa.data import dataset_files
+from megatron_moa.data import dataset_writer
 from megatron_moa.runs.tiny_model import SWIGLU, TINY
 from tests import launch
 from tests.training import ROOT, Run
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, documents in (("a", 40), ("b", 90), ("c", 60)):
         lengths = draw.integers(30, 200, documents).astype(numpy.int32)
         draw.integers(0, 63, lengths.sum()).astype(numpy.uint16).tofile(folder / f"{name}.bin")
-        dataset_files.write_index(str(folder / f"{name}.idx"), numpy.uint16, lengths)
+        dataset_writer.write_index(str(folder / f"{name}.idx"), numpy.uint16, lengths)
     (folder / "blend.txt").write_text("0.3 a\n0.7 b\n")
     (folder / "blends.json").write_text('{"train": "1 a 2 b", "valid": "1 b 1 c", "test": null}')
     return folder

@@ -15,10 +15,11 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa.data import checks
+from megatron_moa.command_line import output_files, quiet_imports
+from megatron_moa.data import checks, dataset
 from megatron_moa.errors import UserError
 
-with checks.quiet_imports():
+with quiet_imports.quiet_imports():
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -112,12 +113,12 @@ def megatron_sizes(prefix: str, sequence_length: int, split: str, sizes: list[in
 def test_splits_are_megatrons(split: str, documents: int, tmp_path: Path) -> None:
     """Documents of 33 tokens and sequences of 32 + 1: one sample a document, so the sample counts tell the bounds."""
     prefix = make_dataset(tmp_path / "d", [33] * documents)
-    checks.check_dataset(prefix, 32, split, needs_validation=True)
-    bounds = checks.split_bounds(split, documents)
-    expected = [bounds.get(name) for name in (checks.TRAIN, checks.VALIDATION, checks.TEST)]
+    dataset.check_dataset(prefix, 32, split, needs_validation=True)
+    bounds = dataset.split_bounds(split, documents)
+    expected = [bounds.get(name) for name in (dataset.TRAIN, dataset.VALIDATION, dataset.TEST)]
     sizes = [0 if bound is None else bound[1] - bound[0] for bound in expected]
     found = megatron_sizes(prefix, 32, split, sizes, tmp_path / "cache")
-    index = checks.read_index(prefix)
+    index = dataset.read_index(prefix)
     for bound, samples in zip(expected, found, strict=True):
         assert (bound is None) == (samples is None)
         if bound is not None:
@@ -133,11 +134,11 @@ def test_megatron_hangs_on_a_split_without_documents_and_the_check_says_so(tmp_p
     with pytest.raises(Hang):
         megatron_sizes(prefix, 64, "99,1,0", [1, 0, 0], tmp_path / "cache")
     with pytest.raises(UserError) as error:
-        checks.check_dataset(prefix, 64, "99,1,0", needs_validation=False)
+        dataset.check_dataset(prefix, 64, "99,1,0", needs_validation=False)
     message = f"--data-path {prefix}: its 20 documents leave none to the validation part of --split 99,1,0, for which"
     assert str(error.value).startswith(message)
     assert "use --split 19,1,0" in str(error.value)
-    checks.check_dataset(prefix, 64, "19,1,0", needs_validation=True)
+    dataset.check_dataset(prefix, 64, "19,1,0", needs_validation=True)
     assert megatron_sizes(prefix, 64, "19,1,0", [20, 1, 0], tmp_path / "cache") == [27, 1, None]
 
 
@@ -147,19 +148,19 @@ def test_default_split_needs_500_documents(documents: int, tmp_path: Path) -> No
     with pytest.raises(
         UserError, match="part of --split 969, 30, 1, for which Megatron would wait for ever; use --split"
     ):
-        checks.check_dataset(prefix, 8, "969, 30, 1", needs_validation=True)
+        dataset.check_dataset(prefix, 8, "969, 30, 1", needs_validation=True)
 
 
 @pytest.mark.parametrize(("tokens", "enough"), [(128, False), (129, True)])
 def test_one_sequence_needs_one_token_more(tokens: int, enough: bool, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [tokens])
     if enough:
-        checks.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
+        dataset.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
         assert megatron_sizes(prefix, 128, "1,0,0", [None, 0, 0], tmp_path / "cache") == [1, None, None]
         return
     assert megatron_sizes(prefix, 128, "1,0,0", [None, 0, 0], tmp_path / "cache") == [0, None, None]
     with pytest.raises(UserError) as error:
-        checks.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
+        dataset.check_dataset(prefix, 128, "1,0,0", needs_validation=True)
     assert str(error.value).startswith(
         f"--data-path {prefix}: 128 tokens in the training split, shorter than one sequence of --seq-length 128"
     )
@@ -168,24 +169,24 @@ def test_one_sequence_needs_one_token_more(tokens: int, enough: bool, tmp_path: 
 
 def test_validation_is_checked_only_if_needed(tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 19 + [20])
-    checks.check_dataset(prefix, 64, "95,5,0", needs_validation=False)
+    dataset.check_dataset(prefix, 64, "95,5,0", needs_validation=False)
     with pytest.raises(UserError, match=r"20 tokens in the validation split.* give it a larger share .*--eval-iters 0"):
-        checks.check_dataset(prefix, 64, "95,5,0", needs_validation=True)
-    checks.check_dataset(prefix, 64, "1,0,0", needs_validation=True)  # check_data_arguments refuses it
+        dataset.check_dataset(prefix, 64, "95,5,0", needs_validation=True)
+    dataset.check_dataset(prefix, 64, "1,0,0", needs_validation=True)  # check_data_arguments refuses it
 
 
 @pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "1,2,3,4", "1..2,3"])
 def test_split_that_is_none(split: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 10)
     with pytest.raises(UserError, match=r"--split .*: not one to three shares; use e.g. --split 99,1,0"):
-        checks.check_dataset(prefix, 8, split, needs_validation=True)
+        dataset.check_dataset(prefix, 8, split, needs_validation=True)
 
 
 def test_split_without_training(tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 10)
     with pytest.raises(UserError, match="--split 0,1,0: gives nothing to training"):
-        checks.check_dataset(prefix, 8, "0,1,0", needs_validation=True)
-    checks.check_dataset(prefix, 8, "0,1,0", needs_validation=True, needs_training=False)
+        dataset.check_dataset(prefix, 8, "0,1,0", needs_validation=True)
+    dataset.check_dataset(prefix, 8, "0,1,0", needs_validation=True, needs_training=False)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_damaged_files(damage: object, expected: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 10)
     damage(prefix)
     with pytest.raises(UserError) as error:
-        checks.check_dataset(prefix, 8, "1,0,0", needs_validation=True, flag="--train-data-path")
+        dataset.check_dataset(prefix, 8, "1,0,0", needs_validation=True, flag="--train-data-path")
     assert str(error.value).startswith(f"--train-data-path {prefix}: ")
     assert expected.replace("{prefix}", prefix) in str(error.value)
     assert "\n" not in str(error.value)
@@ -227,24 +228,24 @@ def test_damaged_files(damage: object, expected: str, tmp_path: Path) -> None:
 def test_ending_to_drop(ending: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100])
     with pytest.raises(UserError, match=f": a prefix without ending is wanted: --data-path {prefix}$"):
-        checks.check_dataset(prefix + ending, 8, "1,0,0", needs_validation=False)
+        dataset.check_dataset(prefix + ending, 8, "1,0,0", needs_validation=False)
 
 
 def test_megatrons_own_tool_adds_a_name(tmp_path: Path) -> None:
     make_dataset(tmp_path / "d_text_document", [100])
     with pytest.raises(UserError, match=r"no file .*d\.bin; .* did you mean .*/d_text_document\?"):
-        checks.check_dataset(str(tmp_path / "d"), 8, "1,0,0", needs_validation=False)
+        dataset.check_dataset(str(tmp_path / "d"), 8, "1,0,0", needs_validation=False)
 
 
 @pytest.mark.parametrize("dtype", [numpy.uint16, numpy.int32])
 def test_token_ids_must_be_in_the_vocabulary(dtype: type, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [1000] * 10, highest=400, dtype=dtype)
-    checks.check_token_ids(prefix, 401)
+    dataset.check_token_ids(prefix, 401)
     for sample in (1 << 20, 6400):  # the whole file, and 64 windows of it
         with pytest.raises(
             UserError, match="holds the token 400, but the tokenizer has the tokens 0 to 399; give the --tok"
         ):
-            checks.check_token_ids(prefix, 400, sample=sample)
+            dataset.check_token_ids(prefix, 400, sample=sample)
 
 
 def test_negative_token_ids(tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ def test_negative_token_ids(tmp_path: Path) -> None:
     builder.add_document(numpy.array([5, -1, 7]), [3])
     builder.finalize(f"{tmp_path}/d.idx")
     with pytest.raises(UserError, match="holds the token -1, but the tokenizer has the tokens 0 to 9"):
-        checks.check_token_ids(f"{tmp_path}/d", 10)
+        dataset.check_token_ids(f"{tmp_path}/d", 10)
 
 
 def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
@@ -266,8 +267,8 @@ def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
     with open(tmp_path / "d.bin", "wb") as stream:
         stream.truncate(documents * length * 2)
     start = time.perf_counter()
-    checks.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
-    checks.check_token_ids(str(tmp_path / "d"), 100)
+    dataset.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
+    dataset.check_token_ids(str(tmp_path / "d"), 100)
     assert time.perf_counter() - start < 1
 
 
@@ -503,14 +504,14 @@ def test_written_whole(tmp_path: Path) -> None:
     targets = [str(tmp_path / "new" / "a"), str(tmp_path / "new" / "b")]
 
     def interrupted() -> None:
-        with checks.written_whole("--output", targets) as (first, _):
+        with output_files.written_whole("--output", targets) as (first, _):
             Path(first).write_text("half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert os.listdir(tmp_path) == []
-    with checks.written_whole("--output", targets) as names:
+    with output_files.written_whole("--output", targets) as names:
         for name in names:
             Path(name).write_text("whole")
         assert not any(os.path.exists(target) for target in targets)
@@ -536,7 +537,7 @@ def test_a_cache_that_is_there_need_not_be_written(model: str, tmp_path: Path, m
     """Whether it is all that the run needs, Megatron finds out when it builds."""
     prefix, cache = make_dataset(tmp_path / "d", [100] * 20), tmp_path / "cache"
     args = arguments(model, data_path=[prefix], split="19,1,0", data_cache_path=str(cache))
-    monkeypatch.setattr(checks.os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
+    monkeypatch.setattr(cached_arrays.os, "access", lambda path, mode: mode != os.W_OK)  # root may write anywhere
     with pytest.raises(UserError, match=rf"^--data-cache-path {cache}: Megatron cannot write its index cache below"):
         checks.check_data_arguments(args)
     megatron_sizes(prefix, 32, "19,1,0", [10, 1, 0], cache)
@@ -546,7 +547,7 @@ def test_a_cache_that_is_there_need_not_be_written(model: str, tmp_path: Path, m
 @pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_missing_part_of_a_cache_that_cannot_be_written(kind: int, wrapped: bool, tmp_path: Path) -> None:
-    from megatron_moa.data import index_cache
+    from megatron_moa.training import index_cache
 
     error = OSError(kind, os.strerror(kind), f"{tmp_path}/x-description.txt")
 

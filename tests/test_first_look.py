@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moa.command_line.first_look import look
+from megatron_moa.training.first_look import look
 from tests.training import ROOT, SWIGLU, TINY
 
 HEAVY = ("torch", "transformers", "megatron")

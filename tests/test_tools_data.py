@@ -20,7 +20,8 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa.data import checks, dataset_files
+from megatron_moa.command_line import progress_bar, quiet_imports
+from megatron_moa.data import blends, dataset, dataset_writer, tokenizers
 from megatron_moa.data import corpus as reader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def preprocess(model: str, output: Path, *arguments: str) -> None:
 
 def documents(prefix: Path) -> list[list[int]]:
     """What Megatron's own reader finds."""
-    with checks.quiet_imports():
+    with quiet_imports.quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(prefix))
@@ -128,7 +129,7 @@ def test_every_text_comes_back_byte_for_byte(model_type: str, corpus: Path, tmp_
         ["--input", str(corpus), "--glob", "**/*.py", "--output", str(tmp_path / "tok"), "--vocab-size", "600"]
         + ["--model-type", model_type]
     )
-    tokenizer = checks.build_tokenizer(
+    tokenizer = tokenizers.build_tokenizer(
         SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(tmp_path / "tok.model"))
     )
     for text in TEXTS + [path.read_text() for path in corpus.rglob("*.py")]:
@@ -266,8 +267,8 @@ def test_speed_is_printed(corpus: Path, model: str, tmp_path: Path, capsys: pyte
 
 def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(checks.time, "monotonic", lambda: now[0])
-    with checks.progress_bar(8_000_000, "tokenizing part 2 of 3") as bar:
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: now[0])
+    with progress_bar.progress_bar(8_000_000, "tokenizing part 2 of 3") as bar:
         for second in (10, 35, 40, 70):
             now[0] = second
             bar.update(1_000_000)
@@ -280,11 +281,13 @@ def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_gpt_dataset_draws_the_same_tokens(corpus: Path, model: str, tmp_path: Path) -> None:
     """From text to a training sample: Megatron's GPTDataset yields pieces of the text, labels moved by one."""
     preprocess(model, tmp_path / "data", "--input", corpus, "--glob", "**/*.py")
-    checks.check_dataset(str(tmp_path / "data"), 64, "80,20,0", needs_validation=True)
-    with checks.quiet_imports():
+    dataset.check_dataset(str(tmp_path / "data"), 64, "80,20,0", needs_validation=True)
+    with quiet_imports.quiet_imports():
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-    tokenizer = checks.build_tokenizer(SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model))
+    tokenizer = tokenizers.build_tokenizer(
+        SimpleNamespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=model)
+    )
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=64,
@@ -350,7 +353,7 @@ def test_shuffled_documents_are_the_same_documents(model: str, tmp_path: Path) -
 
 
 def test_index_is_megatrons(tmp_path: Path) -> None:
-    with checks.quiet_imports():
+    with quiet_imports.quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     lengths = numpy.array([3, 1, 70_000, 2], dtype=numpy.int32)
     for dtype in (numpy.uint16, numpy.int32):
@@ -358,7 +361,7 @@ def test_index_is_megatrons(tmp_path: Path) -> None:
         for length in lengths:
             builder.add_document(numpy.ones(length, dtype), [length])
         builder.finalize(str(tmp_path / "a.idx"))
-        dataset_files.write_index(str(tmp_path / "b.idx"), dtype, lengths)
+        dataset_writer.write_index(str(tmp_path / "b.idx"), dtype, lengths)
         assert (tmp_path / "b.idx").read_bytes() == (tmp_path / "a.idx").read_bytes()
 
 
@@ -389,7 +392,7 @@ def test_parts_merge_to_what_one_process_writes(
     parts: int, shuffle: list[object], mixed: list[object], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preprocess_data, "TASK_BYTES", 3000)
-    monkeypatch.setattr(dataset_files, "SHUFFLE_BYTES", 4000)  # less than some documents have
+    monkeypatch.setattr(dataset_writer, "SHUFFLE_BYTES", 4000)  # less than some documents have
     preprocess(model, tmp_path / "whole", *mixed, *shuffle, "--workers", 1)
     for number in range(parts, 0, -1):  # in any order
         preprocess(model, tmp_path / "d", *mixed, *shuffle, "--workers", 1, "--part", f"{number}/{parts}")
@@ -799,7 +802,7 @@ def test_full_disk_is_one_line(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset_files, "write_index", full)
+    monkeypatch.setattr(dataset_writer, "write_index", full)
     line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1)
     assert "d.bin: cannot be written (No space left on device)" in line
     assert os.listdir(tmp_path) == ["a.txt"]
@@ -894,7 +897,7 @@ def test_workers_end_with_a_killed_parent(model: str, tmp_path: Path) -> None:
 def make_dataset(prefix: Path, lengths: list[int]) -> str:
     with open(f"{prefix}.bin", "wb") as stream:
         numpy.arange(sum(lengths), dtype=numpy.uint16).tofile(stream)
-    dataset_files.write_index(f"{prefix}.idx", numpy.uint16, numpy.array(lengths, dtype=numpy.int32))
+    dataset_writer.write_index(f"{prefix}.idx", numpy.uint16, numpy.array(lengths, dtype=numpy.int32))
     return str(prefix)
 
 
@@ -917,7 +920,7 @@ def test_blend_weights(
     words = Path(output).read_text().split()
     assert words[1::2] == prefixes
     assert [float(word) for word in words[::2]] == pytest.approx(weights, abs=1e-6)
-    assert checks.read_blend_file("--data-args-path", output) == [
+    assert blends.read_blend_file("--data-args-path", output) == [
         (f"--data-args-path {output}, line {i}:", prefix) for i, prefix in enumerate(prefixes, 1)
     ]
     printed = capsys.readouterr().out
@@ -937,10 +940,10 @@ def test_blend_with_its_own_validation_data(tmp_path: Path, capsys: pytest.Captu
         "valid": ["20", prefixes[1], "30", prefixes[2]],
         "test": None,
     }
-    found = checks.read_blends_file("--per-split-data-args-path", output)
+    found = blends.read_blends_file("--per-split-data-args-path", output)
     assert {part: [prefix for _, prefix in named] for part, named in found.items()} == {
-        checks.TRAIN: prefixes[:2],
-        checks.VALIDATION: prefixes[1:],
+        dataset.TRAIN: prefixes[:2],
+        dataset.VALIDATION: prefixes[1:],
     }
 
 

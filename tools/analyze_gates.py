@@ -25,10 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_iteration_flag
-from megatron_moa.data.checks import TRAIN, VALIDATION, check_token_ids, dataset_documents, positive
 from megatron_moa.data.corpus import read_documents
+from megatron_moa.data.dataset import TRAIN, VALIDATION, check_token_ids, dataset_documents
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 if TYPE_CHECKING:

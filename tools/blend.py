@@ -12,7 +12,8 @@ import json
 import math
 from collections.abc import Sequence
 
-from megatron_moa.data import checks
+from megatron_moa.command_line import output_files
+from megatron_moa.data import dataset
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "blend"
@@ -54,7 +55,7 @@ def blend(args: argparse.Namespace) -> None:
         raise UserError(f"--split {args.split}: contradicts --valid and --test, which name those parts; drop one")
     split = None if separate else args.split or "99,1,0"
     check_numbers(args)
-    targets = [] if args.output is None else checks.check_output("--output", args.output, ("",), args.overwrite)
+    targets = [] if args.output is None else output_files.check_output("--output", args.output, ("",), args.overwrite)
     # All files are looked at before a split is computed, for which Megatron is imported.
     valid, test = by_tokens("--valid", args.valid), by_tokens("--test", args.test)
     indices = [read_index(prefix) for prefix in args.data]
@@ -70,7 +71,7 @@ def blend(args: argparse.Namespace) -> None:
         text, flags = "".join(lines), f"--data-args-path {{}} --split {split}"
     if not targets:
         return
-    with checks.written_whole("--output", targets) as (path,), open(path, "w") as stream:
+    with output_files.written_whole("--output", targets) as (path,), open(path, "w") as stream:
         stream.write(text)
     print(f"written        {args.output}")
     print(f"use it with    {flags.format(args.output)} --data-cache-path FOLDER")
@@ -97,19 +98,19 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--weights {shown}: too large or too far apart; give shares of 1")
 
 
-def read_index(prefix: str) -> checks.DatasetIndex:
+def read_index(prefix: str) -> dataset.DatasetIndex:
     """A dataset's index. Raises UserError, also for a name that no blend file can hold."""
-    index = checks.read_index(prefix, "--data")
+    index = dataset.read_index(prefix, "--data")
     if len(prefix.split()) != 1:
         raise UserError(f"--data {prefix!r}: a blend file is made of words; give the dataset a name without spaces")
     return index
 
 
-def training_tokens(index: checks.DatasetIndex, split: str | None) -> int:
+def training_tokens(index: dataset.DatasetIndex, split: str | None) -> int:
     """Tokens of a dataset's training part; without a split of all of it. Raises UserError."""
     if split is None:
         return index.tokens
-    tokens = index.tokens_between(*checks.split_bounds(split, index.sequences).get(checks.TRAIN, (0, 0)))
+    tokens = index.tokens_between(*dataset.split_bounds(split, index.sequences).get(dataset.TRAIN, (0, 0)))
     if not tokens:
         raise UserError(f"--split {split}: leaves nothing of {index.prefix} to training; use e.g. --split 99,1,0")
     return tokens
@@ -130,7 +131,7 @@ def by_tokens(flag: str, prefixes: Sequence[str] | None) -> list[str] | None:
     """A part's datasets, each with its tokens as its weight. Raises UserError."""
     if prefixes is None:
         return None
-    return [word for prefix in prefixes for word in (str(checks.read_index(prefix, flag).tokens), prefix)]
+    return [word for prefix in prefixes for word in (str(dataset.read_index(prefix, flag).tokens), prefix)]
 
 
 def show(args: argparse.Namespace, sizes: Sequence[int], weights: Sequence[float]) -> None:

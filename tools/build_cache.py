@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_moa.data import checks
+from megatron_moa.command_line import numbers, quiet_imports
+from megatron_moa.data import cached_arrays
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "build_cache"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--world-size", type=checks.positive, required=True, metavar="N", help="number of GPUs (processes) of the run"
+        "--world-size", type=numbers.positive, required=True, metavar="N", help="number of GPUs (processes) of the run"
     )
     parser.add_argument(
         "--recipe",
@@ -68,14 +69,14 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
     # As the first of so many ranks. There is no group: Megatron's builder then does all by itself.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     sys.argv = ["pretrain_gpt_moa.py", *flags]
-    with checks.quiet_imports():
+    with quiet_imports.quiet_imports():
         from megatron_moa import cpu
 
         cpu.GPU_FLAGS = ()  # the run has GPUs
         cpu.prepare()
         from megatron.training import training
 
-        from megatron_moa.data import index_cache
+        from megatron_moa.training import index_cache
         from pretrain_gpt_moa import datasets_provider
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments
@@ -98,7 +99,7 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
     missing = [path for path in files if not os.path.isfile(path)]
     assert not missing, f"not written: {missing}"
     for folder in {os.path.dirname(path) for path in files}:
-        checks.check_cached_arrays(Path(folder))
+        cached_arrays.check_cached_arrays(Path(folder))
     size = sum(map(os.path.getsize, set(files)))
     print(f"there now      {len(set(files))} files, {size / 1e6:,.1f} MB, in {time.perf_counter() - start:.1f} s")
     print(f"in             {' '.join(sorted({os.path.dirname(path) for path in files}))}")

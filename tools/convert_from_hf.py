@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_target_flags, add_tolerance_flag, target_settings
-from megatron_moa.data.checks import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 if TYPE_CHECKING:

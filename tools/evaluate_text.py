@@ -19,9 +19,9 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
-from megatron_moa.data.checks import positive
 from megatron_moa.data.corpus import add_reading_flags, read_documents
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 

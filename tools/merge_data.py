@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_moa.data import checks, dataset_files
+from megatron_moa.command_line import output_files, progress_bar
+from megatron_moa.data import dataset, dataset_writer
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "merge_data"
@@ -44,8 +45,8 @@ def merge(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
     prefix = args.output_prefix
     start = time.perf_counter()
-    targets = checks.check_output("--output-prefix", prefix, (".bin", ".idx"), args.overwrite)
-    parts, manifests = dataset_files.finished_parts(prefix)
+    targets = output_files.check_output("--output-prefix", prefix, (".bin", ".idx"), args.overwrite)
+    parts, manifests = dataset_writer.finished_parts(prefix)
     tokens = sum(manifest.tokens for manifest in manifests)
     if not tokens:
         raise UserError(f"--output-prefix {prefix}: no document with text in any part; give files that are not empty")
@@ -56,12 +57,12 @@ def merge(args: argparse.Namespace) -> None:
             f"--output-prefix {prefix}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; free space"
         )
     data_bytes = sum(manifest.expected_sizes[".bin"] for manifest in manifests)
-    with checks.written_whole("--output-prefix", targets) as (bin_path, idx_path):
-        with checks.progress_bar(data_bytes, "merging") as bar:
-            dataset_files.merge(parts, manifests, bin_path, idx_path, bar.update)
+    with output_files.written_whole("--output-prefix", targets) as (bin_path, idx_path):
+        with progress_bar.progress_bar(data_bytes, "merging") as bar:
+            dataset_writer.merge(parts, manifests, bin_path, idx_path, bar.update)
         if args.overwrite:
-            dataset_files.drop_index_cache(prefix)
-    written = checks.read_index(prefix, "--output-prefix")
+            dataset_writer.drop_index_cache(prefix)
+    written = dataset.read_index(prefix, "--output-prefix")
     assert written.tokens == tokens, f"{written.tokens} tokens instead of {tokens}"
     seconds = time.perf_counter() - start
     print(f"parts          {len(parts)}")
@@ -69,7 +70,7 @@ def merge(args: argparse.Namespace) -> None:
     print(f"tokens         {tokens:,}")
     print(f"written        {targets[0]}, {targets[1]} in {seconds:.1f} s, {data_bytes / seconds / 1e6:,.0f} MB/s")
     if args.remove_parts:
-        dataset_files.remove_parts(parts)
+        dataset_writer.remove_parts(parts)
     else:
         print(f"kept           {needed / 1e9:,.3f} GB of parts; when they are not wanted: rm {prefix}.part-*-of-*.*")
 

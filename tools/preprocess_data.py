@@ -35,8 +35,9 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa.data import checks, corpus, dataset_files
-from megatron_moa.data.dataset_files import Manifest, Part
+from megatron_moa.command_line import numbers, output_files, progress_bar
+from megatron_moa.data import corpus, dataset_writer, tokenizers
+from megatron_moa.data.dataset_writer import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "preprocess_data"
@@ -44,7 +45,7 @@ MOST_WORKERS = 1024
 TASK_BYTES = 1 << 20  # text a worker gets at once: about half a second of work
 PR_SET_PDEATHSIG = 1  # of Linux: a worker must not wait for ever for work from a parent that was killed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TOKENIZER_TYPES = (*checks.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
+TOKENIZER_TYPES = (*tokenizers.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 
 
 @dataclass(frozen=True)
@@ -164,14 +165,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("work")
     group.add_argument(
         "--workers",
-        type=checks.positive,
+        type=numbers.positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes on this machine; default: its cores",
     )
     group.add_argument(
         "--part",
-        type=dataset_files.part_from_flag,
+        type=dataset_writer.part_from_flag,
         metavar="K/N",
         help="do the K-th of N shares of the input, for tools/merge_data.py; slurm: the task of srun that this is",
     )
@@ -186,16 +187,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def preprocess(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
     files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors, compressed=True)
-    checks.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    tokenizers.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
     if args.part is not None:
         preprocess_part(files, args)
         return
-    targets = checks.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
+    targets = output_files.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
     settings = worker_settings(args)
-    with checks.written_whole("--output-prefix", targets) as (bin_path, idx_path):
+    with output_files.written_whole("--output-prefix", targets) as (bin_path, idx_path):
         totals = write_dataset(list(pieces(files)), settings, args, bin_path, idx_path)
         if args.overwrite:
-            dataset_files.drop_index_cache(args.output_prefix)
+            dataset_writer.drop_index_cache(args.output_prefix)
     report(totals, args)
     print(f"written        {targets[0]}, {targets[1]} in {totals.seconds:.1f} s")
     print(
@@ -209,10 +210,10 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
     part: Part = args.part
     prefix = part.prefix(args.output_prefix)
     decisive = decisive_settings(files, args)
-    checks.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), overwrite=True)
+    output_files.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), overwrite=True)
     if os.path.exists(f"{prefix}.json") and not args.overwrite:
         manifest = Manifest.read(f"{prefix}.json")
-        if names := dataset_files.differing_settings(manifest.settings, decisive):
+        if names := dataset_writer.differing_settings(manifest.settings, decisive):
             raise UserError(
                 f"--part {part.number}/{part.count}: {prefix}.json is of a part made with another {names}; choose "
                 "another --output-prefix, or add --overwrite"
@@ -221,22 +222,22 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
         print(f"skipped        {prefix}: finished, {manifest.tokens:,} tokens; --overwrite makes it again")
         return
     settings = worker_settings(args)
-    targets = [prefix + ending for ending in dataset_files.PART_ENDINGS]
-    with checks.written_whole("--output-prefix", targets) as (bin_path, idx_path, json_path):
+    targets = [prefix + ending for ending in dataset_writer.PART_ENDINGS]
+    with output_files.written_whole("--output-prefix", targets) as (bin_path, idx_path, json_path):
         share = list(pieces(files, *part.bounds(sum(file.size for file in files))))
         totals = write_dataset(share, settings, args, bin_path, idx_path)
         dtype = numpy.dtype(settings.dtype).name
         manifest = Manifest(part.number, part.count, totals.documents, totals.tokens, dtype, decisive)
         manifest.write(json_path)
     report(totals, args)
-    print(f"written        {prefix} ({' '.join(dataset_files.PART_ENDINGS)}) in {totals.seconds:.1f} s")
+    print(f"written        {prefix} ({' '.join(dataset_writer.PART_ENDINGS)}) in {totals.seconds:.1f} s")
     print(f"next           when all {part.count} parts are there: merge_data.py --output-prefix {args.output_prefix}")
 
 
 def worker_settings(args: argparse.Namespace) -> Settings:
     """Loads the tokenizer. Raises UserError."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    tokenizer = checks.build_tokenizer(args)
+    tokenizer = tokenizers.build_tokenizer(args)
     from megatron.core.datasets.indexed_dataset import DType
 
     eod = end_of_document(tokenizer, args) if args.append_eod else None
@@ -248,8 +249,8 @@ def decisive_settings(files: Sequence[corpus.TextFile], args: argparse.Namespace
     """What decides the documents and their order: parts belong together if these are equal."""
     names = ("tokenizer_type", "tokenizer_hf_no_include_special_tokens", "append_eod", "shuffle_documents")
     return {name: getattr(args, name) for name in (*names, "json_key", "errors")} | {
-        "tokenizer": checks.tokenizer_digest(args.tokenizer_model),
-        "input": dataset_files.input_digest(files),
+        "tokenizer": tokenizers.tokenizer_digest(args.tokenizer_model),
+        "input": dataset_writer.input_digest(files),
     }
 
 
@@ -302,8 +303,8 @@ def write_dataset(
         lengths = numpy.concatenate(totals.lengths) if totals.lengths else numpy.zeros(0, numpy.int32)
         if seed is not None:
             with open(bin_path, "wb") as stream:
-                lengths = dataset_files.shuffle_documents([ordered_path], settings.dtype, lengths, seed, stream)
-        dataset_files.write_index(idx_path, settings.dtype, lengths)
+                lengths = dataset_writer.shuffle_documents([ordered_path], settings.dtype, lengths, seed, stream)
+        dataset_writer.write_index(idx_path, settings.dtype, lengths)
     finally:
         if ordered_path != bin_path and os.path.exists(ordered_path):
             os.unlink(ordered_path)
@@ -316,7 +317,7 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
     start = time.perf_counter()
     title = "tokenizing" if args.part is None else f"tokenizing part {args.part.number} of {args.part.count}"
     with signals_held():  # a half-built bar complains when it is deleted
-        progress = checks.progress_bar(sum(piece.input_bytes for piece in work), title)
+        progress = progress_bar.progress_bar(sum(piece.input_bytes for piece in work), title)
     with progress as bar:
         for batch in tokenized(tasks(work), settings, args.workers):
             batch.tokens.tofile(stream)

@@ -21,7 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_moa.data import checks, corpus
+from megatron_moa.command_line import numbers, output_files
+from megatron_moa.data import corpus
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "train_tokenizer"
@@ -44,11 +45,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_tokenizer(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
     files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors)
-    targets = checks.check_output("--output", args.output, (".model", ".vocab"), args.overwrite)
+    targets = output_files.check_output("--output", args.output, (".model", ".vocab"), args.overwrite)
     start = time.perf_counter()
     lines = sample_lines(files, args.sample_bytes, args.max_sentences, args.seed)
     model = train(lines, args)
-    with checks.written_whole("--output", targets) as (model_path, vocab_path):
+    with output_files.written_whole("--output", targets) as (model_path, vocab_path):
         Path(model_path).write_bytes(model)
         Path(vocab_path).write_text(vocabulary_table(model), encoding="utf-8")
     report(model, lines, args, time.perf_counter() - start)
@@ -64,7 +65,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab")
     group.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     group.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
-    group.add_argument("--vocab-size", type=checks.positive, default=32000, metavar="N")
+    group.add_argument("--vocab-size", type=numbers.positive, default=32000, metavar="N")
     group.add_argument(
         "--character-coverage",
         type=float,
@@ -74,14 +75,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--sample-bytes",
-        type=checks.positive,
+        type=numbers.positive,
         default=200_000_000,
         metavar="N",
         help="train on at most so much text, drawn evenly from all files (default 200 MB)",
     )
-    group.add_argument("--max-sentences", type=checks.positive, metavar="N", help="train on at most so many lines")
+    group.add_argument("--max-sentences", type=numbers.positive, metavar="N", help="train on at most so many lines")
     group.add_argument("--seed", type=int, default=1234, metavar="N", help="which part of a larger corpus is drawn")
-    group.add_argument("--threads", type=checks.positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    group.add_argument("--threads", type=numbers.positive, default=len(os.sched_getaffinity(0)), metavar="N")
     args = parser.parse_args(argv)
     if not 0.98 <= args.character_coverage <= 1:  # sentencepiece's own bounds
         parser.error(f"--character-coverage {args.character_coverage}: a share from 0.98 to 1 is wanted")

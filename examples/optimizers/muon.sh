@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034
 # Muon as in the paper (section 5): Nesterov momentum 0.95, updates times 0.2 sqrt(max(rows, columns)) (the scale "spectral" is that
 # root), weight decay 0.1; for the matrices of the blocks. All else is AdamW's, gates included (docs/mixture.md, "Optimizer").
-# Queries, keys and values are three matrices for it, W1 and W2 of a gated layer two (megatron_moa/megatron_fixes/muon.py), as in a LLaMA model.
+# Queries, keys and values are three matrices for it, W1 and W2 of a gated layer two (megatron_moa/training/muon.py), as in a LLaMA model.
 # With TP it takes each rank's part of a matrix for one (Megatron's default; --muon-tp-mode duplicated takes the whole).
 # Sharing it out over ranks needs PRECISION=bf16.
 OPTIMIZER_ARGS=(

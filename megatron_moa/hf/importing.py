@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from megatron_moa import cpu
 from megatron_moa.checkpoints.writer import write_release
-from megatron_moa.data.checks import build_tokenizer
+from megatron_moa.data.tokenizers import build_tokenizer
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import TANH_GELU, function_settings

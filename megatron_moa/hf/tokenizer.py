@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_moa.data.checks import SENTENCEPIECE_TYPES
+from megatron_moa.data.tokenizers import SENTENCEPIECE_TYPES
 from megatron_moa.errors import UserError
 
 # Scripts with and without spaces, right to left, combining marks, digits, code, runs of white space at the ends and in

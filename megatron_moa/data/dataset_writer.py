@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa.data import checks, corpus
+from megatron_moa.data import corpus, dataset
 from megatron_moa.errors import UserError
 
 SHUFFLE_BYTES = 1 << 28  # what is gathered in memory before it is written
@@ -37,7 +37,7 @@ def write_index(path: str, dtype: type, lengths: numpy.ndarray) -> None:
     """
     ends = numpy.cumsum(lengths, dtype=numpy.int64)
     with open(path, "wb") as stream:
-        stream.write(checks.index_header(dtype, len(lengths)))
+        stream.write(dataset.index_header(dtype, len(lengths)))
         lengths.astype(numpy.int32, copy=False).tofile(stream)
         ((ends - lengths) * numpy.dtype(dtype).itemsize).tofile(stream)
         numpy.arange(len(lengths) + 1, dtype=numpy.int64).tofile(stream)
@@ -167,7 +167,7 @@ class Manifest:
         """Bytes of the part's .bin and .idx."""
         return {
             ".bin": self.tokens * numpy.dtype(self.dtype).itemsize,
-            ".idx": len(checks.index_header(numpy.dtype(self.dtype).type, 0)) + 20 * self.documents + 8,
+            ".idx": len(dataset.index_header(numpy.dtype(self.dtype).type, 0)) + 20 * self.documents + 8,
         }
 
     def check_files(self, prefix: str) -> None:
@@ -247,7 +247,7 @@ def merge(
         done: told the bytes as they are written.
     """
     dtype = numpy.dtype(manifests[0].dtype).type
-    header = len(checks.index_header(dtype, 0))
+    header = len(dataset.index_header(dtype, 0))
     lengths = numpy.concatenate(
         [
             numpy.fromfile(f"{prefix}.idx", numpy.int32, manifest.documents, offset=header)

@@ -1,0 +1,21 @@
+"""Keeps the warnings that Megatron prints while it is imported out of a tool's output."""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Keeps Megatron's warnings about the absent Transformer Engine, Apex and CUDA out of a tool's output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,74 @@
+"""Checks Megatron's index cache before a training: can it be written, is it whole, is it the data's."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy
+
+from megatron_moa.errors import UserError
+
+
+def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-path") -> None:
+    """Raises UserError if Megatron's cached sample indices cannot be written, or are older than the data.
+
+    Megatron finds a cached index by path, split and sequence length, not by content: after the data were made again it
+    would silently use document numbers and offsets of the old ones.
+    """
+    folder = cache_folder(prefix, cache_path)
+    written = os.path.getmtime(prefix + ".idx")
+    for path in sorted(folder.glob("*-description.txt")) if folder.is_dir() else []:
+        try:
+            described = json.loads(path.read_text()).get("dataset_path")
+        except (OSError, ValueError, AttributeError):
+            continue
+        if described == prefix and path.stat().st_mtime < written:
+            raise UserError(f"{flag} {prefix}: the index cache is older than the data; delete it: rm -r {folder}")
+    if folder.is_dir() and any(folder.glob("*_index.npy")):
+        return  # it may be all that the run needs; if not, index_cache.build says so
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        where = f"--data-cache-path {cache_path}" if cache_path else f"{flag} {prefix}"
+        raise UserError(
+            f"{where}: Megatron cannot write its index cache below {existing}; add --data-cache-path with a writable "
+            "folder that all nodes see"
+        )
+
+
+def cache_folder(prefix: str, cache_path: str | None) -> Path:
+    return Path(cache_path) if cache_path else Path(prefix, "cache", "GPTDataset_indices")
+
+
+def check_cached_arrays(folder: Path) -> None:
+    """Raises UserError if an array of Megatron's index cache is cut off: it takes any file of the right name for a
+    finished one, also what a run left that was killed while it wrote.
+    """
+    for path in sorted(folder.glob("*_index.npy")):
+        problem = _damage_of_array(path)
+        if problem is not None:
+            raise UserError(
+                f"{path}, part of the index cache, {problem}; unless another run is writing it now, delete the cache, "
+                f"it is made again: rm -r {folder}"
+            )
+
+
+def _damage_of_array(path: Path) -> str | None:
+    """What is wrong with a .npy file by its header and size, None for nothing."""
+    try:
+        with open(path, "rb") as stream:
+            version = numpy.lib.format.read_magic(stream)
+            read_header = {
+                (1, 0): numpy.lib.format.read_array_header_1_0,
+                (2, 0): numpy.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = read_header(stream)
+            expected = stream.tell() + math.prod(shape) * dtype.itemsize
+    except FileNotFoundError:
+        return None  # deleted meanwhile: it is made again
+    except (OSError, ValueError, KeyError):
+        return "is not an array of numbers"
+    size = path.stat().st_size
+    return None if size == expected else f"is cut off or damaged, {size} bytes instead of {expected}"
