@@ -21,9 +21,10 @@ from megatron_moa.checkpoints.files import TRACKER
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
+from megatron_moa.load import load
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
-from megatron_moa.trained import text_model, upcycling
+from megatron_moa.trained import upcycling
 from megatron_moa.trained.compare_logits import Comparison
 from megatron_moa.trained.upcycling import Conversion, stock_as_mixture, target_mixing
 from tests import launch
@@ -365,7 +366,7 @@ def test_runs_nothing_of_a_strangers_file(tmp_path: Path, capsys: pytest.Capture
         assert end.value.code == 2
         assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="metadata: cannot be read"):
-        text_model.load(root)
+        load(root)
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 

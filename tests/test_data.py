@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 
 from megatron_moa.command_line import output_files, quiet_imports
-from megatron_moa.data import checks, dataset
+from megatron_moa.data import cached_arrays, checks, dataset
 from megatron_moa.errors import UserError
 
 with quiet_imports.quiet_imports():

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa.trained import text_model
 from megatron_moa.trained.text_model import TextModel, choose
 from tools import evaluate_text, generate
 
@@ -83,7 +82,7 @@ class ByteModel(TextModel):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """What --load names; the model in it is a ByteModel."""
-    monkeypatch.setattr(text_model, "load", lambda *_: ByteModel())
+    monkeypatch.setattr("megatron_moa.load.load", lambda *_: ByteModel())
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
     return "model"
@@ -232,7 +231,7 @@ def test_a_wrong_source_is_told_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(text_model, "load", None)
+    monkeypatch.setattr("megatron_moa.load.load", None)
     Path("export").mkdir()
     Path("export", "config.json").touch()
     Path("good").write_text("a")

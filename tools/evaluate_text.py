@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
             for path in dict.fromkeys(flags.text)
         }
         # Imported after the flags are read: it takes seconds.
-        from megatron_moa.trained.text_model import TextLoss, load
+        from megatron_moa.load import load
+        from megatron_moa.trained.text_model import TextLoss
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
             model = load(flags.load, megatron_flags, flags.iteration)

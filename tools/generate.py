@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         check_source(flags.load, flags.iteration, megatron_flags)
         prompts = read_prompts(flags)
         # Imported after the flags are read: it takes seconds.
-        from megatron_moa.trained.text_model import load
+        from megatron_moa.load import load
 
         with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
             model = load(flags.load, megatron_flags, flags.iteration)

@@ -1,18 +1,14 @@
 """What a trained model is used for, whatever kind of folder it came from: logits, text, and the loss of a text.
 
 :class:`TextModel` is the common part; ``megatron_moa/trained/from_megatron.py`` has the model of a Megatron checkpoint,
-``megatron_moa/hf/loading.py`` that of a Hugging Face folder. :func:`from_checkpoint` takes either.
+``megatron_moa/hf/loading.py`` that of a Hugging Face folder, and ``megatron_moa/load.py`` takes either.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -264,65 +260,3 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     probabilities = probabilities.masked_fill((reached_before > 0) & (reached_before >= top_p), 0)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn).squeeze(-1)
-
-
-def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:
-    """The model of a Megatron checkpoint of any split, or of a Hugging Face folder, on this one process.
-
-    Args:
-        folder: what training's ``--save`` named, or a folder with a config.json.
-        megatron_flags: further flags for a checkpoint, such as ``--tokenizer-model FILE`` for one that has moved.
-        iteration: which checkpoint; None for the latest.
-
-    Raises:
-        UserError: neither is there, it cannot be loaded, or flags that do not fit it.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
-
-        # isort: split
-        from megatron_moa.trained.from_megatron import load_model
-
-        return load_model(str(folder), megatron_flags, iteration)
-    if iteration is not None:
-        raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; drop the flag")
-    if megatron_flags:
-        raise UserError(f"{megatron_flags[0]}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")
-    try:
-        from megatron_moa.hf.loading import load_folder
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
-    return load_folder(Path(folder))
-
-
-def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:
-    """A model for a notebook: as :func:`load`, without Megatron's messages and without a trace in the environment.
-
-        model = megatron_moa.from_checkpoint("runs/demo/moa")
-        model.generate("def ", num_tokens=20)[0].text
-        model.logits("def f(x):")                       # [tokens, vocabulary]
-        model.text_loss(text).bits_per_byte
-
-    It needs no torchrun, may be called again for other checkpoints, and leaves ``sys.argv`` alone. A checkpoint's
-    :class:`megatron_moa.trained.from_megatron.LoadedModel` further has ``model``, ``tokenizer``, ``mixing``, ``args`` and
-    ``iteration``; a folder's :class:`megatron_moa.hf.loading.FolderModel` the first three, and ``config``.
-    """
-    with _silence(), _environment_stays():
-        return load(folder, megatron_flags, iteration)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def _environment_stays() -> Iterator[None]:
-    """What Megatron is told there (RANK, MASTER_PORT, …) would mislead programs that a notebook starts later."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
