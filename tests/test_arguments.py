@@ -16,7 +16,8 @@ from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, m
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
-from megatron_moa.training.arguments import add_all_arguments, restore_model_flags
+from megatron_moa.training.arguments import restore_model_flags
+from megatron_moa.training.parser import add_all_arguments
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run
 

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.training.arguments import add_all_arguments
 from megatron_moa.training.flops import flops_per_token, install
 from megatron_moa.training.model import MixedGPTModelBuilder, model_config_from_args
+from megatron_moa.training.parser import add_all_arguments
 from tests.training import MOE as ROUTED
 from tests.training import SWIGLU, TINY
 

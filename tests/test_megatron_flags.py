@@ -18,7 +18,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import our_flags
 from megatron_moa.errors import UserError
-from megatron_moa.training.arguments import add_all_arguments, parser_defaults
+from megatron_moa.training.parser import add_all_arguments, parser_defaults
 from tests.training import ROOT
 
 CLASSES = ("FUNCTION", "TOKENIZER", "TRAINING", "EXECUTION", "UNREAD")

@@ -20,7 +20,7 @@ from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.layers import coefficients
 from megatron_moa.training import arguments
-from megatron_moa.training.arguments import parser_defaults
+from megatron_moa.training.parser import parser_defaults
 from tests import launch
 from tests.training import ROOT, SWIGLU, TINY, Run, run_script, train
 

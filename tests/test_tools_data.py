@@ -106,9 +106,9 @@ def documents(prefix: Path) -> list[list[int]]:
     with quiet_imports.quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    dataset = IndexedDataset(str(prefix))
-    assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
-    return [dataset[i].tolist() for i in range(len(dataset))]
+    stored = IndexedDataset(str(prefix))
+    assert stored.document_indices.tolist() == list(range(len(stored) + 1))
+    return [stored[i].tolist() for i in range(len(stored))]
 
 
 def one_line(capsys: pytest.CaptureFixture[str], call: object, *arguments: object) -> str:

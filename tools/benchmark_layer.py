@@ -126,7 +126,7 @@ def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: t
     """Megatron's config of one layer, without Transformer Engine and Apex on any machine."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_moa.training.arguments import megatron_checks
+    from megatron_moa.training.megatron_checks import megatron_checks
 
     moe = {}
     if options.experts:

@@ -110,7 +110,8 @@ def parse_run_flags() -> argparse.Namespace:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    from megatron_moa.training.arguments import megatron_checks, parse_flags
+    from megatron_moa.training.megatron_checks import megatron_checks
+    from megatron_moa.training.parser import parse_flags
     from pretrain_gpt_moa import check
 
     args = parse_flags()

@@ -11,7 +11,7 @@ from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTM
 from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
 from megatron_moa.layers.layer_pattern import moe_layers
 from megatron_moa.mixture.config import MixingConfig
-from megatron_moa.training.arguments import parser_defaults
+from megatron_moa.training.parser import parser_defaults
 
 # Settings that the configuration below is made of. Every other one that decides the function must be at the value that
 # no flag sets (megatron_moa.command_line.megatron_flags.FUNCTION).

@@ -61,7 +61,7 @@ def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixingCo
         SystemExit: flags that cannot be parsed, after one line that says so.
     """
     from megatron_moa.command_line.flags import mixing_from_args
-    from megatron_moa.training.arguments import parse_flags  # when megatron_moa.cpu has replaced what it must
+    from megatron_moa.training.parser import parse_flags  # when megatron_moa.cpu has replaced what it must
 
     with _world(gpus, flags):
         args = parse_flags()
@@ -79,7 +79,7 @@ def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.
     """
     from megatron.training.arguments import validate_args
 
-    from megatron_moa.training.arguments import megatron_checks
+    from megatron_moa.training.megatron_checks import megatron_checks
 
     args = copy.deepcopy(args)
     if split is not None:

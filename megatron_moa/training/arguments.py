@@ -1,101 +1,34 @@
-"""Parses a training's command line: Megatron's flags and ours, a checkpoint's settings, every check in one line."""
+"""Parses and checks the command line of a training, and takes the settings of a checkpoint where that is asked for."""
 
 from __future__ import annotations
 
 import argparse
-import ast
-import linecache
-import re
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_moa import cpu
 from megatron_moa.checkpoints import guard
 from megatron_moa.checkpoints.settings import check_saved_settings
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import (
     MODEL_FLAGS,
     TRAINING_FLAGS,
-    add_flags,
     check_checkpoint_flags,
     check_progress_flags,
     mixing_from_args,
     mixture_defaults,
-    our_flags,
 )
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.command_line.output_folder import check_output_folders
 from megatron_moa.command_line.shapes import check_shapes
-from megatron_moa.errors import UserError, fail
+from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes import optimizer_resharding, random_states
 from megatron_moa.mixture.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
 from megatron_moa.training import optimizer, progress
-
-
-def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds our flags to Megatron's parser, sets the defaults this machine can serve, and makes errors one line."""
-    add_flags(parser)
-    cpu.set_plain_torch_defaults(parser)
-    parser.error = lambda message: fail(parser.prog, message)
-    for action in parser._actions:
-        _mend_help(parser, action)
-        if action.type not in (None, int, float, str):
-            action.type = _told_in_one_line(action.type)
-    return parser
-
-
-def _mend_help(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
-    """Megatron 0.19.2 has a bare % in the help of a flag, and --help ends in a traceback."""
-    try:
-        (action.help or "") % {**vars(action), "prog": parser.prog}
-    except ValueError:
-        action.help = action.help.replace("%", "%%")
-
-
-def _told_in_one_line(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A type of Megatron's parser, such as that of --moe-layer-freq, whose failures argparse can tell."""
-
-    def converted(text: str) -> Any:
-        try:
-            return convert(text)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise argparse.ArgumentTypeError(f"invalid value {text!r} ({reason})") from error
-
-    return converted
-
-
-def parse_flags() -> argparse.Namespace:
-    """Parses ``sys.argv`` by Megatron's parser with our flags, and refuses numbers and flags that mean nothing.
-
-    Raises:
-        UserError: a flag that nothing reads, or an invalid number.
-        SystemExit: what argparse refuses, after one line.
-    """
-    from megatron.training.arguments import parse_args  # when megatron_moa.cpu has replaced what it must
-
-    megatron_flags.check_words(sys.argv[1:], our_flags())
-    args = parse_args(add_all_arguments)
-    megatron_flags.check_numbers(args)
-    if args.checkpoint_activations:  # Megatron leaves with exit code 0
-        raise UserError("--checkpoint-activations: no flag of Megatron's any more; give --recompute-activations")
-    return args
-
-
-def parser_defaults() -> dict[str, Any]:
-    """The value of every setting that no flag sets, on this machine."""
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = argparse.ArgumentParser()
-    add_megatron_arguments(parser)
-    add_all_arguments(parser)
-    return {action.dest: action.default for action in parser._actions}
+from megatron_moa.training.megatron_checks import megatron_checks
+from megatron_moa.training.parser import parse_flags, parser_defaults
 
 
 def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> None:
@@ -234,65 +167,3 @@ def _settle(args: argparse.Namespace, mixing: MixingConfig | None) -> None:
     if not args.eval_interval:
         # Megatron 0.19.2 means never before the end, and then divides by it.
         args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
-
-
-# What wrong settings end in when Megatron checks them or builds a model of them.
-_MISTAKES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
-
-
-@contextmanager
-def megatron_checks(args: argparse.Namespace | None = None) -> Iterator[None]:
-    """Turns whatever Megatron's checks of settings raise inside into a :class:`UserError` of one line.
-
-    Args:
-        args: those that are checked; the line then begins with the flags that the failed check is about.
-    """
-    try:
-        yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except _MISTAKES as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        code = _statement(frame)
-        text = re.sub(r" when instantiating \w+", "", " ".join(str(error).split()))
-        if not isinstance(error, AssertionError | ValueError | RuntimeError):
-            text = f"Megatron fails at them ({type(error).__name__}: {text}; {code})"
-        # Where an assertion has no text, the condition that failed says most.
-        text = text or f"Megatron requires {code.removeprefix('assert ')}"
-        flags = _flags_named_in(f"{text} {code}", args) if args is not None else ""
-        raise UserError(f"{flags}: {text}" if flags else text) from error
-
-
-def _statement(frame: traceback.FrameSummary) -> str:
-    """The source of a statement in one line, without the text that an assertion has."""
-    lines = [linecache.getline(frame.filename, number) for number in range(frame.lineno, (frame.end_lineno or 0) + 1)]
-    source = " ".join("".join(lines).split())
-    try:
-        statement = ast.parse(source).body[0]
-    except (SyntaxError, IndexError):
-        return source
-    return f"assert {ast.unparse(statement.test)}" if isinstance(statement, ast.Assert) else source
-
-
-def _flags_named_in(text: str, args: argparse.Namespace) -> str:
-    """The settings a text names, as typed: those of the command line, or else those that differ from their default."""
-    defaults = parser_defaults()
-    words = dict.fromkeys(re.findall(r"[a-z][a-z0-9_]+", text.lower().replace("-", "_")))
-    in_code = re.findall(r"\bargs\.(\w+)", text)
-    names = [name for name in {**words, **dict.fromkeys(in_code)} if name in defaults and hasattr(args, name)]
-    names = [name for name in names if "_" in name or name in in_code]  # "load" may be a word of a sentence
-    typed = {word.split("=", 1)[0] for word in sys.argv[1:]}
-    given = [name for name in names if typed.intersection(megatron_flags.spellings(name))]
-    changed = [name for name in names if getattr(args, name) != defaults[name]]
-    return ", ".join(as_typed(name, getattr(args, name)) for name in given or changed or names)

@@ -30,7 +30,7 @@ from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixingConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.mixture.start_scale import output_scale
-from megatron_moa.training.arguments import megatron_checks
+from megatron_moa.training.megatron_checks import megatron_checks
 from megatron_moa.training.recompute import check_recompute, check_recompute_mixture
 
 # GPTModelConfig's attributes that GPTModel takes under the same name.
@@ -86,6 +86,7 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixingConfig | None
 class MixedGPTModelBuilder(GPTModelBuilder):
     """Builds GPTModel from our specs; Megatron's builder would give multi-token prediction the stock layer."""
 
+    @megatron_checks()
     def build_model(
         self,
         pg_collection: ProcessGroupCollection,
@@ -105,18 +106,6 @@ class MixedGPTModelBuilder(GPTModelBuilder):
             vocab_size = calculate_padded_vocab_size(
                 vocab_size, config.make_vocab_size_divisible_by, config.transformer.tensor_model_parallel_size
             )
-        with megatron_checks():
-            return self._build(config, vocab_size, pre_process, post_process, pg_collection, vp_stage)
-
-    def _build(
-        self,
-        config: MixedGPTModelConfig,
-        vocab_size: int,
-        pre_process: bool,
-        post_process: bool,
-        pg_collection: ProcessGroupCollection,
-        vp_stage: int | None,
-    ) -> GPTModel:
         return GPTModel(
             config=config.transformer,
             transformer_layer_spec=layer_spec(config, config.mixing, vp_stage),

@@ -16,6 +16,7 @@ from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
+from megatron_moa.training.megatron_checks import megatron_checks
 
 _GATES = "*.coefficients.weight"  # [n, h]
 _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
@@ -160,8 +161,6 @@ def _checked(build: Callable, args: argparse.Namespace) -> Callable:
 
     @functools.wraps(build)
     def call(*arguments: object, **keywords: object) -> object:
-        from megatron_moa.training.arguments import megatron_checks
-
         with megatron_checks(args):
             return build(*arguments, **keywords)
 
