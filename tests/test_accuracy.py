@@ -1,4 +1,4 @@
-"""Where the limits of megatron_moa.research.benchmarks.kernel_errors come from: what an H200 was off by (docs/results/h200), computed here.
+"""Derives the limits of kernel_errors.py from what an H200 was off by (docs/results/h200).
 
 That was with earlier dictionaries and forms: the figures used here are those of gates, of which only the number of
 coefficients counts (49 of the quadratic form, 7 of the one-sided one), and of type1.

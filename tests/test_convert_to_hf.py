@@ -105,7 +105,9 @@ WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weig
 
 def train_sentencepiece(path: Path, kind: str = "bpe", **settings: object) -> sentencepiece.SentencePieceProcessor:
     """A model of 1200 tokens of this project's sources, as tools/train_tokenizer.py makes them."""
-    lines = [line for source in sorted((ROOT / "megatron_moa").glob("*.py")) for line in source.read_text().split("\n")]
+    lines = [
+        line for source in sorted((ROOT / "megatron_moa").rglob("*.py")) for line in source.read_text().split("\n")
+    ]
     model = io.BytesIO()
     defaults = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
     defaults |= {"allow_whitespace_only_pieces": True, "split_digits": True, "byte_fallback": True}
@@ -265,7 +267,7 @@ def test_tokenizer_gives_the_same_ids(settings: dict, tmp_path: Path) -> None:
     trained = train_sentencepiece(tmp_path / "tok.model", **settings)
     _from_sentencepiece(tmp_path / "tok.model", 128).save_pretrained(tmp_path / "out")
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
-    source = (ROOT / "megatron_moa" / "data.py").read_text()
+    source = (ROOT / "megatron_moa/data/corpus.py").read_text()
     draw = random.Random(1)
     texts = [SAMPLE, source, "<s>a</s> <pad><unk><0x41>", "", " ", "foo bar<|x|>", "a" * 50 + " " * 50]
     texts += [source[start : start + draw.randrange(200)] for start in draw.sample(range(len(source)), 200)]

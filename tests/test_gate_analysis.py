@@ -1,6 +1,6 @@
 """Gates of a trained mixture: recorded coefficients, losses with others in their place, and the reports of both.
 
-megatron_moa/research/gates/probe.py on models made by hand; then tools/analyze_gates.py and examples/studies/continue_frozen.sh.
+research/gates/probe.py on models made by hand; then tools/analyze_gates.py and examples/studies/continue_frozen.sh.
 """
 
 from __future__ import annotations
@@ -470,7 +470,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         flags = [*TINY, *flags, *tokenizer, *steps, str(folder / name)]
         code, log = launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), flags), 1, folder)
         assert code == 0, log[-3000:]
-    texts = (ROOT / "megatron_moa" / "reference.py").read_text().split("\n\n")
+    texts = (ROOT / "megatron_moa/mixture/reference.py").read_text().split("\n\n")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "continued.jsonl").write_text("".join(json.dumps(line) + "\n" for line in CONTINUED))
     make_dataset(folder / "corpus", [80] * 120, highest=40)

@@ -230,7 +230,7 @@ def test_table() -> None:
 
 @pytest.fixture
 def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A stand-in for megatron_moa.research.benchmarks.kernel_errors that notes what it is asked, and is wrong when told to."""
+    """A stand-in for kernel_errors.py that notes what it is asked, and is wrong when told to."""
     module = types.ModuleType("megatron_moa.research.benchmarks.kernel_errors")
     module.AccuracyError = type("AccuracyError", (Exception,), {})
     seen = types.SimpleNamespace(asked=[], wrong=None)
@@ -249,7 +249,7 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     module.check_mixture, module.check_gate, module.require = check_mixture, check_gate, require
     monkeypatch.setitem(sys.modules, "megatron_moa.research.benchmarks.kernel_errors", module)
-    monkeypatch.setattr(sys.modules["megatron_moa"], "accuracy", module, raising=False)
+    monkeypatch.setattr("megatron_moa.research.benchmarks.kernel_errors", module, raising=False)
     return seen
 
 

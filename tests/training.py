@@ -102,7 +102,7 @@ def train(*arguments: str | Path, processes: int = 1, check: bool = True) -> Run
 def record(
     folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None, check: bool = True
 ) -> Run:
-    """As :func:`train`, recorded (megatron_moa.research.compare_runs) in a folder; ``start_from`` another record's weights."""
+    """As :func:`train`, recorded (compare_runs.py) in a folder; ``start_from`` another record's weights."""
     target = (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments), folder, start_from)
     return _launched(compare_runs.run, target, processes, check)
 

@@ -2,12 +2,13 @@
 
     python tools/compare_parallel.py --b '--tensor-model-parallel-size 2 --sequence-parallel'
     python tools/compare_parallel.py --a '--moa-backend eager' --b '--moa-backend compile'
-    python tools/compare_parallel.py --records A B        # of runs of your own: python -m megatron_moa.research.compare_runs --help
+    python tools/compare_parallel.py --records A B    # your own: python -m megatron_moa.research.compare_runs --help
     python tools/compare_parallel.py --processes-b 2 --b '--use-distributed-optimizer' -- --moa-mixing la --num-layers 4
 
 Both settings are flags of pretrain_gpt_moa.py; flags after ``--`` hold for both and come after a tiny model's
-(megatron_moa/runs/tiny_model.py). b starts from a's weights. Printed are the loss at every step, every parameter's gradient at the
-first step, relative to its largest entry, and whether all copies of replicated parameters are equal at the end.
+(megatron_moa/runs/tiny_model.py). b starts from a's weights. Printed are the loss at every step, every parameter's
+gradient at the first step, relative to its largest entry, and whether all copies of replicated parameters are equal at
+the end.
 Exit code 0: within the tolerance; 1: not; 2: a mistake in the flags.
 """
 

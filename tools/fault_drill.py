@@ -3,11 +3,12 @@
     python tools/fault_drill.py --kills 20                 # everything, about a quarter of an hour on two cores
     python tools/fault_drill.py --kills 2 --only kill,sigterm
 
-A tiny model (megatron_moa/runs/tiny_model.py) is trained undisturbed once.  The same run is then killed with SIGKILL, one rank or
-all, while it starts, computes and saves, and started again each time until it ends; every loss it prints must be that
-of the undisturbed run.  Then come single faults: each must be told in the log, end with the expected exit code, and
-leave a checkpoint from which the run goes on with the undisturbed run's losses.  The last line says how many faults did
-not end so: exit code 0 if it is 'lost 0', 1 if not, 2 for a mistake in the flags.  On GPUs where there are some.
+A tiny model (megatron_moa/runs/tiny_model.py) is trained undisturbed once.  The same run is then killed with SIGKILL,
+one rank or all, while it starts, computes and saves, and started again each time until it ends; every loss it prints
+must be that of the undisturbed run.  Then come single faults: each must be told in the log, end with the expected exit
+code, and leave a checkpoint from which the run goes on with the undisturbed run's losses.  The last line says how many
+faults did not end so: exit code 0 if it is 'lost 0', 1 if not, 2 for a mistake in the flags.  On GPUs where there are
+some.
 """
 
 from __future__ import annotations

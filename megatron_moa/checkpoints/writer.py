@@ -1,6 +1,6 @@
 """Writing a checkpoint tensor by tensor: what Megatron's own saving writes, without a model in memory.
 
-The mirror of ``checkpoint_tensors.py``. Megatron saves what a model holds; here the model is empty, and each tensor is
+The mirror of ``tensors.py``. Megatron saves what a model holds; here the model is empty, and each tensor is
 asked for when its turn comes. Where it lies in the checkpoint, and under which key, the model says
 (``sharded_state_dict``); the files are those of torch.distributed.checkpoint, as Megatron's format torch_dist has them.
 That library's own writer keeps a tensor of every key until its file is complete, so it is not used.

@@ -36,7 +36,7 @@ def check_output_folders(args: argparse.Namespace) -> None:
     """
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    # Real data's cache may be complete and read-only (megatron_moa.training.index_cache); mock data's is always written.
+    # Real data's cache may be complete and read-only (training/index_cache.py); mock data's is always written.
     for name in (*_WRITTEN, *(("data_cache_path",) if args.mock_data else ())):
         folder = getattr(args, name, None)
         if not folder or "://" in str(folder):

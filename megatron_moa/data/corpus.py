@@ -1,6 +1,6 @@
 """Reads the documents of text, JSON-lines and Parquet files; every tool gets the same texts from the same file.
 
-Apart from data.py, which checks what a training is given: these functions serve the tools alone. torch and Megatron
+These functions serve the tools alone; checks.py checks what a training is given. torch and Megatron
 are not needed, and no more than a document or a block is held, but for a text file, which is one document.
 """
 

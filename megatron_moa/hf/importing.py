@@ -299,8 +299,8 @@ def import_folder(
         final: the name it will have, for the tokenizer's path in the args.
         dtype: of the parameters.
         seq_length: None for all positions, :data:`_LONGEST` at most.
-        target: ``mixing`` and others, of :func:`megatron_moa.trained.upcycling.target_mixing`: the mixture to become; None
-            for the folder's own.
+        target: ``mixing`` and others, of :func:`megatron_moa.trained.upcycling.target_mixing`: the mixture to become;
+            None for the folder's own.
         megatron_flags: further ones, for the args.
 
     Raises:

@@ -32,7 +32,8 @@ def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, voca
     """The configuration.
 
     Args:
-        args: Megatron's, as a checkpoint holds them and :func:`megatron_moa.trained.from_megatron.load_model` gives them.
+        args: Megatron's, as a checkpoint holds them and
+            :func:`megatron_moa.trained.from_megatron.load_model` gives them.
         mixing: the mixture, None for a fixed activation.
         vocab_size: the tokenizer's, without padding.
 

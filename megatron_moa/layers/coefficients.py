@@ -93,7 +93,7 @@ class Coefficients(torch.nn.Module):
         self.tp_group = tp_group
         self.layout = layout
         self.expert_parameters = expert_parameters
-        # Set by megatron_moa.training.coefficient_monitor while it records; called with the coefficients, [..., n] or [n].
+        # Called with the coefficients, [..., n] or [n]; set by training/coefficient_monitor.py while it records.
         self.observer: Callable[[Tensor], None] | None = None
 
     @classmethod

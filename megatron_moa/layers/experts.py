@@ -101,7 +101,7 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
 
     State: TEGroupedMLP's ``linear_fc1`` and ``linear_fc2``, and ``local_experts``, which here hold ``coefficients``
     only. A checkpoint has the keys and the layout of :class:`MixedSequentialMLP`'s, and so have the coefficients in the
-    model (their names decide how they are trained, megatron_moa.training.optimizer). Arguments are those of TEGroupedMLP.
+    model: their names decide how they are trained (training/optimizer.py). Arguments are those of TEGroupedMLP.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class MixedMLPSubmodules(MLPSubmodules):
 class MixedMLP(MLP):
     """MLP whose activation mixes a dictionary of activations (docs/mixture.md).
 
-    State: Megatron's ``linear_fc1`` and ``linear_fc2`` unchanged, and ``coefficients`` (megatron_moa.layers.coefficients).
+    State: Megatron's ``linear_fc1`` and ``linear_fc2`` unchanged, and ``coefficients`` (layers/coefficients.py).
     Arguments are those of Megatron's MLP.
     """
 

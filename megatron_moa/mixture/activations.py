@@ -1,8 +1,8 @@
 """The dictionary of activations: each one's value and derivative, written once, for torch.compile and Triton alike.
 
 The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``,
-``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. megatron_moa.mixture.triton_backend.language makes Triton functions of
-them by reading ``torch`` as ``triton.language``. What they are held to is PyTorch's own, in megatron_moa.mixture.reference.
+``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of
+them by reading ``torch`` as ``triton.language``. Tests hold them to PyTorch's own, which reference.py uses.
 
 They are for float32. Each calls the terms it is made of by name (:func:`_decay`, :func:`_reciprocal`,
 :func:`_gaussian`), and both compilers compute a term once for all activations of the same x: two exponentials and two

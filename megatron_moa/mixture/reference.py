@@ -72,7 +72,7 @@ def gate_coefficients(
     scale: Tensor | None = None,
     group_ends: Tensor | None = None,
 ) -> Tensor:
-    """:func:`gate` of the logits u_k x + b_k, times ``scale``; see :func:`megatron_moa.mixture.functional.gate_coefficients`.
+    """:func:`gate` of the logits u_k x + b_k, times ``scale``; arguments as in functional.py's ``gate_coefficients``.
 
     Float32 throughout, whatever the parameters are.
     """

@@ -1,6 +1,6 @@
 """Memory of a GPU by part: what lies there all the time, what a micro-batch leaves for its backward, and the peak.
 
-Activations are counted as this package's layers save them (megatron_moa.mixture.autograd; docs/planning.md has the list),
+Activations are counted as this package's layers save them (mixture/autograd.py; docs/planning.md has the list),
 attention as a fused kernel, which keeps no s x s scores.
 """
 

@@ -4,8 +4,8 @@ Megatron 0.19.2 looks at the local loss and at the norm of every gradient bucket
 default), and computes a step anew that has a NaN in them.  If it comes again, Megatron saves a checkpoint, NaN and all,
 and asks to be started elsewhere; it leaves out the first step after each start; and it names rank and iteration alone.
 :class:`StopOnNonFinite` watches the second computation with hooks, says where the first value went wrong, and lets all
-ranks leave together with :data:`megatron_moa.training.exit_codes.EXIT_NOT_FINITE` instead.  A step that is finite costs nothing more
-than before.
+ranks leave together with exit_codes.py's ``EXIT_NOT_FINITE`` instead.  A step that is finite costs nothing more than
+before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The activations (megatron_moa.mixture.activations) as Triton functions: the same code, with ``torch`` read as Triton."""
+"""Makes Triton functions of the activations in activations.py: the same code, with ``torch`` read as Triton."""
 
 from __future__ import annotations
 

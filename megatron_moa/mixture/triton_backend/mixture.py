@@ -208,8 +208,8 @@ def backward(
     mixing: MixingConfig,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over programs), of the
-    quadratic form one for every MOST_SUMS coefficients.
+    """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over
+    programs), of the quadratic form one for every MOST_SUMS coefficients.
     """
     need_z, need_coefficients, need_scale = needed
     tokens, f = grad.shape

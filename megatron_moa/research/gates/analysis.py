@@ -1,7 +1,7 @@
 """Turns what was recorded of a model's gates into JSON, and that into tables and sentences.
 
-:func:`site_entry` and :func:`ablation_entry` make the JSON of what :mod:`megatron_moa.research.gates.probe` has recorded;
-:func:`markdown` and :func:`gate_table` tell it, from the JSON alone. docs/gates.md says how to read it.
+:func:`site_entry` and :func:`ablation_entry` make the JSON of what probe.py has recorded; :func:`markdown` and
+:func:`gate_table` tell it, from the JSON alone. docs/gates.md says how to read it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Studies: many small trainings that compare arms at their best learning rates (tools/study.py, docs/evidence.md)."""
+"""Trains many small models that compare mixtures at their best learning rates (tools/study.py, docs/evidence.md).
+
+Start with arms.py (what is compared), then grid.py and runner.py; report.py writes docs/evidence.md.
+"""
