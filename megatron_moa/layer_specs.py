@@ -43,7 +43,7 @@ from megatron_moa.layers.grouped_linear import (
 )
 from megatron_moa.layers.mlp import MixedMLP, MixedMLPSubmodules
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchNorm
-from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
+from megatron_moa.mixture.config import MixtureConfig, auto_form, check_form
 
 if HAVE_TE:
     from megatron.core.extensions.transformer_engine import (
@@ -100,7 +100,7 @@ def _named_layer_spec(mixing: str, config: Any, vp_stage: int | None) -> Transfo
             "train with pretrain_gpt_moa.py, which does"
         )
     form, _ = auto_form(transformer.gated_linear_unit, bool(transformer.num_moe_experts))
-    return layer_spec(config, MixingConfig(mixing=mixing, form=form), vp_stage)
+    return layer_spec(config, MixtureConfig(kind=mixing, form=form), vp_stage)
 
 
 def transformer_config(config: Any) -> TransformerConfig:
@@ -108,7 +108,7 @@ def transformer_config(config: Any) -> TransformerConfig:
     return config if isinstance(config, TransformerConfig) else config.transformer
 
 
-def layer_spec(config: Any, mixing: MixingConfig | None, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def layer_spec(config: Any, mixing: MixtureConfig | None, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder's spec on this pipeline stage, for the config at hand: dense, MoE, GQA, q/k norm, MLA.
 
     Args:
@@ -131,7 +131,7 @@ def layer_spec(config: Any, mixing: MixingConfig | None, vp_stage: int | None = 
 
 
 def mtp_spec(
-    config: Any, mixing: MixingConfig | None, vp_stage: int | None = None
+    config: Any, mixing: MixtureConfig | None, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The spec of multi-token prediction's layers on this pipeline stage; None where there are none."""
     config = transformer_config(config)
@@ -151,7 +151,7 @@ def mtp_spec(
     return dataclasses.replace(block, layer_specs=layers)
 
 
-def check_supported(config: TransformerConfig, mixing: MixingConfig | None) -> None:
+def check_supported(config: TransformerConfig, mixing: MixtureConfig | None) -> None:
     """Refuses Megatron settings that would silently change, or bypass, what was asked for."""
     if config.transformer_impl == "inference_optimized":
         raise UserError("--transformer-impl inference_optimized: is not for training; take transformer_engine or local")
@@ -213,15 +213,15 @@ def _stock_arguments(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _mixed_layer(layer: ModuleSpec, mixing: MixingConfig | None, config: TransformerConfig) -> ModuleSpec:
+def _mixed_layer(layer: ModuleSpec, mixing: MixtureConfig | None, config: TransformerConfig) -> ModuleSpec:
     submodules = _swap_slots(layer.submodules)
     submodules = dataclasses.replace(submodules, mlp=_mixed_mlp(submodules.mlp, mixing, config))
-    if mixing is not None and mixing.mixing == "moa" and _norm_is_inside_fc1(submodules.mlp):
+    if mixing is not None and mixing.kind == "moa" and _norm_is_inside_fc1(submodules.mlp):
         submodules = _with_norm_before_mlp(submodules)
     return dataclasses.replace(layer, submodules=submodules)
 
 
-def _mixed_mlp(mlp: functools.partial, mixing: MixingConfig | None, config: TransformerConfig) -> functools.partial:
+def _mixed_mlp(mlp: functools.partial, mixing: MixtureConfig | None, config: TransformerConfig) -> functools.partial:
     """The builder in a layer's mlp slot (dense or MoE) with our classes in place of Megatron's."""
     builder = getattr(mlp, "func", mlp)
     if builder is MoELayer:
@@ -239,7 +239,7 @@ def _mixed_mlp(mlp: functools.partial, mixing: MixingConfig | None, config: Tran
     raise _no_mixture(mixing, builder)
 
 
-def _experts(stock: Builder, mixing: MixingConfig | None, config: TransformerConfig) -> Builder:
+def _experts(stock: Builder, mixing: MixtureConfig | None, config: TransformerConfig) -> Builder:
     """The routed experts' builder. Without Transformer Engine Megatron builds sequential ones, whatever the flag says:
     with it they are grouped over linears of ours.
     """
@@ -264,11 +264,11 @@ def _experts(stock: Builder, mixing: MixingConfig | None, config: TransformerCon
     raise _no_mixture(mixing, kind)
 
 
-def _no_mixture(mixing: MixingConfig, builder: Builder) -> UserError:
-    return UserError(f"--moa-mixing {mixing.mixing}: no mixture for {builder}; take --moa-mixing none")
+def _no_mixture(mixing: MixtureConfig, builder: Builder) -> UserError:
+    return UserError(f"--moa-mixing {mixing.kind}: no mixture for {builder}; take --moa-mixing none")
 
 
-def _mixed_submodules(builder: functools.partial, mixing: MixingConfig) -> MixedMLPSubmodules:
+def _mixed_submodules(builder: functools.partial, mixing: MixtureConfig) -> MixedMLPSubmodules:
     stock = builder.keywords["submodules"]
     return MixedMLPSubmodules(linear_fc1=stock.linear_fc1, linear_fc2=stock.linear_fc2, mixing=mixing)
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional as F
 
 from megatron_moa.layer_specs import layer_spec, mtp_spec
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 
 
 def make_config(gated: bool = True, **settings: Any) -> TransformerConfig:
@@ -51,7 +51,7 @@ def moe_settings(**settings: Any) -> dict[str, Any]:
     }
 
 
-def build_feed_forward(config: TransformerConfig, mixing: MixingConfig | None, layer: int = 0) -> torch.nn.Module:
+def build_feed_forward(config: TransformerConfig, mixing: MixtureConfig | None, layer: int = 0) -> torch.nn.Module:
     """What a layer's mlp slot builds: a dense layer or a MoE layer."""
     builder = layer_spec(config, mixing).layer_specs[layer].submodules.mlp
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -61,7 +61,7 @@ def build_feed_forward(config: TransformerConfig, mixing: MixingConfig | None, l
     return builder(**kwargs, layer_number=layer + 1)
 
 
-def build_model(config: TransformerConfig, mixing: MixingConfig | None, **kwargs: Any) -> GPTModel:
+def build_model(config: TransformerConfig, mixing: MixtureConfig | None, **kwargs: Any) -> GPTModel:
     """A whole GPT model with a vocabulary of 32."""
     return GPTModel(
         config=config,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.benchmarks import kernel_errors
 from tests.training import ROOT
 
@@ -98,7 +98,7 @@ def test_a_gate_is_off_by_what_its_sum_explains(
     # In float64 and rounded once: PyTorch's own float32 exponentials differ from one kind of CPU to another.
     psi = {"softmax": lambda logits: logits.double().softmax(-1).to(logits.dtype), "tanh": torch.tanh}[gate]
     assert error_of_gates(psi, n, dtype, add, 128, 512, groups) == pytest.approx(record["error"], rel=1e-3)
-    mixing = MixingConfig(gate=gate, backend="triton")
+    mixing = MixtureConfig(gate=gate, backend="triton")
     elsewhere, on_a_gpu = (
         kernel_errors.FLOORS[torch.float32] + kernel_errors._sum_floor(mixing, dtype, device, 512)
         for device in ("cpu", "cuda")
@@ -117,7 +117,7 @@ def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
     """The kernels round z's gradient to its dtype, and the bias gets the sum of that, as from a linear layer."""
     record = measured("moa type1", "bf16")
     assert record["worst"].endswith(" [128, 1024] triton bias")
-    mixing = MixingConfig(form="type1", activations=tuple(record["activations"]), backend="eager")
+    mixing = MixtureConfig(form="type1", activations=tuple(record["activations"]), backend="eager")
     checks = kernel_errors.check_mixture(mixing, torch.bfloat16, "cpu", tokens=128, width=1024, bias=True, scale=True)
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
     assert bias.error == pytest.approx(record["same_dtype_error"], rel=1e-3)  # the reference rounds the sum alone
@@ -127,7 +127,7 @@ def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
 
 def test_few_tokens_sum_to_less_than_they_round() -> None:
     """As where tests/test_gpu.py failed while kernels were held to a sum of gradients that nobody rounds."""
-    mixing = MixingConfig(mixing="la", form="bi-sided", backend="eager")
+    mixing = MixtureConfig(kind="la", form="bi-sided", backend="eager")
     checks = kernel_errors.check_mixture(
         mixing, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True, seed=3
     )

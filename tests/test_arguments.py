@@ -15,7 +15,7 @@ import pretrain_gpt_moa
 from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, mixing_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
-from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
+from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from megatron_moa.training.arguments import restore_model_flags
 from megatron_moa.training.parser import add_all_arguments
 from tests import launch
@@ -44,7 +44,7 @@ def parse(*flags: str, swiglu: bool = True, **others: object) -> argparse.Namesp
 )
 def test_default_is_the_papers_best_form_and_initial_values(settings: dict, form: str, reason: str) -> None:
     args = parse(**settings)
-    expected = MixingConfig("moa", form, DICTIONARIES[form], gate="sigmoid", gate_init_std=0.02, init_scale="paper")
+    expected = MixtureConfig("moa", form, DICTIONARIES[form], gate="sigmoid", gate_init_std=0.02, init_scale="paper")
     assert mixing_from_args(args) == expected
     assert args.moa_form_reason == reason
 

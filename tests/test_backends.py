@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.activations import ACTIVATIONS
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
 from megatron_moa.mixture.triton_backend import mixture
 from megatron_moa.research.benchmarks import kernel_errors
@@ -48,7 +48,7 @@ def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name
     for dtype in dtypes:
         # Kernels compute in float32 whatever they load, so one dtype is enough for the whole dictionary.
         activations = () if backend == "triton" and dtype == torch.float32 else FEW[: 2 if form == "quadratic" else 4]
-        mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend=backend)
+        mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
         # The interpreter's bfloat16 is cut off, and a bias' gradient adds up what is cut off; GPUs round.
         bias = dtype != torch.bfloat16
         kernel_errors.require(
@@ -82,7 +82,7 @@ def test_quadratic_sums_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> 
     ):
         for overwrite in (False, True):
             launches.clear()
-            mixing = MixingConfig(form="quadratic", activations=names[:k], overwrite=overwrite, backend="triton")
+            mixing = MixtureConfig(form="quadratic", activations=names[:k], overwrite=overwrite, backend="triton")
             reference = dataclasses.replace(mixing, overwrite=False, backend="eager")
             layer = make_layer(mixing, 2, 9, 5, torch.float32)
             wanted = [layer[name] for name in ("z", "scale", "weight")]
@@ -99,7 +99,7 @@ def test_quadratic_sums_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> None:
-    mixing = MixingConfig(mixing="la", form=form, activations=("silu", "relu"), backend=backend)
+    mixing = MixtureConfig(kind="la", form=form, activations=("silu", "relu"), backend=backend)
     checks = kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
     kernel_errors.require(checks)
 
@@ -110,7 +110,7 @@ def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> N
 def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None:
     # The interpreter takes some 10 ms a row, and one relu is enough to count rows.
     form, activations = ("bi-sided", ("silu", "tanh")) if size < 200 else ("type1", ("relu",))
-    mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend=backend)
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
 
 
@@ -120,13 +120,13 @@ def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None
 def test_any_width(backend: str, size: int, form: str) -> None:
     if backend == "compile" and size not in (1, 127):  # each width is compiled anew
         pytest.skip("two widths are enough for the compiler")
-    mixing = MixingConfig(form=form, activations=("silu", "tanh"), backend=backend)
+    mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend)
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
 
 
 @pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided"])
 def test_every_activation_as_a_kernel(form: str) -> None:
-    mixing = MixingConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
+    mixing = MixtureConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=300))
     for name in ACTIVATIONS:
         alone = dataclasses.replace(mixing, activations=(name,))
@@ -138,7 +138,7 @@ def test_every_activation_as_a_kernel(form: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
     for form in FORMS:
-        mixing = MixingConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
+        mixing = MixtureConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
         learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
         for dtype in DTYPES:
             kernel_errors.require(kernel_errors.check_gate(mixing, dtype, DEVICE, 150, 70, groups, scale=True))
@@ -148,12 +148,12 @@ def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 3, 64, 65])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gates_of_any_number_of_tokens(backend: str, tokens: int) -> None:
-    mixing = MixingConfig(gate_bias=True, backend=backend)
+    mixing = MixtureConfig(gate_bias=True, backend=backend)
     for groups in (0, 4):
         kernel_errors.require(kernel_errors.check_gate(mixing, torch.float32, DEVICE, tokens, 600, groups))
 
 
-def make_layer(mixing: MixingConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def make_layer(mixing: MixtureConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a feed-forward layer's activation step: x, gate weight, fc1's output, scale; gradients asked for."""
     generator = torch.Generator().manual_seed(8)
 
@@ -169,9 +169,9 @@ def make_layer(mixing: MixingConfig, tokens: int, f: int, h: int, dtype: torch.d
     }
 
 
-def activation_step(layer: dict[str, Tensor], mixing: MixingConfig) -> Tensor:
+def activation_step(layer: dict[str, Tensor], mixing: MixtureConfig) -> Tensor:
     coefficients = layer["value"]
-    if mixing.mixing == "moa":
+    if mixing.kind == "moa":
         coefficients = gate_coefficients(layer["x"], layer["weight"], mixing)
     return mixed_activation(layer["z"], coefficients, mixing, None, layer["scale"])
 
@@ -180,7 +180,7 @@ def activation_step(layer: dict[str, Tensor], mixing: MixingConfig) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) -> None:
-    mixing = MixingConfig(mixing=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
     layer = make_layer(mixing, 19, 33, 20, torch.float32)
     grad = torch.randn(19, 33, generator=torch.Generator().manual_seed(9)).to(DEVICE)
 
@@ -200,7 +200,7 @@ def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
     backend: str, form: str, mixing_name: str, dtype: torch.dtype
 ) -> None:
     """SwiGLU's: fc1's output and the router's probabilities, as in Megatron; x is fc1's too, so saved anyway."""
-    mixing = MixingConfig(mixing=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
     layer = make_layer(mixing, 6, 16, 8, dtype)
     saved = saved_for_backward(lambda: activation_step(layer, mixing), (layer["weight"], layer["value"]))
     swiglu = layer["z"].nbytes + layer["scale"].nbytes + (layer["x"].nbytes if mixing_name == "moa" else 0)
@@ -209,7 +209,7 @@ def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
 
 
 def test_the_count_of_saved_bytes_can_fail() -> None:
-    eager = MixingConfig(activations=("silu", "tanh"), backend="eager")
+    eager = MixtureConfig(activations=("silu", "tanh"), backend="eager")
     layer = make_layer(eager, 6, 16, 8, torch.float32)
     saved = saved_for_backward(lambda: activation_step(layer, eager), (layer["weight"],))
     assert saved.bytes > 2 * (layer["z"].nbytes + layer["scale"].nbytes)
@@ -217,7 +217,7 @@ def test_the_count_of_saved_bytes_can_fail() -> None:
 
 def test_rows_that_begin_beyond_two_to_the_31() -> None:
     """Addresses are 64 bits wide: three rows with 2^30 elements from one to the next, in memory never touched."""
-    mixing = MixingConfig(activations=("silu", "relu2"), backend="triton")
+    mixing = MixtureConfig(activations=("silu", "relu2"), backend="triton")
     f, distance = 24, 2**30
     storage = torch.UntypedStorage(2 * (2 * distance + 2 * f), device=DEVICE)
     far = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(storage, 0, (3, 2 * f), (distance, 1))
@@ -236,7 +236,7 @@ def test_rows_that_begin_beyond_two_to_the_31() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_in_place_of_the_preactivation(form: str) -> None:
-    mixing = MixingConfig(form=form, activations=("silu", "tanh"), backend="triton")
+    mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend="triton")
     layer = make_layer(mixing, 9, 20, 8, torch.float32)
     wanted = ["z", "scale", "weight"]
     expected = torch.autograd.grad(activation_step(layer, mixing).sum(), [layer[name] for name in wanted])
@@ -254,14 +254,14 @@ def test_gradient_in_place_of_the_preactivation(form: str) -> None:
 
 def test_backends_that_cannot_write_in_place_say_so() -> None:
     for backend in ("compile", "eager"):
-        mixing = MixingConfig(overwrite=True, backend=backend)
+        mixing = MixtureConfig(overwrite=True, backend=backend)
         with pytest.raises(UserError, match=f"--moa-overwrite-preactivation: the {backend} backend"):
             mixed_activation(torch.zeros(2, 4), torch.zeros(14), mixing)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend: str) -> None:
-    mixing = MixingConfig(activations=("silu", "tanh"), backend=backend)
+    mixing = MixtureConfig(activations=("silu", "tanh"), backend=backend)
     eager = dataclasses.replace(mixing, backend="eager")
     generator = torch.Generator().manual_seed(1)
 
@@ -284,7 +284,7 @@ def test_strided_inputs(backend: str) -> None:
 
 
 def test_the_compiler_serves_more_kinds_than_its_limit_of_recompilations() -> None:
-    mixing = MixingConfig(mixing="la", form="type1", activations=("relu",), backend="compile")
+    mixing = MixtureConfig(kind="la", form="type1", activations=("relu",), backend="compile")
     for width in range(1, 11):
         z = torch.ones(2, width, device=DEVICE)
         assert mixed_activation(z, torch.ones(1, device=DEVICE), mixing).sum() == 2 * width

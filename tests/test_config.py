@@ -1,4 +1,4 @@
-"""MixingConfig: what is legal, what is counted, and the one line for what is not legal."""
+"""MixtureConfig: what is legal, what is counted, and the one line for what is not legal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
+from megatron_moa.mixture.config import MixtureConfig, auto_form, check_form
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from megatron_moa.mixture.config import MixingConfig, auto_form, check_form
 @pytest.mark.parametrize("k", [1, 2, 4, 7])
 def test_number_of_coefficients(form: str, count: Callable, softmax_size: Callable, k: int) -> None:
     names = ("gelu", "silu", "relu2", "leaky_relu", "tanh", "relu", "identity")[:k]
-    mixing = MixingConfig(form=form, activations=names)
+    mixing = MixtureConfig(form=form, activations=names)
     assert mixing.num_coefficients == count(k) == len(set(mixing.coefficient_names))
     assert mixing.softmax_size == softmax_size(k)
     assert len(list(mixing.start_values())) == count(k)
@@ -38,13 +38,13 @@ def test_number_of_coefficients(form: str, count: Callable, softmax_size: Callab
     ],
 )
 def test_default_dictionaries_are_the_papers(form: str, dictionary: str, coefficients: int) -> None:
-    mixing = MixingConfig(form=form)
+    mixing = MixtureConfig(form=form)
     assert mixing.activations == tuple(dictionary.split())
     assert mixing.num_coefficients == coefficients
 
 
 def test_default_initial_values_are_the_papers() -> None:
-    mixing = MixingConfig(mixing="la", form="quadratic")
+    mixing = MixtureConfig(kind="la", form="quadratic")
     assert list(mixing.start_values()) == [1.0] * 10
     assert (mixing.gate_init_std, mixing.init_scale) == (0.02, "paper")
 
@@ -59,17 +59,17 @@ def test_default_initial_values_are_the_papers() -> None:
     ],
 )
 def test_coefficients_are_named_in_their_order(form: str, names: str) -> None:
-    assert MixingConfig(form=form, activations=("silu", "relu2", "identity")).coefficient_names == tuple(names.split())
+    assert MixtureConfig(form=form, activations=("silu", "relu2", "identity")).coefficient_names == tuple(names.split())
 
 
 def test_any_subset_in_any_order() -> None:
-    assert MixingConfig(activations=("tanh", "one", "relu3")).activations == ("tanh", "one", "relu3")
+    assert MixtureConfig(activations=("tanh", "one", "relu3")).activations == ("tanh", "one", "relu3")
 
 
 @pytest.mark.parametrize(
     ("settings", "parts"),
     [
-        ({"mixing": "mao"}, ["--moa-mixing mao", "la, moa"]),
+        ({"kind": "mao"}, ["--moa-mixing mao", "la, moa"]),
         ({"form": "two-sided"}, ["--moa-form two-sided", "bi-sided"]),
         ({"gate": "relu"}, ["--moa-gate relu", "softmax"]),
         ({"amplitude": "free"}, ["--moa-amplitude free", "learned"]),
@@ -78,20 +78,20 @@ def test_any_subset_in_any_order() -> None:
         ({"activations": ("silu", "swish")}, ["--moa-activations swish", "unknown", "gelu_tanh"]),
         ({"activations": ("silu", "relu", "silu")}, ["--moa-activations silu", "twice"]),
         ({"activations": ("silu",), "gate": "softmax"}, ["--moa-gate softmax", "silu", "sigmoid"]),
-        ({"mixing": "la", "initial_coefficients": (1.0, 2.0)}, ["--moa-init 1 2", "14"]),
-        ({"mixing": "la", "initial_coefficients": (float("nan"),)}, ["--moa-init nan", "finite"]),
+        ({"kind": "la", "initial_coefficients": (1.0, 2.0)}, ["--moa-init 1 2", "14"]),
+        ({"kind": "la", "initial_coefficients": (float("nan"),)}, ["--moa-init nan", "finite"]),
         ({"initial_coefficients": (0.5,)}, ["--moa-init 0.5", "--moa-amplitude learned"]),
-        ({"mixing": "la", "gate": "tanh"}, ["--moa-gate tanh", "--moa-mixing moa"]),
-        ({"mixing": "la", "gate_bias": True}, ["--moa-gate-bias:", "--moa-mixing moa"]),
-        ({"mixing": "la", "amplitude": "learned"}, ["--moa-amplitude learned", "--moa-mixing moa"]),
-        ({"mixing": "la", "gate_init_std": 0.1}, ["--moa-gate-init-std 0.1", "--moa-mixing moa"]),
+        ({"kind": "la", "gate": "tanh"}, ["--moa-gate tanh", "--moa-mixing moa"]),
+        ({"kind": "la", "gate_bias": True}, ["--moa-gate-bias:", "--moa-mixing moa"]),
+        ({"kind": "la", "amplitude": "learned"}, ["--moa-amplitude learned", "--moa-mixing moa"]),
+        ({"kind": "la", "gate_init_std": 0.1}, ["--moa-gate-init-std 0.1", "--moa-mixing moa"]),
         ({"gate_init_std": -0.1}, ["--moa-gate-init-std -0.1", "positive"]),
         ({"gate_init_std": float("inf")}, ["--moa-gate-init-std inf", "positive"]),
     ],
 )
 def test_illegal_settings_are_one_line(settings: dict, parts: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        MixingConfig(**settings)
+        MixtureConfig(**settings)
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)

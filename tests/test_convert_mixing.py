@@ -23,7 +23,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.load import load
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.trained import upcycling
 from megatron_moa.trained.compare_logits import Comparison
 from megatron_moa.trained.upcycling import Conversion, stock_as_mixture, target_mixing
@@ -38,17 +38,17 @@ from tools import convert_mixing
 SILU_RELU2 = ("silu", "relu2")
 
 
-def la(form: str, activations: tuple[str, ...] = ()) -> MixingConfig:
-    return MixingConfig(mixing="la", form=form, activations=activations)
+def la(form: str, activations: tuple[str, ...] = ()) -> MixtureConfig:
+    return MixtureConfig(kind="la", form=form, activations=activations)
 
 
-def moa(form: str, activations: tuple[str, ...] = (), **settings: object) -> MixingConfig:
-    return MixingConfig(
-        **{"mixing": "moa", "form": form, "activations": activations, "amplitude": "learned", **settings}
+def moa(form: str, activations: tuple[str, ...] = (), **settings: object) -> MixtureConfig:
+    return MixtureConfig(
+        **{"kind": "moa", "form": form, "activations": activations, "amplitude": "learned", **settings}
     )
 
 
-def stock(**settings: object) -> MixingConfig:
+def stock(**settings: object) -> MixtureConfig:
     """A stock model's layer as a mixture, SwiGLU if nothing else is said."""
     return stock_as_mixture(argparse.Namespace(**{"swiglu": True, "add_bias_linear": False, **settings}))
 
@@ -70,7 +70,7 @@ def test_swiglu_is_one_coefficient_in_each_branch_that_has_them(
     settings: dict[str, Any], form: str, activations: str, one: set[str], mixing: str
 ) -> None:
     target = target_mixing(stock(), mixing, stock=True, **settings)
-    assert (target.mixing, target.form, target.activations) == (mixing, form, tuple(activations.split()))
+    assert (target.kind, target.form, target.activations) == (mixing, form, tuple(activations.split()))
     starts = dict(zip(target.coefficient_names, target.initial_coefficients, strict=True))
     assert starts == {name: float(name in one) for name in target.coefficient_names}
     amplitude = {"la": "fixed", "moa": "learned"}[mixing]
@@ -183,7 +183,7 @@ def test_refuses_what_cannot_be_exact(case: str) -> None:
     ],
 )
 def test_an_order_that_loses_a_pair_is_named_with_one_that_does_not(
-    source: MixingConfig, activations: str, pair: str, remedy: str
+    source: MixtureConfig, activations: str, pair: str, remedy: str
 ) -> None:
     settings = {"mixing": "moa", "form": "quadratic", "stock": source == stock()}
     with pytest.raises(UserError) as error:
@@ -255,7 +255,7 @@ KINDS: dict[str, dict[str, Any]] = {"dense": {}, "moe": moe_settings(moe_shared_
 
 
 def converted_logits(
-    config: TransformerConfig, source: MixingConfig, target: MixingConfig, is_stock: bool
+    config: TransformerConfig, source: MixtureConfig, target: MixtureConfig, is_stock: bool
 ) -> tuple[Tensor, Tensor]:
     """Of a model whose coefficients are drawn, or which has none, and of the model it is converted to."""
     torch.manual_seed(3)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.activations import ACTIVATIONS
-from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
 from megatron_moa.research.benchmarks import kernel_errors
 from tests import equations
@@ -22,38 +22,38 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("eager", "compile", "triton")
 SEVEN = ("gelu", "silu", "relu2", "leaky_relu", "tanh", "relu", "identity")
 GATED = ("one-sided", "bi-sided", "quadratic")
-# LA, and MoA with each gate; a softmax over one entry is a constant, which MixingConfig refuses.
+# LA, and MoA with each gate; a softmax over one entry is a constant, which MixtureConfig refuses.
 SOURCES = [(k, gate) for k in (1, 2, 4, 7) for gate in (None, *GATES) if (k, gate) != (1, "softmax")]
 
 T, H, FFN = 3, 6, 5
 
 
-def config(form: str, k: int, gate: str | None, backend: str = "eager") -> MixingConfig:
+def config(form: str, k: int, gate: str | None, backend: str = "eager") -> MixtureConfig:
     source = {"mixing": "la"} if gate is None else {"gate": gate}
-    return MixingConfig(form=form, activations=SEVEN[:k], backend=backend, **source)
+    return MixtureConfig(form=form, activations=SEVEN[:k], backend=backend, **source)
 
 
-def make_weights(mixing: MixingConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def make_weights(mixing: MixtureConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Tokens, W1 and W2 as fc1, the down projection, and LA's coefficients or MoA's gate vectors, all N(0, 1)."""
     generator = torch.Generator().manual_seed(4)
     n, halves = mixing.num_coefficients, 2 if mixing.gated else 1
     shapes = {"x": (T, H), "fc1": (halves * FFN, H), "fc2": (H, FFN)}
-    shapes["mixing"] = (n,) if mixing.mixing == "la" else (n, H)
+    shapes["mixing"] = (n,) if mixing.kind == "la" else (n, H)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
         for name, shape in shapes.items()
     }
 
 
-def feed_forward(mixing: MixingConfig, x: Tensor, fc1: Tensor, fc2: Tensor, source: Tensor) -> Tensor:
+def feed_forward(mixing: MixtureConfig, x: Tensor, fc1: Tensor, fc2: Tensor, source: Tensor) -> Tensor:
     """The layer by this package's functions."""
-    coefficients = source if mixing.mixing == "la" else gate_coefficients(x, source, mixing)
+    coefficients = source if mixing.kind == "la" else gate_coefficients(x, source, mixing)
     return mixed_activation(x @ fc1.T, coefficients, mixing) @ fc2.T
 
 
-def expected(mixing: MixingConfig, weights: dict[str, Tensor]) -> np.ndarray:
+def expected(mixing: MixtureConfig, weights: dict[str, Tensor]) -> np.ndarray:
     arrays = [tensor.detach().double().cpu().numpy() for tensor in weights.values()]
-    gate = None if mixing.mixing == "la" else mixing.gate
+    gate = None if mixing.kind == "la" else mixing.gate
     return equations.feed_forward(mixing.form, mixing.activations, gate, *arrays)
 
 
@@ -116,7 +116,7 @@ def test_the_fused_backends_in_float32_are_the_equation(backend: str, form: str)
 def test_every_activation_bias_and_scale_are_in_the_equation(form: str) -> None:
     for names in (tuple(ACTIVATIONS), *((name,) for name in ACTIVATIONS)):
         for source in ("la", "moa"):
-            mixing = MixingConfig(mixing=source, form=form, activations=names, backend="eager")
+            mixing = MixtureConfig(kind=source, form=form, activations=names, backend="eager")
             generator = torch.Generator().manual_seed(3)
             width, leading = FFN * (2 if mixing.gated else 1), (T,) if source == "moa" else ()
             shapes = ((T, width), (*leading, mixing.num_coefficients), (width,), (T,))
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_finite_differences(gate: str | None, form: str) 
 @pytest.mark.parametrize("gate", GATES)
 def test_learned_amplitudes_scale_gates_that_are_one_at_zero(gate: str, form: str) -> None:
     """c_k = a_k psi_hat(l_k), psi_hat = psi / psi(0), for tanh 1 + psi: ours, not the paper's."""
-    mixing = MixingConfig(form=form, gate=gate, activations=SEVEN[:3], amplitude="learned")
+    mixing = MixtureConfig(form=form, gate=gate, activations=SEVEN[:3], amplitude="learned")
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(T, mixing.num_coefficients, generator=generator, dtype=torch.float64)
     a = torch.randn(mixing.num_coefficients, generator=generator, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_learned_amplitudes_scale_gates_that_are_one_at_zero(gate: str, form: st
 # SwiGLU is a member of each gated form.
 
 
-def swiglu_coefficients(mixing: MixingConfig) -> Tensor:
+def swiglu_coefficients(mixing: MixtureConfig) -> Tensor:
     """One-hot: silu on W1's branch and identity on W2's, each where the default dictionary has it."""
     names, k = mixing.activations, mixing.num_activations
     silu, identity = names.index("silu"), names.index("identity")
@@ -185,7 +185,7 @@ def test_swiglu_is_contained_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     right = swiglu, *torch.autograd.grad(swiglu, z, grad)
     for gate in (None, *GATES):
         source = {"mixing": "la"} if gate is None else {"gate": gate, "amplitude": "learned"}
-        mixing = MixingConfig(form=form, backend="eager", **source)
+        mixing = MixtureConfig(form=form, backend="eager", **source)
         coefficients = swiglu_coefficients(mixing).to(wide)
         if gate is not None:
             x = torch.ones(T, 4, dtype=dtype, device=DEVICE)
@@ -211,17 +211,17 @@ def test_swiglu_by_a_fused_backend_has_the_same_bits_in_every_form(
     """Those of the backend's own one-sided form over identity alone, which is SwiGLU; () is the form's dictionary."""
     z, grad = preactivation(dtype)
 
-    def result(mixing: MixingConfig, one_hot: Tensor) -> tuple[Tensor, ...]:
+    def result(mixing: MixtureConfig, one_hot: Tensor) -> tuple[Tensor, ...]:
         out = mixed_activation(z, one_hot.expand(T, -1), mixing)
         return out, *torch.autograd.grad(out, z, grad)
 
-    alone = MixingConfig(form="one-sided", activations=("identity",), backend=backend)
+    alone = MixtureConfig(form="one-sided", activations=("identity",), backend=backend)
     right = result(alone, torch.ones(1, device=DEVICE))
     y, linear = z.detach().double().chunk(2, dim=-1)
     # 16 roundings of float32; Triton's interpreter cuts bfloat16 off.
     tolerance = {torch.float32: 16 * 2.0**-24, torch.bfloat16: 2.0**-7}[dtype]
     torch.testing.assert_close(right[0].double(), F.silu(y) * linear, rtol=tolerance, atol=tolerance)
     for form in GATED:
-        mixing = MixingConfig(form=form, activations=activations, backend=backend)
+        mixing = MixtureConfig(form=form, activations=activations, backend=backend)
         for actual, its in zip(result(mixing, swiglu_coefficients(mixing)), right, strict=True):
             assert torch.equal(actual, its), form

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.flops import flops_per_token, install
 from megatron_moa.training.model import MixedGPTModelBuilder, model_config_from_args
 from megatron_moa.training.parser import add_all_arguments
@@ -63,7 +63,7 @@ MODELS = {
 }
 
 
-def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[argparse.Namespace, MixingConfig | None]:
+def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[argparse.Namespace, MixtureConfig | None]:
     """Megatron's args, parsed and validated, without its global state, and the mixture."""
     from megatron.training.arguments import parse_args, validate_args
 
@@ -76,7 +76,7 @@ def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[argparse.Namesp
     return args, mixing
 
 
-def matrix_products(args: argparse.Namespace, mixing: MixingConfig | None) -> int:
+def matrix_products(args: argparse.Namespace, mixing: MixtureConfig | None) -> int:
     """Operations of forward and backward over one sequence that torch's dispatcher saw, attention as if not causal."""
     config = model_config_from_args(args, mixing)
     # Float32, on which attention's plain products are the ones torch counts.

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional, reference
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import mixed_activation
 
 # relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
 
 
-def make_inputs(mixing: MixingConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
+def make_inputs(mixing: MixtureConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
     """Random inputs with gradients asked for; coefficients in float32 for half precision, as layers give them."""
     generator = torch.Generator().manual_seed(3)
 
@@ -24,7 +24,7 @@ def make_inputs(mixing: MixingConfig, tokens: tuple[int, ...], f: int, dtype: to
 
     width = 2 * f if mixing.gated else f
     coefficient_dtype = torch.promote_types(dtype, torch.float32)
-    leading = tokens if mixing.mixing == "moa" else ()
+    leading = tokens if mixing.kind == "moa" else ()
     return {
         "preactivation": normal(*tokens, width),
         "coefficients": normal(*leading, mixing.num_coefficients, dtype=coefficient_dtype),
@@ -45,25 +45,25 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str, mixing_name: str) -> None:
     activations = SMOOTH[2:5] if form == "quadratic" else SMOOTH
-    mixing = MixingConfig(mixing=mixing_name, form=form, activations=activations, backend="eager")
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend="eager")
     inputs = make_inputs(mixing, (4,), 3)
     assert torch.autograd.gradcheck(lambda z, c, b, s: mixed_activation(z, c, mixing, b, s), tuple(inputs.values()))
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_gradcheck_of_gates(gate: str) -> None:
-    mixing = MixingConfig(gate=gate, amplitude="learned", activations=SMOOTH[:3])
+    mixing = MixtureConfig(gate=gate, amplitude="learned", activations=SMOOTH[:3])
     logits = torch.randn(3, mixing.num_coefficients, dtype=torch.float64, requires_grad=True)
     amplitude = torch.randn(mixing.num_coefficients, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, a: reference.gate(x, mixing, a), (logits, amplitude))
-    fixed = MixingConfig(gate=gate, activations=SMOOTH[:3])
+    fixed = MixtureConfig(gate=gate, activations=SMOOTH[:3])
     assert torch.autograd.gradcheck(lambda x: reference.gate(x, fixed), (logits,))
 
 
 @pytest.mark.parametrize("backend", ["eager", "compile", "triton"])
 def test_odd_empty_and_strided_inputs(backend: str) -> None:
-    mixing = MixingConfig(activations=("silu", "tanh"), backend=backend)
-    eager = MixingConfig(activations=("silu", "tanh"), backend="eager")
+    mixing = MixtureConfig(activations=("silu", "tanh"), backend=backend)
+    eager = MixtureConfig(activations=("silu", "tanh"), backend="eager")
     for tokens, f in [((0,), 4), ((1,), 4), ((2, 0), 3), ((1, 1), 1), ((3,), 7)]:
         inputs = make_inputs(mixing, tokens, f, torch.float32)
         out = mixed_activation(mixing=mixing, **inputs)
@@ -85,7 +85,7 @@ def test_odd_empty_and_strided_inputs(backend: str) -> None:
 def test_changing_token_counts_and_evaluation_compile_once() -> None:
     from torch._dynamo.utils import counters
 
-    mixing = MixingConfig(activations=("silu", "relu2"), backend="compile")
+    mixing = MixtureConfig(activations=("silu", "relu2"), backend="compile")
     whole = make_inputs(mixing, (400,), 24, torch.float32)
 
     def run(start: int, tokens: int) -> None:
@@ -106,7 +106,7 @@ def test_changing_token_counts_and_evaluation_compile_once() -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "compile"])
 def test_frozen_inputs_get_no_gradient(backend: str) -> None:
-    mixing = MixingConfig(mixing="la", activations=("silu", "relu"), backend=backend)
+    mixing = MixtureConfig(kind="la", activations=("silu", "relu"), backend=backend)
     inputs = make_inputs(mixing, (4,), 3, torch.float32)
     inputs["coefficients"].requires_grad = False
     inputs["bias"] = inputs["per_token_scale"] = None
@@ -125,7 +125,7 @@ def test_frozen_inputs_get_no_gradient(backend: str) -> None:
     ],
 )
 def test_shapes_that_do_not_fit(change: dict, message: str) -> None:
-    mixing = MixingConfig(activations=("silu", "relu"), backend="eager")
+    mixing = MixtureConfig(activations=("silu", "relu"), backend="eager")
     inputs = {"preactivation": torch.zeros(3, 8), "coefficients": torch.zeros(3, 4), **change}
     with pytest.raises(ValueError, match=message):
         mixed_activation(mixing=mixing, **inputs)

@@ -28,7 +28,7 @@ from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.gates import continued
 from megatron_moa.research.gates.collapse import collapsed_mixing
 from megatron_moa.research.gates.pictures import draw_curves, quadratic_map
@@ -53,7 +53,7 @@ from tests.training import MOE, ROOT, SWIGLU, TINY
 from tools import analyze_gates
 
 CONTEXT, END = 8, 31
-MOA = MixingConfig(
+MOA = MixtureConfig(
     form="bi-sided",
     activations=("silu", "relu2", "tanh"),
     gate_bias=True,
@@ -73,7 +73,7 @@ def documents(count: int = 30, seed: int = 1) -> list[list[int]]:
     return [[draw.randrange(END) for _ in range(draw.randrange(4, 40))] for _ in range(count)]
 
 
-def load(kind: str, mixing: MixingConfig = MOA, **settings: Any) -> LoadedModel:
+def load(kind: str, mixing: MixtureConfig = MOA, **settings: Any) -> LoadedModel:
     """A model whose gates differ from token to token, and its biases and amplitudes from gate to gate."""
     torch.manual_seed(3)
     model = build_model(make_config(**KINDS[kind], **settings), mixing).eval()
@@ -137,12 +137,12 @@ def close(found: Tensor, expected: Tensor) -> None:
     [
         ("dense", MOA),
         ("dense", dataclasses.replace(MOA, form="quadratic", gate="softmax")),
-        ("dense", MixingConfig(form="one-sided", activations=("gelu", "relu"), init_scale="matched", backend="eager")),
+        ("dense", MixtureConfig(form="one-sided", activations=("gelu", "relu"), init_scale="matched", backend="eager")),
         ("moe", MOA),
         ("moe", dataclasses.replace(MOA, gate="tanh", amplitude="fixed")),
     ],
 )
-def test_recorded_coefficients_are_those_of_the_reference(kind: str, mixing: MixingConfig) -> None:
+def test_recorded_coefficients_are_those_of_the_reference(kind: str, mixing: MixtureConfig) -> None:
     """From each layer's input and the router's choice, which are taken without the probe."""
     loaded = load(kind, mixing)
     probe = probed(loaded)
@@ -392,7 +392,7 @@ def test_windows_are_the_text_as_training_sees_it() -> None:
 
 
 def test_a_map_of_the_quadratic_form_is_the_reference() -> None:
-    mixing = MixingConfig(form="quadratic", activations=("silu", "relu2", "tanh"))
+    mixing = MixtureConfig(form="quadratic", activations=("silu", "relu2", "tanh"))
     coefficients = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     basis = torch.stack([reference.DEFINITIONS[name](x) for name in mixing.activations])
@@ -414,7 +414,7 @@ def test_a_map_of_the_quadratic_form_is_the_reference() -> None:
 def test_every_mixed_branch_has_a_picture_of_its_own(
     form: str, titles: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mixing = MixingConfig(form=form, activations=("relu", "tanh"))
+    mixing = MixtureConfig(form=form, activations=("relu", "tanh"))
     n = mixing.num_coefficients
     sampled = [[0.5 + k for k in range(n)], [0.1 * k for k in range(n)]]
     gates = [{"name": name, "mean": 1.0 + k} for k, name in enumerate(mixing.coefficient_names)]

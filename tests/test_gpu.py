@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_moa.mixture.activations import ACTIVATIONS
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
 from megatron_moa.research.benchmarks import kernel_errors
 from tests.training import MOE, SWIGLU, train
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("form", FORMS)
 def test_capture_in_a_cuda_graph(form: str, mixing_name: str) -> None:
     """Forward and backward are captured and replayed on other numbers."""
-    mixing = MixingConfig(mixing=mixing_name, form=form, backend="triton")
+    mixing = MixtureConfig(kind=mixing_name, form=form, backend="triton")
     width = 512 * (2 if mixing.gated else 1)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     weight = torch.randn(mixing.num_coefficients, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -65,7 +65,7 @@ def test_training_in_bf16(mixing: str, extra: list[str]) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
     for form in FORMS:
-        mixing = MixingConfig(form=form, gate=gate, backend="triton")
+        mixing = MixtureConfig(form=form, gate=gate, backend="triton")
         kernel_errors.require(kernel_errors.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
         learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
         kernel_errors.require(kernel_errors.check_gate(learned, dtype, "cuda", 300, 1000, groups))
@@ -73,7 +73,7 @@ def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("k", [8, 14])
 def test_quadratic_sums_in_several_launches(k: int) -> None:
-    mixing = MixingConfig(form="quadratic", activations=tuple(ACTIVATIONS)[:k], backend="triton")
+    mixing = MixtureConfig(form="quadratic", activations=tuple(ACTIVATIONS)[:k], backend="triton")
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, "cuda", 65, 1408, scale=True))
     kernel_errors.require(kernel_errors.check_gate(mixing, torch.bfloat16, "cuda", 300, 768))
 
@@ -83,6 +83,6 @@ def test_quadratic_sums_in_several_launches(k: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["triton", "compile"])
 def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: torch.dtype) -> None:
-    mixing = MixingConfig(mixing=mixing_name, form=form, backend=backend)
+    mixing = MixtureConfig(kind=mixing_name, form=form, backend=backend)
     for tokens, width in ((257, 512), (4097, 1408), (3, 127)):
         kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))

@@ -21,7 +21,7 @@ from megatron_moa.layers.coefficients import Coefficients, GateCoefficients
 from megatron_moa.layers.grouped_linear import TorchColumnParallelGroupedLinear, stacked
 from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.research.compare_runs import Comparison, assemble
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
@@ -31,12 +31,12 @@ from tests.training import MOE, SWIGLU, recorded, train
 pytestmark = pytest.mark.usefixtures("megatron")
 
 GROUPED = "--moe-grouped-gemm"
-MOA = MixingConfig(gate_bias=True, amplitude="learned", backend="eager")
-LA = MixingConfig(mixing="la", backend="eager")
+MOA = MixtureConfig(gate_bias=True, amplitude="learned", backend="eager")
+LA = MixtureConfig(kind="la", backend="eager")
 SIZES = {"uneven": [3, 0, 5, 2], "one has all": [0, 0, 7, 0], "none": [0, 0, 0, 0]}  # tokens of the four experts
 
 
-def build(grouped: bool, mixing: MixingConfig | None, **settings: Any) -> SequentialMLP | TEGroupedMLP:
+def build(grouped: bool, mixing: MixtureConfig | None, **settings: Any) -> SequentialMLP | TEGroupedMLP:
     """A layer's routed experts; the same weights at each call, biases and amplitudes other than they start."""
     gated = mixing is None or mixing.gated
     settings = moe_settings(moe_grouped_gemm=grouped) | {"moe_ffn_hidden_size": 24} | settings
@@ -80,7 +80,7 @@ def step(experts: SequentialMLP | TEGroupedMLP, sizes: list[int], dtype: torch.d
     return {"output": output.detach(), "x": x.grad, "probabilities": probabilities.grad, **gradients}
 
 
-def reference_step(experts: SequentialMLP, mixing: MixingConfig, sizes: list[int]) -> dict[str, Tensor]:
+def reference_step(experts: SequentialMLP, mixing: MixtureConfig, sizes: list[int]) -> dict[str, Tensor]:
     """What :func:`step` gives, by the reference feed-forward layer, in float64."""
     x, probabilities, gradient = inputs(sizes, torch.float64)
     copies = {name: p.detach().double().requires_grad_() for name, p in by_expert(experts).items()}
@@ -101,18 +101,18 @@ def reference_step(experts: SequentialMLP, mixing: MixingConfig, sizes: list[int
     return {"output": output.detach(), "x": x.grad, "probabilities": probabilities.grad, **gradients}
 
 
-def mixings() -> list[MixingConfig]:
+def mixings() -> list[MixtureConfig]:
     """Every form as LA and MoA, every gate with bias and amplitude and without."""
-    result = [MixingConfig(mixing=m, form=f, backend="eager") for m in ("la", "moa") for f in FORMS]
+    result = [MixtureConfig(kind=m, form=f, backend="eager") for m in ("la", "moa") for f in FORMS]
     for gate in GATES:
-        result.append(MixingConfig(gate=gate, gate_bias=True, amplitude="learned", backend="eager"))
-        result.append(MixingConfig(form="one-sided", gate=gate, activations=("silu", "tanh"), backend="eager"))
+        result.append(MixtureConfig(gate=gate, gate_bias=True, amplitude="learned", backend="eager"))
+        result.append(MixtureConfig(form="one-sided", gate=gate, activations=("silu", "tanh"), backend="eager"))
     return result
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("mixing", mixings(), ids=MixingConfig.describe)
-def test_equal_the_reference_and_sequential_experts(mixing: MixingConfig, sizes: list[int]) -> None:
+@pytest.mark.parametrize("mixing", mixings(), ids=MixtureConfig.describe)
+def test_equal_the_reference_and_sequential_experts(mixing: MixtureConfig, sizes: list[int]) -> None:
     sequential = build(False, mixing).double()
     expected = reference_step(sequential, mixing, sizes)
     actual = step(build(True, mixing).double(), sizes, torch.float64)
@@ -125,8 +125,8 @@ def test_equal_the_reference_and_sequential_experts(mixing: MixingConfig, sizes:
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mixing", [MOA, LA, MixingConfig(form="type1", backend="eager")], ids=MixingConfig.describe)
-def test_are_as_exact_as_sequential_experts(mixing: MixingConfig, dtype: torch.dtype, sizes: list[int]) -> None:
+@pytest.mark.parametrize("mixing", [MOA, LA, MixtureConfig(form="type1", backend="eager")], ids=MixtureConfig.describe)
+def test_are_as_exact_as_sequential_experts(mixing: MixtureConfig, dtype: torch.dtype, sizes: list[int]) -> None:
     """At most twice the sequential path's error against float64, and a rounding of the largest entry beside it."""
     sequential = build(False, mixing, params_dtype=dtype)
     expected = reference_step(sequential, mixing, sizes)
@@ -152,7 +152,7 @@ def test_stock_experts_are_grouped_too(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("initialization", ["device", "cpu"])
 @pytest.mark.parametrize("mixing", [None, LA, MOA], ids=["none", "la", "moa"])
-def test_start_as_sequential_experts_do(mixing: MixingConfig | None, initialization: str) -> None:
+def test_start_as_sequential_experts_do(mixing: MixtureConfig | None, initialization: str) -> None:
     settings = {"use_cpu_initialization": initialization == "cpu"}
     sequential, grouped = (by_expert(build(grouped, mixing, **settings)) for grouped in (False, True))
     after = []
@@ -197,7 +197,7 @@ def test_what_the_grouped_product_refuses(hidden: int, width: int, sizes: list[i
 
 
 def test_frozen_coefficients_take_no_gradient() -> None:
-    experts = build(True, MixingConfig(gate_bias=True, freeze=True, backend="eager"))
+    experts = build(True, MixtureConfig(gate_bias=True, freeze=True, backend="eager"))
     gradients = step(experts, SIZES["uneven"], torch.float32)
     assert all((grad is None) == ("coefficients" in name) for name, grad in gradients.items())
 
@@ -251,7 +251,7 @@ def test_linears_keep_their_input_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("mixing", [MOA, LA, None], ids=["moa", "la", "none"])
-def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixingConfig | None) -> None:
+def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixtureConfig | None) -> None:
     sequential, grouped = build(False, mixing), build(True, mixing)
     if mixing is MOA:  # all gates, stacked
         gates = [module for module in grouped.modules() if isinstance(module, GateCoefficients)]
@@ -263,7 +263,7 @@ def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixingConfig 
 
 
 @pytest.mark.parametrize("mixing", [MOA, LA, None], ids=["moa", "la", "none"])
-def test_recomputing_the_activation_step(mixing: MixingConfig | None) -> None:
+def test_recomputing_the_activation_step(mixing: MixtureConfig | None) -> None:
     kept: list[Tensor] = []
     results = []
     for recompute in (False, True):

@@ -80,7 +80,7 @@ def test_forms_that_changed_are_refused(name: str, tmp_path: Path, capsys: pytes
 def test_an_exports_own_code_takes_its_own_mixture() -> None:
     """Code of version 1 takes the mixture from an installed megatron_moa, and from its folder where this fails."""
     imports = [
-        "from megatron_moa.mixture.config import MixingConfig",
+        "from megatron_moa.mixture.config import MixtureConfig",
         "from megatron_moa.mixture.functional import gate_coefficients, mixed_activation",
         "from megatron_moa.mixture.start_scale import start_scale",
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.reference import gate_coefficients
 from tests.checkpoints import COMMON, Hostile, append, archive, change_metadata, write_checkpoint
 from tests.training import SWIGLU, train
@@ -135,7 +135,7 @@ def test_parameters_by_kind(moe: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_coefficients_are_those_of_the_reference(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = inspect(capsys, moe)
-    mixing = MixingConfig("moa", "one-sided", ("silu", "relu2"), gate="softmax", gate_bias=True, amplitude="learned")
+    mixing = MixtureConfig("moa", "one-sided", ("silu", "relu2"), gate="softmax", gate_bias=True, amplitude="learned")
     prefix = f"{LAYERS}mlp.experts.experts.coefficients."
     weight, bias, amplitude = (moe_tensors()[prefix + name] for name in ("weight", "bias", "amplitude"))
     assert about["coefficient_names"] == ["linear.silu", "linear.relu2"]

@@ -14,7 +14,7 @@ import torch
 from triton import knobs
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
+from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from megatron_moa.mixture.triton_backend import mixture
 from megatron_moa.mixture.triton_backend.tile_sizes import (
     VARIABLE,
@@ -96,7 +96,7 @@ def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
         "import os, torch; os.environ.pop('TRITON_INTERPRET', None)\n"
         "from tools import kernel_resources as tool\n"
         "from megatron_moa.mixture.activations import ACTIVATIONS\n"
-        "mixing = tool.MixingConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
+        "mixing = tool.MixtureConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
         "for launch in tool.gate_launches(mixing, torch.bfloat16, 2048):\n"
         "    print(tool.resources(launch, tool.HOPPER).shared)\n"
     )
@@ -179,7 +179,7 @@ def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, monkeypa
     tune_kernels.write(file, "sm90", [{**ENTRY, "block": 512}])
     tune_kernels.write(file, "meta", [{**ENTRY, "f": 100}, {**ENTRY, "warps": 8}])
     monkeypatch.setenv(VARIABLE, str(file))
-    mixing, z = MixingConfig(), torch.empty(3, 1408, device="meta")
+    mixing, z = MixtureConfig(), torch.empty(3, 1408, device="meta")
     c = torch.empty(3, 14, device="meta")
     (launch,) = kernel_resources.recorded(mixture, mixture.forward, z, c, None, None, mixing)
     assert (launch.arguments["BLOCK"], launch.warps) == (2048, 8)
@@ -229,7 +229,7 @@ def test_a_candidate_holds_inside_only() -> None:
 def test_tuning_takes_the_fastest_of_those_that_are_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    mixing, f = MixingConfig(mixing="la", form="type1", activations=("silu",), backend="triton"), 64
+    mixing, f = MixtureConfig(kind="la", form="type1", activations=("silu",), backend="triton"), 64
     launch = tune_kernels.launchers(mixing, 4, f, torch.float32, CPU)["backward"]
     checked = []
     own = kernel_errors.check_mixture

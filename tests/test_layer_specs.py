@@ -21,14 +21,14 @@ from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP, Mix
 from megatron_moa.layers.grouped_linear import TorchGroupedMLP
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchNorm
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.model import check_mixture, measure_mixture, report_mixture
 from tests.layers import build_model, logits_of, make_config, moe_settings
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-MOA = MixingConfig(backend="eager", gate_bias=True, amplitude="learned")
-LA = MixingConfig(mixing="la", backend="eager")
+MOA = MixtureConfig(backend="eager", gate_bias=True, amplitude="learned")
+LA = MixtureConfig(kind="la", backend="eager")
 
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mixing", [MOA, LA], ids=["moa", "la"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixingConfig) -> None:
+def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixtureConfig) -> None:
     model = build_model(make_config(**KINDS[kind]), mixing)
     check_mixture([model], mixing)
     feed_forward = [m for m in model.modules() if isinstance(m, Coefficients)]  # one in each, and in each expert
@@ -151,13 +151,13 @@ def test_named_specs_choose_the_form_by_the_model(gated: bool, settings: dict[st
             max_sequence_length=16,
             position_embedding_type="rope",
         )
-        check_mixture([model], MixingConfig(mixing, form))  # with the paper's initial values
+        check_mixture([model], MixtureConfig(mixing, form))  # with the paper's initial values
 
 
 GATE_KINDS = ("dense", "moe with shared expert", "moe grouped")
 
 
-def _initial(kind: str, mixing: MixingConfig, **settings: Any) -> dict[str, torch.Tensor]:
+def _initial(kind: str, mixing: MixtureConfig, **settings: Any) -> dict[str, torch.Tensor]:
     tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
     torch.manual_seed(5)
     return dict(build_model(make_config(**KINDS[kind], **settings), mixing).named_parameters())
@@ -167,7 +167,7 @@ def _initial(kind: str, mixing: MixingConfig, **settings: Any) -> dict[str, torc
 @pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic"])
 def test_gate_vectors_start_with_their_own_standard_deviation(form: str, kind: str) -> None:
     """N(0, 0.02^2), as the paper has it, however the other weights start."""
-    mixing = MixingConfig(form=form, backend="eager")
+    mixing = MixtureConfig(form=form, backend="eager")
     wide, narrow, uniform = (
         _initial(kind, mixing, **settings)
         for settings in (
@@ -192,9 +192,9 @@ def test_gate_vectors_start_with_their_own_standard_deviation(form: str, kind: s
 @pytest.mark.parametrize("kind", GATE_KINDS)
 def test_no_other_weight_depends_on_the_gates(kind: str) -> None:
     """They draw from a stream of their own."""
-    papers = _initial(kind, MixingConfig(form="one-sided", backend="eager"))
-    wide = _initial(kind, MixingConfig(form="one-sided", gate_init_std=0.5, backend="eager"))
-    larger = _initial(kind, MixingConfig(form="quadratic", backend="eager"))
+    papers = _initial(kind, MixtureConfig(form="one-sided", backend="eager"))
+    wide = _initial(kind, MixtureConfig(form="one-sided", gate_init_std=0.5, backend="eager"))
+    larger = _initial(kind, MixtureConfig(form="quadratic", backend="eager"))
     for name, value in papers.items():
         if name.endswith("coefficients.weight"):
             torch.testing.assert_close(wide[name], 25 * value)
@@ -205,7 +205,7 @@ def test_no_other_weight_depends_on_the_gates(kind: str) -> None:
 
 @pytest.mark.parametrize("reason", ["routed experts", None])
 def test_the_start_line_says_why_auto_became_a_form(reason: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    mixing = MixingConfig(form="one-sided", activations=("silu", "identity"), backend="eager")
+    mixing = MixtureConfig(form="one-sided", activations=("silu", "identity"), backend="eager")
     report_mixture([build_model(make_config(**moe_settings()), mixing)], mixing, reason)
     why = " (--moa-form auto: routed experts)" if reason else ""
     expected = f"> mixture of activations: moa, one-sided, silu+identity, sigmoid gates{why}, eager backend, "
@@ -243,7 +243,7 @@ def test_settings_that_act_on_the_activation_are_refused(settings: dict, message
     ],
 )
 def test_what_grouped_experts_do_not_serve_is_refused(
-    attribute: str, value: object, message: str, mixing: MixingConfig | None
+    attribute: str, value: object, message: str, mixing: MixtureConfig | None
 ) -> None:
     config = make_config(**KINDS["moe grouped"])
     config.fine_grained_activation_offloading = attribute == "offload_modules"
@@ -269,8 +269,8 @@ def test_with_apex_alone_the_final_norm_is_one_that_can_be(
 
 
 @pytest.mark.parametrize("attribute", ["fp8", "fp4"])
-@pytest.mark.parametrize("mixing", [None, MixingConfig(mixing="moa", form="bi-sided", recompute=True)])
-def test_low_precision_of_local_layers_is_refused(attribute: str, mixing: MixingConfig | None) -> None:
+@pytest.mark.parametrize("mixing", [None, MixtureConfig(kind="moa", form="bi-sided", recompute=True)])
+def test_low_precision_of_local_layers_is_refused(attribute: str, mixing: MixtureConfig | None) -> None:
     """They would compute in the precision of the weights, and say nothing."""
     config = make_config()
     setattr(config, attribute, "e4m3")
@@ -295,7 +295,7 @@ def test_a_stock_layer_where_a_mixture_was_asked_for_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="was built as MixedMLP"):
         check_mixture([build_model(make_config(), MOA)], None)
     with pytest.raises(RuntimeError, match="was built with"):
-        check_mixture([build_model(make_config(), LA)], MixingConfig(mixing="la", form="one-sided"))
+        check_mixture([build_model(make_config(), LA)], MixtureConfig(kind="la", form="one-sided"))
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
@@ -334,7 +334,7 @@ def test_stock_model_keeps_its_keys_and_its_function() -> None:
 def test_arms_of_a_comparison_share_their_initial_weights(kind: str) -> None:
     """With the same seed stock, LA and MoA differ in their coefficients alone."""
 
-    def initial(mixing: MixingConfig | None) -> dict[str, torch.Tensor]:
+    def initial(mixing: MixtureConfig | None) -> dict[str, torch.Tensor]:
         tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
         torch.manual_seed(5)
         return dict(build_model(make_config(**KINDS[kind]), mixing).named_parameters())

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.benchmarks import timing
 from megatron_moa.research.benchmarks.timing import Timings, peak_bytes, saved_for_backward, time_alternately
 
@@ -235,11 +235,11 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     module.AccuracyError = type("AccuracyError", (Exception,), {})
     seen = types.SimpleNamespace(asked=[], wrong=None)
 
-    def check_mixture(mixing: MixingConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
+    def check_mixture(mixing: MixtureConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
         seen.asked.append(("mixture", mixing, sizes))
         return ["mixture"]
 
-    def check_gate(mixing: MixingConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
+    def check_gate(mixing: MixtureConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
         seen.asked.append(("gate", mixing, sizes))
         return ["gate"]
 
@@ -257,7 +257,7 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_nothing_is_timed_on_red(
     accuracy: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], wrong: str
 ) -> None:
-    moa, la = MixingConfig(), MixingConfig(mixing="la")
+    moa, la = MixtureConfig(), MixtureConfig(kind="la")
     timing.require_correct("tool.py", [moa, la, moa], torch.float32, CPU, width=7, hidden=5)
     assert [(kind, mixing) for kind, mixing, _ in accuracy.asked] == [("mixture", moa), ("gate", moa), ("mixture", la)]
     assert [sizes.get("width", sizes.get("hidden")) for _, _, sizes in accuracy.asked] == [7, 5, 7]

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_moa.layers.coefficients import GateCoefficients
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from tests.layers import build_feed_forward, make_config, moe_settings, randn64
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -39,18 +39,18 @@ def randomize(layer: torch.nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
 
-def mixings() -> list[MixingConfig]:
+def mixings() -> list[MixtureConfig]:
     """Every form as LA and MoA, every gate, bias and amplitude."""
-    result = [MixingConfig(mixing=m, form=f, backend="eager") for m in ("la", "moa") for f in FORMS]
+    result = [MixtureConfig(kind=m, form=f, backend="eager") for m in ("la", "moa") for f in FORMS]
     for gate in GATES:
-        result.append(MixingConfig(gate=gate, gate_bias=True, amplitude="learned", backend="eager"))
-        result.append(MixingConfig(form="quadratic", gate=gate, activations=("silu", "tanh"), backend="eager"))
-        result.append(MixingConfig(form="one-sided", gate=gate, activations=("silu", "tanh"), backend="eager"))
-    return [*result, MixingConfig(backend="compile")]
+        result.append(MixtureConfig(gate=gate, gate_bias=True, amplitude="learned", backend="eager"))
+        result.append(MixtureConfig(form="quadratic", gate=gate, activations=("silu", "tanh"), backend="eager"))
+        result.append(MixtureConfig(form="one-sided", gate=gate, activations=("silu", "tanh"), backend="eager"))
+    return [*result, MixtureConfig(backend="compile")]
 
 
-@pytest.mark.parametrize("mixing", mixings(), ids=MixingConfig.describe)
-def test_dense_layer_is_the_reference(mixing: MixingConfig) -> None:
+@pytest.mark.parametrize("mixing", mixings(), ids=MixtureConfig.describe)
+def test_dense_layer_is_the_reference(mixing: MixtureConfig) -> None:
     layer = build_feed_forward(make_config(mixing.gated), mixing).double()
     randomize(layer)
     x = randn64(5, 2, 16).requires_grad_()  # [s, b, h]
@@ -68,7 +68,7 @@ def test_dense_layer_is_the_reference(mixing: MixingConfig) -> None:
 
 
 def test_dense_layer_with_bias_of_fc1_and_fc2() -> None:
-    mixing = MixingConfig(form="type1", backend="eager")
+    mixing = MixtureConfig(form="type1", backend="eager")
     layer = build_feed_forward(make_config(gated=False, add_bias_linear=True), mixing).double()
     with torch.no_grad():
         layer.linear_fc1.bias.normal_()
@@ -83,7 +83,7 @@ def test_dense_layer_with_bias_of_fc1_and_fc2() -> None:
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "shared expert overlapped"])
 @pytest.mark.parametrize("mixing_name", ["la", "moa"])
 def test_experts_are_the_reference_weighted_by_the_router(mixing_name: str, overlap: bool) -> None:
-    mixing = MixingConfig(mixing=mixing_name, backend="eager")
+    mixing = MixtureConfig(kind=mixing_name, backend="eager")
     shared = {"moe_shared_expert_intermediate_size": 12, "moe_shared_expert_overlap": overlap}
     config = make_config(**moe_settings(**shared))
     moe = build_feed_forward(config, mixing).double()
@@ -117,7 +117,7 @@ def test_experts_are_the_reference_weighted_by_the_router(mixing_name: str, over
 
 
 def test_each_expert_has_gates_of_its_own() -> None:
-    moe = build_feed_forward(make_config(**moe_settings()), MixingConfig(backend="eager"))
+    moe = build_feed_forward(make_config(**moe_settings()), MixtureConfig(backend="eager"))
     weights = [expert.coefficients.weight for expert in moe.experts.local_experts]
     assert len({id(weight) for weight in weights}) == 4
     assert not torch.equal(weights[0], weights[1])
@@ -136,7 +136,7 @@ SWIGLU_PLACES = {"one-sided": (7, 6), "bi-sided": (14, 1, 7 + 6), "quadratic": (
 def test_one_hot_amplitudes_are_stock_swiglu_exactly(form: str, gate: str) -> None:
     config = make_config()
     stock = build_feed_forward(config, None)
-    mixing = MixingConfig(
+    mixing = MixtureConfig(
         form=form,
         gate=gate,
         amplitude="learned",
@@ -161,12 +161,10 @@ def test_one_hot_amplitudes_are_stock_swiglu_exactly(form: str, gate: str) -> No
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gate", GATES)
 def test_zero_gates_of_learned_amplitude_are_la_exactly(gate: str, form: str) -> None:
-    la = MixingConfig(mixing="la", form=form, activations=("silu", "tanh"), backend="eager")
+    la = MixtureConfig(kind="la", form=form, activations=("silu", "tanh"), backend="eager")
     values = tuple(0.25 * (index + 1) for index in range(la.num_coefficients))
-    la = MixingConfig(
-        mixing="la", form=form, activations=("silu", "tanh"), initial_coefficients=values, backend="eager"
-    )
-    moa = MixingConfig(
+    la = MixtureConfig(kind="la", form=form, activations=("silu", "tanh"), initial_coefficients=values, backend="eager")
+    moa = MixtureConfig(
         form=form,
         gate=gate,
         activations=("silu", "tanh"),
@@ -189,7 +187,7 @@ def test_zero_gates_of_learned_amplitude_are_la_exactly(gate: str, form: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gate_arithmetic_is_float32_in_half_precision(dtype: torch.dtype) -> None:
-    mixing = MixingConfig(gate_bias=True, amplitude="learned", backend="eager")
+    mixing = MixtureConfig(gate_bias=True, amplitude="learned", backend="eager")
     layer = build_feed_forward(make_config(params_dtype=dtype), mixing)
     assert {p.dtype for p in layer.parameters()} == {dtype}
     x = torch.randn(3, 2, 16).to(dtype).requires_grad_()
@@ -206,7 +204,7 @@ def test_gate_arithmetic_is_float32_in_half_precision(dtype: torch.dtype) -> Non
 
 
 def test_frozen_coefficients_take_no_gradient() -> None:
-    mixing = MixingConfig(gate_bias=True, amplitude="learned", freeze=True, backend="eager")
+    mixing = MixtureConfig(gate_bias=True, amplitude="learned", freeze=True, backend="eager")
     layer = build_feed_forward(make_config(), mixing)
     layer(torch.randn(3, 2, 16))[0].sum().backward()
     assert all(parameter.grad is None for parameter in layer.coefficients.parameters())

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from megatron_moa.layers.mlp import MixedMLP
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training import coefficient_monitor as monitor_module
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.layers import build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, Run, record
 
-TWO = MixingConfig(activations=("silu", "tanh"), backend="eager")
+TWO = MixtureConfig(activations=("silu", "tanh"), backend="eager")
 
 
 def logged(text: str, label: str) -> dict[str, tuple[float, float]]:
@@ -43,7 +43,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
     return scalars
 
 
-def record_once(mixing: MixingConfig, weight: float | None = None, **settings: object) -> None:
+def record_once(mixing: MixtureConfig, weight: float | None = None, **settings: object) -> None:
     """One recorded forward pass; ``weight``: what all gates' vectors are made of."""
     model = build_model(make_config(**settings), mixing)
     monitor = CoefficientMonitor(mixing, interval=1)
@@ -108,7 +108,7 @@ class TestStatistics:
     def test_shared_experts_have_lines_of_their_own_and_la_has_no_spread(
         self, capsys: pytest.CaptureFixture[str], written: dict[int, dict[str, float]]
     ) -> None:
-        mixing = MixingConfig(mixing="la", activations=("silu", "tanh"), backend="eager")
+        mixing = MixtureConfig(kind="la", activations=("silu", "tanh"), backend="eager")
         record_once(mixing, **moe_settings(moe_shared_expert_intermediate_size=12))
         printed = capsys.readouterr().out
         for label in ("layer 1", "layer 1 shared expert", "layer 2", "layer 2 shared expert"):
@@ -135,7 +135,7 @@ class TestStatistics:
         assert gates_of(capsys.readouterr().out).keys() == {"layer 1", "layer 2"}
 
     def test_names_are_in_the_documentation(self, written: dict[int, dict[str, float]]) -> None:
-        record_once(MixingConfig(backend="eager"))
+        record_once(MixtureConfig(backend="eager"))
         table = (Path(__file__).resolve().parents[1] / "docs/watching.md").read_text()
         assert not [name for name in written[1] if f"/{name.rsplit('/', 1)[-1]}`" not in table]
 

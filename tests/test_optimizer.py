@@ -17,7 +17,7 @@ from megatron_moa import cpu
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.compare_runs import Piece, Record
 from megatron_moa.training.arguments import restore_model_flags
 from megatron_moa.training.optimizer import check_saved_optimizer, check_saved_schedule
@@ -239,7 +239,7 @@ def test_layer_wise_buffers_leave_gates_out() -> None:
     """Where Megatron lays out its buffers itself (its own script, --spec), they must agree with the groups."""
     from megatron.training.training import tag_params_for_buffer_routing
 
-    model = build_model(make_config(), MixingConfig())
+    model = build_model(make_config(), MixtureConfig())
     tag_params_for_buffer_routing([model])
     mlp = model.decoder.layers[0].mlp
     assert mlp.linear_fc1.weight.is_managed_by_layer_wise_optimizer

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.research.compare_runs import Comparison
 from tests.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.training import MOE, SWIGLU, Run, recorded, train
@@ -42,7 +42,7 @@ def half_config(name: str, gated: bool = True, **settings: object) -> object:
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_are_float32_within_its_rounding(gate: str, precision: str) -> None:
     for form in FORMS:
-        mixing = MixingConfig(form=form, gate=gate, gate_bias=True, amplitude="learned", backend="eager")
+        mixing = MixtureConfig(form=form, gate=gate, gate_bias=True, amplitude="learned", backend="eager")
         layer = build_feed_forward(half_config(precision, mixing.gated, hidden_size=64), mixing)
         gates = layer.coefficients
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_gates_are_float32_within_its_rounding(gate: str, precision: str) -> Non
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("mixing_name", ["la", "moa"])
 def test_a_half_precision_layer_is_the_float64_one_within_its_own_rounding(mixing_name: str, precision: str) -> None:
-    mixing = MixingConfig(mixing=mixing_name, backend="eager")
+    mixing = MixtureConfig(kind=mixing_name, backend="eager")
     layer = build_feed_forward(half_config(precision), mixing)
     x = torch.randn(9, 2, 16).to(HALF[precision])
     preactivation, _ = layer.linear_fc1(x)
@@ -80,7 +80,7 @@ def trainer(precision: str, mixing_name: str, distributed: bool, lr: float) -> t
     tensor_parallel.model_parallel_cuda_manual_seed(3)
     # All four experts a token, so that each has gradients.
     config = half_config(precision, **moe_settings(moe_router_topk=4, moe_shared_expert_intermediate_size=12))
-    model = Float16Module(config, build_model(config, MixingConfig(mixing=mixing_name, backend="eager")))
+    model = Float16Module(config, build_model(config, MixtureConfig(kind=mixing_name, backend="eager")))
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed, overlap_grad_reduce=False
     )

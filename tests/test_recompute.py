@@ -20,7 +20,7 @@ from megatron_moa.layers import experts as experts_module
 from megatron_moa.layers import mlp as mlp_module
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchRMSNorm
-from megatron_moa.mixture.config import FORMS, MixingConfig
+from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.research.compare_runs import Comparison
 from megatron_moa.training import recompute
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
@@ -53,7 +53,7 @@ MOE_LAYERS = [
     ("layernorm", TorchRMSNorm, 9),
     ("moe_act shared_experts layernorm", "mixture", 12),
 ]
-MIXINGS = [MixingConfig(mixing=mixing, form=form, backend="eager") for mixing in ("la", "moa") for form in FORMS]
+MIXINGS = [MixtureConfig(kind=mixing, form=form, backend="eager") for mixing in ("la", "moa") for form in FORMS]
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
 
 
@@ -71,7 +71,7 @@ def configured(moe: bool, gated: bool, kept: str | dict[str, Any] | None) -> Any
     return config
 
 
-def build(moe: bool, mixing: MixingConfig | None, kept: str | dict[str, Any] | None) -> torch.nn.Module:
+def build(moe: bool, mixing: MixtureConfig | None, kept: str | dict[str, Any] | None) -> torch.nn.Module:
     """The same model and the same random numbers at each call."""
     tensor_parallel.model_parallel_cuda_manual_seed(11)
     model = build_model(configured(moe, mixing is None or mixing.gated, kept), mixing)
@@ -119,7 +119,7 @@ def assert_same(kept: dict[str, Tensor], recomputed: dict[str, Tensor], toleranc
 
 def assert_recomputed(
     moe: bool,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     modules: str | dict[str, Any],
     counted: object,
     times: int,
@@ -159,13 +159,13 @@ def test_moe_gradients_are_bit_equal(
 @pytest.mark.parametrize("modules", ["mlp", "moe_act", {**FULL, "recompute_method": "uniform"}], ids=_name)
 @pytest.mark.parametrize("mixing_name", ["moa", pytest.param("la", marks=pytest.mark.full)])
 def test_compiled_gradients_are_bit_equal(mixing_name: str, modules: str | dict[str, Any]) -> None:
-    mixing = MixingConfig(mixing=mixing_name, activations=("silu", "tanh"), backend="compile")
+    mixing = MixtureConfig(kind=mixing_name, activations=("silu", "tanh"), backend="compile")
     moe = modules == "moe_act"
     assert_same(gradients(build(moe, mixing, None)), gradients(build(moe, mixing, modules)))
 
 
 def test_moe_act_keeps_no_mixture_and_evaluation_needs_none() -> None:
-    model = build(True, MixingConfig(backend="eager"), "moe_act")
+    model = build(True, MixtureConfig(backend="eager"), "moe_act")
     kept: list[Tensor] = []
     for module in model.modules():
         if isinstance(module, MixedMLP) and module.recompute_mixture:
@@ -176,7 +176,7 @@ def test_moe_act_keeps_no_mixture_and_evaluation_needs_none() -> None:
     model.eval()
     with torch.no_grad():
         logits = logits_of(model)
-    expected = build(True, MixingConfig(backend="eager"), None).eval()
+    expected = build(True, MixtureConfig(backend="eager"), None).eval()
     assert torch.equal(logits, logits_of(expected))
 
 
@@ -186,7 +186,7 @@ def test_moa_recompute_keeps_no_mixture_anywhere(mixing_name: str, kind: str, mo
     """--moa-recompute: dense layers, routed and shared experts; gradients bit for bit, every mixture computed twice."""
 
     def built(recompute: bool) -> torch.nn.Module:
-        mixing = MixingConfig(mixing=mixing_name, backend="eager", recompute=recompute)
+        mixing = MixtureConfig(kind=mixing_name, backend="eager", recompute=recompute)
         tensor_parallel.model_parallel_cuda_manual_seed(11)
         config = configured(kind != "dense", True, None)
         config.moe_grouped_gemm = kind == "grouped moe"
@@ -231,7 +231,7 @@ def test_moa_recompute_beside_what_recomputes_more_is_refused(monkeypatch: pytes
 
 @pytest.mark.parametrize("modules", ["mlp", {**FULL, "recompute_method": "uniform"}], ids=_name)
 def test_the_monitor_counts_no_token_twice(modules: str | dict[str, Any]) -> None:
-    mixing = MixingConfig(backend="eager")
+    mixing = MixtureConfig(backend="eager")
     model = build(False, mixing, modules)
     monitor = CoefficientMonitor(mixing, interval=1)
     monitor.attach([model])

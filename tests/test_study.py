@@ -131,7 +131,7 @@ def test_every_arm_is_a_command_that_megatron_accepts(name, monkeypatch, tmp_pat
     assert args.swiglu == ARMS[name].is_gated
     if mixing is not None:
         kept = ("mixing", "form", "activations", "gate", "init_scale", "freeze")
-        assert mixing.gate_init_std == (study.sizes["tiny"].gate_std if mixing.mixing == "moa" else 0.02)
+        assert mixing.gate_init_std == (study.sizes["tiny"].gate_std if mixing.kind == "moa" else 0.02)
         assert [getattr(mixing, key) for key in kept] == [getattr(expected, key) for key in kept]
 
 
@@ -348,7 +348,7 @@ def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder)
             return list(itertools.takewhile(lambda word: not word.startswith("--"), flags[start:]))
 
         mixing = arm.mixing
-        assert words("--moa-mixing") == [mixing.mixing]
+        assert words("--moa-mixing") == [mixing.kind]
         assert words("--moa-init-scale") == [{"paper": "mixture", "matched": "swiglu"}[mixing.init_scale]]
         if arm.as_large_as:  # c silu(y) z, then one-sided with silu on W1's branch, now with identity on W2's
             assert (words("--moa-form"), words("--moa-activations")) == (["one-sided"], ["silu"])
@@ -356,7 +356,7 @@ def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder)
             assert words("--moa-form") == [mixing.form]
             assert mixing.form == "bi-sided" or line["cell"]["arm"] == "polyrelu-matched"
             assert sorted(words("--moa-activations")) == sorted(mixing.activations)
-        if mixing.mixing == "moa":
+        if mixing.kind == "moa":
             assert words("--moa-gate") == [mixing.gate]
             assert line["recorded_arm"] != line["cell"]["arm"]
         else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa.layers.mlp import MixedMLP
-from megatron_moa.mixture.config import DICTIONARIES, MixingConfig
+from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from tests.layers import build_feed_forward, make_config, randn64
 
 
@@ -56,7 +56,7 @@ WITNESSES = {
 }
 
 
-def megatron_layer(mixing: MixingConfig, width: int, **parameters: Tensor) -> MixedMLP:
+def megatron_layer(mixing: MixtureConfig, width: int, **parameters: Tensor) -> MixedMLP:
     """The layer that pretraining builds, h 2, in float64; these parameters, all others zero."""
     config = make_config(mixing.gated, hidden_size=2, num_attention_heads=1, ffn_hidden_size=width)
     layer = build_feed_forward(config, mixing).double()
@@ -130,7 +130,7 @@ class TestWitnesses:
         coefficients: dict[str, float | tuple[float, float]],
     ) -> None:
         gates = TANH_GATES if mixing == "moa" else {}
-        settings = MixingConfig(mixing=mixing, form=form, activations=activations, backend="eager", **gates)
+        settings = MixtureConfig(kind=mixing, form=form, activations=activations, backend="eager", **gates)
         values = torch.zeros(settings.num_coefficients, *((2,) if mixing == "moa" else ()), dtype=torch.float64)
         for name, value in coefficients.items():
             values[settings.coefficient_names.index(name)] = torch.tensor(value, dtype=torch.float64)
@@ -148,7 +148,7 @@ class TestWitnesses:
     @pytest.mark.parametrize(("form", "activations"), [("type1", TYPE1), ("quadratic", QUADRATIC)])
     def test_tanh_gates_with_bias_contain_every_la(self, form: str, activations: tuple[str, ...]) -> None:
         """Gate vectors 0: coefficients are tanh(b), once fc2 has made LA's smaller than 1."""
-        la = MixingConfig(mixing="la", form=form, activations=activations, backend="eager")
+        la = MixtureConfig(kind="la", form=form, activations=activations, backend="eager")
         generator = torch.Generator().manual_seed(3)
         values = randn64(la.num_coefficients, generator=generator)
         assert values.min() < 0 < values.max()
@@ -158,13 +158,13 @@ class TestWitnesses:
             self.x
         )
         size = 2 * values.abs().max()
-        moa = MixingConfig(form=form, activations=activations, backend="eager", **TANH_GATES)
+        moa = MixtureConfig(form=form, activations=activations, backend="eager", **TANH_GATES)
         weights = {"linear_fc2_weight": size * fc2, "coefficients_bias": torch.atanh(values / size)}
         output, _ = megatron_layer(moa, 3, linear_fc1_weight=fc1, **weights)(self.x)
         torch.testing.assert_close(output, wanted, rtol=1e-12, atol=1e-12)
 
     def test_learned_amplitudes_contain_the_la_witness(self) -> None:
-        mixing = MixingConfig(form="type1", activations=("relu", "relu2"), amplitude="learned", backend="eager")
+        mixing = MixtureConfig(form="type1", activations=("relu", "relu2"), amplitude="learned", backend="eager")
         weights = {"linear_fc2_weight": rows((1,), (0,)), "coefficients_amplitude": rows((1, 1))[0]}
         output, _ = megatron_layer(mixing, 1, linear_fc1_weight=rows(X1), **weights)(self.x)  # gate vectors are zero
         wanted = WITNESSES["relu(x1) + relu(x1)^2"](*self.x.unbind(-1))
@@ -172,7 +172,7 @@ class TestWitnesses:
 
     def test_la_has_one_jump_across_a_plane_and_the_witness_many(self) -> None:
         """Why tanh(lambda)/2: across x2 = 0 a Type I layer's derivative jumps by the same amount for every x1."""
-        mixing = MixingConfig(mixing="la", form="type1", activations=TYPE1, backend="eager")
+        mixing = MixtureConfig(kind="la", form="type1", activations=TYPE1, backend="eager")
         generator = torch.Generator().manual_seed(2)
         weights = {
             "linear_fc1_weight": torch.cat([rows(X2), randn64(7, 2, generator=generator)]),

@@ -86,7 +86,7 @@ def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]
         raise UserError(
             f"{flags.checkpoint}: was trained with --moa-mixing none and has no coefficients; give one of MoA or LA"
         )
-    if flags.write_la and prepared.config.mixing.mixing == "la":
+    if flags.write_la and prepared.config.mixing.kind == "la":
         raise UserError(f"--write-la {flags.write_la}: {flags.checkpoint} is an LA already; drop the flag")
     if "--moa-backend" not in (word.split("=")[0] for word in megatron_flags):  # compiling takes longer than a text
         prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
@@ -168,10 +168,10 @@ def analyze(
         "name": path.parent.name if path.name in ("checkpoint", "checkpoints") and path.parent.name else path.name,
         "iteration": loaded.iteration,
         "mixing": {
-            "mixing": mixing.mixing,
+            "mixing": mixing.kind,
             "form": mixing.form,
             "activations": list(mixing.activations),
-            "gate": mixing.gate if mixing.mixing == "moa" else None,
+            "gate": mixing.gate if mixing.kind == "moa" else None,
             "description": mixing.describe(),
         },
         "text": {

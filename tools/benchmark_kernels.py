@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixingConfig
+from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
 from megatron_moa.research.benchmarks import kernel_errors, timing
 
@@ -127,11 +127,11 @@ class Maker:
         halves = [half.detach().contiguous().requires_grad_() for half in z.chunk(2, dim=-1)]
         return Contender(lambda: LigerSiLUMulFunction.apply(*halves), halves, counted, facts)
 
-    def mixture(self, mixing: MixingConfig) -> Contender:
+    def mixture(self, mixing: MixtureConfig) -> Contender:
         """The mixture with random coefficients around 0.5, as gates start."""
         z = self.preactivation(mixing.gated)
         n = mixing.num_coefficients
-        per_token = mixing.mixing == "moa"
+        per_token = mixing.kind == "moa"
         shape = (self.sizes.tokens, n) if per_token else (n,)
         coefficients = torch.sigmoid(self.normal(*shape, dtype=torch.float32)).requires_grad_()
         return Contender(
@@ -141,7 +141,7 @@ class Maker:
             _facts(mixing, "mixture"),
         )
 
-    def gate(self, mixing: MixingConfig) -> Contender:
+    def gate(self, mixing: MixtureConfig) -> Contender:
         """The gate of all tokens."""
         n, (tokens, hidden) = mixing.num_coefficients, (self.sizes.tokens, self.sizes.hidden)
         x = self.normal(tokens, hidden).requires_grad_()
@@ -155,7 +155,7 @@ class Maker:
         )
 
 
-def _facts(mixing: MixingConfig, role: str) -> dict[str, Any]:
+def _facts(mixing: MixtureConfig, role: str) -> dict[str, Any]:
     facts = {name: getattr(mixing, name) for name in ("form", "mixing", "backend")}
     return {"role": role, **facts, "activations": list(mixing.activations)}
 
@@ -178,23 +178,23 @@ def there(device: torch.device, asked: list[str] | None) -> list[str]:
     return found
 
 
-def mixings(options: argparse.Namespace, backends: list[str], activations: int | None = None) -> list[MixingConfig]:
+def mixings(options: argparse.Namespace, backends: list[str], activations: int | None = None) -> list[MixtureConfig]:
     """All that the flags ask for."""
     names = () if activations is None else ORDER[:activations]
     return [
-        MixingConfig(mixing=mixing, form=form, activations=names, backend=backend)
+        MixtureConfig(kind=mixing, form=form, activations=names, backend=backend)
         for form, mixing, backend in itertools.product(options.form, options.mixing, backends)
     ]
 
 
 def measure(
-    sizes: Sizes, wanted: list[MixingConfig], options: argparse.Namespace, device: torch.device, bandwidth: float
+    sizes: Sizes, wanted: list[MixtureConfig], options: argparse.Namespace, device: torch.device, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
     """A record for each contender: those with a linear branch, those without, gates."""
     maker = Maker(sizes, device, timing.DTYPES[options.dtype])
     names = {"la": "LA", "moa": "MoA"}
     for gated in (True, False):
-        own = {f"{names[m.mixing]} {m.form} {m.backend}": m for m in wanted if m.gated == gated}
+        own = {f"{names[m.kind]} {m.form} {m.backend}": m for m in wanted if m.gated == gated}
         if own:
             fixed = maker.fixed(gated)
             contenders = {**fixed, **{name: maker.mixture(mixing) for name, mixing in own.items()}}
@@ -202,7 +202,7 @@ def measure(
     gates = {
         f"gate n {m.num_coefficients} {m.backend}": maker.gate(m)
         for m in wanted
-        if m.mixing == "moa" and m.form in ("bi-sided", "quadratic")
+        if m.kind == "moa" and m.form in ("bi-sided", "quadratic")
     }
     if gates:
         yield from _family(gates, None, sizes, options, device, bandwidth)
@@ -289,7 +289,7 @@ def check(options: argparse.Namespace, backends: list[str], device: torch.device
             results += kernel_errors.check_mixture(
                 mixing, own, device, tokens=tokens, width=width, bias=further, scale=further
             )
-        if mixing.mixing == "la":
+        if mixing.kind == "la":
             results += kernel_errors.check_mixture(mixing, own, device, tokens=128, width=1024, groups=5)
         else:
             for gate, further in itertools.product(GATES, (False, True)):
@@ -301,7 +301,7 @@ def check(options: argparse.Namespace, backends: list[str], device: torch.device
                     )
         worst = max(results, key=lambda result: (not result.ok, result.error / result.limit))
         yield {
-            "arm": f"{mixing.mixing} {mixing.form} {mixing.backend}",
+            "arm": f"{mixing.kind} {mixing.form} {mixing.backend}",
             **_facts(mixing, "accuracy"),
             "dtype": dtype,
             "results": len(results),

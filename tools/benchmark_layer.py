@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.mixture.config import BACKENDS, FORMS, MixingConfig
+from megatron_moa.mixture.config import BACKENDS, FORMS, MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.research.benchmarks import timing
 
@@ -59,7 +59,7 @@ class Arm:
 
     name: str
     family: str
-    mixing: MixingConfig | None
+    mixing: MixtureConfig | None
     role: str
     settings: dict[str, Any]
     variant: str | None = None
@@ -89,8 +89,8 @@ def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
         return []
     fixed, activation = ("SwiGLU", F.silu) if gated else ("GELU", F.gelu)
     settings = {"gated_linear_unit": gated, "activation_func": activation}
-    one = MixingConfig(
-        mixing="la",
+    one = MixtureConfig(
+        kind="la",
         form="one-sided" if gated else "type1",
         activations=("identity" if gated else "gelu",),  # one-sided has SwiGLU's silu on the other branch
         freeze=True,
@@ -102,7 +102,7 @@ def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
     found.append(Arm(f"{fixed} compiled here", fixed, one, "compiled", settings))
     for form in forms:
         for mixing in options.mixing:
-            config = MixingConfig(mixing=mixing, form=form, backend=options.backend)
+            config = MixtureConfig(kind=mixing, form=form, backend=options.backend)
             name = f"{LABELS[mixing]} {form}"
             found.append(Arm(name, fixed, config, "mixture", settings))
             if options.recompute:
@@ -167,7 +167,7 @@ def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: t
     return config
 
 
-def build_layer(config: Any, mixing: MixingConfig | None, device: torch.device) -> torch.nn.Module:
+def build_layer(config: Any, mixing: MixtureConfig | None, device: torch.device) -> torch.nn.Module:
     """What a transformer layer's mlp slot holds: a dense or a MoE layer."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -261,7 +261,7 @@ def _family_records(
             "family": arm.family,
             "role": arm.role,
             "form": arm.mixing.form if arm.mixing and arm.role == "mixture" else None,
-            "mixing": arm.mixing.mixing if arm.mixing and arm.role == "mixture" else None,
+            "mixing": arm.mixing.kind if arm.mixing and arm.role == "mixture" else None,
             "variant": arm.variant,
             "backend": backend,
             **timings.record(arm.name),

@@ -28,7 +28,7 @@ import torch
 
 from megatron_moa import cpu
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.research.benchmarks import timing
 from megatron_moa.research.benchmarks.train_step import build, random_batches
@@ -67,7 +67,7 @@ def split_moa_flags(flags: list[str]) -> tuple[list[str], list[str]]:
     return others, mixture
 
 
-def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, MixingConfig | None]]:
+def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, MixtureConfig | None]]:
     """Megatron's arguments and the mixture of every arm.
 
     Megatron's globals are set once, by the stock arm's flags; a mixture differs from it in what its own flags decide.
@@ -79,7 +79,7 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
     options.megatron = others
     sys.argv = [PROGRAM, *stock_arguments(options)]
     stock, _ = parse_arguments()
-    found: dict[str, tuple[argparse.Namespace, MixingConfig | None]] = {"none": (stock, None)}
+    found: dict[str, tuple[argparse.Namespace, MixtureConfig | None]] = {"none": (stock, None)}
     for name in options.arms:
         own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", name])
         args = copy.deepcopy(stock)
@@ -91,7 +91,7 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
     return found
 
 
-def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace, MixingConfig | None]]) -> None:
+def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace, MixtureConfig | None]]) -> None:
     """Accuracy at the widths of this model, dense, shared and routed; leaves with exit code 1 where it is not given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = timing.DTYPES[options.dtype]

@@ -39,14 +39,13 @@ from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import ARGS, MixtureConfig
 from megatron_moa.research.benchmarks.timing import table
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time
 KINDS = ("embedding", "attention", "feed-forward", "experts", "norms", "mixture", "other")
-_MIXTURE = """moa_mixing moa_form moa_activations moa_gate moa_gate_bias moa_amplitude moa_init moa_gate_init_std
-    moa_init_scale moa_freeze_gates"""
+_MIXTURE = " ".join(ARGS.values())
 _SHAPE = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels swiglu normalization
     position_embedding_type max_position_embeddings add_bias_linear add_qkv_bias qk_layernorm
     untie_embeddings_and_output_weights padded_vocab_size num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk
@@ -139,30 +138,14 @@ def settings_of(checkpoint: CheckpointTensors) -> tuple[argparse.Namespace, str 
     return args, None
 
 
-def mixing_of(args: argparse.Namespace) -> MixingConfig | None:
+def mixing_of(args: argparse.Namespace) -> MixtureConfig | None:
     """The mixture a checkpoint's settings mean; None for stock layers.
 
     Raises:
         UserError: they mean none.
     """
-    if getattr(args, "moa_mixing", "none") == "none":
-        return None
     try:
-        gates = {
-            "gate": args.moa_gate,
-            "gate_bias": args.moa_gate_bias,
-            "amplitude": args.moa_amplitude,
-            "gate_init_std": args.moa_gate_init_std,
-        }
-        return MixingConfig(
-            mixing=args.moa_mixing,
-            form=args.moa_form,
-            activations=tuple(args.moa_activations),
-            initial_coefficients=tuple(args.moa_init),
-            init_scale=args.moa_init_scale,
-            freeze=args.moa_freeze_gates,
-            **(gates if args.moa_mixing == "moa" else {}),
-        )
+        return MixtureConfig.from_args(args)
     except (AttributeError, TypeError) as error:
         raise UserError(f"the checkpoint's settings of its mixture cannot be read ({error})") from None
 
@@ -184,7 +167,7 @@ class Coefficients:
     rows: dict[str, list[float]]
 
 
-def coefficients(checkpoint: CheckpointTensors, mixing: MixingConfig) -> Iterator[Coefficients]:
+def coefficients(checkpoint: CheckpointTensors, mixing: MixtureConfig) -> Iterator[Coefficients]:
     """All layers' coefficients, in the layers' order."""
     found = []
     for module in {key.rpartition(".")[0] for key in checkpoint.tensors if kind_of(key) == "mixture"}:
@@ -215,10 +198,10 @@ def read_layer(checkpoint: CheckpointTensors, key: str, layer: int) -> Tensor:
     return checkpoint.read(key, (layer, *(0 for _ in shape[1:])), (1, *shape[1:]))[0]
 
 
-def _rows(tensors: dict[str, Tensor], mixing: MixingConfig) -> dict[str, list[float]]:
+def _rows(tensors: dict[str, Tensor], mixing: MixtureConfig) -> dict[str, list[float]]:
     """Tensors of one layer, [..., n] or [..., n, h], experts in front."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    if mixing.mixing == "la":
+    if mixing.kind == "la":
         rows = {"value": tensors["value"]}
     else:
         norms = tensors["weight"].norm(dim=-1)  # [..., n]

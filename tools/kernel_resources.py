@@ -30,7 +30,7 @@ import torch
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
-from megatron_moa.mixture.config import FORMS, MIXINGS, MixingConfig
+from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
 from megatron_moa.research.benchmarks import timing
 
 PROGRAM = "kernel_resources.py"
@@ -133,14 +133,14 @@ def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) 
     return launches
 
 
-def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[Launch]:
+def mixture_launches(mixing: MixtureConfig, dtype: torch.dtype, f: int) -> list[Launch]:
     """Forward and backward of a mixture without bias and router probabilities, all its gradients needed."""
     from megatron_moa.mixture.triton_backend import mixture
 
     tokens = 8192
     z = torch.empty(tokens, 2 * f if mixing.gated else f, dtype=dtype, device="meta")
     grad = torch.empty(tokens, f, dtype=dtype, device="meta")
-    leading = (tokens,) if mixing.mixing == "moa" else ()
+    leading = (tokens,) if mixing.kind == "moa" else ()
     coefficients = torch.empty(*leading, mixing.num_coefficients, device="meta")
     needed = True, True, False
     return [
@@ -149,7 +149,7 @@ def mixture_launches(mixing: MixingConfig, dtype: torch.dtype, f: int) -> list[L
     ]
 
 
-def gate_launches(mixing: MixingConfig, dtype: torch.dtype, hidden: int) -> list[Launch]:
+def gate_launches(mixing: MixtureConfig, dtype: torch.dtype, hidden: int) -> list[Launch]:
     """Forward and backward of a mixture's gates."""
     from megatron_moa.mixture.triton_backend import gate
 
@@ -318,14 +318,14 @@ def roofline(found: Resources, moved: int, bandwidths: Sequence[float]) -> dict[
     return lines
 
 
-def measured_mixtures(options: argparse.Namespace) -> Iterator[tuple[str, MixingConfig]]:
+def measured_mixtures(options: argparse.Namespace) -> Iterator[tuple[str, MixtureConfig]]:
     """What was asked for, and beside it, through the same kernels, the activations everybody else has."""
-    asked = [MixingConfig(options.mixing, form, tuple(options.activations)) for form in options.form]
+    asked = [MixtureConfig(options.mixing, form, tuple(options.activations)) for form in options.form]
     for mixing in asked:
         yield mixing.form, mixing
     references = {"GELU": ("type1", ("gelu",)), "SwiGLU": ("one-sided", ("identity",))}
     for name, (form, activations) in references.items():
-        reference = MixingConfig(options.mixing, form, activations)
+        reference = MixtureConfig(options.mixing, form, activations)
         wanted = any(mixing.gated == reference.gated for mixing in asked)
         if wanted and reference not in asked:
             yield name, reference
@@ -400,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
         gates = []
         for form in options.form if options.mixing == "moa" else ():
-            mixing = MixingConfig(options.mixing, form, tuple(options.activations))
+            mixing = MixtureConfig(options.mixing, form, tuple(options.activations))
             hidden = options.hidden or max(options.ffn // 4, 1)
             for launch in gate_launches(mixing, dtype, hidden):
                 found = resources(launch, options.arch)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.mixture.config import FORMS, MIXINGS, MixingConfig
+from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
 from megatron_moa.research.benchmarks import kernel_errors, timing
 
 PROGRAM = "tune_kernels.py"
@@ -44,7 +44,7 @@ def candidates(kernel: str, mixing: str) -> Iterator[Any]:
 
 
 def launchers(
-    mixing: MixingConfig, tokens: int, f: int, dtype: torch.dtype, device: torch.device
+    mixing: MixtureConfig, tokens: int, f: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """What launches forward and backward on random numbers."""
     from megatron_moa.mixture.triton_backend import backend
@@ -55,7 +55,7 @@ def launchers(
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     z = normal(tokens, 2 * f if mixing.gated else f)
-    leading = (tokens,) if mixing.mixing == "moa" else ()
+    leading = (tokens,) if mixing.kind == "moa" else ()
     coefficients = normal(*leading, mixing.num_coefficients, dtype=torch.float32)
     grad = normal(tokens, f)
     needed = True, True, False
@@ -66,7 +66,7 @@ def launchers(
 
 
 def tune(
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     kernel: str,
     launch: Callable[[], object],
     f: int,
@@ -111,7 +111,7 @@ def tune(
     with using(kernel, mixing.form, f, best):
         kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, device, tokens=65, width=f))
     print(
-        f"{mixing.mixing} {mixing.form} {kernel}, f {f}: {timings.median(str(before)):.4f} -> "
+        f"{mixing.kind} {mixing.form} {kernel}, f {f}: {timings.median(str(before)):.4f} -> "
         f"{timings.median(name):.4f} ms, {best}; {len(runs)} tried, {len(by_name) - len(runs)} did not fit",
         flush=True,
     )
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(options.output, architecture(device), [])  # what fails, fails before minutes are spent
         print(timing.describe(timing.environment(device)), flush=True)
         for form, f in itertools.product(options.form, options.ffn):
-            mixing = MixingConfig(mixing=options.mixing, form=form, backend="triton")
+            mixing = MixtureConfig(kind=options.mixing, form=form, backend="triton")
             launches = launchers(mixing, options.tokens, f, dtype, device)
             for kernel in KERNELS:
                 tried = list(candidates(kernel, options.mixing))

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.reference import gate, mix
 
 matplotlib.use("Agg")
@@ -127,7 +127,7 @@ class Layer:
 
     name: str
     witness: Witness
-    mixing: MixingConfig
+    mixing: MixtureConfig
     fixed: str | None = None
     unit: tuple[tuple[float, ...], ...] = ()
     coefficients: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Layer:
         inputs, n = self.witness.dimensions + 1, self.mixing.num_coefficients
         shapes = {"fc1": (1 + self.mixing.gated, width, inputs), "fc2": (width + 1,)}
         if self.fixed is None:
-            shapes["coefficients"] = (n, inputs) if self.mixing.mixing == "moa" else (n,)
+            shapes["coefficients"] = (n, inputs) if self.mixing.kind == "moa" else (n,)
         return shapes
 
     def size(self, width: int) -> int:
@@ -170,7 +170,7 @@ class Layer:
         parts = self.parts(parameters, width)
         column = F.pad(x, (0, 1), value=1.0).unsqueeze(-1)
         coefficients = parts["coefficients"] if self.fixed is None else self.one_hot(self.fixed)
-        if self.mixing.mixing == "moa":
+        if self.mixing.kind == "moa":
             coefficients = gate((coefficients @ column).squeeze(-1), self.mixing)
         hidden = mix((parts["fc1"].flatten(-3, -2) @ column).squeeze(-1), coefficients, self.mixing)
         return (F.pad(hidden, (0, 1), value=1.0) * parts["fc2"]).sum(-1)
@@ -212,10 +212,10 @@ def _fine_grid(witness: Witness) -> Tensor:
     return witness.grid(2001 if witness.dimensions == 1 else 81)
 
 
-def mixture(mixing: str, form: str, *activations: str) -> MixingConfig:
+def mixture(mixing: str, form: str, *activations: str) -> MixtureConfig:
     """Its settings, with the theorems' gates."""
     gates = {"gate": "tanh", "gate_bias": True} if mixing == "moa" else {}
-    return MixingConfig(mixing=mixing, form=form, activations=activations, **gates)
+    return MixtureConfig(kind=mixing, form=form, activations=activations, **gates)
 
 
 def fixed_pair(witness: Witness, first: str, second: str) -> Layer:

@@ -1,4 +1,4 @@
-"""Adds this project's flags to Megatron's parser and turns the parsed ones into a MixingConfig.
+"""Adds this project's flags to Megatron's parser and turns the parsed ones into a MixtureConfig.
 
 Nothing here needs torch or Megatron, so that a mistake is answered before they are imported.
 """
@@ -14,6 +14,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import (
     ACTIVATION_NAMES,
     AMPLITUDES,
+    ARGS,
     BACKENDS,
     DEFAULT_GATE_INIT_STD,
     DEFAULT_INITIAL_COEFFICIENT,
@@ -22,7 +23,7 @@ from megatron_moa.mixture.config import (
     GATES,
     INIT_SCALES,
     MIXINGS,
-    MixingConfig,
+    MixtureConfig,
     auto_form,
     check_form,
 )
@@ -33,17 +34,7 @@ PROGRESS_MODES = ("auto", "line", "log", "off")
 TRAINING_FLAGS = ("moa_gate_lr_scale", "moa_gate_weight_decay", "moa_freeze_gates")
 
 # Their values decide the model's function, so they travel in a checkpoint's args and come back from there.
-MODEL_FLAGS = (
-    "moa_mixing",
-    "moa_form",
-    "moa_activations",
-    "moa_gate",
-    "moa_gate_bias",
-    "moa_amplitude",
-    "moa_init",
-    "moa_gate_init_std",
-    "moa_init_scale",
-)
+MODEL_FLAGS = tuple(name for name in ARGS.values() if name not in TRAINING_FLAGS)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -64,7 +55,7 @@ def our_flags() -> list[str]:
 def add_mixture_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the group "mixture of activations"."""
     group = parser.add_argument_group("mixture of activations")
-    # No argparse choices: MixingConfig checks, so that one text serves the command line and the library.
+    # No argparse choices: MixtureConfig checks, so that one text serves the command line and the library.
     group.add_argument(
         "--moa-mixing",
         default="moa",
@@ -201,7 +192,7 @@ def _one_of(*names: str) -> str:
     return "{" + ",".join(names) + "}"
 
 
-def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
+def mixing_from_args(args: argparse.Namespace) -> MixtureConfig | None:
     """The mixture that the parsed flags ask for; None for ``--moa-mixing none``.
 
     Writes the resolved form, dictionary and initial values back to ``args``, so that checkpoints carry them, and why
@@ -222,28 +213,13 @@ def mixing_from_args(args: argparse.Namespace) -> MixingConfig | None:
         if given:
             raise UserError(f"{flag}: the mixture replaces the activation; name it in --moa-activations instead")
     _check_gate_training(args)
-    form = args.moa_form
-    if form == "auto":
-        form, args.moa_form_reason = auto_form(args.swiglu, bool(args.num_experts))
-    check_form(form, args.swiglu)
-    mixing = MixingConfig(
-        mixing=args.moa_mixing,
-        form=form,
-        activations=tuple(args.moa_activations or ()),
-        gate=args.moa_gate,
-        gate_bias=args.moa_gate_bias,
-        amplitude=args.moa_amplitude,
-        initial_coefficients=tuple(args.moa_init or (DEFAULT_INITIAL_COEFFICIENT,)),
-        gate_init_std=args.moa_gate_init_std,
-        init_scale=args.moa_init_scale,
-        freeze=args.moa_freeze_gates,
-        recompute=args.moa_recompute,
-        overwrite=args.moa_overwrite_preactivation,
-        backend=args.moa_backend,
+    if args.moa_form == "auto":
+        args.moa_form, args.moa_form_reason = auto_form(args.swiglu, bool(args.num_experts))
+    check_form(args.moa_form, args.swiglu)
+    mixing = MixtureConfig.from_args(
+        args, recompute=args.moa_recompute, overwrite=args.moa_overwrite_preactivation, backend=args.moa_backend
     )
-    args.moa_form = mixing.form
-    args.moa_activations = list(mixing.activations)
-    args.moa_init = list(mixing.initial_coefficients)
+    vars(args).update(mixing.to_args())
     return mixing
 
 

@@ -328,9 +328,9 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     if mixing is None:
         mixture = {"mixing": f"none: {_ACTIVATIONS[exported.activation]}"}
     else:
-        mixture = {"mixing": mixing.mixing, "form": mixing.form, **_FORMS[mixing.form]}
-        mixture |= {"c": _COEFFICIENTS[mixing.mixing], "activations s_1 to s_K": " ".join(mixing.activations)}
-        if mixing.mixing == "moa":
+        mixture = {"mixing": mixing.kind, "form": mixing.form, **_FORMS[mixing.form]}
+        mixture |= {"c": _COEFFICIENTS[mixing.kind], "activations s_1 to s_K": " ".join(mixing.activations)}
+        if mixing.kind == "moa":
             mixture |= {"gate": mixing.gate, "gate bias": mixing.gate_bias, "amplitude": mixing.amplitude}
         mixture["--moa-init-scale"] = mixing.init_scale
     data = {
@@ -346,7 +346,7 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     usage = [f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})']
     if exported.tokenizer:
         usage.append(f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote}, padding_side="left")')
-    tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixing.mixing] if mixing else [])))
+    tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixing.kind] if mixing else [])))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
 from megatron_moa.hf.mapping import from_hf
 from megatron_moa.hf.modeling_gpt_moa import mixing_config
-from megatron_moa.hf.settings import config_from_args, mixing_settings
+from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.compare_logits import Comparison, VerificationError, compared_tokens, reference_logits
 from megatron_moa.trained.from_megatron import empty_model, prepare_checkpoint
 from megatron_moa.trained.upcycling import mixture_flags, stock_as_mixture, target_mixing, upcycled
@@ -149,18 +149,11 @@ def _layer_freq(moe_layers: list[bool]) -> str:
     return "+".join(f"[{int(is_moe)}]" for is_moe in moe_layers)
 
 
-def _mixing_flags(own: GPTMoAConfig) -> list[Any]:
+def _mixing_flags(own: GPTMoAConfig) -> list[str]:
     mixing = mixing_config(own)
     if mixing is None:
         return ["--moa-mixing", "none"]
-    flags: list[Any] = ["--moa-mixing", mixing.mixing, "--moa-form", mixing.form]
-    flags += ["--moa-activations", *mixing.activations, "--moa-init", *mixing.initial_coefficients]
-    if mixing.mixing == "moa":
-        flags += ["--moa-gate", mixing.gate, "--moa-amplitude", mixing.amplitude]
-        flags += ["--moa-gate-bias"] if mixing.gate_bias else []
-        flags += ["--moa-gate-init-std", mixing.gate_init_std]
-    scale = "matched" if own.mixing_scale else mixing.init_scale
-    return [*flags, "--moa-init-scale", scale]
+    return replace(mixing, init_scale="matched" if own.mixing_scale else mixing.init_scale).to_flags()
 
 
 def check_dtype(folder: HuggingFaceFolder, wanted: torch.dtype | None) -> torch.dtype:
@@ -186,7 +179,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace, MixingConfig | None]:
+def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace, MixtureConfig | None]:
     """Args and mixture of a training with these flags on so many ranks; nothing global is left behind.
 
     Raises:
@@ -203,11 +196,11 @@ def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace
         sys.argv[:] = [program, *arguments]
 
 
-def check_function(args: argparse.Namespace, mixing: MixingConfig | None, own: GPTMoAConfig) -> None:
+def check_function(args: argparse.Namespace, mixing: MixtureConfig | None, own: GPTMoAConfig) -> None:
     """Raises UserError if the args, with what the user added, are of another model than the folder's."""
     ours, theirs = function_settings(config_from_args(args, mixing, own.vocab_size)), function_settings(own)
     if own.mixing is not None:
-        theirs["mixing"] = mixing_settings(mixing_config(own))  # where they start is no part of it
+        theirs["mixing"] = mixing_config(own).to_json()  # where they start is no part of it
     for name, value in theirs.items():
         if ours.get(name, value) != value:
             raise UserError(
@@ -276,7 +269,7 @@ class Imported:
     """
 
     args: argparse.Namespace
-    mixing: MixingConfig | None
+    mixing: MixtureConfig | None
     parameters: int
     tokens: int | None
 

@@ -29,7 +29,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.folder import file_in, indexed_files
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixing_config
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.text_model import TextModel
 
 
@@ -45,7 +45,7 @@ class FolderModel(TextModel):
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    mixing: MixingConfig | None
+    mixing: MixtureConfig | None
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -33,14 +33,14 @@ from .configuration_gpt_moa import FORMAT_VERSION, GPTMoAConfig
 
 try:
     from megatron_moa.mixture.config import FORMAT_VERSION as INSTALLED_VERSION
-    from megatron_moa.mixture.config import MixingConfig
+    from megatron_moa.mixture.config import MixtureConfig
     from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
     from megatron_moa.mixture.start_scale import matching_scale
 
     if INSTALLED_VERSION != FORMAT_VERSION:
         raise ImportError("the installed megatron_moa computes forms of another format version")
 except ImportError:  # an export, which carries what it needs of the package
-    from .config import MixingConfig
+    from .config import MixtureConfig
     from .output_scale import matching_scale
     from .reference import gate_coefficients, mixed_activation
 
@@ -195,11 +195,11 @@ class GPTMoAAttention(nn.Module):
 class MixtureCoefficients(nn.Module):
     """The mixing coefficients of a feed-forward layer or an expert: gates (MoA) or parameters (LA)."""
 
-    def __init__(self, config: GPTMoAConfig, mixing: MixingConfig) -> None:
+    def __init__(self, config: GPTMoAConfig, mixing: MixtureConfig) -> None:
         super().__init__()
         self.mixing = mixing
         n = mixing.num_coefficients
-        moa = mixing.mixing == "moa"
+        moa = mixing.kind == "moa"
         self.value = None if moa else nn.Parameter(torch.empty(n))
         self.weight = nn.Parameter(torch.empty(n, config.hidden_size)) if moa else None
         self.bias = nn.Parameter(torch.empty(n)) if moa and mixing.gate_bias else None
@@ -209,7 +209,7 @@ class MixtureCoefficients(nn.Module):
         self.start = matching_scale(mixing, config.initializer_range, config.hidden_size) if matched else 1.0
         self.scale = nn.Buffer(torch.tensor([self.start], dtype=torch.float32)) if has_scale else None
 
-    def forward(self, hidden_states: Tensor, mixing: MixingConfig) -> Tensor:
+    def forward(self, hidden_states: Tensor, mixing: MixtureConfig) -> Tensor:
         """[..., n] float32 for hidden_states [..., h]; [n] for LA. ``mixing`` says by which backend."""
         if self.value is not None:
             return self.value.float()
@@ -275,12 +275,11 @@ class GPTMoAMLP(nn.Module):
         return output if outer is None else output * outer.unsqueeze(-1).to(output.dtype)
 
 
-def mixing_config(config: GPTMoAConfig) -> MixingConfig | None:
+def mixing_config(config: GPTMoAConfig) -> MixtureConfig | None:
     """The mixture of a configuration; None for a fixed activation."""
     if config.mixing is None:
         return None
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.mixing.items()}
-    return MixingConfig(**settings, backend=config.mixing_backend or "auto")
+    return MixtureConfig.from_json(config.mixing, backend=config.mixing_backend or "auto")
 
 
 class GPTMoARouter(nn.Module):

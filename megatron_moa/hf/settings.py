@@ -10,7 +10,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import POSITIONS, ROUTER_SCORES, GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE, TANH_GELU
 from megatron_moa.layers.layer_pattern import moe_layers
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.parser import parser_defaults
 
 # Settings that the configuration below is made of. Every other one that decides the function must be at the value that
@@ -28,7 +28,7 @@ _READ = frozenset(
 )
 
 
-def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, vocab_size: int) -> GPTMoAConfig:
+def config_from_args(args: argparse.Namespace, mixing: MixtureConfig | None, vocab_size: int) -> GPTMoAConfig:
     """The configuration.
 
     Args:
@@ -71,29 +71,21 @@ def config_from_args(args: argparse.Namespace, mixing: MixingConfig | None, voca
         qk_norm=args.qk_layernorm,
         gated=args.swiglu,
         hidden_act=_activation(args, mixing),
-        mixing=None if mixing is None else mixing_settings(mixing),
-        mixing_scale=mixing is not None and mixing.mixing == "moa" and _has_scale(mixing),
+        mixing=None if mixing is None else mixing.to_json(),
+        mixing_scale=mixing is not None and mixing.kind == "moa" and _has_scale(mixing),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         initializer_range=args.init_method_std,
         **(_experts(args) if args.num_experts else {}),
     )
 
 
-def _activation(args: argparse.Namespace, mixing: MixingConfig | None) -> str:
+def _activation(args: argparse.Namespace, mixing: MixtureConfig | None) -> str:
     if args.swiglu:
         return "silu"
     return TANH_GELU if mixing is None and has_tanh_gelu(args) else "gelu"
 
 
-def mixing_settings(mixing: MixingConfig) -> dict[str, Any]:
-    """What decides the mixture's function, as config.json holds it."""
-    settings = {"mixing": mixing.mixing, "form": mixing.form, "activations": list(mixing.activations)}
-    if mixing.mixing == "moa":
-        settings |= {"gate": mixing.gate, "gate_bias": mixing.gate_bias, "amplitude": mixing.amplitude}
-    return settings
-
-
-def _has_scale(mixing: MixingConfig) -> bool:
+def _has_scale(mixing: MixtureConfig) -> bool:
     """Whether gates carry a constant factor (megatron_moa.layers.coefficients)."""
     return mixing.init_scale == "matched" and mixing.amplitude == "fixed"
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_moa.layers.init_scale import coefficient_scale
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients
 from megatron_moa.mixture.grouped_products import group_sizes
 from megatron_moa.training.optimizer import train_by_adam
@@ -81,7 +81,7 @@ class Coefficients(torch.nn.Module):
 
     def __init__(
         self,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
         config: TransformerConfig,
         tp_group: torch.distributed.ProcessGroup,
         layout: InputLayout,
@@ -149,7 +149,7 @@ class Coefficients(torch.nn.Module):
 class FreeCoefficients(Coefficients):
     """LA: the n coefficients are parameters, the same for every token. State: ``value`` [n]."""
 
-    def __init__(self, mixing: MixingConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+    def __init__(self, mixing: MixtureConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
         super().__init__(mixing, config, *args, **kwargs)
         self.value = self._new_parameter(mixing.num_coefficients)
         self._fill(self.value, coefficient_scale(mixing, config))
@@ -180,7 +180,7 @@ class GateCoefficients(Coefficients):
 
     def __init__(
         self,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
         config: TransformerConfig,
         *args: object,
         input_size: int | None = None,
@@ -275,7 +275,7 @@ def experts_reduce_apart(config: TransformerConfig) -> bool:
 
 
 def build_coefficients(
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     config: TransformerConfig,
     tp_group: torch.distributed.ProcessGroup,
     *,
@@ -298,6 +298,6 @@ def build_coefficients(
     else:
         layout = InputLayout.REPLICATED
     expert_parameters = is_expert and experts_reduce_apart(config)
-    if mixing.mixing == "la":
+    if mixing.kind == "la":
         return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters)
     return GateCoefficients(mixing, config, tp_group, layout, expert_parameters, input_size=input_size)

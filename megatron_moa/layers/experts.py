@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_moa.layers.coefficients import Coefficients, GateCoefficients, build_coefficients, gate_random_numbers
 from megatron_moa.layers.grouped_linear import TorchGroupedLinear, draw_expert
 from megatron_moa.layers.mlp import MixedMLP, MixedMLPSubmodules
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import mixed_activation
 from megatron_moa.mixture.grouped_products import ends_of_groups
 
@@ -82,7 +82,7 @@ class MixedSequentialMLP(_OwnGates, SequentialMLP):
 class MixedGroupedMLPSubmodules(GroupedMLPSubmodules):
     """Megatron's submodules plus the mixture's settings, as :class:`megatron_moa.layers.mlp.MixedMLPSubmodules`."""
 
-    mixing: MixingConfig
+    mixing: MixtureConfig
 
 
 class _ExpertCoefficients(MegatronModule):
@@ -172,7 +172,7 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
 
     def _mix(self, preactivation: Tensor, coefficients: Tensor, per_token_scale: Tensor, group_ends: Tensor) -> Tensor:
         # Gates give every token its own coefficients already.
-        ends = group_ends if self.mixing.mixing == "la" else None
+        ends = group_ends if self.mixing.kind == "la" else None
         return mixed_activation(preactivation, coefficients, self.mixing, None, per_token_scale, ends)
 
     def sharded_state_dict(

@@ -10,11 +10,11 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.start_scale import matching_scale
 
 
-def coefficient_scale(mixing: MixingConfig, config: TransformerConfig) -> float:
+def coefficient_scale(mixing: MixtureConfig, config: TransformerConfig) -> float:
     """The factor on all coefficients that ``--moa-init-scale`` asks for: 1 for ``paper``.
 
     For ``matched`` the layer's output then has, at step 0, the mean square of SwiGLU's (GELU's for type1).

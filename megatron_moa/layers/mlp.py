@@ -15,7 +15,7 @@ from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
 from megatron_moa.layers.coefficients import build_coefficients
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import mixed_activation
 
 
@@ -23,7 +23,7 @@ from megatron_moa.mixture.functional import mixed_activation
 class MixedMLPSubmodules(MLPSubmodules):
     """Megatron's submodules plus the mixture's settings: the spec carries them, so constructors stay Megatron's."""
 
-    mixing: MixingConfig
+    mixing: MixtureConfig
 
 
 class MixedMLP(MLP):

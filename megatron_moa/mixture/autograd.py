@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import group_of_rows, grouped_sum
 
 _Context = torch.autograd.function.FunctionCtx
@@ -24,7 +24,7 @@ class Backend(Protocol):
 
     @staticmethod
     def mixture_forward(
-        z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig
+        z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixtureConfig
     ) -> Tensor:
         """The mixture of ``z + bias`` times ``scale``: [t, f], z's dtype.
 
@@ -42,7 +42,7 @@ class Backend(Protocol):
         coefficients: Tensor,
         bias: Tensor | None,
         scale: Tensor | None,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
         needed: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of z, coefficients and scale, where ``needed``, each shaped as its tensor.
@@ -60,7 +60,7 @@ class Backend(Protocol):
         amplitude: Tensor | None,
         scale: Tensor | None,
         group_ends: Tensor | None,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
     ) -> Tensor:
         """The coefficients [t, n] of x [t, h], float32; arguments as in functional.gate_coefficients."""
 
@@ -74,7 +74,7 @@ class Backend(Protocol):
         amplitude: Tensor | None,
         scale: Tensor | None,
         group_ends: Tensor | None,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight (where ``needed``), bias and amplitude (where they are), in their tensors' dtypes."""
@@ -84,7 +84,7 @@ def mixed_activation(
     backend: Backend,
     preactivation: Tensor,
     coefficients: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None,
     per_token_scale: Tensor | None,
     group_ends: Tensor | None,
@@ -107,7 +107,7 @@ def gate_coefficients(
     backend: Backend,
     x: Tensor,
     weight: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None,
     amplitude: Tensor | None,
     scale: Tensor | None,
@@ -127,7 +127,7 @@ class _Mixture(torch.autograd.Function):
         bias: Tensor | None,
         scale: Tensor | None,
         group_ends: Tensor | None,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
         backend: Backend,
     ) -> Tensor:
         if z.stride(-1) != 1:
@@ -197,7 +197,7 @@ class _Gate(torch.autograd.Function):
         amplitude: Tensor | None,
         scale: Tensor | None,
         group_ends: Tensor | None,
-        mixing: MixingConfig,
+        mixing: MixtureConfig,
         backend: Backend,
     ) -> Tensor:
         ctx.settings = mixing, backend

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.activations import ACTIVATIONS
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import (
     group_of_rows,
     grouped_linear,
@@ -35,7 +35,7 @@ _OPTIONS = {
 
 
 def mixture_forward(
-    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig
+    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixtureConfig
 ) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     inputs = _uniform(z, coefficients, bias, scale)
@@ -49,7 +49,7 @@ def mixture_backward(
     coefficients: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
@@ -225,7 +225,7 @@ def gate_forward(
     amplitude: Tensor | None,
     scale: Tensor | None,
     group_ends: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
 ) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     logits = _logits(x, weight, bias, group_ends)
@@ -242,7 +242,7 @@ def gate_backward(
     amplitude: Tensor | None,
     scale: Tensor | None,
     group_ends: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
@@ -295,7 +295,7 @@ def _summed(rows: Tensor, group_ends: Tensor | None, parameter: Tensor) -> Tenso
     return total.to(parameter.dtype)
 
 
-def _gate_derivative(grad: Tensor, psi: Tensor, mixing: MixingConfig) -> Tensor:
+def _gate_derivative(grad: Tensor, psi: Tensor, mixing: MixtureConfig) -> Tensor:
     """The logits' gradient, from that of psi and from psi itself, [t, n]."""
     if mixing.gate == "sigmoid":
         return grad * psi * (1 - psi)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from megatron_moa.errors import UserError
 
@@ -54,6 +55,20 @@ DICTIONARIES = {
 DEFAULT_INITIAL_COEFFICIENT = 1.0
 DEFAULT_GATE_INIT_STD = 0.02
 
+# What each setting of a MixtureConfig is called in Megatron's args; its flag has dashes instead.
+ARGS = {
+    "kind": "moa_mixing",
+    "form": "moa_form",
+    "activations": "moa_activations",
+    "gate": "moa_gate",
+    "gate_bias": "moa_gate_bias",
+    "amplitude": "moa_amplitude",
+    "initial_coefficients": "moa_init",
+    "gate_init_std": "moa_gate_init_std",
+    "init_scale": "moa_init_scale",
+    "freeze": "moa_freeze_gates",
+}
+
 
 def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
@@ -61,11 +76,11 @@ def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class MixingConfig:
+class MixtureConfig:
     """How the feed-forward layers of a model mix activations (docs/mixture.md has the equations).
 
     Attributes:
-        mixing: ``moa``, coefficients from token-dependent gates, or ``la``, coefficients that are free parameters.
+        kind: ``moa``, coefficients from token-dependent gates, or ``la``, coefficients that are free parameters.
         form: ``type1``, ``one-sided``, ``bi-sided`` or ``quadratic``; the last three need a gated linear unit.
         activations: names from :data:`ACTIVATION_NAMES`, in order; empty means the default
             dictionary of the form.
@@ -85,7 +100,7 @@ class MixingConfig:
         UserError: for an invalid setting; the text names the flag, the value and the remedy.
     """
 
-    mixing: str = "moa"
+    kind: str = "moa"
     form: str = "bi-sided"
     activations: tuple[str, ...] = ()
     gate: str = "sigmoid"
@@ -100,7 +115,7 @@ class MixingConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        _require_choice("--moa-mixing", self.mixing, MIXINGS)
+        _require_choice("--moa-mixing", self.kind, MIXINGS)
         _require_choice("--moa-form", self.form, FORMS)
         _require_choice("--moa-gate", self.gate, GATES)
         _require_choice("--moa-amplitude", self.amplitude, AMPLITUDES)
@@ -115,7 +130,7 @@ class MixingConfig:
                 f"--moa-gate-init-std {self.gate_init_std:g}: not a standard deviation; give 0 or a positive number "
                 f"such as {DEFAULT_GATE_INIT_STD}"
             )
-        if self.mixing == "la":
+        if self.kind == "la":
             self._refuse_gate_settings()
         elif self.gate == "softmax" and self.softmax_size == 1:
             raise UserError(
@@ -140,7 +155,7 @@ class MixingConfig:
             )
         if not all(math.isfinite(value) for value in values):
             raise UserError(f"--moa-init {text}: not finite; give ordinary numbers such as 1")
-        has_no_effect = self.mixing == "moa" and self.amplitude == "fixed"
+        has_no_effect = self.kind == "moa" and self.amplitude == "fixed"
         if has_no_effect and values != (DEFAULT_INITIAL_COEFFICIENT,):
             raise UserError(
                 f"--moa-init {text}: has no effect on gates of fixed amplitude; "
@@ -157,6 +172,56 @@ class MixingConfig:
             if value != neutral:
                 shown = flag if value is True else f"{flag} {value}"
                 raise UserError(f"{shown}: --moa-mixing la has no gates; drop the flag, or take --moa-mixing moa")
+
+    @classmethod
+    def from_args(cls, args: Any, **execution: Any) -> Self | None:
+        """The mixture of Megatron's args, a run's or a checkpoint's; None for ``--moa-mixing none``.
+
+        Args:
+            args: a namespace with the names of :data:`ARGS`; None stands for the default dictionary and initial value.
+            execution: ``recompute``, ``overwrite``, ``backend``, which no checkpoint decides.
+
+        Raises:
+            UserError: an invalid setting.
+            AttributeError: one is missing.
+        """
+        if getattr(args, ARGS["kind"], "none") == "none":
+            return None
+        settings = {setting: getattr(args, name) for setting, name in ARGS.items()}
+        for name in ("activations", "initial_coefficients"):
+            settings[name] = tuple(settings[name] or getattr(cls, name))
+        return cls(**settings, **execution)
+
+    def to_args(self) -> dict[str, Any]:
+        """What a checkpoint's args hold of the mixture; :meth:`from_args` takes it back."""
+        return {name: _plain(getattr(self, setting)) for setting, name in ARGS.items()}
+
+    def to_flags(self) -> list[str]:
+        """The mixture as words of a command line; settings that have no effect are left out."""
+        unused = set() if self.kind == "moa" else {"gate", "gate_bias", "amplitude", "gate_init_std"}
+        if self.kind == "moa" and self.amplitude == "fixed":
+            unused.add("initial_coefficients")
+        words: list[str] = []
+        for setting, name in ARGS.items():
+            value = _plain(getattr(self, setting))
+            if setting in unused or value is False:
+                continue
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else map(_word, value if isinstance(value, list) else [value])
+        return words
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any], **execution: Any) -> Self:
+        """The mixture of a config.json; arguments and errors as in :meth:`from_args`."""
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        if "mixing" in given:
+            given["kind"] = given.pop("mixing")
+        return cls(**given, **execution)
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the function, as a config.json holds it; where the parameters start is no part of it."""
+        names = ("form", "activations", *(("gate", "gate_bias", "amplitude") if self.kind == "moa" else ()))
+        return {"mixing": self.kind} | {name: _plain(getattr(self, name)) for name in names}
 
     @property
     def gated(self) -> bool:
@@ -213,8 +278,8 @@ class MixingConfig:
 
     def describe(self) -> str:
         """The settings in a few words, as the training script prints them."""
-        parts = [self.mixing, self.form, "+".join(self.activations)]
-        if self.mixing == "moa":
+        parts = [self.kind, self.form, "+".join(self.activations)]
+        if self.kind == "moa":
             gate = f"{self.gate} gates" + (" with bias" if self.gate_bias else "")
             parts.append(gate + (" and learned amplitude" if self.amplitude == "learned" else ""))
         if self.freeze:
@@ -222,6 +287,16 @@ class MixingConfig:
         if self.init_scale == "matched":
             parts.append(f"output scale at step 0 matched to {'SwiGLU' if self.gated else 'GELU'}'s")
         return ", ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """A setting as argparse and JSON have it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _word(value: object) -> str:
+    """A value on a command line, where a float is read back as the same number."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def auto_form(gated_linear_unit: bool, routed_experts: bool) -> tuple[str, str]:

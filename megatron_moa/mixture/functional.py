@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import autograd, compile_backend, reference
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def mixed_activation(
     preactivation: Tensor,
     coefficients: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
     group_ends: Tensor | None = None,
@@ -56,7 +56,7 @@ def mixed_activation(
 def gate_coefficients(
     x: Tensor,
     weight: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None = None,
     amplitude: Tensor | None = None,
     scale: Tensor | None = None,
@@ -88,7 +88,7 @@ def gate_coefficients(
     )
 
 
-def _fused_backend(mixing: MixingConfig, tensor: Tensor) -> autograd.Backend | None:
+def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
     """The backend's module; None for eager, and for float64, which is for checks and has the reference only."""
     name = resolve_backend(mixing.backend, tensor.device.type)
     check_overwrite(mixing, name)
@@ -104,7 +104,7 @@ def _fused_backend(mixing: MixingConfig, tensor: Tensor) -> autograd.Backend | N
 def _check_shapes(
     preactivation: Tensor,
     coefficients: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None,
     per_token_scale: Tensor | None,
     group_ends: Tensor | None,
@@ -131,7 +131,7 @@ def _check_shapes(
         raise ValueError(f"per_token_scale {tuple(per_token_scale.shape)}: needs {list(tokens)}, one per token")
 
 
-def check_overwrite(mixing: MixingConfig, backend: str) -> None:
+def check_overwrite(mixing: MixtureConfig, backend: str) -> None:
     """Raises UserError if the gradient shall be written in place and the backend cannot."""
     if mixing.overwrite and backend != "triton":
         raise UserError(

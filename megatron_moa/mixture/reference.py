@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from megatron_moa.mixture.config import MixingConfig
+    from megatron_moa.mixture.config import MixtureConfig
 
 LEAKY_RELU_SLOPE = 0.01
 
@@ -37,7 +37,7 @@ DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) -> Tensor:
+def gate(logits: Tensor, mixing: MixtureConfig, amplitude: Tensor | None = None) -> Tensor:
     """Coefficients from gate logits.
 
     c_k = psi(l_k), or with amplitudes c_k = a_k psi_hat(l_k), psi_hat scaled so that psi_hat(0) = 1
@@ -66,7 +66,7 @@ def gate(logits: Tensor, mixing: MixingConfig, amplitude: Tensor | None = None) 
 def gate_coefficients(
     x: Tensor,
     weight: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None = None,
     amplitude: Tensor | None = None,
     scale: Tensor | None = None,
@@ -99,7 +99,7 @@ def _of(tensor: Tensor | None, group: int) -> Tensor | None:
     return None if tensor is None else tensor[group]
 
 
-def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixingConfig) -> Tensor:
+def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixtureConfig) -> Tensor:
     """The mixed activation, before the down projection: W2's input (type1) or W3's, eq. 3 to 10 of the paper.
 
     | form | value | equations (LA, MoA) |
@@ -140,7 +140,7 @@ def _weighted_sum(names: tuple[str, ...], x: Tensor, coefficients: Tensor) -> Te
 def mixed_activation(
     preactivation: Tensor,
     coefficients: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
     group_ends: Tensor | None = None,
@@ -166,7 +166,7 @@ def feed_forward(
     x: Tensor,
     fc1_weight: Tensor,
     fc2_weight: Tensor,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     *,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.reference import gate, mix
 
 _SAMPLES = 1 << 16  # of each random variable; tests/test_init_scale.py holds the result to real layers
@@ -17,7 +17,7 @@ _SEED = 1234
 
 # Must not be named start_scale. Exports of format version 1 try to import that from here; where it is missing they use
 # their own copy of the mixture, whose one-sided and quadratic forms are other functions than this package's.
-def matching_scale(mixing: MixingConfig, init_std: float, hidden_size: int) -> float:
+def matching_scale(mixing: MixtureConfig, init_std: float, hidden_size: int) -> float:
     """The factor on all coefficients with which the layer's output has, at step 0, the mean square of SwiGLU's (GELU's
     for type1); arguments as in :func:`output_scale`.
     """
@@ -27,7 +27,7 @@ def matching_scale(mixing: MixingConfig, init_std: float, hidden_size: int) -> f
 
 
 @functools.cache
-def output_scale(mixing: MixingConfig, init_std: float, hidden_size: int) -> float:
+def output_scale(mixing: MixtureConfig, init_std: float, hidden_size: int) -> float:
     """Root mean square of the mixture before the down projection, over SwiGLU's (GELU's for type1), both at step 0.
 
     A normalised input makes preactivations and gate logits independent normal numbers, whose standard deviations are
@@ -45,7 +45,7 @@ def output_scale(mixing: MixingConfig, init_std: float, hidden_size: int) -> flo
     z = std * torch.special.ndtri(uniform.draw(_SAMPLES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
     # On the CPU, as the Sobol points are, even while a model is built on the meta device.
     start = torch.tensor(list(mixing.start_values()), dtype=torch.float64, device="cpu")
-    if mixing.mixing == "la":
+    if mixing.kind == "la":
         coefficients = start
     else:
         amplitude = start if mixing.amplitude == "learned" else None

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.planning.model import Model, Split
 
 # What a split recomputes, as flags of pretrain_gpt_moa.py.
@@ -53,7 +53,7 @@ def _world(gpus: int, flags: Sequence[str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixingConfig | None]:
+def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixtureConfig | None]:
     """Megatron's arguments for so many ranks, not validated yet, and the mixture.
 
     Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_moa.errors import UserError
 from megatron_moa.layers.layer_pattern import moe_layers
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 
 # What the formulas do not have: (attribute of Megatron's arguments, flag).
 _REFUSED = (
@@ -82,7 +82,7 @@ class Model:
     vocabulary_multiple: int
     experts: Experts | None
     moe_layers: tuple[bool, ...]
-    mixing: MixingConfig | None
+    mixing: MixtureConfig | None
     element: int
     gradient: int
     optimizer: str
@@ -92,7 +92,7 @@ class Model:
     iterations: int
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace, mixing: MixingConfig | None) -> Model:
+    def from_args(cls, args: argparse.Namespace, mixing: MixtureConfig | None) -> Model:
         """From Megatron's parsed and validated arguments.
 
         Raises:
@@ -153,7 +153,7 @@ class Model:
     @property
     def coefficients(self) -> int:
         """n of a feed-forward layer or expert whose coefficients depend on the token; 0 for LA and the stock model."""
-        return self.mixing.num_coefficients if self.mixing and self.mixing.mixing == "moa" else 0
+        return self.mixing.num_coefficients if self.mixing and self.mixing.kind == "moa" else 0
 
     @property
     def halves(self) -> int:

@@ -98,7 +98,7 @@ def mixture_parameters(model: Model) -> int:
     if mixing is None:
         return 0
     n = mixing.num_coefficients
-    if mixing.mixing == "la":
+    if mixing.kind == "la":
         return n
     return n * (model.hidden + mixing.gate_bias + (mixing.amplitude == "learned"))
 

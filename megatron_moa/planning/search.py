@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.planning.communication import GPUS_PER_NODE, Step, step_time
 from megatron_moa.planning.memory import GIBIBYTE, Memory, peak
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
@@ -241,7 +241,7 @@ def _works(model: Model, split: Split) -> bool:
     return all(works(getattr(split, name)) for name, works, _ in _rules(model, split))
 
 
-def flops_by_tp(args: argparse.Namespace, mixing: MixingConfig | None) -> Callable[[int], Flops]:
+def flops_by_tp(args: argparse.Namespace, mixing: MixtureConfig | None) -> Callable[[int], Flops]:
     """FLOPs of one token by the number of tensor-parallel ranks, each counted once."""
 
     @functools.cache

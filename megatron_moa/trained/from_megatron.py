@@ -29,7 +29,7 @@ from megatron_moa.checkpoints.guard import changed_scales, check_before_setup, m
 from megatron_moa.checkpoints.names import EXTRA_STATE
 from megatron_moa.checkpoints.tensors import CheckpointTensors, check_pickles
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.text_model import TextModel
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
@@ -52,7 +52,7 @@ class LoadedModel(TextModel):
 
     model: GPTModel
     args: argparse.Namespace
-    mixing: MixingConfig | None
+    mixing: MixtureConfig | None
     tokenizer: Any
     iteration: int
     saved_ends: Sequence[int] | None = None

@@ -23,7 +23,7 @@ from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.command_line.megatron_flags import as_typed, has_tanh_gelu
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
-from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, FORMAT_VERSION, MixingConfig, auto_form
+from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DICTIONARIES, FORMAT_VERSION, MixtureConfig, auto_form
 from megatron_moa.trained.compare_logits import Comparison, compared_tokens, reference_logits
 from megatron_moa.trained.from_megatron import empty_model, prepare_checkpoint
 from megatron_moa.training.model import model_config_from_args
@@ -52,7 +52,7 @@ _NO_MIXTURE = {"quick_geglu": False, "glu_linear_offset": 0.0, "activation_func_
 # Settings.
 
 
-def stock_as_mixture(saved: argparse.Namespace) -> MixingConfig:
+def stock_as_mixture(saved: argparse.Namespace) -> MixtureConfig:
     """The mixture of one activation that a stock model of these saved args is.
 
     Raises:
@@ -77,11 +77,11 @@ def stock_as_mixture(saved: argparse.Namespace) -> MixingConfig:
         activation = "relu2"
     elif has_tanh_gelu(saved):
         activation = "gelu_tanh"
-    return MixingConfig(mixing="la", form=form, activations=(activation,), initial_coefficients=(1.0,))
+    return MixtureConfig(kind="la", form=form, activations=(activation,), initial_coefficients=(1.0,))
 
 
 def target_mixing(
-    source: MixingConfig,
+    source: MixtureConfig,
     mixing: str,
     form: str | None = None,
     activations: Sequence[str] = (),
@@ -89,7 +89,7 @@ def target_mixing(
     gate_bias: bool = False,
     stock: bool = False,
     routed_experts: bool = False,
-) -> MixingConfig:
+) -> MixtureConfig:
     """The mixture to convert to: what is not given is the source's (of a stock one, the default of training).
 
     Gates of the result have learned amplitudes: the amplitude makes a gate start as the source's coefficient.
@@ -109,12 +109,12 @@ def target_mixing(
     """
     form = form or (auto_form(source.gated, routed_experts)[0] if stock else source.form)
     is_moa = mixing == "moa"
-    if source.mixing == "moa" and is_moa:
+    if source.kind == "moa" and is_moa:
         gate, gate_bias = gate or source.gate, gate_bias or source.gate_bias
     try:
         target = dataclasses.replace(
             source,
-            mixing=mixing,
+            kind=mixing,
             form=form,
             activations=tuple(activations) or (_default_dictionary(source, form) if stock else source.activations),
             gate=gate or "sigmoid",
@@ -138,15 +138,15 @@ def target_mixing(
     return dataclasses.replace(target, initial_coefficients=tuple(values.tolist()))
 
 
-def _default_dictionary(source: MixingConfig, form: str) -> tuple[str, ...]:
+def _default_dictionary(source: MixtureConfig, form: str) -> tuple[str, ...]:
     """Training's, of which GELU's tanh approximation takes the exact one's place where that is the source's."""
-    names = DICTIONARIES.get(form, ())  # none: MixingConfig refuses the form
+    names = DICTIONARIES.get(form, ())  # none: MixtureConfig refuses the form
     if source.activations == ("gelu_tanh",):
         return tuple("gelu_tanh" if name == "gelu" else name for name in names)
     return names
 
 
-def _check_exact(source: MixingConfig, target: MixingConfig) -> None:
+def _check_exact(source: MixtureConfig, target: MixtureConfig) -> None:
     """Raises UserError unless the target can compute every function of the source's."""
     forms = _BECOMES[source.form]
     if target.form not in forms:
@@ -166,10 +166,10 @@ def _check_exact(source: MixingConfig, target: MixingConfig) -> None:
         )
     if target.form == "quadratic":
         _check_order(source, target)
-    if source.mixing == "la":
+    if source.kind == "la":
         return
     gates = f"{source.gate} gates of {source.amplitude} amplitude"
-    if target.mixing == "la":
+    if target.kind == "la":
         raise UserError(
             f"--mixing la: the checkpoint has {gates}, which depend on the token, and LA's coefficients do not; take "
             "--mixing moa"
@@ -188,7 +188,7 @@ def _check_exact(source: MixingConfig, target: MixingConfig) -> None:
         )
 
 
-def _check_order(source: MixingConfig, target: MixingConfig) -> None:
+def _check_order(source: MixtureConfig, target: MixtureConfig) -> None:
     """Raises UserError, with an order that would do, if a quadratic target lacks a pair (k, l) that the source has."""
     names = target.activations
     lost = [pair for pair in _pairs(source) if names.index(pair[0]) > names.index(pair[1])]
@@ -205,11 +205,11 @@ def _check_order(source: MixingConfig, target: MixingConfig) -> None:
     )
 
 
-def _fixed_gates(mixing: MixingConfig) -> bool:
-    return mixing.mixing == "moa" and mixing.amplitude == "fixed"
+def _fixed_gates(mixing: MixtureConfig) -> bool:
+    return mixing.kind == "moa" and mixing.amplitude == "fixed"
 
 
-def _gate_factor(mixing: MixingConfig) -> float:
+def _gate_factor(mixing: MixtureConfig) -> float:
     """The amplitude a for which a psi_hat is psi; for gates whose psi_hat has no offset."""
     slope, offset = mixing.psi_hat
     assert offset == 0
@@ -219,7 +219,7 @@ def _gate_factor(mixing: MixingConfig) -> float:
 # Coefficients.
 
 
-def origins(source: MixingConfig, target: MixingConfig) -> list[int]:
+def origins(source: MixtureConfig, target: MixtureConfig) -> list[int]:
     """Where each of the target's n coefficients comes from, in their order: an index of the source's, :data:`ONE` or
     :data:`ZERO`; for mixtures that :func:`target_mixing` admits.
     """
@@ -238,7 +238,7 @@ def origins(source: MixingConfig, target: MixingConfig) -> list[int]:
     return [branch.get(name, ZERO) for branch in (first, second) for name in names]
 
 
-def _pairs(source: MixingConfig) -> dict[tuple[str, str], int]:
+def _pairs(source: MixtureConfig) -> dict[tuple[str, str], int]:
     """The coefficient of each product sigma_k(y) sigma_l(z) of a one-sided or quadratic source, by its index."""
     names = source.activations
     if source.form == "one-sided":
@@ -263,7 +263,7 @@ def _kept_rows(source: Tensor | None, rows: Tensor, origins: list[int]) -> Tenso
 
 
 def upcycled(
-    read: Callable[[str], Tensor], model: GPTModel, source: MixingConfig, target: MixingConfig, stock: bool = False
+    read: Callable[[str], Tensor], model: GPTModel, source: MixtureConfig, target: MixtureConfig, stock: bool = False
 ) -> Callable[[str], Tensor]:
     """Reads a model as one of another mixture that computes the same function.
 
@@ -290,7 +290,7 @@ def upcycled(
         """The source's [n], by which its gates or constants count."""
         if stock:
             return torch.ones(1)
-        if source.mixing == "la":
+        if source.kind == "la":
             return read(f"{module}.value").float()
         if source.amplitude == "learned":
             return read(f"{module}.amplitude").float()
@@ -303,7 +303,7 @@ def upcycled(
         module, kind, shape = wanted[name]
         if kind in ("value", "amplitude"):
             return start_amplitudes(amplitudes(module), come_from)
-        has_it = source.mixing == "moa" and (kind == "weight" or source.gate_bias)
+        has_it = source.kind == "moa" and (kind == "weight" or source.gate_bias)
         return _kept_rows(read(name).float() if has_it else None, torch.empty(shape), come_from)
 
     return read_converted
@@ -312,19 +312,10 @@ def upcycled(
 # Models.
 
 
-def mixture_flags(target: MixingConfig) -> dict[str, Any]:
-    """Megatron's args that a checkpoint of this mixture carries (megatron_moa.command_line.flags.MODEL_FLAGS)."""
+def mixture_flags(target: MixtureConfig) -> dict[str, Any]:
+    """Megatron's args that a checkpoint of this mixture carries."""
     return {
-        "moa_mixing": target.mixing,
-        "moa_form": target.form,
-        "moa_activations": list(target.activations),
-        "moa_gate": target.gate,
-        "moa_gate_bias": target.gate_bias,
-        "moa_amplitude": target.amplitude,
-        "moa_init": list(target.initial_coefficients),
-        "moa_gate_init_std": target.gate_init_std,
-        "moa_init_scale": target.init_scale,
-        "moa_freeze_gates": target.freeze,
+        **target.to_args(),
         "squared_relu": False,  # the mixture has it as relu2
         "bias_gelu_fusion": False,
         "bias_swiglu_fusion": False,
@@ -344,8 +335,8 @@ class Conversion:
         comparison: of the result's logits with the source's.
     """
 
-    source: MixingConfig | None
-    target: MixingConfig
+    source: MixtureConfig | None
+    target: MixtureConfig
     comparison: Comparison
 
 
@@ -389,7 +380,7 @@ def convert(
     return Conversion(mixing, target, Comparison.of(found, expected))
 
 
-def args_of_new_run(saved: argparse.Namespace, target: MixingConfig) -> argparse.Namespace:
+def args_of_new_run(saved: argparse.Namespace, target: MixtureConfig) -> argparse.Namespace:
     """The source's saved args with the new mixture, before any training."""
     args = copy.copy(saved)
     vars(args).update(

@@ -24,7 +24,7 @@ from megatron_moa.command_line.output_folder import check_output_folders
 from megatron_moa.command_line.shapes import check_shapes
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes import optimizer_resharding, random_states
-from megatron_moa.mixture.config import FORMAT_VERSION, MixingConfig
+from megatron_moa.mixture.config import FORMAT_VERSION, MixtureConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
 from megatron_moa.training import optimizer, progress
 from megatron_moa.training.megatron_checks import megatron_checks
@@ -82,7 +82,7 @@ def _restore_megatrons(args: argparse.Namespace, saved: argparse.Namespace) -> N
 
 def parse_arguments(
     check: Callable[[argparse.Namespace], None] | None = None, as_global: bool = True
-) -> tuple[argparse.Namespace, MixingConfig | None]:
+) -> tuple[argparse.Namespace, MixtureConfig | None]:
     """Megatron's ``parse_and_validate_args`` with our flags, early checks and one-line errors.
 
     Args:
@@ -150,7 +150,7 @@ def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argpa
         args.tokenizer_type = getattr(saved, "tokenizer_type", None)
 
 
-def _settle(args: argparse.Namespace, mixing: MixingConfig | None) -> None:
+def _settle(args: argparse.Namespace, mixing: MixtureConfig | None) -> None:
     """Sets what follows from the mixture and the machine, and checks that this machine can compute the mixture."""
     if args.moa_log_interval and args.fake_process_group:
         raise UserError(

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedSharedExpertMLP
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.gate_statistics import GateStatistics
 from megatron_moa.training.progress import write_scalars
 
@@ -30,7 +30,7 @@ class CoefficientMonitor:
     TensorBoard and W&B, logs.
     """
 
-    def __init__(self, mixing: MixingConfig, interval: int) -> None:
+    def __init__(self, mixing: MixtureConfig, interval: int) -> None:
         self.mixing = mixing
         self.interval = interval
         self._recorded: int | None = None  # the iteration that is being recorded
@@ -93,7 +93,7 @@ class CoefficientMonitor:
                 cells.append(f"{name} {mean:.4f} +- {std:.4f}")
                 scalars |= {f"{tag}/{name}/mean": mean, f"{tag}/{name}/std": std}
             print(f" coefficients at iteration {iteration} | {label} | {' | '.join(cells)}", flush=True)
-            if self.mixing.mixing == "moa":
+            if self.mixing.kind == "moa":
                 rank, spread, distance = _of_all_gates(statistics)
                 scalars |= {f"{tag}/effective-rank": rank, f"{tag}/spread": spread, f"{tag}/distance": distance}
                 print(

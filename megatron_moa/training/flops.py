@@ -32,7 +32,7 @@ from typing import Any
 
 from megatron_moa.errors import UserError
 from megatron_moa.layers.layer_pattern import moe_layers
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 
 _FORWARD_AND_BACKWARD = 3
 _MULTIPLY_ADD = 2
@@ -58,7 +58,7 @@ class Flops:
         return self.stock + self.gates + self.mixture
 
 
-def flops_per_token(args: argparse.Namespace, mixing: MixingConfig | None) -> Flops:
+def flops_per_token(args: argparse.Namespace, mixing: MixtureConfig | None) -> Flops:
     """Operations of forward and backward of one token of a full sequence.
 
     Args:
@@ -78,7 +78,7 @@ def flops_per_token(args: argparse.Namespace, mixing: MixingConfig | None) -> Fl
     return Flops(stock=count(args, 1) / args.seq_length, gates=gates, mixture=mixture)
 
 
-def install(args: argparse.Namespace, mixing: MixingConfig | None) -> None:
+def install(args: argparse.Namespace, mixing: MixtureConfig | None) -> None:
     """Makes Megatron count gates and mixture too: in the log's throughput, and in the sum that checkpoints carry.
 
     ``training.num_floating_point_operations`` of megatron-core 0.19.2 is wrapped in place: it knows the layers from
@@ -100,13 +100,13 @@ def install(args: argparse.Namespace, mixing: MixingConfig | None) -> None:
     training.num_floating_point_operations = with_mixture
 
 
-def _mixture_flops(args: argparse.Namespace, mixing: MixingConfig | None) -> tuple[float, float]:
+def _mixture_flops(args: argparse.Namespace, mixing: MixtureConfig | None) -> tuple[float, float]:
     """Of gates and of mixtures, a token, forward and backward, over all layers."""
     if mixing is None:
         return 0, 0
     k = mixing.num_activations
     products = {"type1": k, "one-sided": k, "bi-sided": 2 * k, "quadratic": len(mixing.pairs) + k}[mixing.form]
-    n = mixing.num_coefficients if mixing.mixing == "moa" else 0
+    n = mixing.num_coefficients if mixing.kind == "moa" else 0
     layers = list(_feed_forwards(args))
     gates = sum(hidden_size * n for hidden_size, _ in layers)
     mixture = sum(width * products for _, width in layers)

@@ -27,7 +27,7 @@ from megatron_moa.layer_specs import layer_spec, mtp_spec
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP
 from megatron_moa.layers.mlp import MixedMLP
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.mixture.start_scale import output_scale
 from megatron_moa.training.megatron_checks import megatron_checks
@@ -53,10 +53,10 @@ class MixedGPTModelConfig(GPTModelConfig):
     """Megatron's GPTModelConfig plus the mixture's settings (None: stock feed-forward layers)."""
 
     builder: ClassVar[str] = "megatron_moa.training.model.MixedGPTModelBuilder"
-    mixing: MixingConfig | None = None
+    mixing: MixtureConfig | None = None
 
 
-def model_config_from_args(args: argparse.Namespace, mixing: MixingConfig | None) -> MixedGPTModelConfig:
+def model_config_from_args(args: argparse.Namespace, mixing: MixtureConfig | None) -> MixedGPTModelConfig:
     """Megatron's ``gpt_config_from_args`` with the mixture, and ``--recompute-modules moe_act`` for its experts.
 
     Megatron 0.19.2 admits moe_act for grouped experts only; MixedMLP serves it, so Megatron's check does not see it.
@@ -141,7 +141,7 @@ class MixtureReport:
 
 
 def report_mixture(
-    models: list[MegatronModule], mixing: MixingConfig | None, form_reason: str | None = None
+    models: list[MegatronModule], mixing: MixtureConfig | None, form_reason: str | None = None
 ) -> list[MegatronModule]:
     """Checks that what was asked for was built, prints it in one line, and returns the models as they came.
 
@@ -172,7 +172,7 @@ def report_mixture(
     return models
 
 
-def check_mixture(models: list[MegatronModule], mixing: MixingConfig | None) -> None:
+def check_mixture(models: list[MegatronModule], mixing: MixtureConfig | None) -> None:
     """Every feed-forward layer on this rank is of the class asked for, with the settings asked for.
 
     Raises:

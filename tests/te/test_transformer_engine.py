@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
 from megatron_moa.checkpoints.names import take_stored_names
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.model import check_mixture
 from tests.layers import build_model, make_config, moe_settings
 from tests.te import emulation
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("megatron")
 
 MIXINGS = {
     "none": None,
-    "la": MixingConfig(mixing="la", backend="eager"),
-    "moa": MixingConfig(backend="eager", gate_bias=True, amplitude="learned", gate_init_std=0.3),
-    "moa that recomputes": MixingConfig(backend="eager", gate_init_std=0.3, recompute=True),
+    "la": MixtureConfig(kind="la", backend="eager"),
+    "moa": MixtureConfig(backend="eager", gate_bias=True, amplitude="learned", gate_init_std=0.3),
+    "moa that recomputes": MixtureConfig(backend="eager", gate_init_std=0.3, recompute=True),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -91,7 +91,7 @@ def loss_of(model: GPTModel) -> torch.Tensor:
     return (losses * torch.linspace(0.5, 1.5, losses.numel()).view_as(losses)).sum()
 
 
-def models(kind: str, mixing: MixingConfig | None) -> tuple[GPTModel, GPTModel]:
+def models(kind: str, mixing: MixtureConfig | None) -> tuple[GPTModel, GPTModel]:
     """A model of Transformer Engine's layers, and one of local layers with the same weights."""
     model_parallel_cuda_manual_seed(1)
     te, local = (

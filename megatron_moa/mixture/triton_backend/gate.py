@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import grouped_sum
 
 _TOKENS = 64  # rows a program
@@ -241,7 +241,7 @@ def _shared_arguments(
     amplitude: Tensor | None,
     scale: Tensor | None,
     group_ends: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
 ) -> dict[str, object]:
     n, h = weight.shape[-2:]
     slope, offset = mixing.psi_hat
@@ -281,7 +281,7 @@ def forward(
     amplitude: Tensor | None,
     scale: Tensor | None,
     group_ends: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
 ) -> Tensor:
     """One launch."""
     x = _dense_rows(x)
@@ -310,7 +310,7 @@ def backward(
     amplitude: Tensor | None,
     scale: Tensor | None,
     group_ends: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """One launch, and one sum for each parameter."""

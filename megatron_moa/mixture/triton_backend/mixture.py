@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.triton_backend.language import (
     VECTOR,
     add_pairs,
@@ -173,7 +173,9 @@ def _mixture_backward_kernel(
         store_sums(grad_coefficients + program * N + FIRST, sums, SUMS)
 
 
-def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixingConfig) -> Tensor:
+def forward(
+    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixtureConfig
+) -> Tensor:
     """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
@@ -205,7 +207,7 @@ def backward(
     coefficients: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     needed: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over

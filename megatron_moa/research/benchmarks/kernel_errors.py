@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa.mixture import functional
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 
 ALLOWED = 2.0  # times the error of PyTorch in the same dtype
 
@@ -73,7 +73,7 @@ def require(checks: Iterable[Accuracy]) -> None:
 
 
 def check_mixture(
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     tokens: int = 257,
@@ -93,7 +93,7 @@ def check_mixture(
         groups: with LA, experts with coefficients of their own; the second one has no tokens.
     """
     random = _Random(dtype, device, seed)
-    shape = {"moa": (tokens,), "la": (groups,) if groups else ()}[mixing.mixing]
+    shape = {"moa": (tokens,), "la": (groups,) if groups else ()}[mixing.kind]
     inputs = {
         "preactivation": random.normal(tokens, 2 * width if mixing.gated else width),
         "coefficients": random.normal(*shape, mixing.num_coefficients, dtype=torch.float32),
@@ -102,15 +102,15 @@ def check_mixture(
     }
     group_ends = _group_ends(tokens, groups, device) if groups else None
 
-    def mixed(mixing: MixingConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+    def mixed(mixing: MixtureConfig, inputs: dict[str, Tensor | None]) -> Tensor:
         return functional.mixed_activation(mixing=mixing, group_ends=group_ends, **inputs)
 
-    name = f"{mixing.mixing} {mixing.form} {_short(dtype)} [{tokens}, {width}] {_backend(mixing, device)}"
+    name = f"{mixing.kind} {mixing.form} {_short(dtype)} [{tokens}, {width}] {_backend(mixing, device)}"
     return _compare(name, mixed, mixing, inputs, random.normal(tokens, width).detach())
 
 
 def check_gate(
-    mixing: MixingConfig,
+    mixing: MixtureConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     tokens: int = 257,
@@ -139,7 +139,7 @@ def check_gate(
     group_ends = _group_ends(tokens, groups, device) if groups else None
     constant = torch.tensor([0.25], device=device) if scale else None
 
-    def coefficients(mixing: MixingConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+    def coefficients(mixing: MixtureConfig, inputs: dict[str, Tensor | None]) -> Tensor:
         return functional.gate_coefficients(mixing=mixing, scale=constant, group_ends=group_ends, **inputs)
 
     settings = f"{mixing.gate}{'+bias' * mixing.gate_bias}{'+amplitude' * (mixing.amplitude == 'learned')}"
@@ -171,8 +171,8 @@ def _group_ends(tokens: int, groups: int, device: torch.device | str) -> Tensor:
 
 def _compare(
     name: str,
-    function: Callable[[MixingConfig, dict[str, Tensor | None]], Tensor],
-    mixing: MixingConfig,
+    function: Callable[[MixtureConfig, dict[str, Tensor | None]], Tensor],
+    mixing: MixtureConfig,
     inputs: dict[str, Tensor | None],
     grad: Tensor,
 ) -> list[Accuracy]:
@@ -201,8 +201,8 @@ def _compare(
 
 
 def _result_and_gradients(
-    function: Callable[[MixingConfig, dict[str, Tensor | None]], Tensor],
-    mixing: MixingConfig,
+    function: Callable[[MixtureConfig, dict[str, Tensor | None]], Tensor],
+    mixing: MixtureConfig,
     inputs: dict[str, Tensor | None],
     grad: Tensor,
 ) -> dict[str, Tensor]:
@@ -230,7 +230,7 @@ def _floor(tensor: Tensor) -> float:
     return FLOORS[tensor.dtype]
 
 
-def _sum_floor(mixing: MixingConfig, dtype: torch.dtype, device: torch.device | str, hidden: int) -> float:
+def _sum_floor(mixing: MixtureConfig, dtype: torch.dtype, device: torch.device | str, hidden: int) -> float:
     if torch.device(device).type != "cuda" or _backend(mixing, device) != "triton":
         return 0.0
     return hidden**0.5 * _WALK if dtype == torch.float32 else hidden * _CUT_OFF
@@ -240,5 +240,5 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _backend(mixing: MixingConfig, device: torch.device | str) -> str:
+def _backend(mixing: MixtureConfig, device: torch.device | str) -> str:
     return functional.resolve_backend(mixing.backend, torch.device(device).type)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -380,7 +380,7 @@ def describe(surroundings: Mapping[str, Any]) -> str:
 
 def require_correct(
     program: str,
-    mixings: Iterable[MixingConfig],
+    mixings: Iterable[MixtureConfig],
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -406,7 +406,7 @@ def require_correct(
             kernel_errors.require(
                 kernel_errors.check_mixture(mixing, dtype, device, tokens=tokens, width=width, scale=scale)
             )
-            if mixing.mixing == "moa":
+            if mixing.kind == "moa":
                 kernel_errors.require(kernel_errors.check_gate(mixing, dtype, device, tokens=tokens, hidden=hidden))
     except kernel_errors.AccuracyError as error:
         text = " ".join(str(error).split())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.benchmarks import timing
 
 
@@ -24,13 +24,13 @@ class TrainStep:
     """
 
     name: str
-    mixing: MixingConfig | None
+    mixing: MixtureConfig | None
     run: timing.Run
     parameters: int
     state_bytes: int | None
 
 
-def build(name: str, args: argparse.Namespace, mixing: MixingConfig | None, batches: Iterator[dict]) -> TrainStep:
+def build(name: str, args: argparse.Namespace, mixing: MixtureConfig | None, batches: Iterator[dict]) -> TrainStep:
     """Model, optimizer and schedule as Megatron sets them up; the run is one training step."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType

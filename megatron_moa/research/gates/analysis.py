@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_moa.training.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
 
 if TYPE_CHECKING:
-    from megatron_moa.mixture.config import MixingConfig
+    from megatron_moa.mixture.config import MixtureConfig
     from megatron_moa.research.gates.probe import Ablation, Site
 
 _SHOWN = 5  # tokens that ask most for an activation
@@ -50,7 +50,7 @@ def finite(value: Any) -> Any:
 
 
 def site_entry(
-    site: Site, mixing: MixingConfig, statistics: GateStatistics, tokens: Sequence[str], fewest: int
+    site: Site, mixing: MixtureConfig, statistics: GateStatistics, tokens: Sequence[str], fewest: int
 ) -> dict[str, Any]:
     """What is said of one layer.
 

@@ -14,7 +14,7 @@ from megatron_moa.checkpoints.tensors import ModelTensors
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
-from megatron_moa.mixture.config import DEFAULT_GATE_INIT_STD, DEFAULT_INITIAL_COEFFICIENT, MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.gates.probe import GateProbe, Site
 from megatron_moa.trained.compare_logits import Comparison, compared_tokens, reference_logits
 from megatron_moa.trained.from_megatron import PreparedCheckpoint, empty_model, prepare_checkpoint
@@ -22,19 +22,9 @@ from megatron_moa.trained.upcycling import args_of_new_run, mixture_flags
 from megatron_moa.training.model import model_config_from_args
 
 
-def collapsed_mixing(mixing: MixingConfig) -> MixingConfig:
+def collapsed_mixing(mixing: MixtureConfig) -> MixtureConfig:
     """The LA of the same form and dictionary; its coefficients train."""
-    return dataclasses.replace(
-        mixing,
-        mixing="la",
-        gate="sigmoid",  # LA has no gates; these four are what their absence is written as
-        gate_bias=False,
-        gate_init_std=DEFAULT_GATE_INIT_STD,
-        amplitude="fixed",
-        initial_coefficients=(DEFAULT_INITIAL_COEFFICIENT,),
-        init_scale="paper",
-        freeze=False,
-    )
+    return MixtureConfig("la", mixing.form, mixing.activations)
 
 
 def write_collapsed(

@@ -19,7 +19,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedSharedExpertMLP
 from megatron_moa.layers.mlp import MixedMLP
-from megatron_moa.mixture.config import MixingConfig
+from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.from_megatron import LoadedModel
 from megatron_moa.training.gate_statistics import GateStatistics
 
@@ -160,7 +160,7 @@ class GateProbe:
     def __init__(self, loaded: LoadedModel, windows: Windows) -> None:
         self.loaded, self.windows = loaded, windows
         self.sites = find_sites(loaded)
-        self.mixing: MixingConfig = loaded.mixing
+        self.mixing: MixtureConfig = loaded.mixing
         self._change: Change | None = None
         self._observe: Callable[[Site, int, Tensor, Tensor], None] | None = None
         self._routing: dict[int, Tensor] = {}  # by layer: [tokens, experts], who gets which token
@@ -343,7 +343,7 @@ class Ablation:
     about: dict[str, str | int]
 
 
-def branches_of(mixing: MixingConfig) -> dict[str, dict[str, list[int]]]:
+def branches_of(mixing: MixtureConfig) -> dict[str, dict[str, list[int]]]:
     """Numbers of the coefficients by branch and activation: ``activated`` is W1's branch, ``linear`` W2's.
 
     Of the one-sided form only the linear branch is mixed. Of the quadratic form c_kl belongs to both branches: to
@@ -372,7 +372,7 @@ def ablations(probe: GateProbe, statistics: Sequence[GateStatistics], seed: int)
         seed: of the permutations.
     """
     index = {id(site): number for number, site in enumerate(probe.sites)}
-    if probe.mixing.mixing == "moa":
+    if probe.mixing.kind == "moa":
         means = [site.expert_means() for site in statistics]
 
         def mean(site: Site, expert: int, rows: Tensor, _: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def ablations(probe: GateProbe, statistics: Sequence[GateStatistics], seed: int)
             about = {"activation": activation, "branch": branch}
             where = "" if len(branches) == 1 else f", {branch} branch{'es' * (branch == 'both')}"
             yield Ablation(f"without {activation}{where}", "without", without, about)
-    if probe.mixing.mixing == "moa":
+    if probe.mixing.kind == "moa":
         for site in probe.sites:
 
             def alone(where: Site, expert: int, rows: Tensor, places: Tensor, site: Site = site) -> Tensor:

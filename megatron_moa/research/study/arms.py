@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_moa.mixture.config import FORMS, MixingConfig
+from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.mixture.start_scale import output_scale
 
 # Over how much wider a layer of one matrix less is, for the same number of parameters: 3 h f = 2 h (3/2 f).
@@ -70,7 +70,7 @@ class Arm:
 
     name: str
     title: str
-    mixing: MixingConfig | None = None
+    mixing: MixtureConfig | None = None
     fixed: str = "swiglu"
     as_large_as: str | None = None
     widened: str | None = None
@@ -115,27 +115,22 @@ class Arm:
         if self.mixing is None:
             return ["--moa-mixing", "none", *{"swiglu": ["--swiglu"], "relu2": ["--squared-relu"]}.get(self.fixed, [])]
         mixing = self.mixing
-        start = list(mixing.initial_coefficients)
         if self.as_large_as is not None:
-            start = [_scale(ARMS[self.as_large_as].mixing, size) / _scale(mixing, size)]
-        flags = ["--moa-mixing", mixing.mixing, "--moa-form", mixing.form, *(["--swiglu"] if mixing.gated else [])]
-        flags += ["--moa-activations", *mixing.activations, "--moa-init-scale", mixing.init_scale]
-        if mixing.mixing == "moa":
-            flags += ["--moa-gate", mixing.gate, "--moa-gate-init-std", f"{size.gate_std:g}"]
-            flags += ["--moa-amplitude", mixing.amplitude, *(["--moa-gate-bias"] if mixing.gate_bias else [])]
-        if mixing.mixing == "la" or mixing.amplitude == "learned":
-            flags += ["--moa-init", *(f"{value:.6g}" for value in start)]
-        return flags + (["--moa-freeze-gates"] if mixing.freeze else [])
+            start = _scale(ARMS[self.as_large_as].mixing, size) / _scale(mixing, size)
+            mixing = replace(mixing, initial_coefficients=(float(f"{start:.6g}"),))
+        if mixing.kind == "moa":
+            mixing = replace(mixing, gate_init_std=size.gate_std)
+        return [*(["--swiglu"] if mixing.gated else []), *mixing.to_flags()]
 
 
-def _scale(mixing: MixingConfig, size: Size) -> float:
+def _scale(mixing: MixtureConfig, size: Size) -> float:
     """How large a mixture is at step 0 in a model of that size (see :func:`output_scale`)."""
-    if mixing.mixing == "moa":
+    if mixing.kind == "moa":
         mixing = replace(mixing, gate_init_std=size.gate_std)
     return output_scale(mixing, size.init_std, size.hidden)
 
 
-def _mixed(name: str, title: str, mixing: MixingConfig) -> tuple[Arm, Arm]:
+def _mixed(name: str, title: str, mixing: MixtureConfig) -> tuple[Arm, Arm]:
     """A mixture that starts with the paper's values, and NAME-matched: with the output scale of SwiGLU or GELU."""
     fixed = "SwiGLU" if mixing.gated else "GELU"
     return (
@@ -146,21 +141,21 @@ def _mixed(name: str, title: str, mixing: MixingConfig) -> tuple[Arm, Arm]:
 
 def _scaled(name: str, title: str, form: str, activation: str, like: str) -> Arm:
     """A fixed layer as an LA of one activation whose coefficient is not trained."""
-    return Arm(name, title, MixingConfig("la", form, (activation,), freeze=True), as_large_as=like)
+    return Arm(name, title, MixtureConfig("la", form, (activation,), freeze=True), as_large_as=like)
 
 
 def _of_every_form() -> Iterator[Arm]:
     """The paper's own arms: LA and MoA of every form, with every kind of gate that its tables 1 and 2 have."""
     for form in FORMS:
         words = "Type I" if form == "type1" else form
-        yield from _mixed(f"la-{form}", f"{words} LA", MixingConfig("la", form))
-        yield from _mixed(f"moa-{form}", f"{words} MoA", MixingConfig("moa", form))
+        yield from _mixed(f"la-{form}", f"{words} LA", MixtureConfig("la", form))
+        yield from _mixed(f"moa-{form}", f"{words} MoA", MixtureConfig("moa", form))
         for gate in ("softmax", "tanh") if form in ("type1", "bi-sided") else ("softmax",):
-            yield from _mixed(f"moa-{form}-{gate}", f"{words} MoA, {gate} gates", MixingConfig("moa", form, gate=gate))
+            yield from _mixed(f"moa-{form}-{gate}", f"{words} MoA, {gate} gates", MixtureConfig("moa", form, gate=gate))
 
 
 # Started as arXiv 2411.03884 says: 0 for the constant, 1/3 for the powers.
-_POLYRELU = MixingConfig(
+_POLYRELU = MixtureConfig(
     "la", "type1", ("one", "relu", "relu2", "relu3"), initial_coefficients=(0.0, 1 / 3, 1 / 3, 1 / 3)
 )
 
@@ -180,10 +175,10 @@ ARMS: dict[str, Arm] = {
         # Ours. How much is the scale at step 0?
         _scaled("swiglu-scaled", "SwiGLU, scaled up as bi-sided MoA", "one-sided", "identity", "moa-bi-sided"),
         _scaled("relu2-scaled", "ReLU2, scaled up as Type I MoA", "type1", "relu2", "moa-type1"),
-        Arm("la-bi-sided-half", "bi-sided LA from 0.5", MixingConfig("la", "bi-sided", initial_coefficients=_HALF)),
-        Arm("la-type1-half", "Type I LA from 0.5", MixingConfig("la", "type1", initial_coefficients=_HALF)),
+        Arm("la-bi-sided-half", "bi-sided LA from 0.5", MixtureConfig("la", "bi-sided", initial_coefficients=_HALF)),
+        Arm("la-type1-half", "Type I LA from 0.5", MixtureConfig("la", "type1", initial_coefficients=_HALF)),
         # Ours. How much is the gates' training?
-        *_mixed("moa-bi-sided-frozen", "bi-sided MoA, gates frozen", MixingConfig("moa", "bi-sided", freeze=True)),
+        *_mixed("moa-bi-sided-frozen", "bi-sided MoA, gates frozen", MixtureConfig("moa", "bi-sided", freeze=True)),
         # Another work's mixture, and the fixed layer whose scale a matched Type I has.
         *_mixed("polyrelu", "PolyReLU", _POLYRELU),
         Arm("gelu", "GELU", fixed="gelu"),
