@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -483,28 +484,43 @@ init_std = 0.0924
 )
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A small study, killed twice on its way."""
-    out = tmp_path_factory.mktemp("smoke")
-    (out / "study.toml").write_text(SMOKE)
+def killed_study(out, text, kills):
+    """Runs a study in a folder, killed once so many results are there, and to its end then."""
+    (out / "study.toml").write_text(text)
     flags = ("--study", str(out / "study.toml"), "--out", str(out))
-    for lines in (1, 7):
+    for lines in kills:
         kill_after(start_study(*flags), out / RESULTS, lines)
     finish(start_study(*flags))
     return out
 
 
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return killed_study(tmp_path_factory.mktemp("smoke"), SMOKE, (1, 7))
+
+
 @pytest.mark.slow
+def test_a_kill_changes_nothing(tmp_path):
+    head, first = SMOKE.split("[[grid]]")[:2]
+    text = head.replace("timing = 5", "timing = 2") + "[[grid]]" + first.replace("4e5", "2e4")
+    (tmp_path / "killed").mkdir()
+    check_killed(killed_study(tmp_path / "killed", text, [1]), text, tmp_path)
+
+
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_two_kills_change_nothing(smoke, tmp_path):
-    lines = read_results(smoke / RESULTS)
+    head, first = SMOKE.split("[[grid]]")[:2]
+    check_killed(smoke, head + "[[grid]]" + first, tmp_path)
+
+
+def check_killed(killed, again_text, tmp_path):
+    """Every cell of a killed study is there once, and those of a second study's text are what that one finds."""
+    lines = read_results(killed / RESULTS)
     cells = [json.dumps(line["cell"]) for line in lines]
     assert len(set(cells)) == len(cells)
-    assert pending(read_study(smoke / "study.toml"), losses_of(lines)) == []
-    # The runs around both kills once more, without any.
-    head, first = SMOKE.split("[[grid]]")[:2]
-    (tmp_path / "again.toml").write_text(head.replace("timing = 5", "timing = 0") + "[[grid]]" + first)
+    assert pending(read_study(killed / "study.toml"), losses_of(lines)) == []
+    (tmp_path / "again.toml").write_text(re.sub("timing = .", "timing = 0", again_text))
     finish(start_study("--study", str(tmp_path / "again.toml"), "--out", str(tmp_path / "again")))
     measured = ("seconds", "milliseconds", "date")
     again = {json.dumps(line["cell"]): line for line in read_results(tmp_path / "again" / RESULTS)}
@@ -516,7 +532,7 @@ def test_two_kills_change_nothing(smoke, tmp_path):
         }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_the_controls_and_the_steps_of_the_comparison(smoke):
     from megatron_moa.research.study.statistics import Results
@@ -539,7 +555,7 @@ def test_the_controls_and_the_steps_of_the_comparison(smoke):
     assert timing["equal_time_width"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_a_report_of_it(smoke, tmp_path):
     report = tmp_path / "report.md"
