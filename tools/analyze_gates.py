@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
 
         report = "\n".join(markdown(analysis))
         if out is not None:
-            (out / "analysis.json").write_text(json.dumps(analysis, indent=1, ensure_ascii=False) + "\n")
+            (out / "analysis.json").write_text(json.dumps(analysis, ensure_ascii=False) + "\n")
             gates = "\n".join(gate_table(analysis))
             (out / "report.md").write_text(f"# Gates of {analysis['name']}\n\n{report}\n\n## Every gate\n\n{gates}\n")
             draw_gates(analysis, out / "gates.png")
