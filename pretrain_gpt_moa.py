@@ -39,7 +39,8 @@ from torch import Tensor
 
 from megatron_moa import cpu
 from megatron_moa.checkpoints import guard
-from megatron_moa.data.checks import check_data_arguments, index_cache
+from megatron_moa.data import index_cache
+from megatron_moa.data.checks import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.megatron_fixes import muon
 from megatron_moa.training import flops, nan_guard, optimizer

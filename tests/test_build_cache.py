@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from megatron_moa.data.checks import dataset_files
+from megatron_moa.data import dataset_files
 from megatron_moa.runs.tiny_model import SWIGLU, TINY
 from tests import launch
 from tests.training import ROOT, Run

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_moa.data.checks import corpus
+from megatron_moa.data import corpus
 from megatron_moa.errors import UserError
 from tools import generate
 

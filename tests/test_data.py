@@ -15,7 +15,7 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa.data.checks import checks
+from megatron_moa.data import checks
 from megatron_moa.errors import UserError
 
 with checks.quiet_imports():
@@ -546,7 +546,7 @@ def test_a_cache_that_is_there_need_not_be_written(model: str, tmp_path: Path, m
 @pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS, errno.ENOSPC])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_missing_part_of_a_cache_that_cannot_be_written(kind: int, wrapped: bool, tmp_path: Path) -> None:
-    from megatron_moa.data.checks import index_cache
+    from megatron_moa.data import index_cache
 
     error = OSError(kind, os.strerror(kind), f"{tmp_path}/x-description.txt")
 

@@ -20,8 +20,8 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa.data.checks import checks, dataset_files
-from megatron_moa.data.checks import corpus as reader
+from megatron_moa.data import checks, dataset_files
+from megatron_moa.data import corpus as reader
 
 ROOT = Path(__file__).resolve().parents[1]
 

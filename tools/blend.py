@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 
-from megatron_moa.data.checks import checks
+from megatron_moa.data import checks
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "blend"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_moa.data.checks import checks
+from megatron_moa.data import checks
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "build_cache"
@@ -75,7 +75,7 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
         cpu.prepare()
         from megatron.training import training
 
-        from megatron_moa.data.checks import index_cache
+        from megatron_moa.data import index_cache
         from pretrain_gpt_moa import datasets_provider
 
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron lists all its arguments

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_moa.data.checks import checks, dataset_files
+from megatron_moa.data import checks, dataset_files
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "merge_data"

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa.data.checks import checks, corpus, dataset_files
+from megatron_moa.data import checks, corpus, dataset_files
 from megatron_moa.data.dataset_files import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_moa.data.checks import checks, corpus
+from megatron_moa.data import checks, corpus
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 PROGRAM = "train_tokenizer"

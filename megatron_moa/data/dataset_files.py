@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa.data.checks import checks, corpus
+from megatron_moa.data import checks, corpus
 from megatron_moa.errors import UserError
 
 SHUFFLE_BYTES = 1 << 28  # what is gathered in memory before it is written
