@@ -14,8 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_moa import cpu
 from megatron_moa.doctor import examine, judgements, machine, network, probes, processes, smoke, versions
+from megatron_moa.megatron_fixes.single_process import free_port, single_process_environment
 from tests.test_setup import packaging_arguments, pins, write_script
 
 __all__ = ["packaging_arguments", "pins"]  # fixtures
@@ -236,7 +236,7 @@ def test_left_over_world_size_would_stop_a_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is 8 but RANK is not set"):
-        cpu.single_process_environment()
+        single_process_environment()
 
 
 def test_compiler_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,7 +333,7 @@ def test_smoke_shows_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="two ranks on one GPU are refused")
 def test_all_reduce_across_two_ranks() -> None:
     command = [sys.executable, "-m", "megatron_moa.launch", "--nproc-per-node", "2"]
-    command += ["--master-port", str(cpu._free_port()), "-m", "megatron_moa.doctor", "--nccl", "--json"]
+    command += ["--master-port", str(free_port()), "-m", "megatron_moa.doctor", "--nccl", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
@@ -350,7 +350,7 @@ def test_all_reduce_across_two_ranks() -> None:
 
 @pytest.mark.parametrize(("rank", "text"), [("0", "no sign of rank 1, 2 of 3 within 2 s"), ("1", "does not answer")])
 def test_ranks_that_do_not_come(rank: str, text: str) -> None:
-    world = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(cpu._free_port())}
+    world = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = run("--nccl", "--timeout", "2", **world)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr

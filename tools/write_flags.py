@@ -140,7 +140,8 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
     with warnings.catch_warnings(action="ignore"):  # Megatron's on what is not installed
         from megatron.training.arguments import add_megatron_arguments
 
-        from megatron_moa import cpu
+        from megatron_moa.cpu.flags import CPU_DEFAULTS, GPU_FLAGS
+        from megatron_moa.megatron_fixes.kernel_defaults import KERNEL_DEFAULTS
 
     stock = (
         add_megatron_arguments.__wrapped__ if hasattr(add_megatron_arguments, "__wrapped__") else add_megatron_arguments
@@ -154,16 +155,16 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
         "Settings of Megatron's with other defaults here; a flag that is given stays:\n",
         "| setting | where | default | why not Megatron's |\n| --- | --- | --- | --- |",
     ]
-    kernels = {default.name: default.kernel for default in cpu.KERNEL_DEFAULTS}
+    kernels = {default.name: default.kernel for default in KERNEL_DEFAULTS}
     reason = ""
-    for dest, value, why in cpu.CPU_DEFAULTS:
+    for dest, value, why in CPU_DEFAULTS:
         reason = reason if why == "as above" else why
         where = f"without {kernels[dest]}" if dest in kernels else "on CPU"
         value = value() if callable(value) else value
         because = "Megatron's default needs that kernel" if dest in kernels else reason
         parts.append(f"| `{dest}` | {where} | `{getattr(value, 'name', value)}` | {because} |")
     parts.append("\nRefused on CPU, in one line, with values that need a GPU:\n\n| flag | instead |\n| --- | --- |")
-    parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in cpu.GPU_FLAGS]
+    parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in GPU_FLAGS]
     return [*parts, ""]
 
 

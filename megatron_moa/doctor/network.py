@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_moa import cpu
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.single_process import single_process_environment
 
 MIB = 2**20
 SIZES = {"nccl": (1 * MIB, 16 * MIB, 256 * MIB, 1024 * MIB), "gloo": (MIB // 16, 1 * MIB, 16 * MIB)}  # bytes
@@ -65,7 +65,7 @@ class _Ranks:
     """
 
     def __init__(self, seconds: float) -> None:
-        cpu.single_process_environment()
+        single_process_environment()
         self.rank, self.size, self.local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
         self.timeout = timedelta(seconds=seconds)
         address, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")

@@ -63,11 +63,11 @@ def probe_megatron() -> Facts:
     from megatron.core.optimizer import HAVE_EMERGING_OPTIMIZERS, Adam
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_moa import cpu
+    from megatron_moa import startup
     from megatron_moa.layer_specs import HAVE_TE, layer_spec
     from megatron_moa.mixture.functional import resolve_backend
 
-    cpu.prepare()  # as every run begins
+    startup.prepare()  # as every run begins
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()  # the spec depends on the pipeline's stage
     try:

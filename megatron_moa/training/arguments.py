@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from megatron_moa import cpu
 from megatron_moa.checkpoints import guard
 from megatron_moa.checkpoints.settings import check_saved_settings
 from megatron_moa.command_line import megatron_flags
@@ -33,6 +32,7 @@ from megatron_moa.command_line.output_folder import check_output_folders
 from megatron_moa.command_line.shapes import check_shapes
 from megatron_moa.errors import UserError, fail
 from megatron_moa.megatron_fixes import optimizer_resharding, random_states
+from megatron_moa.megatron_fixes.kernel_defaults import set_plain_torch_defaults
 from megatron_moa.mixture.config import FORMAT_VERSION, MixingConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
 from megatron_moa.training import optimizer, progress
@@ -41,7 +41,7 @@ from megatron_moa.training import optimizer, progress
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds our flags to Megatron's parser, sets the defaults this machine can serve, and makes errors one line."""
     add_flags(parser)
-    cpu.set_plain_torch_defaults(parser)
+    set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
     for action in parser._actions:
         _mend_help(parser, action)
