@@ -37,7 +37,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.checkpoints import guard
 from megatron_moa.data.checks import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
@@ -209,7 +209,7 @@ def main() -> None:
     """Parses, checks, builds and trains."""
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     with one_line_errors("pretrain_gpt_moa.py"):
-        cpu.prepare()
+        startup.prepare()
         args, mixing = parse_arguments(check)
         guard.install(args)
         optimizer.install(args)

@@ -1,5 +1,7 @@
 """Mistakes a user can make, told in one line."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys

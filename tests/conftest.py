@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton decides when it is imported whether its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from megatron_moa import cpu
+from megatron_moa.cpu.switch import enable
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _environment_stays() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def megatron() -> Iterator[None]:
     """Megatron's process groups and random streams on one rank, gloo where there is no GPU."""
-    on_cpu = cpu.enable()
+    on_cpu = enable()
     from megatron.core import parallel_state, tensor_parallel
 
     store = torch.distributed.HashStore()

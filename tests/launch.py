@@ -17,7 +17,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
-from megatron_moa import cpu
+from megatron_moa.megatron_fixes.single_process import free_port
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.preload"])
@@ -46,7 +46,7 @@ def launch(
         and when the time is up (exit code 124).
     """
     start_server()
-    port = str(cpu._free_port())
+    port = str(free_port())
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         ranks = []

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from megatron_moa import cpu
+from megatron_moa.cpu.switch import enable, is_enabled
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.single_process import single_process_environment
 from megatron_moa.planning import inputs
 from megatron_moa.runs import tiny_model
 from tests.training import ROOT, Run, torchrun
@@ -231,7 +232,7 @@ def test_distributed_optimizer_continues_from_a_checkpoint_as_if_never_stopped(t
     ],
 )
 def test_flags_that_need_a_gpu_are_refused(monkeypatch, flags, message):
-    cpu.enable()
+    enable()
     from megatron.training.arguments import parse_args
 
     monkeypatch.setattr(sys, "argv", ["script.py", *flags.split()])
@@ -240,7 +241,7 @@ def test_flags_that_need_a_gpu_are_refused(monkeypatch, flags, message):
 
 
 def test_explicit_flags_stay(monkeypatch):
-    cpu.enable()
+    enable()
     from megatron.training.arguments import parse_args
 
     monkeypatch.setattr(sys, "argv", ["script.py", "--attention-backend", "local"])
@@ -262,7 +263,7 @@ def test_explicit_flags_stay(monkeypatch):
     ],
 )
 def test_gelu_is_fused_with_its_bias_as_on_gpus(flags, fused):
-    cpu.enable()
+    enable()
     common = [flag for flag in tiny_model.TINY if flag != "--disable-bias-linear"]
     args, _ = inputs.parse([*common, "--moa-mixing", "none", *flags], 1)
     assert inputs.validated(args).bias_gelu_fusion is fused
@@ -278,15 +279,15 @@ def test_command_line_without_a_script():
 
 
 def test_enable_again_changes_nothing():
-    assert cpu.enable()
+    assert enable()
     before = torch.zeros, torch.Tensor.to, torch.cuda.current_device
-    assert cpu.enable()
-    assert cpu.is_enabled()
+    assert enable()
+    assert is_enabled()
     assert (torch.zeros, torch.Tensor.to, torch.cuda.current_device) == before
 
 
 def test_cuda_devices_become_the_cpu():
-    cpu.enable()
+    enable()
     x = torch.zeros(2, device="cuda")
     assert x.device.type == "cpu"
     assert torch.full((2,), 1.0, device=torch.device("cuda", 1)).device.type == "cpu"
@@ -310,7 +311,7 @@ def test_cuda_devices_become_the_cpu():
 
 
 def test_cuda_devices_become_the_cpu_in_other_threads():
-    cpu.enable()
+    enable()
     devices = []
     thread = threading.Thread(target=lambda: devices.append(torch.ones(2, device="cuda").device.type))
     thread.start()
@@ -319,7 +320,7 @@ def test_cuda_devices_become_the_cpu_in_other_threads():
 
 
 def test_torch_compile_still_compiles_whole_functions():
-    cpu.enable()
+    enable()
     counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True)
@@ -333,7 +334,7 @@ def test_torch_compile_still_compiles_whole_functions():
 
 
 def test_no_function_of_megatron_is_compiled():
-    cpu.enable()
+    enable()
     import megatron.core.fusions.fused_bias_swiglu as fused
     from megatron.core.jit import jit_fuser
 
@@ -342,7 +343,7 @@ def test_no_function_of_megatron_is_compiled():
 
 
 def test_streams_of_random_numbers():
-    cpu.enable()
+    enable()
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     tracker = CudaRNGStatesTracker()
@@ -369,13 +370,13 @@ def test_streams_of_random_numbers():
 
 
 def test_states_written_on_a_gpu_are_refused():
-    cpu.enable()
+    enable()
     with pytest.raises(UserError, match="--no-load-rng"):
         torch.cuda.set_rng_state(torch.zeros(16, dtype=torch.uint8))
 
 
 def test_data_loaders_leave_the_models_random_numbers_alone():
-    cpu.enable()
+    enable()
     state = torch.get_rng_state()
     seen = [list(torch.utils.data.DataLoader(range(20), shuffle=True)) for _ in range(2)]
     assert torch.equal(torch.get_rng_state(), state)
@@ -387,16 +388,16 @@ def test_single_process_environment(monkeypatch):
     for name in names:
         monkeypatch.setenv(name, "x")  # so that monkeypatch removes afterwards what is set here
         monkeypatch.delenv(name)
-    cpu.single_process_environment()
+    single_process_environment()
     assert [os.environ[name] for name in names[:4]] == ["0", "0", "1", "127.0.0.1"]
     assert int(os.environ["MASTER_PORT"]) > 0
     monkeypatch.setenv("MASTER_PORT", "5")
-    cpu.single_process_environment()
+    single_process_environment()
     assert os.environ["MASTER_PORT"] == "5"
     monkeypatch.delenv("RANK")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE is 2 but RANK is not set"):
-        cpu.single_process_environment()
+        single_process_environment()
 
 
 @pytest.mark.parametrize("spec", ["moa_layer_spec", "la_layer_spec"])

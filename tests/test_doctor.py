@@ -14,7 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_moa import cpu, doctor, network
+from megatron_moa.doctor import examine, judgements, machine, network, probes, processes, smoke, versions
+from megatron_moa.megatron_fixes.single_process import free_port, single_process_environment
 from tests.test_setup import packaging_arguments, pins, write_script
 
 __all__ = ["packaging_arguments", "pins"]  # fixtures
@@ -28,7 +29,7 @@ DRIVER = {"gpus": 1, "version": "580.1", "cuda": "13.0", "topology": True, "nvli
 
 def run(*flags: str, python: str = sys.executable, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python -m megatron_moa.doctor`` in the repository, with these variables."""
-    inherited = {key: value for key, value in os.environ.items() if key not in doctor._LAUNCHER_VARIABLES}
+    inherited = {key: value for key, value in os.environ.items() if key not in processes.LAUNCHER_VARIABLES}
     return subprocess.run(
         [python, "-m", "megatron_moa.doctor", *flags],
         cwd=ROOT,
@@ -58,13 +59,13 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_versions_are_those_of_the_set_up(packaging_arguments: dict, pins: dict[str, str]) -> None:
-    assert pins["megatron-core"] == doctor.MEGATRON
-    assert pins["torch"] == doctor.TORCH
-    assert pins["triton"] == doctor.TRITON
-    assert pins["emerging-optimizers"] == doctor.EMERGING_OPTIMIZERS
-    assert packaging_arguments["python_requires"] == f">={'.'.join(map(str, doctor.PYTHON))}"
+    assert pins["megatron-core"] == versions.MEGATRON
+    assert pins["torch"] == versions.TORCH
+    assert pins["triton"] == versions.TRITON
+    assert pins["emerging-optimizers"] == versions.EMERGING_OPTIMIZERS
+    assert packaging_arguments["python_requires"] == f">={'.'.join(map(str, versions.PYTHON))}"
     ranges = {canonicalize_name(r.name): r.specifier for r in map(Requirement, packaging_arguments["install_requires"])}
-    assert str(ranges["torch"]) == f">={'.'.join(map(str, doctor.OLDEST_TORCH))}"
+    assert str(ranges["torch"]) == f">={'.'.join(map(str, versions.OLDEST_TORCH))}"
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_broken_surroundings_are_findings(broken: Path) -> None:
 
 @pytest.mark.parametrize(("accumulates", "state"), [(True, "ok"), (False, "falls back")])
 def test_apex_without_gradient_accumulation_is_told(accumulates: bool, state: str) -> None:
-    finding = doctor.judge_apex({"version": "0.1", "nvidia": True, "accumulates": accumulates}, gpu=True)
+    finding = judgements.judge_apex({"version": "0.1", "nvidia": True, "accumulates": accumulates}, gpu=True)
     assert finding.state == state
     assert accumulates or "fused_weight_gradient_mlp_cuda" in finding.text
 
@@ -117,9 +118,9 @@ def test_apex_is_not_in_use_without_a_gpu(broken: Path) -> None:
     fake_package(broken, "apex", "raise OSError('no libcudart.so')")
     for part in ("optimizers", "normalization"):
         (broken / "apex" / part).mkdir()
-    facts = doctor._probe_apex()
+    facts = probes.probe_apex()
     assert facts["nvidia"] is True
-    finding = doctor.judge_apex(facts, gpu=False)
+    finding = judgements.judge_apex(facts, gpu=False)
     assert (finding.state, finding.remedy) == ("falls back", "")
     assert "kept out" in finding.text
 
@@ -130,7 +131,7 @@ def test_apex_is_not_in_use_without_a_gpu(broken: Path) -> None:
 def test_a_run_ends_as_the_doctor_says(broken: Path, name: str, state: str) -> None:
     """With the foreign apex it trains, with the placeholder it cannot start."""
     fake_package(broken, name, "", *(("emerging-optimizers", "999.9.9") if name == "emerging_optimizers" else ()))
-    finding = doctor.smoke()
+    finding = smoke.smoke()
     assert finding.state == state, finding
     assert state == "ok" or "scalar_optimizers" in finding.text
 
@@ -146,16 +147,16 @@ def test_a_run_ends_as_the_doctor_says(broken: Path, name: str, state: str) -> N
 )
 def test_an_import_that_fails_is_a_finding(broken: Path, source: str, error: str) -> None:
     fake_package(broken, "triton", source)
-    facts = doctor.probe("triton", seconds=2)
+    facts = probes.probe("triton", seconds=2)
     assert error in facts["error"]
-    finding = doctor.judge_triton(facts, gpu=True, interpreted=False)
+    finding = judgements.judge_triton(facts, gpu=True, interpreted=False)
     assert finding.state == "falls back"
     assert error in finding.text
 
 
 def test_what_is_not_installed_is_not_a_failed_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(doctor.PROBES, "no_such_package", dict)
-    assert doctor.probe("no_such_package", seconds=2) == {}
+    monkeypatch.setitem(probes.PROBES, "no_such_package", dict)
+    assert probes.probe("no_such_package", seconds=2) == {}
 
 
 def test_old_python_is_named_by_old_python() -> None:
@@ -183,39 +184,41 @@ def test_driver_too_old_for_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     body = f'case "$*" in "") echo "{answer}" ;; --query*) echo "NVIDIA H100 80GB HBM3" ;; *) exit 1 ;; esac'
     write_script(tmp_path / "nvidia-smi", body)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    driver = doctor.ask_driver()
+    driver = machine.ask_driver()
     assert (driver["gpus"], driver["version"], driver["cuda"]) == (1, "535.104", "12.2")
     without = {**GPU_TORCH, "devices": []}
-    (finding,) = doctor.judge_cuda(without, driver, {})
+    (finding,) = judgements.judge_cuda(without, driver, {})
     assert finding.state == "falls back"
     assert "serves CUDA up to 12.2, torch is built for 13.0" in finding.text
-    (finding,) = doctor.judge_cuda({**without, "cuda": None}, driver, {})
+    (finding,) = judgements.judge_cuda({**without, "cuda": None}, driver, {})
     assert "built without CUDA" in finding.text
-    (finding,) = doctor.judge_cuda({**without, "cuda": "12.6"}, driver, {"CUDA_VISIBLE_DEVICES": ""})
+    (finding,) = judgements.judge_cuda({**without, "cuda": "12.6"}, driver, {"CUDA_VISIBLE_DEVICES": ""})
     assert finding.remedy == "unset CUDA_VISIBLE_DEVICES"
 
 
 def test_driver_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_script(tmp_path / "nvidia-smi", "exec sleep 60")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert "did not answer" in doctor.ask_driver(seconds=1)["error"]
+    assert "did not answer" in machine.ask_driver(seconds=1)["error"]
 
 
 def test_gpus_from_facts() -> None:
     """No GPU is needed to judge what is known about one; that the facts are right is for a GPU machine to show."""
-    findings = {finding.name: finding for finding in doctor.judge_cuda(GPU_TORCH, DRIVER, {})}
+    findings = {finding.name: finding for finding in judgements.judge_cuda(GPU_TORCH, DRIVER, {})}
     assert [finding.state for finding in findings.values()] == ["ok"] * 3
     assert "79.0 of 80.0 GiB" in findings["GPU 0"].text
     ill = {**HOPPER, "error": "no kernel image is available"}
     full = {**HOPPER, "free": 2**30}
-    found = doctor.judge_cuda({**GPU_TORCH, "devices": [full, ill]}, DRIVER, {})
+    found = judgements.judge_cuda({**GPU_TORCH, "devices": [full, ill]}, DRIVER, {})
     states = {finding.name: finding.state for finding in found}
     assert states == {"CUDA": "ok", "GPU 0": "check", "GPU 1": "missing", "NVLink": "falls back", "NCCL": "ok"}
 
 
 def test_variables_of_gpu_machines() -> None:
     def states(environment: dict[str, str], torch: dict = GPU_TORCH) -> dict[str, str]:
-        return {finding.name: finding.state for finding in doctor.judge_environment(environment, torch, launched=False)}
+        return {
+            finding.name: finding.state for finding in judgements.judge_environment(environment, torch, launched=False)
+        }
 
     assert states({})["CUDA_DEVICE_MAX_CONNECTIONS"] == "check"
     assert states({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})["CUDA_DEVICE_MAX_CONNECTIONS"] == "ok"
@@ -224,7 +227,7 @@ def test_variables_of_gpu_machines() -> None:
     assert states({"NCCL_IB_DISABLE": "1"})["NCCL_IB_DISABLE"] == "check"
     assert "NCCL_IB_DISABLE" not in states({"NCCL_IB_DISABLE": "0"})
     assert states({"WORLD_SIZE": "8"})["WORLD_SIZE"] == "missing"
-    interpreted = doctor.judge_triton({"version": "3.6.0"}, gpu=True, interpreted=True)
+    interpreted = judgements.judge_triton({"version": "3.6.0"}, gpu=True, interpreted=True)
     assert (interpreted.state, interpreted.remedy) == ("check", "unset TRITON_INTERPRET")
 
 
@@ -233,28 +236,30 @@ def test_left_over_world_size_would_stop_a_run(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="WORLD_SIZE is 8 but RANK is not set"):
-        cpu.single_process_environment()
+        single_process_environment()
 
 
 def test_compiler_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its being on PATH is all that the mixture's backend asks, so the first step would fail."""
-    (finding,) = [f for f in doctor.check_compiler(gpu=False) if f.name == "C++ compiler"]
+    (finding,) = [f for f in machine.check_compiler(gpu=False) if f.name == "C++ compiler"]
     assert finding.state == ("ok" if shutil.which("g++") or shutil.which("clang++") else "falls back")
     broken = write_script(tmp_path / "g++", 'echo "g++: fatal error: cc1plus: no such file" >&2; exit 1')
     monkeypatch.setenv("CXX", str(broken))
-    (finding,) = [f for f in doctor.check_compiler(gpu=False) if f.name == "C++ compiler"]
+    (finding,) = [f for f in machine.check_compiler(gpu=False) if f.name == "C++ compiler"]
     assert finding.state == "missing"
     assert "cc1plus" in finding.text
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
-    (finding,) = doctor.check_compiler(gpu=False)
+    (finding,) = machine.check_compiler(gpu=False)
     assert finding.state == "falls back"
     assert "apt install g++" in finding.remedy
 
 
 def test_shared_memory_that_is_read_only() -> None:
     """A container's /dev/shm, remade in a mount namespace of its own."""
-    program = "from megatron_moa import doctor; f = doctor.check_shared_memory(); print(f.state); print(f.text)"
+    program = (
+        "from megatron_moa.doctor import machine; f = machine.check_shared_memory(); print(f.state); print(f.text)"
+    )
     mount = f'mount -t tmpfs -o ro none /dev/shm && exec "{sys.executable}" -c "{program}"'
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
         pytest.skip("needs the right to make mount namespaces")
@@ -262,15 +267,15 @@ def test_shared_memory_that_is_read_only() -> None:
     state, text = result.stdout.splitlines()
     assert state == "missing"
     assert "Read-only file system" in text
-    assert doctor.check_shared_memory().state in ("ok", "check")
+    assert machine.check_shared_memory().state in ("ok", "check")
 
 
 def test_disk_of_save(tmp_path: Path) -> None:
-    finding = doctor.check_disk("disk", str(tmp_path / "not" / "yet"), needed=True)
+    finding = machine.check_disk("disk", str(tmp_path / "not" / "yet"), needed=True)
     assert "GiB free" in finding.text
     assert not (tmp_path / "not").exists()
     (tmp_path / "file").touch()
-    finding = doctor.check_disk("disk", str(tmp_path / "file"), needed=True)
+    finding = machine.check_disk("disk", str(tmp_path / "file"), needed=True)
     assert finding.state == "missing"
     assert "cannot be written to" in finding.text
 
@@ -292,43 +297,43 @@ def test_mistakes_are_one_line(flags: tuple[str, ...], text: str) -> None:
 
 
 def test_widths_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = doctor.check_recipe("dense-0.5b")
+    finding = examine.check_recipe("dense-0.5b")
     assert (finding.state, finding.text) == (
         "check",
         "dense-0.5b: feed-forward width 3413 is odd: slow on tensor cores",
     )
     assert finding.remedy.startswith("FFN_MULTIPLE=128 ")
     monkeypatch.setenv("FFN_MULTIPLE", "128")
-    finding = doctor.check_recipe("dense-0.5b")
+    finding = examine.check_recipe("dense-0.5b")
     assert (finding.state, finding.text) == ("ok", "dense-0.5b: feed-forward width 3456")
 
 
 @pytest.mark.slow
 def test_smoke_trains_here() -> None:
-    finding = doctor.smoke()
+    finding = smoke.smoke()
     assert finding.state == "ok", finding.text
     first, last = map(float, re.findall(r"\d\.\d{4}", finding.text))
     assert last < first
 
 
 def test_smoke_shows_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    assert "pretrain_gpt_moa.py is not at" in doctor.smoke().text
+    monkeypatch.setattr(smoke, "ROOT", tmp_path)
+    assert "pretrain_gpt_moa.py is not at" in smoke.smoke().text
     (tmp_path / "pretrain_gpt_moa.py").write_text("raise RuntimeError('out of luck')")
-    finding = doctor.smoke()
+    finding = smoke.smoke()
     assert finding.state == "missing"
     assert "exit code 1" in finding.text
     assert finding.text.endswith("RuntimeError: out of luck")
     line = " iteration 1/ 5 | elapsed time per iteration (ms): 9.0 | lm loss: 4.1E+00 |"
     (tmp_path / "pretrain_gpt_moa.py").write_text(f"print('{line}')")
-    assert "losses 4.1000: not five that go down" in doctor.smoke().text
+    assert "losses 4.1000: not five that go down" in smoke.smoke().text
 
 
 @pytest.mark.distributed
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="two ranks on one GPU are refused")
 def test_all_reduce_across_two_ranks() -> None:
     command = [sys.executable, "-m", "megatron_moa.launch", "--nproc-per-node", "2"]
-    command += ["--master-port", str(cpu._free_port()), "-m", "megatron_moa.doctor", "--nccl", "--json"]
+    command += ["--master-port", str(free_port()), "-m", "megatron_moa.doctor", "--nccl", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
@@ -345,7 +350,7 @@ def test_all_reduce_across_two_ranks() -> None:
 
 @pytest.mark.parametrize(("rank", "text"), [("0", "no sign of rank 1, 2 of 3 within 2 s"), ("1", "does not answer")])
 def test_ranks_that_do_not_come(rank: str, text: str) -> None:
-    world = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(cpu._free_port())}
+    world = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = run("--nccl", "--timeout", "2", **world)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
@@ -369,10 +374,10 @@ def test_variables_of_no_launcher_are_one_line(variables: dict[str, str], text: 
 
 
 def test_ranks_that_cannot_work_together() -> None:
-    assert network._complaint([{"gpus": 8, "local_rank": 7, "host": "a"}] * 2) is None
+    assert network.complaint([{"gpus": 8, "local_rank": 7, "host": "a"}] * 2) is None
     mixed = [{"gpus": 8, "local_rank": 0, "host": "a"}, {"gpus": 0, "local_rank": 0, "host": "b"}]
-    assert "rank 1 sees no GPU" in network._complaint(mixed)
-    assert "LOCAL_RANK 1, but a has 1 GPUs" in network._complaint([{"gpus": 1, "local_rank": 1, "host": "a"}])
+    assert "rank 1 sees no GPU" in network.complaint(mixed)
+    assert "LOCAL_RANK 1, but a has 1 GPUs" in network.complaint([{"gpus": 1, "local_rank": 1, "host": "a"}])
 
 
 def test_slow_ranks_and_links_are_named() -> None:
@@ -395,5 +400,5 @@ def test_slow_ranks_and_links_are_named() -> None:
 def test_links_measured_at_once_share_no_rank(size: int) -> None:
     pairs = [(rank, (rank + 1) % size) for rank in range(size)][: size if size > 2 else 1]
     for turn in range(3):
-        ranks = [rank for pair in pairs if network._turn(pair, size) == turn for rank in pair]
+        ranks = [rank for pair in pairs if network.turn_of(pair, size) == turn for rank in pair]
         assert len(ranks) == len(set(ranks))

@@ -34,9 +34,9 @@ def run_hurt(
 
 def _hurt_rank(hurt: Callable[..., None], hurt_arguments: tuple, folder: str, flags: list[str]) -> None:
     """One rank; leaves its exit code in a file, since the launcher keeps the first only."""
-    from megatron_moa import cpu
+    from megatron_moa import startup
 
-    cpu.prepare()
+    startup.prepare()
     hurt(*hurt_arguments)
     code = 0
     try:

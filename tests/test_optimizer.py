@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.flags import mixing_from_args
 from megatron_moa.errors import UserError
@@ -59,7 +59,7 @@ def groups_of(folder: Path, flags: str, processes: int = 1) -> dict[str, Trained
 
 
 def _write_groups(arguments: list[str], folder: Path) -> None:
-    cpu.prepare()
+    startup.prepare()
     from megatron.training import get_args, training
 
     setup = training.setup_model_and_optimizer

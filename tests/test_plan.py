@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.errors import UserError
 from megatron_moa.planning import inputs, memory, parameters
 from megatron_moa.planning.communication import step_time
@@ -77,7 +77,7 @@ def elements(report: Any) -> int:
 
 def model_of(flags: list[str], gpus: int = 1) -> Model:
     """The planner's view of these flags."""
-    cpu.prepare()
+    startup.prepare()
     args, mixing = inputs.parse(flags, gpus)
     return Model.from_args(inputs.validated(args), mixing)
 
@@ -188,7 +188,7 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     """In a process of its own: peak of building a model and of two training steps, and the plan for it."""
     import torch
 
-    cpu.prepare()
+    startup.prepare()
     from megatron.training.initialize import initialize_megatron
 
     from megatron_moa.research.benchmarks import timing, train_step
@@ -304,7 +304,7 @@ def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
 
 def make(*arguments: str) -> plan.Report:
     """What the program finds."""
-    cpu.prepare()
+    startup.prepare()
     return plan.make(plan.parse(arguments))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.planning import inputs
 from megatron_moa.planning.model import Model
 from megatron_moa.planning.parameters import Parameters, count
@@ -74,7 +74,7 @@ def value(words: list[str], flag: str) -> str:
 
 def count_of(flags: list[str]) -> Parameters:
     """The planner's count, which tests/test_plan.py compares with built models."""
-    cpu.prepare()
+    startup.prepare()
     args, mixing = inputs.parse(flags, 1)
     return count(Model.from_args(inputs.validated(args), mixing))
 
@@ -206,7 +206,7 @@ def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
         "EP": "2",
         "RUN_DIR": str(tmp_path / "run"),
     }
-    settings |= {**SMALL_BATCH, "TOKENS": "1280", "MASTER_PORT": str(launch.cpu._free_port())}  # 10 iterations
+    settings |= {**SMALL_BATCH, "TOKENS": "1280", "MASTER_PORT": str(launch.free_port())}  # 10 iterations
     flags = [flag for flag in small("moe-1b", "moa") if flag not in ("--train-iters", "3")]
     for exit_interval, seen in ((["--exit-interval", "6"], range(1, 7)), ([], range(7, 11))):
         done = run_example("pretrain.sh", "moe-1b", "moa", *flags, *exit_interval, folder=tmp_path, **settings)
@@ -264,7 +264,7 @@ HEADS = 4
 
 def _take_two_steps(words: list[str], results: str) -> None:
     """In a process of its own: the recipe's model and optimizer, two steps on gradients of this test's."""
-    cpu.prepare()
+    startup.prepare()
     from megatron.training import training
 
     setup = training.setup_model_and_optimizer

@@ -259,10 +259,10 @@ def do(job: Job) -> list[RankReport]:
 
 def main() -> None:
     """Reads jobs, writes reports."""
-    from megatron_moa import cpu
+    from megatron_moa import startup
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="none", MASTER_PORT="1")
-    cpu.prepare()
+    startup.prepare()
     results = Path(sys.argv[1])
     jobs = [Job(**{**saved, "arguments": tuple(saved["arguments"])}) for saved in json.load(sys.stdin)]
     reports = [[dataclasses.asdict(report) for report in do(job)] for job in jobs]

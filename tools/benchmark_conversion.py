@@ -103,14 +103,14 @@ def write_random(flags: list[str], root: Path) -> None:
     from megatron.training import get_tokenizer
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa import cpu
+    from megatron_moa import startup
     from megatron_moa.checkpoints.writer import write_release
     from megatron_moa.trained.from_megatron import empty_model
     from megatron_moa.training.arguments import parse_arguments
     from megatron_moa.training.model import model_config_from_args
 
     sys.stdout = sys.stderr  # for Megatron's log; the table is standard output
-    cpu.prepare()
+    startup.prepare()
     sys.argv[1:] = [*flags, "--transformer-impl", "local"]
     args, mixing = parse_arguments()
     initialize_megatron(allow_no_cuda=True)

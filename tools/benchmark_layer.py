@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, FORMS, MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
@@ -419,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
         options = parse(argv)
         device, dtype = timing.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
-        cpu.prepare()
+        startup.prepare()
         start(device)
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         series = settings_to_measure(options, world)

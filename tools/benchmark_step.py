@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         read_recipe(options.recipe)
         device, _ = timing.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
-        cpu.prepare()
+        startup.prepare()
         surroundings = timing.environment(device)
         records = measure(options, device)
     if torch.distributed.get_rank() == 0:

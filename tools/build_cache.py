@@ -70,10 +70,11 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     sys.argv = ["pretrain_gpt_moa.py", *flags]
     with quiet_imports.quiet_imports():
-        from megatron_moa import cpu
+        from megatron_moa import startup
+        from megatron_moa.cpu import flags as cpu_flags
 
-        cpu.GPU_FLAGS = ()  # the run has GPUs
-        cpu.prepare()
+        cpu_flags.GPU_FLAGS = ()  # the run has GPUs
+        startup.prepare()
         from megatron.training import training
 
         from megatron_moa.training import index_cache

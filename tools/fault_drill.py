@@ -32,9 +32,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.launch import children
+from megatron_moa.megatron_fixes.single_process import free_port
 from megatron_moa.runs.tiny_model import SWIGLU, TINY
 from megatron_moa.training.exit_codes import EXIT_LOST_RANK, EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL
 
@@ -252,7 +253,7 @@ class Drill:
             world = {
                 "WORLD_SIZE": str(self.processes),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(cpu._free_port()),
+                "MASTER_PORT": str(free_port()),
             }
             commands = [
                 ([sys.executable, "-u", *program], {"RANK": str(rank), "LOCAL_RANK": str(rank), **world})
@@ -612,7 +613,7 @@ def poison(what: str, parameter: str, iteration: int) -> None:
 
 def run_poisoned(what: str, parameter: str, iteration: str, script: str, *arguments: str) -> None:
     """The script as ``python script arguments...`` runs it, poisoned."""
-    cpu.prepare()
+    startup.prepare()
     poison(what, parameter, int(iteration))
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))

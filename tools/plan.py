@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
@@ -401,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         with contextlib.redirect_stdout(io.StringIO()):
-            cpu.prepare()
+            startup.prepare()
         report = make(options)
     if options.json:
         print(json.dumps(record(report)))

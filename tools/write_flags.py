@@ -32,7 +32,7 @@ _NOT_OURS = {  # modules whose --help is not a parser of ours
     "megatron_moa.cpu": "takes a script of Megatron's and its flags",
     "megatron_moa.launch": "takes torchrun's flags",
 }
-_INTERNAL = (  # processes that only this package starts
+_STARTED_BY_OTHERS = (  # without flags: other modules run them in processes of their own
     "megatron_moa.hf.source_logits",
     "megatron_moa.hf.standalone",
     "megatron_moa.research.study.timing",
@@ -89,11 +89,14 @@ def _programs() -> Iterator[tuple[str, Path, str | None]]:
     """How to call it, file and module of whatever can be run, except the training script."""
     for path in sorted((ROOT / "tools").glob("*.py")):
         yield f"python tools/{path.name}", path, None
-    for path in sorted((ROOT / "megatron_moa").rglob("*.py")):
-        if path.stem == "__main__" or '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
-            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-            if module not in _INTERNAL:
-                yield f"python -m {module}", path, module
+    modules = {}
+    for path in (ROOT / "megatron_moa").rglob("*.py"):
+        if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            named = path.parent if path.name == "__main__.py" else path.with_suffix("")
+            modules[".".join(named.relative_to(ROOT).parts)] = path
+    for module, path in sorted(modules.items()):
+        if module not in _STARTED_BY_OTHERS:
+            yield f"python -m {module}", path, module
 
 
 def _scripts() -> list[Path]:
@@ -137,7 +140,8 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
     with warnings.catch_warnings(action="ignore"):  # Megatron's on what is not installed
         from megatron.training.arguments import add_megatron_arguments
 
-        from megatron_moa import cpu
+        from megatron_moa.cpu.flags import CPU_DEFAULTS, GPU_FLAGS
+        from megatron_moa.megatron_fixes.kernel_defaults import KERNEL_DEFAULTS
 
     stock = (
         add_megatron_arguments.__wrapped__ if hasattr(add_megatron_arguments, "__wrapped__") else add_megatron_arguments
@@ -151,16 +155,16 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
         "Settings of Megatron's with other defaults here; a flag that is given stays:\n",
         "| setting | where | default | why not Megatron's |\n| --- | --- | --- | --- |",
     ]
-    kernels = {default.name: default.kernel for default in cpu.KERNEL_DEFAULTS}
+    kernels = {default.name: default.kernel for default in KERNEL_DEFAULTS}
     reason = ""
-    for dest, value, why in cpu.CPU_DEFAULTS:
+    for dest, value, why in CPU_DEFAULTS:
         reason = reason if why == "as above" else why
         where = f"without {kernels[dest]}" if dest in kernels else "on CPU"
         value = value() if callable(value) else value
         because = "Megatron's default needs that kernel" if dest in kernels else reason
         parts.append(f"| `{dest}` | {where} | `{getattr(value, 'name', value)}` | {because} |")
     parts.append("\nRefused on CPU, in one line, with values that need a GPU:\n\n| flag | instead |\n| --- | --- |")
-    parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in cpu.GPU_FLAGS]
+    parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in GPU_FLAGS]
     return [*parts, ""]
 
 

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.checkpoints.writer import write_release
+from megatron_moa.cpu.switch import is_enabled
 from megatron_moa.data.tokenizers import build_tokenizer
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
@@ -185,7 +186,7 @@ def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace
     Raises:
         UserError: flags that cannot be.
     """
-    cpu.prepare()
+    startup.prepare()
     before, program, arguments = os.environ["WORLD_SIZE"], sys.argv[0], sys.argv[1:]
     os.environ["WORLD_SIZE"] = str(world_size)
     sys.argv[1:] = list(flags)  # Megatron reads nothing else
@@ -346,7 +347,7 @@ def _one_process() -> None:
     """Megatron's groups on this process alone, which :func:`prepare_checkpoint` goes on with."""
     if torch.distributed.is_initialized():
         return
-    backend = "gloo" if cpu.is_enabled() else "nccl"
+    backend = "gloo" if is_enabled() else "nccl"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 
@@ -315,7 +315,7 @@ def run(script: str, arguments: list[str], to: Path, start_from: Path | None = N
     Raises:
         UserError: ``start_from`` holds no record.
     """
-    cpu.prepare()
+    startup.prepare()
     Recorder(to, None if start_from is None else assemble(Record.read(start_from).start)).install()
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))

@@ -23,7 +23,7 @@ from megatron.training.global_vars import unset_global_variables
 from megatron.training.initialize import initialize_megatron
 from megatron.training.utils import print_rank_0
 
-from megatron_moa import cpu
+from megatron_moa import startup
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.guard import changed_scales, check_before_setup, match_tensors
 from megatron_moa.checkpoints.names import EXTRA_STATE
@@ -227,7 +227,7 @@ def prepare_checkpoint(
         flags += ["--ckpt-step", str(iteration)]
     if "--tokenizer-model" in megatron_flags:
         flags.append("--no-use-tokenizer-model-from-checkpoint-args")
-    cpu.prepare()
+    startup.prepare()
     _forget_earlier_call()
     program, arguments = sys.argv[0], sys.argv[1:]
     sys.argv[1:] = [*flags, *megatron_flags]  # Megatron reads nothing else

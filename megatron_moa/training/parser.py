@@ -7,19 +7,19 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megatron_moa import cpu
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import (
     add_flags,
     our_flags,
 )
 from megatron_moa.errors import UserError, fail
+from megatron_moa.megatron_fixes.kernel_defaults import set_plain_torch_defaults
 
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds our flags to Megatron's parser, sets the defaults this machine can serve, and makes errors one line."""
     add_flags(parser)
-    cpu.set_plain_torch_defaults(parser)
+    set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
     for action in parser._actions:
         _mend_help(parser, action)

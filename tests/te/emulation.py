@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from megatron_moa import cpu
+from megatron_moa.cpu import flags as cpu_flags
 from megatron_moa.megatron_fixes import te_guard
 
 # Members that Transformer Engine's Python compares its own enums with.
@@ -347,6 +347,8 @@ def install() -> None:
     _edit(TransformerEngineBaseModule, "prepare_forward", "inp.is_cuda", "True")
     attention = sys.modules["transformer_engine.pytorch"].DotProductAttention
     attention.forward = _causal(attention.forward)
-    kept = tuple(row for row in cpu.GPU_FLAGS if row[0] != "transformer_impl")
-    assert len(kept) == len(cpu.GPU_FLAGS) - 1, "--transformer-impl is refused by another table than cpu.GPU_FLAGS"
-    cpu.GPU_FLAGS = kept
+    kept = tuple(row for row in cpu_flags.GPU_FLAGS if row[0] != "transformer_impl")
+    assert len(kept) == len(cpu_flags.GPU_FLAGS) - 1, (
+        "--transformer-impl is refused by another table than cpu.flags.GPU_FLAGS"
+    )
+    cpu_flags.GPU_FLAGS = kept

@@ -67,12 +67,12 @@ def main() -> None:
     """Reads arms from stdin, times their steps, prints JSON as the last line."""
     import torch
 
-    from megatron_moa import cpu
+    from megatron_moa import startup
     from megatron_moa.research.benchmarks import timing
 
     request = json.load(sys.stdin)
     warnings.filterwarnings("ignore", module="megatron")
-    cpu.prepare()
+    startup.prepare()
     from megatron.training.initialize import initialize_megatron
 
     from megatron_moa.research.benchmarks.train_step import build, random_batches

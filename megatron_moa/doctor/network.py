@@ -1,4 +1,4 @@
-"""An all-reduce across all ranks: is its sum right, how fast is it, and who is slow (``megatron_moa.doctor --nccl``).
+"""Tests all-reduces across all ranks: whether sums are right, how fast they are, and which rank or link is slow.
 
 NCCL on GPUs, gloo on CPUs.  An all-reduce makes all ranks wait for the slowest, so its time alone names nobody: each
 rank's own speed (a product of matrices) and each link to the next rank are measured, too.  What ranks have to tell each
@@ -21,8 +21,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megatron_moa import cpu
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.single_process import single_process_environment
 
 MIB = 2**20
 SIZES = {"nccl": (1 * MIB, 16 * MIB, 256 * MIB, 1024 * MIB), "gloo": (MIB // 16, 1 * MIB, 16 * MIB)}  # bytes
@@ -65,7 +65,7 @@ class _Ranks:
     """
 
     def __init__(self, seconds: float) -> None:
-        cpu.single_process_environment()
+        single_process_environment()
         self.rank, self.size, self.local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
         self.timeout = timedelta(seconds=seconds)
         address, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
@@ -136,10 +136,10 @@ def main(seconds: float, as_json: bool) -> int:
     ranks = _Ranks(seconds)
     try:
         about = ranks.meet({"host": platform.node(), "gpus": torch.cuda.device_count(), "local_rank": ranks.local_rank})
-        complaint = _complaint(about)
-        if complaint is not None:
+        problem = complaint(about)
+        if problem is not None:
             if ranks.rank == 0:
-                ranks.leave(complaint)
+                ranks.leave(problem)
             return 1
         results = _measure(ranks, [entry["host"] for entry in about], "nccl" if about[0]["gpus"] else "gloo")
     except RuntimeError as error:  # of the store, gloo and NCCL
@@ -149,7 +149,7 @@ def main(seconds: float, as_json: bool) -> int:
     return 0 if results["correct"] else 1
 
 
-def _complaint(about: Sequence[Mapping[str, Any]]) -> str | None:
+def complaint(about: Sequence[Mapping[str, Any]]) -> str | None:
     """What would hang or fail later: ranks that would use other backends, or share a GPU."""
     without = [str(rank) for rank, entry in enumerate(about) if not entry["gpus"]]
     if without and len(without) < len(about):
@@ -217,7 +217,7 @@ def _links(ranks: _Ranks, device: torch.device, size: int) -> dict[tuple[int, in
     measured: dict[tuple[int, int], float] = {}
     # Neighbours share a rank: those that run at once must not.
     for turn in range(3):
-        now = [pair for pair in pairs if _turn(pair, ranks.size) == turn]
+        now = [pair for pair in pairs if turn_of(pair, ranks.size) == turn]
         own = next((pair for pair in now if ranks.rank in pair), None)
         seconds = None
         if own is not None:
@@ -235,7 +235,7 @@ def _links(ranks: _Ranks, device: torch.device, size: int) -> dict[tuple[int, in
     return measured
 
 
-def _turn(pair: tuple[int, int], size: int) -> int:
+def turn_of(pair: tuple[int, int], size: int) -> int:
     """Even ranks' links first, then odd ranks'; of an odd number of ranks the one that closes the ring by itself."""
     return 2 if size % 2 and pair[0] == size - 1 else pair[0] % 2
 

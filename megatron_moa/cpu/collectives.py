@@ -1,0 +1,41 @@
+"""Lets gloo gather and scatter tensors of different lengths, as NCCL does."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """The tensor with zero rows added, up to ``rows``."""
+    return torch.cat([tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])])
+
+
+def _of_any_sizes(original: Callable) -> Callable:
+    """For ``all_gather`` and ``reduce_scatter`` (one tensor a rank in a list): NCCL takes tensors of different lengths,
+    as experts' ranks have tokens; gloo wants equal ones.  Megatron uses both without ``async_op``.
+    """
+    gathers = original.__name__ == "all_gather"
+
+    @functools.wraps(original)
+    def collective(*args: Any, **kwargs: Any) -> Any:
+        tensors, tensor = args[:2] if gathers else reversed(args[:2])
+        rows = {t.shape[0] if t.dim() else None for t in tensors}
+        if len(rows) == 1:
+            return original(*args, **kwargs)
+        own = _padded(tensor, max(rows))
+        padded = [_padded(t, max(rows)) for t in tensors]
+        original(*((padded, own) if gathers else (own, padded)), *args[2:], **kwargs)
+        for target, values in zip(tensors, padded, strict=True) if gathers else [(tensor, own)]:
+            target.copy_(values[: target.shape[0]])
+        return None
+
+    return collective
+
+
+WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
+    # name, wrapper, why
+    ("torch.distributed.all_gather", _of_any_sizes, "gloo takes equal sizes only"),
+    ("torch.distributed.reduce_scatter", _of_any_sizes, "gloo takes equal sizes only"),
+)

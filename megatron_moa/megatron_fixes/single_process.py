@@ -1,0 +1,36 @@
+"""Lets Megatron start as one process, without torchrun, by setting what torchrun would set."""
+
+import contextlib
+import os
+import random
+import socket
+
+from megatron_moa.errors import UserError
+
+
+def single_process_environment() -> None:
+    """Sets the variables that torchrun would set, so that ``python script.py`` runs as one process.
+
+    Raises:
+        UserError: WORLD_SIZE asks for more processes, and RANK is not set.
+    """
+    if "RANK" in os.environ:
+        return
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise UserError(f"WORLD_SIZE is {world_size} but RANK is not set: start the script with torchrun")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def free_port() -> int:
+    """Returns a port that will still be free when it is used, seconds later.
+
+    The port is drawn from below those that the system hands out by itself (from 32768 on Linux), so that no connection
+    takes it meanwhile and two runs hardly ever meet.
+    """
+    draw = random.Random(os.urandom(8))
+    while True:
+        port = draw.randrange(20000, 32768)
+        with socket.socket() as candidate, contextlib.suppress(OSError):
+            candidate.bind(("127.0.0.1", port))
+            return port

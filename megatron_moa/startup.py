@@ -1,0 +1,15 @@
+"""Prepares a process for Megatron, on any machine: the first thing that a script of this project does."""
+
+from megatron_moa.cpu.switch import enable
+from megatron_moa.megatron_fixes import from_pypi
+from megatron_moa.megatron_fixes.single_process import single_process_environment
+
+
+def prepare() -> None:
+    """Sets what torchrun would set, mends Megatron from PyPI, and switches to the CPU where there is no CUDA device.
+
+    To be called before Megatron's arguments are parsed.
+    """
+    single_process_environment()
+    from_pypi.install()
+    enable()
