@@ -1,6 +1,6 @@
 """What a GPU sends in a step, over which wires, and how long a step takes.
 
-Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism; the mixture's own messages
+Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism. The mixture's messages
 are those of docs/design/parallelism.md. Times are volumes over the bandwidths of megatron_moa.training.gpus, which no
 network reaches, and a latency for each message: estimates to rank splits by, not measurements.
 """
