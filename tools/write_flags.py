@@ -29,8 +29,13 @@ _CORES = (
     986_543  # what a default that counts cores is given, to be known again: the text must not depend on the machine
 )
 _NOT_OURS = {  # modules whose --help is not a parser of ours
-    "cpu": "takes a script of Megatron's and its flags",
-    "launch": "takes torchrun's flags",
+    "megatron_moa.cpu": "takes a script of Megatron's and its flags",
+    "megatron_moa.launch": "takes torchrun's flags",
+}
+_STARTED_BY_OTHERS = {  # modules that a tool starts as a process of its own, never a user
+    "megatron_moa.hf.source_logits",
+    "megatron_moa.hf.standalone",
+    "megatron_moa.research.study.timing",
 }
 
 _HEAD = """# Flags
@@ -84,9 +89,11 @@ def _programs() -> Iterator[tuple[str, Path, str | None]]:
     """How to call it, file and module of whatever can be run, except the training script."""
     for path in sorted((ROOT / "tools").glob("*.py")):
         yield f"python tools/{path.name}", path, None
-    for path in sorted((ROOT / "megatron_moa").glob("*.py")):
-        if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
-            yield f"python -m megatron_moa.{path.stem}", path, f"megatron_moa.{path.stem}"
+    for path in sorted((ROOT / "megatron_moa").rglob("*.py")):
+        if path.name == "__main__.py" or '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+            if module not in _STARTED_BY_OTHERS:
+                yield f"python -m {module}", path, module
 
 
 def _scripts() -> list[Path]:
@@ -102,7 +109,7 @@ def flags_document() -> str:
     os.sched_getaffinity, os.cpu_count = lambda _: range(_CORES), lambda: _CORES
     try:
         parsers = [
-            (call, None if path.stem in _NOT_OURS and module else parser_of(path, module), path)
+            (call, None if module in _NOT_OURS else parser_of(path, module), module)
             for call, path, module in _programs()
         ]
         training = parser_of(ROOT / "pretrain_gpt_moa.py")
@@ -112,10 +119,10 @@ def flags_document() -> str:
         if affinity is not None:
             os.sched_getaffinity = affinity
     parts = [_HEAD, *_training_script(training)]
-    for call, parser, path in parsers:
+    for call, parser, module in parsers:
         parts.append(f"## `{call}`\n")
         if parser is None:
-            parts.append(f"It {_NOT_OURS[path.stem]}; `--help` lists them.\n")
+            parts.append(f"It {_NOT_OURS[module]}; `--help` lists them.\n")
             continue
         parts.append(_summary(parser.description or "") + "\n")
         parts += _tables(parser, parser._actions)
