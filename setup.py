@@ -61,6 +61,8 @@ setup(
     description="Pretrain GPT models whose feed-forward layers mix activation functions (MoA, LA), on Megatron",
     long_description=read_description(),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_moa", "megatron_moa.*"]),
     py_modules=["pretrain_gpt_moa"],

@@ -250,7 +250,7 @@ MISTAKES = [
     (benchmark_kernels, ["--values", "2"], "--values: of what?"),
     (benchmark_kernels, ["--grow", "activations", "--values", "13"], "--values 13: there are 12 activations"),
     (benchmark_step, ["nowhere.sh"], "nowhere.sh: there is no such recipe"),
-    (benchmark_step, ["docs/log.md"], "docs/log.md: bash finds no array MODEL_ARGS there"),
+    (benchmark_step, ["docs/design/log.md"], "docs/design/log.md: bash finds no array MODEL_ARGS there"),
     (benchmark_step, ["examples/models/dense-2b.sh", "--", "--moa-mixing", "la"], "--moa-mixing: the arms are chosen"),
 ]
 

@@ -26,7 +26,7 @@ from megatron_moa.mixture.grouped_products import (
 
 _OPTIONS = {
     # By default inductor stores what several sums share, a tensor of fc1's size here, to compute it once; to compute
-    # it again in the one loop is cheaper, and keeps memory at SwiGLU's (docs/log.md).
+    # it again in the one loop is cheaper, and keeps memory at SwiGLU's (docs/design/log.md).
     "realize_opcount_threshold": 1_000_000,
     "realize_reads_threshold": 1_000_000,
     # Otherwise each process first compiles and starts programs to see whether vector instructions work: seconds.

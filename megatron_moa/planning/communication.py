@@ -1,8 +1,8 @@
 """What a GPU sends in a step, over which wires, and how long a step takes.
 
-Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism, and docs/parallelism.md
-for the mixture's own messages. Times are volumes over the bandwidths of megatron_moa.training.gpus, which no network
-reaches, and a latency for each message: estimates to rank splits by, not measurements.
+Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism. The mixture's messages
+are those of docs/design/parallelism.md. Times are volumes over the bandwidths of megatron_moa.training.gpus, which no
+network reaches, and a latency for each message: estimates to rank splits by, not measurements.
 """
 
 from __future__ import annotations
