@@ -31,8 +31,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
 # Without the 16 trainings that test_hf_model.py compares logits of: those of test_convert_to_hf.py suffice here.
 "$venv/bin/python" -m pytest -m "not full" -W ignore \
-  --deselect tests/test_hf_model.py::test_transformers_model_computes_megatrons_logits \
-  tests/test_hf_model.py tests/test_hf_use.py tests/test_hf_folder.py tests/test_hf_version1.py tests/test_families.py \
-  tests/test_convert_to_hf.py tests/test_convert_from_hf.py tests/test_inference.py
+  --deselect tests/hf/test_model.py::test_transformers_model_computes_megatrons_logits \
+  tests/hf/test_model.py tests/hf/test_use.py tests/hf/test_folder.py tests/hf/test_version1.py tests/hf/test_families.py \
+  tests/hf/test_convert_to_hf.py tests/hf/test_convert_from_hf.py tests/trained/test_text_model.py
 # Transformers' markers are none of ours, so that strict markers would refuse them.
 "$venv/bin/python" -m pytest -o addopts= -q -W ignore tests/latest

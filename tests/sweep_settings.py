@@ -18,8 +18,8 @@ from pathlib import Path
 
 from megatron_moa.command_line.megatron_flags import FUNCTION
 from megatron_moa.runs.tiny_model import MOE, TINY
-from tests import launch
-from tests.training import ROOT
+from tests.support import launch
+from tests.support.training import ROOT
 
 STOCK = "--swiglu --ffn-hidden-size 48 --moa-mixing none"
 GELU = "--ffn-hidden-size 48 --moa-mixing none"

@@ -74,7 +74,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
 
 @cache
 def flags_by_program() -> dict[str, set[str]]:
-    """What docs/flags.md lists: tests/test_flags.py holds it to the parsers."""
+    """What docs/flags.md lists: tests/tools/test_write_flags.py holds it to the parsers."""
     sections = re.split(r"^## ", text_of(ROOT / "docs" / "flags.md"), flags=re.MULTILINE)[1:]
     found = {}
     for section in sections:

@@ -14,7 +14,7 @@ from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
 from megatron_moa.research.benchmarks import kernel_errors
-from tests.training import MOE, SWIGLU, train
+from tests.support.training import MOE, SWIGLU, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

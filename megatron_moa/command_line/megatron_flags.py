@@ -1,8 +1,9 @@
 """Sorts every flag of Megatron 0.19.2 by what it decides: the model's function, its training, or its execution.
 
 The command line, resuming, ``--use-checkpoint-args`` and the export all go by these tables. Names are those of the
-parsed args; fields of TransformerConfig that no flag sets are here too. ``tests/test_megatron_flags.py`` compares the
-tables with the installed Megatron. This module imports neither torch nor Megatron: it answers before they are loaded.
+parsed args; fields of TransformerConfig that no flag sets are here too. A test compares the tables with the installed
+Megatron (tests/command_line/test_megatron_flags.py). This module imports neither torch nor Megatron: it answers before
+they are loaded.
 """
 
 from __future__ import annotations

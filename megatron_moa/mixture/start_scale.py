@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.reference import gate, mix
 
-_SAMPLES = 1 << 16  # of each random variable; tests/test_init_scale.py holds the result to real layers
+_SAMPLES = 1 << 16  # of each random variable; tests/layers/test_init_scale.py holds the result to real layers
 _SEED = 1234
 
 

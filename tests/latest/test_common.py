@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.loading import register
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel
-from tests.tiny_hf import KINDS
+from tests.support.tiny_hf import KINDS
 
 _SIZES = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 _SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}

@@ -8,7 +8,7 @@ import os
 from megatron_moa.megatron_fixes import te_guard
 
 if os.environ.get(te_guard.ALLOW) == "1":
-    from tests import launch  # noqa: F401  # names modules to import before a fork, and is overruled here
+    from tests.support import launch  # noqa: F401  # names modules to import before a fork, and is overruled here
     from tests.te import emulation
 
     emulation.install()

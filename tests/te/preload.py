@@ -1,7 +1,7 @@
-"""Imports, before tests.launch's server forks, Megatron with Transformer Engine."""
+"""Imports, before tests.support.launch's server forks, Megatron with Transformer Engine."""
 
 from tests.te import emulation
 
 emulation.install()
 
-from tests import preload  # noqa: E402, F401
+from tests.support import preload  # noqa: E402, F401

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_moa.megatron_fixes import te_guard
-from tests import launch
-from tests.test_convert_to_hf import train_sentencepiece
-from tests.training import MOE, ROOT, SWIGLU, TINY, Run, run_script, train
+from tests.hf.test_convert_to_hf import train_sentencepiece
+from tests.support import launch
+from tests.support.training import MOE, ROOT, SWIGLU, TINY, Run, run_script, train
 
 TE, LOCAL = "transformer_engine", "local"
 MOA = "--moa-mixing moa --moa-backend eager --moa-gate-init-std 0.3 --moa-gate-bias".split()
@@ -32,7 +32,7 @@ def same(run: Run, other: Run, iterations: tuple[int, ...]) -> None:
 
 
 def compute_alike(folder: str) -> None:
-    """A target of tests.launch: checks that a checkpoint computes the same with layers of either kind."""
+    """A target of tests.support.launch: checks that a checkpoint computes the same with layers of either kind."""
     from megatron_moa.trained.from_megatron import load_model
 
     found = {}

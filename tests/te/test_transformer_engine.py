@@ -21,7 +21,7 @@ from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 from megatron_moa.checkpoints.names import take_stored_names
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.model import check_mixture
-from tests.layers import build_model, make_config, moe_settings
+from tests.support.layers import build_model, make_config, moe_settings
 from tests.te import emulation
 
 pytestmark = pytest.mark.usefixtures("megatron")

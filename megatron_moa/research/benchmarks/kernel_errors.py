@@ -28,7 +28,7 @@ FLOORS = {torch.float32: 16 * 2.0**-24, torch.float16: 0.5 * 2.0**-11, torch.bfl
 _INTERPRETED_FLOOR = 2.0**-7
 # For the result of a gate by Triton's kernel on a GPU: its sum over h, which PyTorch adds in an order that loses less.
 # Tensor cores take 8 exact products of half precision at a time and cut the sum off, always towards zero: an error that
-# grows with h, computed as in tests/test_accuracy.py at most 0.77 of this for all gates and forms, h 512 to 4096. In
+# grows with h, at most 0.77 of this for all gates and forms, h 512 to 4096 (tests/research/test_kernel_errors.py). In
 # float32 products are added one by one, and each sum is rounded: a random walk; an H200 took 0.45 of this.
 _CUT_OFF = 2.0**-28  # times h
 _WALK = 2.0**-24  # times the square root of h

@@ -1,0 +1,335 @@
+"""Damaged, half-written and superseded checkpoints; full and read-only disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_moa.checkpoints import files
+from megatron_moa.checkpoints.files import (
+    MANIFEST,
+    TRACKER,
+    Checkpoint,
+    DamagedCheckpoint,
+    delete_superseded,
+    find_damage,
+    iteration_folder,
+    last_complete_before,
+    make_way,
+    read_manifest,
+    read_tracker,
+    saved_iterations,
+    settle,
+    write_manifest,
+    write_tracker,
+)
+from tests.support import launch
+from tests.support.training import ROOT, SWIGLU, TINY, Run, train
+
+SHARD = "__0_0.distcp"
+
+
+def make_checkpoint(root: Path, iteration: int, complete: bool = True) -> Path:
+    folder = iteration_folder(root, iteration)
+    (folder / "below").mkdir(parents=True)
+    (folder / SHARD).write_bytes(bytes(range(256)) * 20)
+    (folder / "below" / "more").write_bytes(b"")
+    if complete:
+        write_manifest(folder)
+    return folder
+
+
+def damage(folder: Path, kind: str) -> Path:
+    """Does to a checkpoint what disks and operators do, and says to which file."""
+    path = folder / (MANIFEST if kind == "manifest" else SHARD)
+    content = bytearray(path.read_bytes())
+    if kind == "missing":
+        path.unlink()
+    elif kind == "flipped":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[:-20])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "missing", "manifest"])
+def test_damage_is_found_and_named(tmp_path: Path, kind: str) -> None:
+    folder = make_checkpoint(tmp_path, 5)
+    assert set(read_manifest(folder)) == {SHARD, "below/more"}
+    assert find_damage(folder) is None
+    path = damage(folder, kind)
+    assert str(path) in find_damage(folder)
+    assert (find_damage(folder, checksums=False) is None) == (kind == "flipped")
+
+
+def test_without_a_manifest_nothing_is_compared(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 5, complete=False)
+    assert read_manifest(folder) is None
+    assert find_damage(folder) is None
+    assert saved_iterations(tmp_path) == []
+
+
+def test_the_last_complete_checkpoint_is_found(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30, 40):
+        make_checkpoint(tmp_path, iteration, complete=iteration != 30)
+    damage(iteration_folder(tmp_path, 20), "cut")
+    assert last_complete_before(Checkpoint("--load", tmp_path, 40)) == Checkpoint("--load", tmp_path, 10)
+    assert last_complete_before(Checkpoint("--load", tmp_path, 10)) is None
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "pinned", "left"),
+    [
+        (1, None, None, [50, 60]),
+        (2, None, None, [40, 50, 60]),
+        (9, None, None, [10, 20, 30, 40, 50, 60]),
+        (1, 20, None, [20, 40, 50, 60]),
+        (2, 30, 10, [10, 30, 40, 50, 60]),
+    ],
+)
+def test_old_checkpoints_are_deleted(
+    tmp_path: Path, keep_last: int, keep_every: int | None, pinned: int | None, left: list[int]
+) -> None:
+    """50 has just been saved; 60 is what an earlier training, which went further, left."""
+    for iteration in (10, 20, 30, 40, 50, 60):
+        make_checkpoint(tmp_path, iteration)
+    deleted = delete_superseded(tmp_path, 50, keep_last, keep_every, pinned)
+    assert saved_iterations(tmp_path) == left
+    assert sorted(deleted + left) == [10, 20, 30, 40, 50, 60]
+
+
+def test_deleted_folders_go_and_nothing_else(tmp_path: Path) -> None:
+    for iteration in (10, 20, 50):
+        make_checkpoint(tmp_path, iteration, complete=iteration != 10)
+    elsewhere = make_checkpoint(tmp_path / "elsewhere", 30)
+    iteration_folder(tmp_path, 30).symlink_to(elsewhere)
+    shutil.copytree(elsewhere, tmp_path / "iter_0000040_mine")
+    (tmp_path / "iter_0000005.deleted").mkdir()  # a deletion that was interrupted
+    delete_superseded(tmp_path, 50, 1, None, None)
+    for thread in files.threading.enumerate():
+        if thread.name == "deletes checkpoints":  # others are other tests' and never end
+            thread.join()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "iter_0000010",  # never completed, or another program's
+        "iter_0000030",
+        "iter_0000040_mine",
+        "iter_0000050",
+        "elsewhere",
+    }
+
+
+def test_nothing_is_deleted_before_the_new_one_is_whole(tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        make_checkpoint(tmp_path, iteration, complete=iteration != 30)
+    assert delete_superseded(tmp_path, 30, 1, None, None) == []
+    write_manifest(iteration_folder(tmp_path, 30))
+    damage(iteration_folder(tmp_path, 30), "cut")
+    with pytest.raises(DamagedCheckpoint):
+        delete_superseded(tmp_path, 30, 1, None, None)
+    assert saved_iterations(tmp_path) == [10, 20, 30]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for iteration in (10, 20):
+        make_checkpoint(tmp_path, iteration)
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert delete_superseded(tmp_path, 20, 1, None, None) == []
+    assert f"WARNING: could not delete the checkpoint {iteration_folder(tmp_path, 10)}" in capsys.readouterr().out
+
+
+def test_a_complete_checkpoint_outlives_its_replacement(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 10)
+    make_way(folder)
+    assert not folder.exists()
+    make_checkpoint(tmp_path, 10, complete=False)
+    make_way(folder)  # the first replacement was never finished
+    replaced = tmp_path / "iter_0000010.replaced"
+    assert not folder.exists()
+    assert find_damage(replaced) is None
+    assert (replaced / SHARD).exists()
+    settle(folder)
+    assert not replaced.exists()
+
+
+def test_the_tracker_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tracker(tmp_path, 10)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_tracker(tmp_path, 20)
+    assert read_tracker(tmp_path) == 10
+
+
+@pytest.mark.parametrize("text", ["", "12x", "-3"])
+def test_a_tracker_that_is_no_iteration(tmp_path: Path, text: str) -> None:
+    (tmp_path / TRACKER).write_text(text)
+    with pytest.raises(DamagedCheckpoint, match=TRACKER):
+        read_tracker(tmp_path)
+
+
+# Whole runs.
+
+MIXTURE = [*SWIGLU, "--moa-mixing", "la", "--moa-backend", "eager", "--save-interval", "2"]
+ON = [*MIXTURE, "--override-opt-param-scheduler"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of iterations 2, 4 and 6."""
+    root = tmp_path_factory.mktemp("checkpoints") / "trained"
+    train(*MIXTURE, "--train-iters", "6", "--save", root)
+    assert saved_iterations(root) == [2, 4, 6]
+    assert read_tracker(root) == 6
+    return root
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+def error_of(run: Run) -> str:
+    assert run.returncode == 2, run.log[-4000:]
+    (line,) = [line for line in run.log.splitlines() if line.startswith("pretrain_gpt_moa.py: error: ")]
+    assert "Traceback" not in run.log
+    return line.removeprefix("pretrain_gpt_moa.py: error: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes"), [("missing", 1), pytest.param("flipped", 2, marks=pytest.mark.distributed)]
+)
+def test_a_damaged_checkpoint_is_refused_or_passed_over(copied: Path, kind: str, processes: int) -> None:
+    path = damage(iteration_folder(copied, 6), kind)
+    flags = [*ON, "--train-iters", "7", "--load", copied]
+    text = error_of(train(*flags, processes=processes, check=False))
+    assert text.startswith(f"--load {copied}: iteration 6 is damaged: {path} ")
+    assert "iteration 4: add --ckpt-step 4, or --moa-load-last-complete" in text
+    run = train(*flags, "--moa-load-last-complete", processes=processes)
+    assert f"iteration 6 is damaged: {path} " in run.log
+    assert sorted(run.losses) == [5, 6, 7]
+
+
+def test_what_the_error_proposes_works(copied: Path) -> None:
+    damage(iteration_folder(copied, 6), "cut")
+    run = train(*ON, "--train-iters", "7", "--load", copied, "--ckpt-step", "4")
+    assert sorted(run.losses) == [5, 6, 7]
+    text = error_of(train(*ON, "--train-iters", "7", "--load", copied, "--ckpt-step", "5", check=False))
+    assert text.endswith("iteration 5, named by --ckpt-step 5, is not there; complete checkpoints there: 2, 4, 6")
+
+
+@pytest.mark.parametrize("tracker", ["", pytest.param("six", marks=pytest.mark.full), None])
+def test_a_lost_tracker(copied: Path, tracker: str | None) -> None:
+    if tracker is None:
+        (copied / TRACKER).unlink()
+    else:
+        (copied / TRACKER).write_text(tracker)
+    flags = [*ON, "--train-iters", "7", "--load", copied]
+    text = error_of(train(*flags, check=False))
+    assert TRACKER in text
+    assert "the last complete checkpoint is iteration 6: write 6 into that file" in text
+    run = train(*flags, "--moa-load-last-complete")
+    assert sorted(run.losses) == [7]
+    assert read_tracker(copied) == 6
+
+
+def test_a_half_written_checkpoint_is_none(copied: Path) -> None:
+    """As a kill in the middle of saving iteration 8 leaves it: the tracker still says 6."""
+    folder = make_checkpoint(copied, 8, complete=False)
+    run = train(*ON, "--train-iters", "8", "--load", copied, "--save", copied)
+    assert sorted(run.losses) == [7, 8]
+    assert read_tracker(copied) == 8
+    assert "below/more" not in read_manifest(folder)
+    assert not (folder / "below").exists()
+
+
+def test_without_a_manifest_a_checkpoint_loads_with_a_notice(copied: Path) -> None:
+    (iteration_folder(copied, 6) / MANIFEST).unlink()
+    run = train(*ON, "--train-iters", "7", "--load", copied)
+    assert "iteration 6 has no manifest" in run.log
+    assert sorted(run.losses) == [7]
+
+
+def test_no_checkpoint_where_one_was_demanded(tmp_path: Path) -> None:
+    """Megatron leaves with exit code 0 here."""
+    flags = ["--load", tmp_path / "typo", "--exit-on-missing-checkpoint", "--train-iters", "2"]
+    assert "no checkpoint there" in error_of(train(*MIXTURE, *flags, check=False))
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--moa-keep-last", "0", "--save", "x"], "--moa-keep-last 0: would keep none"),
+        (["--moa-keep-last", "2"], "--moa-keep-last 2: nothing is saved"),
+        (["--moa-load-last-complete", "--ckpt-step", "4"], "--moa-load-last-complete: contradicts --ckpt-step 4"),
+    ],
+)
+def test_flags_that_cannot_be(flags: list[str], part: str) -> None:
+    assert part in error_of(train(*MIXTURE, "--train-iters", "2", *flags, check=False))
+
+
+@pytest.mark.parametrize("flags", [["--moa-keep-last", "1", "--save-retain-interval", "4"], ["--moa-keep-last", "2"]])
+def test_a_run_keeps_what_it_is_told_to(tmp_path: Path, flags: list[str]) -> None:
+    train(*MIXTURE, "--train-iters", "6", "--save", tmp_path, *flags)
+    assert saved_iterations(tmp_path) == [4, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000004", "iter_0000006", TRACKER]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_saves_in_the_background_are_completed_too(tmp_path: Path) -> None:
+    asynchronous = ["--async-save", "--use-persistent-ckpt-worker", "--async-strategy", "mcore"]
+    train(*MIXTURE, *asynchronous, "--train-iters", "6", "--save", tmp_path, "--moa-keep-last", "1", processes=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000006", TRACKER]
+    folder = iteration_folder(tmp_path, 6)
+    assert {SHARD, "__1_0.distcp", ".metadata", "metadata.json"} == set(read_manifest(folder))
+    assert find_damage(folder) is None
+    assert read_tracker(tmp_path) == 6
+
+
+def short_of_space(flags: list[str], megabytes: float) -> None:
+    """The training script where no file can be larger than that."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 1e6),) * 2)
+    launch.script(str(ROOT / "pretrain_gpt_moa.py"), flags)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[pytest.mark.distributed, pytest.mark.full])])
+def test_a_full_disk(copied: Path, processes: int) -> None:
+    flags = [*TINY, *ON, "--train-iters", "8", "--load", copied, "--save", copied]
+    run = Run(*launch.launch(short_of_space, (list(map(str, flags)), 0.1), processes, ROOT))
+    text = error_of(run)
+    assert text.startswith(f"--save {copied}: the checkpoint of iteration 8 could not be written (")
+    assert "the last complete one, iteration 6, is untouched" in text
+    assert read_tracker(copied) == 6
+    assert saved_iterations(copied) == [2, 4, 6]
+    assert find_damage(iteration_folder(copied, 6)) is None
+
+
+@pytest.mark.distributed
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = train(*MIXTURE, "--train-iters", "2", "--save", tmp_path / "file" / "x", processes=2, check=False)
+    assert error_of(run).startswith(f"--save {tmp_path / 'file' / 'x'}: cannot be written to (Not a directory);")
+    assert not run.losses
+    assert "> mixture of activations" not in run.log
+
+
+def test_the_manifest_is_read_as_documented(trained: Path) -> None:
+    folder = iteration_folder(trained, 2)
+    entry = json.loads((folder / MANIFEST).read_text())["files"][SHARD]
+    assert entry["size"] == os.path.getsize(folder / SHARD)
+    assert int(entry["crc32"], 16) == files.zlib.crc32((folder / SHARD).read_bytes())

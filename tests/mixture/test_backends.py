@@ -1,0 +1,306 @@
+"""The fused backends: errors against float64, bit-equal gradients, what is saved for backward, odd shapes and strides.
+
+Without a GPU the Triton kernels run in Triton's interpreter, a row at a time in numpy, so sizes here are small where it
+is; tests/test_gpu.py has the same checks on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_moa.errors import UserError
+from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
+from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
+from megatron_moa.mixture.triton_backend import mixture
+from megatron_moa.research.benchmarks import kernel_errors
+from megatron_moa.research.benchmarks.timing import saved_for_backward
+from tests.support.training import SWIGLU, train
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("triton", "compile")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW = ("gelu", "silu", "relu2", "tanh")
+SIZES = (0, 1, 3, 127, 1000, 4097)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name: str) -> None:
+    dtypes = DTYPES
+    if backend == "compile":  # which takes seconds for each
+        dtypes = DTYPES[: 2 if mixing_name == "moa" else 1]
+    for dtype in dtypes:
+        # Kernels compute in float32 whatever they load, so one dtype is enough for the whole dictionary.
+        activations = () if backend == "triton" and dtype == torch.float32 else FEW[: 2 if form == "quadratic" else 4]
+        mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
+        # The interpreter's bfloat16 is cut off, and a bias' gradient adds up what is cut off; GPUs round.
+        bias = dtype != torch.bfloat16
+        kernel_errors.require(
+            kernel_errors.check_mixture(mixing, dtype, DEVICE, tokens=5, width=43, bias=bias, scale=True)
+        )
+        if backend == "triton":  # every width is compiled anew
+            kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, DEVICE, tokens=4, width=8))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has it; 14 activations compile long")
+def test_quadratic_sums_in_several_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch up to seven activations; then several, of which the last may write over fc1's output."""
+    launches = []
+    kernel = mixture._mixture_backward_kernel
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*arguments: Tensor, **named: Any) -> None:
+                launches.append((named["FIRST"], named["SUMS"], named["NEED_Z"], named["NEED_SCALE"]))
+                kernel[grid](*arguments, **named)
+
+            return launch
+
+    monkeypatch.setattr(mixture, "_mixture_backward_kernel", Recorder())
+    names = tuple(ACTIVATIONS)
+    for k, expected in (
+        (1, [(0, 1, True, True)]),
+        (7, [(0, 28, True, True)]),
+        (8, [(0, 28, False, False), (28, 8, True, True)]),
+        (14, [(first, min(28, 105 - first), first == 84, first == 84) for first in (0, 28, 56, 84)]),
+    ):
+        for overwrite in (False, True):
+            launches.clear()
+            mixing = MixtureConfig(form="quadratic", activations=names[:k], overwrite=overwrite, backend="triton")
+            reference = dataclasses.replace(mixing, overwrite=False, backend="eager")
+            layer = make_layer(mixing, 2, 9, 5, torch.float32)
+            wanted = [layer[name] for name in ("z", "scale", "weight")]
+            # A copy of z, as fc1's output is one: it may be written over.
+            results = [
+                torch.autograd.grad(activation_step({**layer, "z": layer["z"] * 1}, which).sum(), wanted)
+                for which in (mixing, reference)
+            ]
+            assert launches == expected
+            for actual, right in zip(*results, strict=True):
+                assert (actual - right).abs().max() < 2e-6 * right.abs().max(), (k, overwrite)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> None:
+    mixing = MixtureConfig(kind="la", form=form, activations=("silu", "relu"), backend=backend)
+    checks = kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
+    kernel_errors.require(checks)
+
+
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None:
+    # The interpreter takes some 10 ms a row, and one relu is enough to count rows.
+    form, activations = ("bi-sided", ("silu", "tanh")) if size < 200 else ("type1", ("relu",))
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [1, 3, 127, 1000, 4097])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_width(backend: str, size: int, form: str) -> None:
+    if backend == "compile" and size not in (1, 127):  # each width is compiled anew
+        pytest.skip("two widths are enough for the compiler")
+    mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend)
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
+
+
+@pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided"])
+def test_every_activation_as_a_kernel(form: str) -> None:
+    mixing = MixtureConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
+    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=300))
+    for name in ACTIVATIONS:
+        alone = dataclasses.replace(mixing, activations=(name,))
+        kernel_errors.require(kernel_errors.check_mixture(alone, torch.float32, DEVICE, tokens=2, width=70))
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
+    for form in FORMS:
+        mixing = MixtureConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
+        learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
+        for dtype in DTYPES:
+            kernel_errors.require(kernel_errors.check_gate(mixing, dtype, DEVICE, 150, 70, groups, scale=True))
+            kernel_errors.require(kernel_errors.check_gate(learned, dtype, DEVICE, 67, 9, groups))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 64, 65])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_of_any_number_of_tokens(backend: str, tokens: int) -> None:
+    mixing = MixtureConfig(gate_bias=True, backend=backend)
+    for groups in (0, 4):
+        kernel_errors.require(kernel_errors.check_gate(mixing, torch.float32, DEVICE, tokens, 600, groups))
+
+
+def make_layer(mixing: MixtureConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors of a feed-forward layer's activation step: x, gate weight, fc1's output, scale; gradients asked for."""
+    generator = torch.Generator().manual_seed(8)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+    return {
+        "x": normal(tokens, h),
+        "weight": normal(mixing.num_coefficients, h),
+        "value": normal(mixing.num_coefficients, dtype=torch.float32),
+        "z": normal(tokens, 2 * f if mixing.gated else f),
+        "scale": normal(tokens, dtype=torch.float32),
+    }
+
+
+def activation_step(layer: dict[str, Tensor], mixing: MixtureConfig) -> Tensor:
+    coefficients = layer["value"]
+    if mixing.kind == "moa":
+        coefficients = gate_coefficients(layer["x"], layer["weight"], mixing)
+    return mixed_activation(layer["z"], coefficients, mixing, None, layer["scale"])
+
+
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) -> None:
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
+    layer = make_layer(mixing, 19, 33, 20, torch.float32)
+    grad = torch.randn(19, 33, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+
+    def gradients() -> tuple[Tensor, ...]:
+        names = ("z", "scale", "x", "weight") if mixing_name == "moa" else ("z", "scale", "value")
+        asked = [layer[name] for name in names]
+        return torch.autograd.grad(activation_step(layer, mixing), asked, grad)
+
+    assert kernel_errors.bit_equal_gradients(gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
+@pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic", "type1"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
+    backend: str, form: str, mixing_name: str, dtype: torch.dtype
+) -> None:
+    """SwiGLU's: fc1's output and the router's probabilities, as in Megatron; x is fc1's too, so saved anyway."""
+    mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
+    layer = make_layer(mixing, 6, 16, 8, dtype)
+    saved = saved_for_backward(lambda: activation_step(layer, mixing), (layer["weight"], layer["value"]))
+    swiglu = layer["z"].nbytes + layer["scale"].nbytes + (layer["x"].nbytes if mixing_name == "moa" else 0)
+    coefficients = 4 * 6 * mixing.num_coefficients if mixing_name == "moa" else 0  # LA's are parameters
+    assert saved.bytes == swiglu + coefficients
+
+
+def test_the_count_of_saved_bytes_can_fail() -> None:
+    eager = MixtureConfig(activations=("silu", "tanh"), backend="eager")
+    layer = make_layer(eager, 6, 16, 8, torch.float32)
+    saved = saved_for_backward(lambda: activation_step(layer, eager), (layer["weight"],))
+    assert saved.bytes > 2 * (layer["z"].nbytes + layer["scale"].nbytes)
+
+
+def test_rows_that_begin_beyond_two_to_the_31() -> None:
+    """Addresses are 64 bits wide: three rows with 2^30 elements from one to the next, in memory never touched."""
+    mixing = MixtureConfig(activations=("silu", "relu2"), backend="triton")
+    f, distance = 24, 2**30
+    storage = torch.UntypedStorage(2 * (2 * distance + 2 * f), device=DEVICE)
+    far = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(storage, 0, (3, 2 * f), (distance, 1))
+    near = torch.randn(3, 2 * f, generator=torch.Generator().manual_seed(2)).to(DEVICE, torch.bfloat16)
+    far.copy_(near)
+    coefficients = torch.rand(3, 4, device=DEVICE)
+    far.requires_grad_()
+    near.requires_grad_()
+    results = []
+    for z in (far, near):
+        out = mixed_activation(z, coefficients, mixing)
+        results.append((out, *torch.autograd.grad(out.float().sum(), z)))
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_in_place_of_the_preactivation(form: str) -> None:
+    mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend="triton")
+    layer = make_layer(mixing, 9, 20, 8, torch.float32)
+    wanted = ["z", "scale", "weight"]
+    expected = torch.autograd.grad(activation_step(layer, mixing).sum(), [layer[name] for name in wanted])
+    overwriting = dataclasses.replace(mixing, overwrite=True)
+    z = layer["z"].detach().clone().requires_grad_()
+    fc1_output = z * 1
+    out = activation_step({**layer, "z": fc1_output}, overwriting)
+    actual = torch.autograd.grad(out.sum(), [z, layer["scale"], layer["weight"]], retain_graph=True)
+    for name, a, e in zip(wanted, actual, expected, strict=True):
+        assert torch.equal(a, e), name
+    assert torch.equal(fc1_output, expected[0])
+    with pytest.raises(RuntimeError, match="--moa-overwrite-preactivation: a second backward"):
+        out.sum().backward()
+
+
+def test_backends_that_cannot_write_in_place_say_so() -> None:
+    for backend in ("compile", "eager"):
+        mixing = MixtureConfig(overwrite=True, backend=backend)
+        with pytest.raises(UserError, match=f"--moa-overwrite-preactivation: the {backend} backend"):
+            mixed_activation(torch.zeros(2, 4), torch.zeros(14), mixing)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend: str) -> None:
+    mixing = MixtureConfig(activations=("silu", "tanh"), backend=backend)
+    eager = dataclasses.replace(mixing, backend="eager")
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    for z in (normal(8, 12).t()[::2], normal(6, 30)[:, 5:13], normal(1, 8).expand(6, 8)):
+        inputs = {
+            "preactivation": z.detach().requires_grad_(),
+            "coefficients": normal(4, 6).t().requires_grad_(),
+            "per_token_scale": normal(12)[::2].requires_grad_(),
+        }
+        for grad in (normal(6, 4), normal(4, 6).t(), normal(1, 1).expand(6, 4)):
+            results = []
+            for which in (mixing, eager):
+                out = mixed_activation(mixing=which, **inputs)
+                results.append((out, *torch.autograd.grad(out, list(inputs.values()), grad)))
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
+
+
+def test_the_compiler_serves_more_kinds_than_its_limit_of_recompilations() -> None:
+    mixing = MixtureConfig(kind="la", form="type1", activations=("relu",), backend="compile")
+    for width in range(1, 11):
+        z = torch.ones(2, width, device=DEVICE)
+        assert mixed_activation(z, torch.ones(1, device=DEVICE), mixing).sum() == 2 * width
+
+
+def test_auto_takes_the_kernels_on_gpus() -> None:
+    assert resolve_backend("auto", "cuda") == "triton"
+    assert resolve_backend("triton", "cpu" if DEVICE == "cpu" else "cuda") == "triton"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter; on a GPU every run is one of the kernels")
+def test_training_through_the_kernels(tmp_path: Path) -> None:
+    """A run's losses are eager's: gates, mixture, scales and shapes as Megatron calls them."""
+    flags = [*SWIGLU, "--train-iters", "3", "--moa-activations", "silu", "relu2"]
+    expected = train(*flags, "--moa-backend", "eager").losses
+    actual = train(*flags, "--moa-backend", "triton").losses
+    assert len(actual) == 3
+    assert actual == pytest.approx(expected, rel=1e-6)

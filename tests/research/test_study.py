@@ -1,0 +1,579 @@
+"""Studies: what is compared, what is run next, what survives a kill. test_study_report.py: what is made of it."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_moa.errors import UserError
+from megatron_moa.mixture.start_scale import matching_scale, output_scale
+from megatron_moa.research.study.arms import ARMS, Size
+from megatron_moa.research.study.corpora import make_corpus
+from megatron_moa.research.study.grid import Cell, cell_values, pending, read_study
+from megatron_moa.research.study.paper import ROWS, TABLE_1, TABLE_2
+from megatron_moa.research.study.planned import planned
+from megatron_moa.research.study.runner import RESULTS, Runner, command, losses_of, read_results
+from megatron_moa.research.study.timing import TIMING, WIDER, width_of_equal_time
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE = Size("tiny", layers=2, hidden=48, ffn=128, heads=2, sequence=64, batch=8, init_std=0.0924)
+STUDY = """
+evaluation = 2
+timing = 0
+[corpora.python]
+source = "python"
+glob = "json/*.py"
+vocabulary = 400
+[sizes.tiny]
+layers = 2
+hidden = 48
+ffn = 128
+heads = 2
+[[grid]]
+arms = ["swiglu", "moa-bi-sided"]
+sizes = ["tiny"]
+corpora = ["python"]
+tokens = [1e5]
+rates = [1e-2, 2e-2]
+"""
+SEEDS = """
+[[grid]]
+arms = ["swiglu", "moa-bi-sided"]
+sizes = ["tiny"]
+corpora = ["python"]
+tokens = [1e5]
+seeds = [1, 2, 3]
+"""
+
+
+def study_of(text, folder):
+    path = folder / "study.toml"
+    path.write_text(text)
+    return read_study(path)
+
+
+# Arms.
+
+
+def test_a_scaled_layer_is_as_large_as_the_mixture_it_is_compared_with():
+    size = replace(SIZE, gate_init_std=0.2)  # other than the weights'
+    for arm in (ARMS["swiglu-scaled"], ARMS["relu2-scaled"]):
+        flags = arm.flags(size)
+        start = float(flags[flags.index("--moa-init") + 1])
+        scaled = replace(arm.mixing, initial_coefficients=(start,))
+        mixture = replace(ARMS[arm.as_large_as].mixing, gate_init_std=0.2)
+        std, hidden = size.init_std, size.hidden
+        assert output_scale(scaled, std, hidden) == pytest.approx(output_scale(mixture, std, hidden), rel=1e-5)
+        assert "--moa-freeze-gates" in flags
+
+
+def test_gate_vectors_start_as_the_weights_unless_the_size_says_otherwise():
+    for size, std in ((SIZE, "0.0924"), (replace(SIZE, gate_init_std=0.02), "0.02")):
+        flags = ARMS["moa-one-sided"].flags(size)
+        assert flags[flags.index("--moa-gate-init-std") + 1] == std
+    assert "--moa-gate-init-std" not in ARMS["la-one-sided"].flags(SIZE)
+
+
+def test_a_type_1_layer_is_4_h_wide_beside_the_papers_swiglu():
+    for hidden, ffn in ((768, 2048), (1024, 2730), (1280, 3413), (48, 128)):
+        size = replace(SIZE, hidden=hidden, ffn=ffn)
+        assert [ARMS[arm].width(size) for arm in ("relu2", "la-type1", "moa-type1-tanh")] == [4 * hidden] * 3
+        assert ARMS["swiglu-params"].width(size) == ffn + 5  # as the paper widens it
+    assert ARMS["relu2"].width(replace(SIZE, ffn=64)) == 96
+
+
+def test_where_a_matched_la_starts_from_makes_no_difference():
+    """So the earlier runs of it, which started from 0.5, are the same arm."""
+    mixing = ARMS["la-bi-sided-matched"].mixing
+    old = replace(mixing, activations=("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh"))
+    half = matching_scale(replace(old, initial_coefficients=(0.5,)), 0.0653, 96)
+    assert 0.5 * half == pytest.approx(matching_scale(mixing, 0.0653, 96), rel=1e-6)
+
+
+def test_equal_parameters_are_equal_to_within_a_hidden_unit():
+    gates = ARMS["moa-bi-sided"].mixing.num_coefficients * SIZE.hidden
+    extra = 3 * SIZE.hidden * (ARMS["swiglu-params"].width(SIZE) - SIZE.ffn)
+    assert 0 <= extra - gates < 3 * SIZE.hidden
+    ungated, gated = 2 * SIZE.hidden * ARMS["relu2"].width(SIZE), 3 * SIZE.hidden * SIZE.ffn
+    assert ungated == gated
+
+
+def test_only_the_control_has_other_seeds():
+    assert {name for name, arm in ARMS.items() if arm.seed(1) != 1} == {"swiglu-again"}
+    again, plain = ARMS["swiglu-again"], ARMS["swiglu"]
+    assert again.flags(SIZE) == plain.flags(SIZE)
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_is_a_command_that_megatron_accepts(name, monkeypatch, tmp_path):
+    from megatron_moa.training.arguments import parse_arguments
+
+    study = study_of(STUDY, tmp_path)
+    cell = Cell("python", "tiny", 100_000, "adamw", "wsd", name, 1e-2, 1)
+    data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *command(study, cell, time_width=140), *data])
+    args, mixing = parse_arguments(as_global=False)
+    expected = ARMS[name].mixing
+    assert (mixing is None) == (expected is None)
+    assert args.ffn_hidden_size == ARMS[name].width(study.sizes["tiny"], 140)
+    assert args.swiglu == ARMS[name].is_gated
+    if mixing is not None:
+        kept = ("mixing", "form", "activations", "gate", "init_scale", "freeze")
+        assert mixing.gate_init_std == (study.sizes["tiny"].gate_std if mixing.kind == "moa" else 0.02)
+        assert [getattr(mixing, key) for key in kept] == [getattr(expected, key) for key in kept]
+
+
+def test_the_width_of_equal_time_lies_on_the_line_through_two_widths():
+    times = {"swiglu": 10.0, WIDER: 14.0}
+    assert width_of_equal_time(times, 100, 150, 12.0) == 125
+    with pytest.raises(UserError, match="too busy"):
+        width_of_equal_time({"swiglu": 10.0, WIDER: 9.0}, 100, 150, 12.0)
+
+
+# What is run next.
+
+
+def test_rates_come_first_then_seeds_at_each_arms_best(tmp_path):
+    study = study_of(STUDY + SEEDS, tmp_path)
+    first = pending(study, {})
+    assert {(cell.rate, cell.seed) for cell in first} == {(1e-2, 1), (2e-2, 1)}
+    losses = {cell: 3.0 + abs(cell.rate - (2e-2 if cell.arm == "moa-bi-sided" else 1e-2)) for cell in first}
+    part = {cell: loss for cell, loss in losses.items() if cell.arm == "swiglu"}
+    assert {(cell.arm, cell.rate) for cell in pending(study, part) if cell.seed > 1} == {("swiglu", 1e-2)}
+    seeds = pending(study, losses)
+    assert {(cell.arm, cell.rate, cell.seed) for cell in seeds} == {
+        (arm, rate, seed) for arm, rate in (("swiglu", 1e-2), ("moa-bi-sided", 2e-2)) for seed in (2, 3)
+    }
+    assert pending(study, losses | dict.fromkeys(seeds, 3.0)) == []
+
+
+@pytest.mark.parametrize(("best", "tried"), [(4e-2, [5e-3, 1e-2, 2e-2, 4e-2, 8e-2]), (2.5e-3, [1.25e-3, 2.5e-3, 5e-3])])
+def test_a_grid_of_rates_goes_on_while_the_best_is_at_its_end(best, tried, tmp_path):
+    study = study_of(STUDY + "extend = true\n", tmp_path)
+    study = replace(study, grids=(replace(study.grids[0], arms=("swiglu",), rates=(5e-3, 1e-2)),))
+    losses = {}
+    while cells := pending(study, losses):
+        losses |= {cell: abs(math.log(cell.rate / best)) for cell in cells}
+    assert set(tried) <= {cell.rate for cell in losses}
+    rates = sorted(cell.rate for cell in losses)
+    assert rates[0] < best < rates[-1]
+
+
+def test_a_diverged_rate_is_no_best_one(tmp_path):
+    study = study_of(STUDY + SEEDS, tmp_path)
+    losses = {cell: math.nan if cell.rate == 2e-2 else 3.0 for cell in pending(study, {})}
+    assert {cell.rate for cell in pending(study, losses)} == {1e-2}
+    everything = dict.fromkeys(losses, math.nan)
+    assert pending(study, everything) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("tokens", "tokenz"), "grid 1: tokenz: unknown key"),
+        (("tokens = [1e5]\n", ""), "grid 1: tokens: is missing"),
+        (('"moa-bi-sided"', '"mao"'), "grid 1: arms mao: unknown; there are swiglu"),
+        (('sizes = ["tiny"]', 'sizes = ["huge"]'), "grid 1: sizes huge: unknown; there are tiny"),
+        (("heads = 2", "heads = 5"), "sizes.tiny.heads 5: does not divide hidden 48"),
+        (("layers = 2", "layers = 2.5"), "sizes.tiny: layers 2.5: must be a whole number"),
+        (("layers = 2", 'layers = "two"'), "sizes.tiny: layers 'two': must be a number"),
+        (("rates = [1e-2, 2e-2]", 'rates = [1e-2, "x"]'), "grid 1: rates 'x': must be a number"),
+        (("tokens = [1e5]", "tokens = []"), "grid 1: a list is empty"),
+        (("evaluation", "evaluatoin"), "evaluatoin: unknown key"),
+        (("[[grid]]", "[[grid]"), "is not TOML"),
+    ],
+)
+def test_a_mistake_in_a_studys_file_is_one_line(change, said, tmp_path):
+    with pytest.raises(UserError, match=r"study\.toml: ") as error:
+        study_of(STUDY.replace(*change, 1), tmp_path)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+STUDIES = sorted((ROOT / "examples" / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_scale_has_the_arms_of_the_study(path):
+    scales = tomllib.loads(path.read_text()).get("scales", {})
+    arms = {arm for grid in read_study(path).grids for arm in grid.arms}
+    assert pending(read_study(path), {})
+    for scale in scales:
+        study = read_study(path, scale)
+        assert {cell.arm for cell in pending(study, {})} == arms
+        assert not any(size.recipe for size in study.sizes.values())
+    assert ("smoke" in scales) == path.stem.startswith("paper-")
+
+
+def test_the_studies_of_tables_1_and_2_have_their_rows_and_rates():
+    for table, rows in (("paper-table1", TABLE_1), ("paper-table2", TABLE_2)):
+        path = ROOT / "examples" / "studies" / f"{table}.toml"
+        (grid,) = read_study(path).grids
+        assert set(grid.arms) == {"swiglu", "relu2", *rows}
+        assert grid.rates == (6e-4, 1e-3, 2e-3, 3e-3, 4e-3, 5e-3, 6e-3)
+        assert set(grid.arms) <= set(ROWS)
+
+
+def test_a_papers_model_is_its_recipe():
+    study = read_study(ROOT / "examples" / "studies" / "paper-moe.toml")
+    cell = next(cell for cell in pending(study, {}) if cell.arm == "moa-one-sided")
+    flags = command(study, cell)
+
+    def last(name):
+        return flags[len(flags) - flags[::-1].index(name)]
+
+    expected = {
+        "--num-layers": "6",
+        "--hidden-size": "640",
+        "--num-attention-heads": "10",
+        "--seq-length": "1024",
+        "--global-batch-size": "512",
+        "--num-experts": "32",
+        "--moe-router-topk": "4",
+        "--moe-ffn-hidden-size": "426",
+        "--moe-shared-expert-intermediate-size": "1706",
+        "--init-method-std": "0.02",
+        "--moa-gate-init-std": "0.02",
+        "--lr": "0.002",
+        "--min-lr": "0",
+        "--lr-decay-style": "WSD",
+        "--optimizer": "muon",
+    }
+    assert {name: last(name) for name in expected} == expected
+    dense = read_study(ROOT / "examples" / "studies" / "paper-table1.toml")
+    flags = command(dense, next(cell for cell in pending(dense, {}) if cell.arm == "relu2" and cell.rate == 2e-3))
+    assert [last(name) for name in ("--hidden-size", "--ffn-hidden-size", "--min-lr")] == ["768", "3072", "0.0001"]
+    assert "--squared-relu" in flags
+    assert "--swiglu" not in flags
+
+
+def test_a_mistake_about_a_scale_is_one_line(tmp_path, monkeypatch):
+    scale = "[scales.small]\ntiming = 3\n[[scales.small.grid]]\nrates = [1e-3]\n"
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY + scale)
+    study = read_study(path, "small")
+    assert (study.timing, study.grids[0].rates, study.grids[0].arms) == (3, (1e-3,), ("swiglu", "moa-bi-sided"))
+    with pytest.raises(UserError, match=r"--scale smal: .* has no \[scales.smal\]; there are paper, small"):
+        read_study(path, "smal")
+    path.write_text(STUDY + SEEDS + scale)
+    with pytest.raises(UserError, match=r"scales.small: 1 \[\[scales.small.grid\]\] for 2 \[\[grid\]\]"):
+        read_study(path, "small")
+    path.write_text(STUDY.replace("layers = 2\nhidden = 48\nffn = 128\nheads = 2", 'recipe = "dense-0.12"'))
+    with pytest.raises(UserError, match=r"did you mean dense-0.12b"):
+        read_study(path)
+    monkeypatch.setenv("FFN", "type1")
+    with pytest.raises(UserError, match=r"FFN=type1: .* unset FFN"):
+        read_study(ROOT / "examples" / "studies" / "paper-table1.toml")
+
+
+def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
+    asked = []
+
+    def plan(command, env, **_):
+        asked.append((*command[2:4], env["FFN"], env["TOKENS"], env["OPTIMIZER"], env["SCHEDULE"]))
+        return subprocess.CompletedProcess(command, 0, json.dumps({"hours": 2.0 if command[3] == "none" else 3.0}), "")
+
+    folder = ROOT / "examples" / "studies"
+    full, small = read_study(folder / "paper-table2.toml"), read_study(folder / "paper-table1.toml", "smoke")
+    monkeypatch.setattr(subprocess, "run", plan)
+    assert list(planned(full))[-1].startswith("\nAll: 56 runs, 154 GPU hours")  # 7 rates of 2 baselines and 6 mixtures
+    assert sorted(asked) == [
+        ("dense-0.12b", mixing, ffn, "2400000000", "adamw", "cosine")
+        for mixing, ffn in (("bi-sided", "type2"), ("none", "type1"), ("none", "type2"), ("type1", "type1"))
+    ]
+    with pytest.raises(UserError, match="--plan: size tiny is of no recipe"):
+        list(planned(small))
+
+
+# Results.
+
+
+def line_of(study, cell, **values):
+    return {"cell": cell_values(cell), "final": 3.0, "seconds": 1.0, "flags": command(study, cell), **values}
+
+
+def test_a_line_that_a_kill_cut_off_is_run_anew_and_other_damage_is_refused(tmp_path):
+    study = study_of(STUDY, tmp_path)
+    cells = pending(study, {})
+    path = tmp_path / RESULTS
+    whole = json.dumps(line_of(study, cells[0]))
+    path.write_text(whole + "\n" + json.dumps(line_of(study, cells[1]))[:-7])
+    assert list(losses_of(read_results(path))) == cells[:1]
+    assert cells[1] in Runner(study, tmp_path, 1, 1).pending()
+    path.write_text(whole[:-7] + "\n" + whole + "\n")
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        read_results(path)
+
+
+def test_how_long_is_left_is_told_from_runs_of_the_same_size_and_else_from_flops(tmp_path):
+    study = study_of(STUDY.replace("tokens = [1e5]", "tokens = [1e5, 4e5]"), tmp_path)
+    first, *others = pending(study, {})
+    (tmp_path / RESULTS).write_text(json.dumps(line_of(study, first, seconds=60.0)) + "\n")
+    runner = Runner(study, tmp_path, 1, 1)
+    assert [round(runner._seconds(cell)) for cell in others] == [60 if cell.tokens == 1e5 else 240 for cell in others]
+    assert runner._progress(others) == "1 of 8 runs, about 19 min left"
+
+
+def test_results_of_other_settings_are_refused(tmp_path):
+    study = study_of(STUDY, tmp_path)
+    (tmp_path / RESULTS).write_text(json.dumps(line_of(study, pending(study, {})[0])) + "\n")
+    Runner(study, tmp_path, 1, 1)
+    with pytest.raises(UserError, match=r"line 1 .* was run with other settings \('2'; now '3'\)"):
+        Runner(study_of(STUDY.replace("layers = 2", "layers = 3"), tmp_path), tmp_path, 1, 1)
+
+
+@pytest.mark.parametrize("folder", ["study", "study-h200"])
+def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder):
+    """They were recorded with flags of version 0.1; one-sided, quadratic and LA from 0.5 meant something else then."""
+    for line in read_results(ROOT / "docs" / "results" / folder / RESULTS):
+        arm, flags = ARMS[line["cell"]["arm"]], line["flags"]
+        if arm.mixing is None:
+            assert flags[flags.index("--moa-mixing") + 1] == "none"
+            continue
+
+        def words(name, flags=flags):
+            start = flags.index(name) + 1
+            return list(itertools.takewhile(lambda word: not word.startswith("--"), flags[start:]))
+
+        mixing = arm.mixing
+        assert words("--moa-mixing") == [mixing.kind]
+        assert words("--moa-init-scale") == [{"paper": "mixture", "matched": "swiglu"}[mixing.init_scale]]
+        if arm.as_large_as:  # c silu(y) z, then one-sided with silu on W1's branch, now with identity on W2's
+            assert (words("--moa-form"), words("--moa-activations")) == (["one-sided"], ["silu"])
+        else:
+            assert words("--moa-form") == [mixing.form]
+            assert mixing.form == "bi-sided" or line["cell"]["arm"] == "polyrelu-matched"
+            assert sorted(words("--moa-activations")) == sorted(mixing.activations)
+        if mixing.kind == "moa":
+            assert words("--moa-gate") == [mixing.gate]
+            assert line["recorded_arm"] != line["cell"]["arm"]
+        else:
+            assert mixing.init_scale == "matched" or arm.as_large_as  # the start of LA is no longer 0.5
+        assert ("--moa-freeze-gates" in flags) == mixing.freeze
+
+
+# Text.
+
+
+def debian_package(member, text):
+    """An ar archive with a data.tar.xz, as dpkg-deb makes it."""
+    content = gzip.compress(text.encode())
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:xz") as archive:
+        entry = tarfile.TarInfo(member)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    package = b"!<arch>\n"
+    for name, part in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())):
+        package += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(part):<10}`\n".encode() + part + b"\n" * (len(part) % 2)
+        )
+    return package
+
+
+def test_a_corpus_from_a_debian_package(tmp_path):
+    entries = "".join(f"Word{number}\n   {'meaning ' * 30}\n" for number in range(200))
+    package = tmp_path / "words.deb"
+    package.write_bytes(debian_package("./usr/share/dictd/words.dict.dz", entries))
+    settings = {
+        "source": "deb",
+        "url": package.as_uri(),
+        "sha256": hashlib.sha256(package.read_bytes()).hexdigest(),
+        "member": "./usr/share/dictd/words.dict.dz",
+        "vocabulary": 300,
+    }
+    corpus = make_corpus("words", settings, tmp_path / "corpus")
+    assert corpus.data.with_suffix(".bin").stat().st_size > 10_000
+    assert corpus.padded_vocabulary == 384
+    lines = (tmp_path / "corpus" / "documents.jsonl").read_text().splitlines()
+    documents = [json.loads(line)["text"] for line in lines]
+    assert "".join(documents) == entries
+    assert all(document.startswith("Word") for document in documents)
+    before = corpus.data.with_suffix(".bin").stat().st_mtime_ns
+    make_corpus("words", settings, tmp_path / "corpus")
+    assert corpus.data.with_suffix(".bin").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="is not the file of that sha256"):
+        make_corpus("words", settings | {"sha256": "0" * 64}, tmp_path / "other")
+    with pytest.raises(UserError, match="cannot be fetched"):
+        make_corpus("words", settings | {"url": (tmp_path / "none.deb").as_uri()}, tmp_path / "other")
+    with pytest.raises(UserError, match=r"corpora\.words\.source disk: unknown"):
+        make_corpus("words", {"source": "disk"}, tmp_path / "other")
+
+
+def test_a_corpus_of_the_users_own(tmp_path, monkeypatch):
+    settings = {"data": "$OWN/text", "tokenizer": "$OWN/tokenizer.model"}
+    with pytest.raises(UserError, match=r"corpora\.own\.data '\$OWN/text': there is no file \$OWN/text\.bin"):
+        make_corpus("own", settings, tmp_path)
+    monkeypatch.setenv("OWN", str(tmp_path))
+    (tmp_path / "text.bin").touch()
+    with pytest.raises(UserError, match=r"corpora\.own\.tokenizer"):
+        make_corpus("own", settings, tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    corpus = make_corpus("own", settings, tmp_path)
+    assert (corpus.data, corpus.tokenizer) == (tmp_path / "text", tmp_path / "tokenizer.model")
+
+
+# Real runs.
+
+
+def start_study(*flags):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "study.py"), *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    error = process.communicate(timeout=900)[1]
+    assert process.returncode == 0, error
+    return error
+
+
+def kill_after(process, results, lines):
+    """SIGKILL once so many runs are done and others are going on; what it had started ends with it."""
+    limit = time.monotonic() + 600
+    while len(read_results(results)) < lines:
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.1)
+    time.sleep(3.0)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+# A fixed layer and a mixture; rates of the baseline; controls; each arm's best with three seeds. Wide enough for
+# half the width to lose more than seeds differ (at ffn 128 it does not).
+SMOKE = """
+evaluation = 20
+timing = 5
+[corpora.python]
+source = "python"
+glob = "[aej]*/*.py"
+vocabulary = 512
+[sizes.tiny]
+layers = 2
+hidden = 48
+ffn = 192
+heads = 2
+sequence = 64
+init_std = 0.0924
+""" + "".join(
+    f'[[grid]]\narms = {list(arms)}\nsizes = ["tiny"]\ncorpora = ["python"]\ntokens = [4e5]\n{more}\n\n'
+    for arms, more in (
+        (("swiglu", "moa-bi-sided"), "rates = [1e-2]"),
+        (("swiglu",), "rates = [5e-3, 1e-2, 2e-2]"),
+        (("swiglu-again", "swiglu-half", "swiglu-scaled", "la-bi-sided-half"), "rates = [1e-2]"),
+        (("swiglu", "swiglu-scaled", "la-bi-sided-half", "moa-bi-sided"), "seeds = [1, 2, 3]"),
+        (("swiglu", "swiglu-again", "swiglu-half"), "seeds = [1, 2, 3, 4]"),
+    )
+)
+
+
+def killed_study(out, text, kills):
+    """Runs a study in a folder, killed once so many results are there, and to its end then."""
+    (out / "study.toml").write_text(text)
+    flags = ("--study", str(out / "study.toml"), "--out", str(out))
+    for lines in kills:
+        kill_after(start_study(*flags), out / RESULTS, lines)
+    finish(start_study(*flags))
+    return out
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return killed_study(tmp_path_factory.mktemp("smoke"), SMOKE, (1, 7))
+
+
+@pytest.mark.slow
+def test_a_kill_changes_nothing(tmp_path):
+    head, first = SMOKE.split("[[grid]]")[:2]
+    text = head.replace("timing = 5", "timing = 2") + "[[grid]]" + first.replace("4e5", "2e4")
+    (tmp_path / "killed").mkdir()
+    check_killed(killed_study(tmp_path / "killed", text, [1]), text, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_two_kills_change_nothing(smoke, tmp_path):
+    head, first = SMOKE.split("[[grid]]")[:2]
+    check_killed(smoke, head + "[[grid]]" + first, tmp_path)
+
+
+def check_killed(killed, again_text, tmp_path):
+    """Every cell of a killed study is there once, and those of a second study's text are what that one finds."""
+    lines = read_results(killed / RESULTS)
+    cells = [json.dumps(line["cell"]) for line in lines]
+    assert len(set(cells)) == len(cells)
+    assert pending(read_study(killed / "study.toml"), losses_of(lines)) == []
+    (tmp_path / "again.toml").write_text(re.sub("timing = .", "timing = 0", again_text))
+    finish(start_study("--study", str(tmp_path / "again.toml"), "--out", str(tmp_path / "again")))
+    measured = ("seconds", "milliseconds", "date")
+    again = {json.dumps(line["cell"]): line for line in read_results(tmp_path / "again" / RESULTS)}
+    assert len(again) == 2
+    for cell, line in again.items():
+        killed = lines[cells.index(cell)]
+        assert {key: killed[key] for key in line if key not in measured} == {
+            key: line[key] for key in line if key not in measured
+        }
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_the_controls_and_the_steps_of_the_comparison(smoke):
+    from megatron_moa.research.study.statistics import Results
+
+    results = Results(read_results(smoke / RESULTS))
+    (setting,) = results.settings
+    same = results.difference(setting, "swiglu-again", "swiglu")
+    assert same.count == 4
+    assert same.low < 0 < same.high
+    worse = results.difference(setting, "swiglu-half", "swiglu")
+    assert worse.low > 0
+    for arm, to in (
+        ("swiglu-scaled", "swiglu"),
+        ("la-bi-sided-half", "swiglu-scaled"),
+        ("moa-bi-sided", "la-bi-sided-half"),
+    ):
+        assert results.difference(setting, arm, to).count == 3
+    (timing,) = read_results(smoke / TIMING)
+    assert set(results.arms(setting)) <= set(timing["milliseconds"])
+    assert timing["equal_time_width"] > 0
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_a_report_of_it(smoke, tmp_path):
+    report = tmp_path / "report.md"
+    tool = [sys.executable, str(ROOT / "tools" / "study_report.py"), str(smoke), "--out", str(report)]
+    subprocess.run(tool, check=True, capture_output=True, timeout=300)
+    text = report.read_text()
+    for title in ("SwiGLU, other seeds", "SwiGLU, half as wide"):
+        assert title in text
+    assert list((tmp_path / "report").glob("*.png"))
+
+
+def test_one_process_a_study_and_a_failed_run_is_named(tmp_path):
+    (tmp_path / "study.toml").write_text(STUDY.replace("heads = 2", "heads = 2\nflags = '--no-such-flag'"))
+    out = tmp_path / "out"
+    run = start_study("--study", str(tmp_path / "study.toml"), "--out", str(out), "--at-a-time", "1")
+    error = run.communicate(timeout=300)[1]
+    assert run.returncode == 2
+    assert "ended with exit code 2" in error
+    assert "--no-such-flag" in error
+    assert "train.log" in error
+    assert read_results(out / RESULTS) == []

@@ -1,0 +1,1 @@
+"""What tests share: processes that are started once and forked, tiny models, recorded trainings."""

@@ -1,0 +1,96 @@
+"""Starts scripts in processes that have imported torch and Megatron already: half of a small run is imports otherwise.
+
+A server process imports them once and forks for every process of every run (multiprocessing's fork server); nothing of
+Megatron is set up in it. The processes find the environment torchrun would give them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from typing import Any
+
+from megatron_moa.megatron_fixes.single_process import free_port
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.support.preload"])
+_GRACE = 5  # seconds the other ranks have to say why, once one has failed; torchrun gives none
+
+
+def start_server() -> None:
+    """Starts the server, once; one thread a process, as the runs shall have, is settled when torch is imported."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def launch(
+    target: Callable[..., None], arguments: tuple[Any, ...], processes: int, folder: Path, timeout: float = 280
+) -> tuple[int, str]:
+    """Runs ``target(*arguments)`` on every rank, in ``folder``.
+
+    Returns:
+        The first exit code that was not 0, or 0, and everything that was printed. All ranks are killed when one fails,
+        and when the time is up (exit code 124).
+    """
+    start_server()
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        ranks = []
+        for rank in range(processes):
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+            process = _SERVER.Process(target=_rank, args=(target, arguments, environment, str(folder), str(log)))
+            process.start()
+            ranks.append(process)
+        returncode = _wait(ranks, time.monotonic() + timeout)
+        return returncode, log.read_text(errors="replace")
+
+
+def _wait(ranks: list[Any], deadline: float) -> int:
+    returncode = 0
+    while waiting := [process for process in ranks if process.exitcode is None]:
+        connection.wait([process.sentinel for process in waiting], max(0.0, deadline - time.monotonic()))
+        failed = [process.exitcode for process in ranks if process.exitcode]
+        if failed and not returncode:
+            returncode = failed[0]
+            deadline = min(deadline, time.monotonic() + _GRACE)
+        if time.monotonic() >= deadline:
+            returncode = returncode or 124
+            for process in waiting:
+                process.kill()
+                process.join()
+    return returncode
+
+
+def _rank(
+    target: Callable[..., None], arguments: tuple[Any, ...], environment: dict[str, str], folder: str, log: str
+) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    target(*arguments)
+
+
+def script(path: str, arguments: list[str]) -> None:
+    """A target of :func:`launch`: the script as ``python path arguments...`` runs it."""
+    sys.argv = [path, *arguments]
+    sys.path[0] = os.path.dirname(os.path.abspath(path))
+    runpy.run_path(path, run_name="__main__")

@@ -1,0 +1,274 @@
+"""tools/kernel_resources.py, tools/tune_kernels.py, and the configurations that the kernels are launched with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton import knobs
+
+from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
+from megatron_moa.mixture.triton_backend import mixture
+from megatron_moa.mixture.triton_backend.tile_sizes import (
+    VARIABLE,
+    Configuration,
+    configuration,
+    default_configuration,
+    using,
+)
+from megatron_moa.research.benchmarks import kernel_errors
+from tests.support.training import ROOT
+from tools import kernel_resources, tune_kernels
+
+CPU = torch.device("cpu")
+
+
+def _lacks_tools() -> bool:
+    try:
+        kernel_resources.require_tools(90)
+    except UserError:
+        return True
+    return False
+
+
+needs_tools = pytest.mark.skipif(_lacks_tools(), reason="this Triton comes without ptxas, cuobjdump or nvdisasm")
+
+
+Counts = dict[tuple[str, str], dict[str, Any]]  # by name and kernel
+
+RUNS = {
+    "whole": [],
+    "two": ["--form", "bi-sided", "--activations", "silu", "gelu"],
+    "one": ["--form", "bi-sided", "--activations", "silu"],
+    "pairs": ["--form", "quadratic", "--activations", *DICTIONARIES["bi-sided"]],  # 28 of them
+}
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
+    """What the tool writes, in a process of its own: it unsets TRITON_INTERPRET, which is set here without a GPU."""
+    folder = tmp_path_factory.mktemp("counts")
+    runs = [[*flags, "--json", str(folder / name)] for name, flags in RUNS.items()]
+    code = f"from tools import kernel_resources\nfor flags in {runs!r}:\n    kernel_resources.main(flags)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "not a measurement" in run.stdout
+    found = {}
+    for name in RUNS:
+        records = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        found[name] = {(record["name"], record["kernel"]): record for record in records}
+    return found
+
+
+def issued(record: dict[str, Any]) -> float:
+    return sum(record["instructions"].values())
+
+
+@needs_tools
+def test_kernels_for_hopper_keep_their_values_in_registers(counts: dict[str, Counts]) -> None:
+    whole = counts["whole"]
+    names = {name for name, _ in whole}
+    assert names >= {"type1", "one-sided", "bi-sided", "quadratic", "GELU", "SwiGLU", "bi-sided gates"}
+    pairs = counts["pairs"]
+    in_pairs = {kernel for name, kernel in pairs if name == "quadratic"}
+    assert in_pairs == {"forward", "backward"}  # one launch each
+    for found in (whole, pairs):
+        assert {key: record["spilled"] for key, record in found.items() if record["spilled"]} == {}
+    for (name, kernel), record in whole.items():
+        # There are 255 a thread, and 65536 a multiprocessor: with 64 a thread half of its 2048 threads run at once.
+        few = kernel == "forward" and "gates" not in name
+        assert record["registers"] <= (64 if few else 255), (name, kernel)
+        assert record["shared"] <= 227 << 10, (name, kernel)  # what a program may have on an H100
+
+
+@needs_tools
+@pytest.mark.full
+def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
+    """105 coefficients of 14 activations, in a process of its own: TRITON_INTERPRET is set here without a GPU."""
+    code = (
+        "import os, torch; os.environ.pop('TRITON_INTERPRET', None)\n"
+        "from tools import kernel_resources as tool\n"
+        "from megatron_moa.mixture.activations import ACTIVATIONS\n"
+        "mixing = tool.MixtureConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
+        "for launch in tool.gate_launches(mixing, torch.bfloat16, 2048):\n"
+        "    print(tool.resources(launch, tool.HOPPER).shared)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    forward, backward = map(int, run.stdout.split())
+    assert max(forward, backward) <= 227 << 10
+
+
+@needs_tools
+def test_activations_share_their_special_functions(counts: dict[str, Counts]) -> None:
+    whole, two, one = (counts[name] for name in ("whole", "two", "one"))
+    # Two exp2 and two rsqrt serve all activations of a branch and their derivatives; silu alone takes one of each.
+    special = {"type1": 4, "one-sided": 2 + 4, "bi-sided": 8, "quadratic": 8, "GELU": 2, "SwiGLU": 2}
+    for name, number in special.items():
+        for kernel in ("forward", "backward"):
+            assert whole[name, kernel]["instructions"]["MUFU"] == number, (name, kernel)
+    for kernel in ("forward", "backward"):  # counted: 0.66 and 0.63 times
+        assert issued(whole["one-sided", kernel]) < 0.75 * issued(whole["bi-sided", kernel])
+    for kernel, most_of_two, most_of_one in (("forward", 1.55, 3.3), ("backward", 1.9, 3.6)):
+        seven = whole["bi-sided", kernel]
+        assert seven["instructions"]["MUFU"] == two["bi-sided", kernel]["instructions"]["MUFU"] == 8
+        assert one["bi-sided", kernel]["instructions"]["MUFU"] == 4
+        # Counted: forward 1.42 and 2.9 times, backward 1.75 and 3.2 times. Much more is to be noticed.
+        assert issued(seven) < most_of_two * issued(two["bi-sided", kernel])
+        assert issued(seven) < most_of_one * issued(one["bi-sided", kernel])
+
+
+@needs_tools
+def test_loads_and_stores_are_sixteen_bytes_wide(counts: dict[str, Counts]) -> None:
+    for (name, kernel), record in counts["whole"].items():
+        if "gates" not in name and kernel in ("forward", "backward"):
+            accesses = record["instructions"]["LDG"] + record["instructions"]["STG"]
+            assert 16 * accesses == record["bytes"], (name, kernel)
+
+
+def test_loop_is_found_where_it_is_unrolled_and_where_there_are_others() -> None:
+    def line(text: str) -> str:
+        return f"        /*0000*/                   {text} ;"
+
+    one_pass = ["@!P2 LDG.E.128 R4, desc[UR16][R30.64]", "MUFU.EX2 R1, R1", "STG.E.U16 desc[UR4][R2.64], R1"]
+    back = "@P0 BRA `(.L_x_{})"
+    code = [".L_x_0:", line("FADD R1, R1, R1"), line(back.format(0))]
+    code += [".L_x_1:", line("LDG.E R9, desc[UR16][R30.64]"), ".L_x_2:"]
+    code += [line(text) for text in one_pass * 2] + [line("@!P1 BRA `(.L_x_9)"), line(back.format(2))]
+    code += [line(back.format(1)), ".L_x_9:", line("EXIT")]
+    loop, passes = kernel_resources.column_loop(code, 18)
+    assert passes == 2
+    assert loop == ["LDG.E.128", "MUFU.EX2", "STG.E.U16"] * 2 + ["BRA", "BRA"]
+    assert kernel_resources.column_loop(code, 20) is None
+
+
+def test_resources_without_tools_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def nowhere(self: Any, path: str) -> None:
+        raise RuntimeError(f"Cannot find {self.binary}")
+
+    monkeypatch.setattr(knobs.env_nvidia_tool, "transform", nowhere)
+    with pytest.raises(SystemExit) as left:
+        kernel_resources.main([])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Cannot find ptxas" in line
+    assert "lacks NVIDIA's tools" in line
+
+
+def test_a_row_is_covered_with_little_waste() -> None:
+    for f in (512, 682, 1706, 2048, 2730, 3413, 8192):
+        chosen = default_configuration(f)
+        assert chosen.block == 256 * chosen.warps
+        assert -f % chosen.block <= 0.15 * f
+    assert default_configuration(853) == Configuration(256, 1)  # wastes a fifth, the narrowest tile all the same
+
+
+ENTRY = {"kernel": "forward", "form": "bi-sided", "f": 704, "block": 2048, "warps": 16, "rows": 4}
+
+
+def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "kernels.json"
+    tune_kernels.write(file, "meta", [ENTRY])
+    tune_kernels.write(file, "sm90", [{**ENTRY, "block": 512}])
+    tune_kernels.write(file, "meta", [{**ENTRY, "f": 100}, {**ENTRY, "warps": 8}])
+    monkeypatch.setenv(VARIABLE, str(file))
+    mixing, z = MixtureConfig(), torch.empty(3, 1408, device="meta")
+    c = torch.empty(3, 14, device="meta")
+    (launch,) = kernel_resources.recorded(mixture, mixture.forward, z, c, None, None, mixing)
+    assert (launch.arguments["BLOCK"], launch.warps) == (2048, 8)
+    meta = torch.device("meta")
+    assert configuration("forward", "bi-sided", 704, meta) == Configuration(2048, 8, 4)
+    assert configuration("backward", "bi-sided", 704, meta) == default_configuration(704)
+    assert configuration("forward", "bi-sided", 704, CPU) == default_configuration(704)  # not in the file
+    content = json.loads(file.read_text())
+    assert [len(content[name]) for name in ("meta", "sm90")] == [2, 1]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"cpu": [',
+        '["cpu"]',
+        '{"cpu": [{"kernel": "forward"}]}',
+        json.dumps({"cpu": [{**ENTRY, "block": 1000}]}),
+        json.dumps({"cpu": [{**ENTRY, "warps": "4"}]}),
+        None,
+    ],
+    ids=["cut", "list", "lacking", "block", "text", "absent"],
+)
+def test_a_broken_file_is_one_line(text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken"
+    if text:
+        broken.write_text(text)
+    monkeypatch.setenv(VARIABLE, str(broken))
+    with pytest.raises(UserError, match=rf"^{VARIABLE}={broken}: .*tools/tune_kernels.py$"):
+        configuration("forward", "bi-sided", 704, CPU)
+
+
+def test_a_candidate_holds_inside_only() -> None:
+    mine = Configuration(4096, 16)
+    with using("forward", "type1", 64, mine):
+        assert configuration("forward", "type1", 64, CPU) == mine
+        assert configuration("backward", "type1", 64, CPU) != mine
+        with using("forward", "type1", 64, replace(mine, warps=8)):
+            assert configuration("forward", "type1", 64, CPU).warps == 8
+        assert configuration("forward", "type1", 64, CPU) == mine
+    assert configuration("forward", "type1", 64, CPU) == default_configuration(64)
+    assert len(set(tune_kernels.candidates("backward", "la"))) > len(set(tune_kernels.candidates("forward", "la"))) > 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter, which is for machines without GPU")
+def test_tuning_takes_the_fastest_of_those_that_are_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    mixing, f = MixtureConfig(kind="la", form="type1", activations=("silu",), backend="triton"), 64
+    launch = tune_kernels.launchers(mixing, 4, f, torch.float32, CPU)["backward"]
+    checked = []
+    own = kernel_errors.check_mixture
+
+    def check(*arguments: Any, **named: Any) -> list[kernel_errors.Accuracy]:
+        checked.append(configuration("backward", "type1", f, CPU))
+        return own(*arguments, **{**named, "tokens": 5})
+
+    monkeypatch.setattr(kernel_errors, "check_mixture", check)
+    # 16 rows of two tiles beside 4 of one: eight times the work, for the interpreter.
+    slow, fast = Configuration(32, 1, 16), Configuration(64, 2, 4)
+    with using("backward", "type1", f, slow):
+        entry = tune_kernels.tune(mixing, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
+    assert entry == {"kernel": "backward", "form": "type1", "f": f, "block": 64, "warps": 2, "rows": 4}
+    assert checked == [fast]
+    assert "2 tried, 0 did not fit" in capsys.readouterr().out
+
+    wrong = kernel_errors.Accuracy("result", 1.0, 0.0, 0.0)
+    monkeypatch.setattr(kernel_errors, "check_mixture", lambda *arguments, **named: [wrong])
+    with pytest.raises(kernel_errors.AccuracyError):
+        tune_kernels.tune(mixing, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        tune_kernels.main(["--ffn", "64", "--output", str(tmp_path / "k.json")])
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no GPU here" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tuning_does_not_write_over_another_file(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    for text in ("[1]", "{", '{"sm90": [{}]}', '{"sm90": 3}'):
+        other.write_text(text)
+        with pytest.raises(UserError, match=r"^--output .*other\.json: "):
+            tune_kernels.write(other, "sm90", [ENTRY])
+        assert other.read_text() == text
+    with pytest.raises(UserError, match=r"^--output .*k\.json: No such file"):
+        tune_kernels.write(tmp_path / "missing" / "k.json", "sm90", [ENTRY])
