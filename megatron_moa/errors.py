@@ -1,4 +1,4 @@
-"""Mistakes a user can make, told in one line."""
+"""Reports mistakes of users in one line: UserError, and the parser that prints it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchrun that passes on what a scheduler and a training have to say to each other.
+"""Runs torchrun, forwards the scheduler's signals to the ranks and the ranks' exit code to the scheduler.
 
     python -m megatron_moa.launch --nproc-per-node 8 pretrain_gpt_moa.py ... --exit-signal-handler
 

@@ -1,4 +1,4 @@
-"""Megatron layer specs whose feed-forward layers mix activations: the stock spec with its mlp slot swapped.
+"""Gives Megatron layer specs whose feed-forward layers mix activations: the stock spec, its mlp slot swapped.
 
 Usable from Megatron's own script, ``--spec megatron_moa.layer_specs moa_layer_spec``, and from ``MixedGPTModelConfig``
 (megatron_moa.training.model), which also reaches the layers of multi-token prediction.

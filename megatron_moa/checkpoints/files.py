@@ -1,4 +1,4 @@
-"""The files of checkpoints: which ones a folder holds, whether one is whole, and which may be deleted.
+"""Finds, checks and deletes the files of checkpoints: which ones a folder holds, and whether one is whole.
 
 A checkpoint is a folder ``iter_NNNNNNN``. Once all its files are written, ``manifest.json`` is added with the size and
 CRC-32 of each; then ``latest_checkpointed_iteration.txt`` beside the folders is replaced. So a manifest says that a

@@ -1,5 +1,4 @@
-"""Around Megatron's saving and loading of checkpoints: nothing is loaded that is damaged or does not fit, and nothing
-is lost when a save fails.
+"""Guards Megatron's saving and loading: refuses damaged or unfit checkpoints, and loses none in a failed save.
 
 Megatron 0.19.2 by itself takes another dictionary's or gate's weights without a word; ignores tensors of a checkpoint
 that the model lacks; falls back to a partial load where a strict one fails (``load_model_state_dict``); leaves an empty

@@ -1,4 +1,4 @@
-"""Reading torch_dist checkpoints tensor by tensor: without Megatron, without a model, without trusting the files.
+"""Reads torch_dist checkpoints tensor by tensor, without Megatron or a model, and without trusting the files.
 
 A checkpoint's ``.metadata`` and the settings in it are pickles, which can run what they like when they are read. Here
 they cannot: classes they name are not loaded. What a checkpoint needs gets a :class:`StandIn`, anything else is an

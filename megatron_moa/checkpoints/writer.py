@@ -1,4 +1,4 @@
-"""Writing a checkpoint tensor by tensor: what Megatron's own saving writes, without a model in memory.
+"""Writes a checkpoint tensor by tensor, as Megatron's own saving would, without a model in memory.
 
 The mirror of ``tensors.py``. Megatron saves what a model holds; here the model is empty, and each tensor is
 asked for when its turn comes. Where it lies in the checkpoint, and under which key, the model says

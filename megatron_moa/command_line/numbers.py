@@ -1,4 +1,4 @@
-"""Types of argparse for the numbers that flags take."""
+"""Defines types of argparse for the numbers that flags take."""
 
 import argparse
 

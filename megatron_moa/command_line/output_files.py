@@ -1,4 +1,4 @@
-"""Files that the tools write: checked before the work, and given their names when they are complete."""
+"""Writes files of the tools whole or not at all, after checking that they can be written."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Folders that the tools write: one gets its name when everything in it is complete."""
+"""Writes folders of the tools whole or not at all, and checks those that a training writes to."""
 
 from __future__ import annotations
 

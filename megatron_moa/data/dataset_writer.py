@@ -1,4 +1,4 @@
-"""The two files of a Megatron dataset, written whole or in parts that are merged.
+"""Writes the two files of a Megatron dataset, whole or in parts that are merged.
 
 PREFIX.bin holds the tokens of all documents end to end, PREFIX.idx their lengths and offsets (docs/data.md). A part is
 such a dataset of its own beside a manifest, which is written last and says what the part was made from.

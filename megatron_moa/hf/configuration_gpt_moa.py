@@ -1,4 +1,4 @@
-"""Configuration of GPTMoAForCausalLM: GPT models, dense and MoE, whose feed-forward layers mix activations."""
+"""Defines the configuration of GPTMoAForCausalLM: GPT models whose feed-forward layers mix activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers' own classes of models beside this project's: their settings and the names of their weights, both ways.
+"""Maps transformers' own model classes (Llama, Qwen, …) to this project's: settings and weights, both ways.
 
 A family says what its config.json means as a :class:`GPTMoAConfig`, and which names and layouts its weights have on
 disk. Whether a model is one of a family is not written down twice: it is, if its settings come back unchanged from the

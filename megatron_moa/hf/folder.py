@@ -1,4 +1,4 @@
-"""A Hugging Face folder, read as data: settings, and weights one tensor at a time. Nothing in it is run.
+"""Reads a Hugging Face folder as data: settings, and weights one tensor at a time; runs nothing in it.
 
 What a stranger wrote is looked at before it is used: files have to lie in the folder, weights are safetensors (pickles
 only if asked for, and then nothing but tensors is read of them), and every weight has to be one that the settings

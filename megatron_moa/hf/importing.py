@@ -1,5 +1,6 @@
-"""A Hugging Face model as a Megatron checkpoint: settings become flags, weights are written one at a time, and what
-lies on disk is compared with transformers' own model.
+"""Turns a Hugging Face model into a Megatron checkpoint, and compares what lies on disk with transformers' model.
+
+Settings become flags; weights are written one at a time.
 """
 
 from __future__ import annotations

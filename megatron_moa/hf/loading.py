@@ -1,5 +1,7 @@
-"""The model of a Hugging Face folder for use: this project's exports with this package's classes, other models with
-transformers' own; never with code that lies in the folder.
+"""Loads the model of a Hugging Face folder for use.
+
+This project's exports load with this package's classes, other models with transformers' own; code that lies in the
+folder is never run.
 """
 
 from __future__ import annotations

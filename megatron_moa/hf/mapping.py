@@ -1,4 +1,4 @@
-"""Names and layouts of parameters, Megatron's and transformers': one table, read in both directions.
+"""Maps names and layouts of parameters between Megatron and transformers: one table, read both ways.
 
 Megatron's are those of a whole model with its local layers: ``linear_qkv`` holds for each group of queries their rows,
 then those of the group's key and value; ``linear_fc1`` of a gated layer the activated branch, then the linear one.

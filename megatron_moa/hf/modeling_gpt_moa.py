@@ -1,4 +1,4 @@
-"""GPT models, dense and MoE, whose feed-forward layers mix activations, for Hugging Face transformers.
+"""Defines GPTMoAForCausalLM for transformers: GPT models whose feed-forward layers mix activations.
 
 The same function as the Megatron model it was trained as. Tensors lie as transformers has them, [b, s, h]; equations
 of the mixture are in reference.py (docs/mixture.md of the project). With megatron_moa installed its fused kernels

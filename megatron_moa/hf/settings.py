@@ -1,4 +1,4 @@
-"""From the arguments a model was trained with to the configuration of the transformers model that computes the same."""
+"""Turns the arguments that a model was trained with into its transformers configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits of a Hugging Face folder by transformers' own class, in float32, for the comparison with what became of it.
+"""Computes logits of a Hugging Face folder by transformers' own class, to compare an import with.
 
     python -m megatron_moa.hf.source_logits FOLDER TOKENS LOGITS ARCHITECTURE DTYPE [pickled]
 

@@ -1,4 +1,4 @@
-"""The tokenizer a model was trained with, for transformers: a folder that gives the same ids.
+"""Exports the tokenizer that a model was trained with for transformers: a folder that gives the same ids.
 
 A sentencepiece model becomes one of the tokenizers library, so that nothing has to be installed to use it.
 """

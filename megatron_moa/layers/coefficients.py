@@ -1,4 +1,4 @@
-"""Child modules of a feed-forward layer that own the mixing coefficients' parameters, and their parallelism.
+"""Owns the parameters of the mixing coefficients, gates (MoA) or numbers (LA), and their parallelism.
 
 They are modules of their own because Megatron saves the parameters of an MLP's children only: one put on the MLP
 itself would be missing from every checkpoint. In a half-precision model their parameters are half precision too, with

@@ -1,4 +1,4 @@
-"""Experts of a MoE layer, each with mixing coefficients of its own."""
+"""Mixes activations in the experts of a MoE layer, each with coefficients of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grouped experts in plain PyTorch: what Megatron has with Transformer Engine only, for machines without it.
+"""Multiplies grouped experts in plain PyTorch, where Megatron needs Transformer Engine.
 
 The counterparts of Megatron's TEColumnParallelGroupedLinear and TERowParallelGroupedLinear, and its TEGroupedMLP over
 them. Names and layout of checkpoints are those of Megatron's SequentialMLP, which a run can go on with, and back.

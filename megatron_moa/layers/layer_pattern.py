@@ -1,4 +1,4 @@
-"""Which layers of a model are MoE layers, by Megatron's arguments."""
+"""Says which layers of a model are MoE layers, by Megatron's arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer: Megatron's MLP with its activation step replaced by the mixture."""
+"""Mixes activations in the dense feed-forward layer: Megatron's MLP with its activation step replaced."""
 
 from __future__ import annotations
 

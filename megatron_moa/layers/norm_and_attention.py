@@ -1,4 +1,4 @@
-"""Norms and core attention in plain PyTorch, for machines without Transformer Engine and Apex (GPUs included).
+"""Computes norms and core attention in plain PyTorch, without Transformer Engine and Apex (on GPUs too).
 
 Megatron's own plain modules fall short in two places: its torch norm refuses sequence parallelism, and its
 DotProductAttention keeps [b, np, s, s] scores.  State dicts have the layout of Megatron's modules.

@@ -1,5 +1,6 @@
-"""Silences what torch and Megatron warn of on a machine without a GPU, a dozen lines while they are imported: that
-there is none, no Apex, no Transformer Engine, one generator for both streams of random numbers.
+"""Silences the dozen warnings that torch and Megatron print at import where there is no GPU.
+
+They say that there is no GPU, no Apex, no Transformer Engine, and one generator for both streams of random numbers.
 
 Importing this module does it where there is no GPU, so a script imports it before Megatron. What there is and what runs
 fall back to, ``python -m megatron_moa.doctor`` says.

@@ -1,4 +1,4 @@
-"""Loading optimizer state that another machine, or another split of a MoE model's experts, has saved.
+"""Loads optimizer state that another machine, or another split of a MoE model's experts, has saved.
 
 The fused Adams of Transformer Engine and Apex count steps once for each group of parameters, torch's Adam once for each
 parameter. The fused ones have further settings, too. As of 0.19.2 loading the state of one kind into the other ends

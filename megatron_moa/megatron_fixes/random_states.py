@@ -1,4 +1,4 @@
-"""Random number states in checkpoints: every rank's own, where ranks draw numbers of their own.
+"""Saves and restores every rank's random number state, where ranks draw numbers of their own.
 
 Megatron 0.19.2 keeps one state for each tensor- and pipeline-parallel rank, that of the first data-parallel one. With
 expert parallelism the others' differ (each has a stream of its own for its experts), and all of them are resumed with

@@ -1,4 +1,4 @@
-"""The dictionary of activations: each one's value and derivative, written once, for torch.compile and Triton alike.
+"""Defines each activation's value and derivative once, for torch.compile and Triton alike.
 
 The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``,
 ``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of

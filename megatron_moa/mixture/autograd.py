@@ -1,4 +1,4 @@
-"""What the fused backends share: which tensors they save for backward, and who gets a gradient.
+"""Defines the autograd functions of all fast backends: what is saved for backward, who gets a gradient.
 
 Autograd over plain PyTorch saves every activation of the dictionary, K tensors of fc1's size. Here the mixture saves
 what came in (fc1's output, which SwiGLU saves too, the coefficients, bias and scale), and a gate saves its input (which

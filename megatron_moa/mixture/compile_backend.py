@@ -1,5 +1,6 @@
-"""The ``compile`` backend: forward and backward of the mixture, each fused into one function by torch.compile, and the
-gates in plain PyTorch. megatron_moa.mixture.autograd has the autograd functions around both.
+"""Computes the mixture by torch.compile: forward and backward each fused into one function.
+
+Gates are plain PyTorch here. autograd.py has the autograd functions around both.
 """
 
 from __future__ import annotations

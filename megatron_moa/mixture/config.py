@@ -1,4 +1,4 @@
-"""Settings of a mixture of activations, and every check on them."""
+"""Holds the settings of a mixture of activations, checks them, and translates them to args, flags and JSON."""
 
 from __future__ import annotations
 

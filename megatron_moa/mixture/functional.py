@@ -1,4 +1,4 @@
-"""``mixed_activation``: one call for all forms and backends; checks shapes, then picks the backend."""
+"""Offers ``mixed_activation`` and ``gate_coefficients``: they check shapes, then call the fastest backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of tokens sorted by expert with each expert's own matrix: torch's grouped matrix product, made safe to call.
+"""Multiplies tokens sorted by expert with each expert's own matrix, by torch's grouped product made safe.
 
 ``group_ends`` [groups] int32 is the number of tokens up to and with each group: group g has the rows from
 ``group_ends[g - 1]`` to ``group_ends[g]`` (torch.nn.functional.grouped_mm calls it ``offs``). A group may be empty.

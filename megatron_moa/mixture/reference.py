@@ -1,4 +1,4 @@
-"""The mixture in plain PyTorch: the paper's equations (arXiv 2605.26647), and the specification of every backend.
+"""Specifies the mixture by the paper's equations (arXiv 2605.26647) in plain PyTorch; the eager backend.
 
 Exported models carry this file, so it needs nothing but PyTorch (megatron_moa/hf). Notation of docs/mixture.md: K
 activations sigma_k, n coefficients, h the model's width, f the FFN's.

@@ -1,4 +1,4 @@
-"""What a GPU sends in a step, over which wires, and how long a step takes.
+"""Counts what a GPU sends in a step, over which wires, and how long a step takes.
 
 Volumes follow Megatron-core 0.19.2's tensor, sequence, pipeline, data and expert parallelism. The mixture's messages
 are those of docs/design/parallelism.md. Times are volumes over the bandwidths of megatron_moa.training.gpus, which no

@@ -1,4 +1,4 @@
-"""From a recipe's flags to what the planner needs: parsed and validated by Megatron itself, for a world of any size."""
+"""Turns a recipe's flags into what the planner needs, parsed and checked by Megatron for any world size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of a GPU by part: what lies there all the time, what a micro-batch leaves for its backward, and the peak.
+"""Counts a GPU's memory by part: what stays, what a micro-batch leaves for its backward, and the peak.
 
 Activations are counted as this package's layers save them (mixture/autograd.py; docs/planning.md has the list),
 attention as a fused kernel, which keeps no s x s scores.

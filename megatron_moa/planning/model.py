@@ -1,4 +1,4 @@
-"""What is planned: the model and its training as Megatron's arguments say, and how both lie over GPUs."""
+"""Describes what is planned: a model and its training by Megatron's arguments, and how both lie over GPUs."""
 
 from __future__ import annotations
 

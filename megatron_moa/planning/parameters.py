@@ -1,4 +1,4 @@
-"""Parameters of a model: each weight's size, how it is cut, and what a rank holds of it."""
+"""Counts parameters: each weight's size, how it is cut, and what a rank holds of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits over GPUs: which can be, which fit, and which is fastest."""
+"""Searches the split over GPUs that fits and is fastest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records what a training computed, exactly and by global name, so that two runs can be compared however each is split.
+"""Records what a training computed, exactly and by global name, and compares two however each was split.
 
     torchrun --nproc-per-node 2 -m megatron_moa.research.compare_runs --to FOLDER pretrain_gpt_moa.py ARGS...
 

@@ -1,4 +1,4 @@
-"""A run's course: losses by tokens and time, and coefficients, from what it left in TensorBoard's files or its log.
+"""Reads losses by tokens and time, and coefficients, from a run's TensorBoard files or its log.
 
 A run that was started several times is one course: what a later start did again stands for what it did before, and the
 time between two starts is left out.

@@ -1,4 +1,4 @@
-"""Reads the log that Megatron prints while it trains: what every tool that shows or compares finished runs starts from.
+"""Reads the log that Megatron prints while it trains; every tool that shows finished runs starts here.
 
 The lines are those of training_log(), evaluate_and_print_results(), get_model() and _print_args() in megatron/training.
 A run that is killed leaves its last line cut off, and the next start's first line may stand behind it.

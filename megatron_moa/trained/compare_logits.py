@@ -1,4 +1,4 @@
-"""Whether two models compute the same: their logits on the same tokens, with which every conversion ends."""
+"""Compares the logits of two models on the same tokens: every conversion ends with it."""
 
 from __future__ import annotations
 

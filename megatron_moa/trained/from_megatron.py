@@ -1,4 +1,4 @@
-"""Loading a trained model from a Megatron checkpoint into one process, with the settings the checkpoint carries."""
+"""Loads a trained model from a Megatron checkpoint into one process, with the settings it carries."""
 
 from __future__ import annotations
 

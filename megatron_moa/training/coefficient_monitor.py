@@ -1,4 +1,4 @@
-"""``--moa-log-interval``: what the coefficients do over tokens, per layer and activation.
+"""Logs what the coefficients do over tokens, per layer and activation (``--moa-log-interval``).
 
 Of each coefficient mean and standard deviation; of a layer's gates together effective rank, spread and distance from a
 constant (docs/watching.md). All follow from one small matrix a layer, the sum over tokens of the products of

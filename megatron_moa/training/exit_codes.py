@@ -1,4 +1,4 @@
-"""How a run ends before its time: signals that ask for it, and other ranks that are gone; with which exit code.
+"""Ends a run early, on a signal or a lost rank, with a checkpoint where possible and a telling exit code.
 
 docs/reliability.md has the table of exit codes.
 """

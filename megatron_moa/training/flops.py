@@ -1,4 +1,4 @@
-"""Floating-point operations of a model whose feed-forward layers mix activations, for the log's TFLOP/s and MFU.
+"""Counts floating-point operations with gates and mixture, for the TFLOP/s and MFU of the log.
 
 Megatron 0.19.2 counts the stock model (``num_floating_point_operations``): every matrix product once forward and twice
 backward, 2 operations a multiply-add: attention's projections (grouped queries as they are), its scores and their

@@ -1,4 +1,4 @@
-"""What GPUs can do on paper: the figures that MFU and a plan of a training are computed from.
+"""Lists what GPUs can do on paper: the figures behind MFU and the plans of trainings.
 
 Peaks and bandwidths are those of NVIDIA's data sheets for the SXM (HGX) boards, dense: the sheets' figures "with
 sparsity" are twice as high. No kernel reaches them. Memory is the total capacity that torch

@@ -1,4 +1,4 @@
-"""Megatron's index cache: which documents make up which sample, built by the first rank and read by all the others.
+"""Builds Megatron's index cache, which says what documents make up a sample, on the first rank for all.
 
 A run that finds the cache builds nothing. Megatron names its files by a digest of what they depend on: the data's paths
 and the tokenizer's as they were typed, the number of samples, split, sequence length and seed. docs/data.md, "The index

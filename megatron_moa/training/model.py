@@ -1,4 +1,4 @@
-"""Building the GPT model with mixed feed-forward layers, and reading off it what was built."""
+"""Builds the GPT model with mixed feed-forward layers, checks it, and counts what was built."""
 
 from __future__ import annotations
 

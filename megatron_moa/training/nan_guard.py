@@ -1,4 +1,4 @@
-"""A NaN or Inf in loss or gradient stops the run before the optimizer or a save can spread it, and names the layer.
+"""Stops a run at a NaN or Inf in loss or gradient, before the optimizer or a save, and names the layer.
 
 Megatron 0.19.2 looks at the local loss and at the norm of every gradient bucket (--check-for-nan-in-loss-and-grad, its
 default), and computes a step anew that has a NaN in them.  If it comes again, Megatron saves a checkpoint, NaN and all,

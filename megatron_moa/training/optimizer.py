@@ -1,4 +1,4 @@
-"""How the mixture's parameters are trained: by Adam, at what learning rate and weight decay.
+"""Sets how the mixture's parameters are trained: by Adam, at what learning rate and weight decay.
 
 docs/mixture.md, "Optimizer", has the table. Megatron sorts parameters into groups by ``ParamKey``; these are the
 mixture's, by name, because its FSDP keeps names and drops attributes of ours.

@@ -1,4 +1,4 @@
-"""How fast a training goes and when it ends: in Megatron's log line, on a terminal, in TensorBoard and W&B.
+"""Shows how fast a training goes and when it ends: in the log, on a terminal, in TensorBoard and W&B.
 
 docs/watching.md says what each figure is. Megatron 0.19.2 has no callbacks, so two of its functions are wrapped in
 place: ``training.training_log``, which all ranks call after each step, and ``training.print_rank_last``, by which it

@@ -1,4 +1,4 @@
-"""``--recompute-modules``: what Megatron would ignore without a word, or fail at in the first backward."""
+"""Refuses ``--recompute-modules`` that Megatron would ignore without a word, or fail at in backward."""
 
 from __future__ import annotations
 

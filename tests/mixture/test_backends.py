@@ -304,3 +304,9 @@ def test_training_through_the_kernels(tmp_path: Path) -> None:
     actual = train(*flags, "--moa-backend", "triton").losses
     assert len(actual) == 3
     assert actual == pytest.approx(expected, rel=1e-6)
+
+
+def test_unwritten_memory_is_nan() -> None:
+    """What these tests rely on (conftest.py): an output that no kernel writes is not what was there before."""
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.ones(2, dtype=torch.bfloat16)).isnan().all()

@@ -1,4 +1,4 @@
-"""The ``triton`` backend: see :class:`megatron_moa.mixture.autograd.Backend`."""
+"""Is the ``triton`` backend: what :class:`megatron_moa.mixture.autograd.Backend` asks for."""
 
 from __future__ import annotations
 

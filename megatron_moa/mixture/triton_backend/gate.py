@@ -1,4 +1,4 @@
-"""The gates: skinny product, bias, psi, amplitude and scale in one launch, for one gate or one per expert.
+"""Computes gates in one launch: product, bias, psi, amplitude and scale, for one gate or one per expert.
 
 A program has TOKENS rows of one expert. Which, it finds by counting tiles of the experts before it, so the host need
 not know how many tokens each has; experts that end inside a tile leave at most one tile each without work. TF32 holds

@@ -1,4 +1,4 @@
-"""The four forms: forward and backward, one row of tokens a program (LA's backward: a few).
+"""Computes the four forms, forward and backward: one row of tokens a program (LA's backward: a few).
 
 Bytes that must move, in activation-sized tensors [t, f]: type1 two forward (z, out) and three backward (z, grad, grad
 of z); the gated forms three and five. These kernels move no others: backward computes the activations again from z,

@@ -1,4 +1,4 @@
-"""Tile sizes and warps of the kernels, by GPU architecture: fixed, so that nothing is tuned while a model trains.
+"""Fixes tile sizes and warps of the kernels by GPU architecture, so that nothing is tuned in a training.
 
 Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures
 candidates on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.

@@ -1,4 +1,4 @@
-"""Errors of a backend against the reference in float64, beside those of the reference in the same dtype.
+"""Measures a backend's errors against float64, beside those of the reference in the same dtype.
 
 What the tests, the benchmarks and the GPU suite hold backends to: an error of at most twice what PyTorch's own
 functions have in the same dtype, plus a floor of a few roundings, for the result and for every gradient. A bias'

@@ -1,4 +1,4 @@
-"""Time, memory and surroundings of what the benchmarks in tools/ compare.
+"""Measures time and memory for the benchmarks in tools/, and records the machine they ran on.
 
 Contenders run in alternation, and a ratio is the median of the rounds' own ratios: what slows the machine down for a
 while slows all contenders of a round down, and leaves their ratio alone.

@@ -1,4 +1,4 @@
-"""One training step of a model as Megatron sets it up, to be timed beside others in one process."""
+"""Runs one training step of a model as Megatron sets it up, to be timed beside others in one process."""
 
 from __future__ import annotations
 

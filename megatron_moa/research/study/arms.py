@@ -1,4 +1,4 @@
-"""What is compared: the arms of a study, each a feed-forward layer, as flags of pretrain_gpt_moa.py."""
+"""Lists the arms of a study: each a feed-forward layer, as flags of pretrain_gpt_moa.py."""
 
 from __future__ import annotations
 

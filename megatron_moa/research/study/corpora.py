@@ -1,4 +1,4 @@
-"""Real text that a fresh machine can get, as a tokenizer and a dataset of token numbers."""
+"""Makes a tokenizer and a dataset of real text that a fresh machine can get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study's file, its cells, and which of them are still to be run.
+"""Reads a study's file, lists its runs, and says which are still to be run.
 
 What is to be run depends on the results that are there (the best learning rate of an arm decides where its seeds are
 spent, and whether its grid goes on), so it is asked for again after every run: :func:`pending`.

@@ -1,4 +1,4 @@
-"""What arXiv 2605.26647 reports, to stand beside what a study measures: loss less the baseline's, in nats a token."""
+"""Holds what arXiv 2605.26647 reports: loss less the baseline's, in nats a token, to stand beside results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report's pictures: an arm looks the same in all of them, and the same lines of results give the same pictures."""
+"""Draws a report's pictures: an arm looks the same in all of them, and the same results give the same bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study's report as markdown: what is shown, what is not, and what a difference is due to."""
+"""Writes a study's report as markdown: what is shown, what is not, and the effect of each choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From lines of results to numbers with intervals: best learning rates, paired differences, fits over sizes."""
+"""Computes best learning rates, paired differences with intervals, and fits over sizes from results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is due to what: pairs of arms of which one thing is different, in the order in which a report shows them."""
+"""Pairs the arms that differ in one choice, in the order in which a report shows the effect of each."""
 
 from __future__ import annotations
 

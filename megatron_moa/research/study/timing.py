@@ -1,4 +1,4 @@
-"""The time of every arm's training step, in alternation in one process, with nothing else of the study running.
+"""Times every arm's training step, in alternation in one process, with nothing else of the study running.
 
 Times in a study's results are taken while other runs go on beside it; comparisons at equal time use these. runner.py
 runs it as a process of its own: arms come in on stdin, medians go out on stdout, as JSON.
