@@ -219,6 +219,13 @@ def test_the_maps_are_complete() -> None:
         assert f"\n      {folder.name}/ " in tree, folder
 
 
+def test_contributing_names_what_is_there() -> None:
+    """Its tables shorten paths, so each has to be the end of one."""
+    there = ["/" + path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")]
+    for name in re.findall(r"`((?:\w+/)*\w+\.py)`", text_of(ROOT / "CONTRIBUTING.md")):
+        assert any(path.endswith("/" + name) for path in there), name
+
+
 def test_the_readme_is_short() -> None:
     lines = text_of(ROOT / "README.md").splitlines()
     assert len(lines) <= 130
