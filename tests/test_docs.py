@@ -27,8 +27,11 @@ OURS = "pretrain_gpt_moa.py"
 # Tools that hand flags on to Megatron's parser, by themselves or behind a "--".
 HAND_ON = {
     f"tools/{name}.py"
-    for name in "benchmark_step build_cache compare_parallel convert_from_hf generate plan write_flags".split()
+    for name in "benchmark_step build_cache compare_parallel convert_from_hf generate plan".split()
 }
+# Modules of Megatron's and of Python's library.
+OTHERS = {"pretrain_gpt.py", "pipeline_parallel/schedules.py"}
+OTHERS |= {"pydoc.py", "tarfile.py", "textwrap.py", "threading.py", "timeit.py"}
 PROGRAM = re.compile(r"tools/\w+\.(?:py|sh)|-m megatron_moa[\w.]+|pretrain_gpt_moa\.py|examples/[\w/]+\.(?:sh|sbatch)")
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]+")
 
@@ -101,6 +104,14 @@ def flags_of(program: str) -> set[str]:
     return listed[program]
 
 
+@cache
+def modules() -> list[str]:
+    """Every Python file of the project, as "/folder/name.py"."""
+    folders = [ROOT / folder for folder in ("megatron_moa", "tools", "tests", "examples")]
+    found = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    return ["/" + path.relative_to(ROOT).as_posix() for path in found]
+
+
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
     headings = re.findall(r"^#+ (.*)$", text_of(page), flags=re.MULTILINE)
@@ -123,8 +134,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
     kinds = r"(?:py|md|sh|sbatch|toml|svg|jsonl)"
     named = re.findall(rf"\b((?:megatron_moa|tools|tests|docs|examples|scripts)/[\w/.-]+\.{kinds})\b", text_of(page))
     tests = {path.name for path in (ROOT / "tests").rglob("*.*")}
-    for name in named:
-        # Which folder a test is in is for the tests to choose.
+    for name in named:  # which folder a test is in is for the tests to choose
         assert Path(name).name in tests if name.startswith("tests/") else (ROOT / name).is_file(), name
 
 
@@ -217,6 +227,13 @@ def test_the_maps_are_complete() -> None:
     tree = text_of(ROOT / "README.md")
     for folder in (path.parent for path in (ROOT / "megatron_moa").glob("*/__init__.py")):
         assert f"\n      {folder.name}/ " in tree, folder
+
+
+@pytest.mark.parametrize("page", [page for page in PRESENT if page.name != "README.md"], ids=name_of)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    """Pages shorten paths, so what they name has to be the end of one."""
+    for name in re.findall(r"(?<![\w/*.\]-])((?:\w+/)*\w+\.py)\b", text_of(page)):
+        assert any(path.endswith("/" + name) for path in modules()) or name in OTHERS, name
 
 
 def test_the_readme_is_short() -> None:
