@@ -17,8 +17,8 @@ export PYTHON PIP_ARGS VENV
 
 help:
 	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, 5 to 8 minutes"
-	@echo "make test    run the tests; PYTEST_ARGS='-k NAME -x' is passed on"
-	@echo "make test-all  the same and every further case of parallelism, resharding and faults; about an hour"
+	@echo "make test    run the tests, about 10 minutes; PYTEST_ARGS='-k NAME -x' is passed on, PART=hf runs a folder of tests/ alone"
+	@echo "make test-all  the same and every further case; PART=end_to_end, PART='hf tools' run a part of it"
 	@echo "make test-latest  only the Hugging Face tests, with the newest transformers there is, in $(VENV)-latest"
 	@echo "make test-te  only the layers of Transformer Engine: its own Python on a CPU, its kernels emulated"
 	@echo "make lint    check style, common mistakes (ruff) and that folders import in their order (import-linter)"
@@ -39,11 +39,15 @@ $(STAMP): setup.py pyproject.toml constraints.txt | check-python
 demo: check-python $(STAMP)
 	@$(BIN)/python tools/demo.py $(DEMO_ARGS)
 
+# PART=hf: the tests of one folder of tests/, or of several; nothing is all of them.
+PART ?=
 test test-all: check-python $(STAMP)
 	@OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile \
-		$(if $(filter test,$@),-m "not full") $(PYTEST_ARGS)
+		$(if $(filter test,$@),-m "not full") $(PYTEST_ARGS) $(addprefix tests/,$(PART))
 
+ifeq ($(PART),)
 test-all: test-latest test-te
+endif
 test-latest: check-python
 	@VENV_LATEST=$(VENV)-latest scripts/test_latest.sh
 
