@@ -190,6 +190,7 @@ def test_tensor_parallel_copies_stay_equal_under_dropout(tmp_path):
     assert_copies_equal(ranks, COLUMNS_AND_ROWS)
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_sequence_and_expert_parallel(tmp_path):
     flags = "--tensor-model-parallel-size 2 --sequence-parallel --bf16 --num-experts 4 --expert-model-parallel-size 2"
@@ -201,6 +202,7 @@ def test_sequence_and_expert_parallel(tmp_path):
     assert_copies_equal(ranks, (*COLUMNS_AND_ROWS, "experts"))
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_pipeline_parallel(tmp_path):
     flags = "--pipeline-model-parallel-size 2 --untie-embeddings-and-output-weights --use-cpu-initialization"
@@ -210,6 +212,7 @@ def test_pipeline_parallel(tmp_path):
     assert not any("word_embeddings" in name for name in ranks[1])
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_distributed_optimizer_continues_from_a_checkpoint_as_if_never_stopped(tmp_path):
     flags = [*LLAMA, "--bf16", "--use-distributed-optimizer"]
@@ -400,7 +403,7 @@ def test_single_process_environment(monkeypatch):
         single_process_environment()
 
 
-@pytest.mark.parametrize("spec", ["moa_layer_spec", "la_layer_spec"])
+@pytest.mark.parametrize("spec", ["moa_layer_spec", pytest.param("la_layer_spec", marks=pytest.mark.full)])
 def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path, spec):
     """What Megatron's script does with --spec, with nothing of ours but the callable it names.
 

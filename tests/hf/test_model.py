@@ -65,10 +65,17 @@ CASES: dict[str, list[str]] = {
     "MoE, moa quadratic, sigmoid router with bias": [*SWIGLU, *MOE, *SIGMOID, *MOA, "--moa-form", "quadratic"],
     "MoE, stock": [*SWIGLU, *MOE, *SHARED, *STOCK],
 }
+QUICK = (
+    "moa quadratic, tanh, amplitude",
+    "la type1, GPT-2-like, biases, tied",
+    "MoE, la one-sided, every second layer",
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES]
+)
 def test_transformers_model_computes_megatrons_logits(case: str, tmp_path: Path) -> None:
     flags = [flag for flag in TINY if not ("biases, tied" in case and flag in (WITH_BIASES, TIED))]
     # Large initial weights, so that a wrong factor or order shows in the logits.
@@ -379,7 +386,7 @@ def with_flex_attention() -> None:
         torch.testing.assert_close(model(tokens).logits, logits, **EQUAL)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_flex_attention_computes_the_same(tmp_path: Path) -> None:
     # In a process of its own: what others have compiled before decides whether torch can compile this one.
     code, log = launch.launch(with_flex_attention, (), 1, tmp_path)

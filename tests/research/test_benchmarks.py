@@ -99,7 +99,7 @@ def test_layer_memory(layer: list[dict[str, Any]]) -> None:
         assert record["peak_bytes"] > record["saved_bytes"] - 4 * tokens * h  # the input is there before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_moe_layer_grows_with_experts(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     flags = ("--experts", "4", "--topk", "1", "--grow", "experts", "--execution", "sequential")
@@ -113,7 +113,7 @@ def test_moe_layer_grows_with_experts(tmp_path: Path) -> None:
     assert kept >= 4 * tokens * f  # fc2's input at least, and what the reference keeps
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.distributed
 def test_layer_over_two_processes(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
@@ -171,7 +171,7 @@ def test_type1_counts_fewer_bytes() -> None:
     assert maker.activation_bytes(False) == {"forward": 2 * 16 * 8 * 2, "backward": 3 * 16 * 8 * 2}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_kernels_grow(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     flags = ("--tokens", "16", "--ffn", "8", "--backend", "eager", "--form", "type1", "--mixing", "la")
@@ -270,7 +270,7 @@ def test_a_mistake_is_one_line(tool: Any, flags: list[str], message: str, capsys
 # The suite.
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(700)
 def test_suite_without_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "suite"
