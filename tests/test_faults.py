@@ -1,4 +1,4 @@
-"""megatron_moa/training/exit_codes.py, nan_guard.py and launch.py: signals, lost ranks, values that are not finite, exit codes."""
+"""megatron_moa/training/exit_codes.py, nan_guard.py and launch.py: signals, lost ranks, NaN and Inf, exit codes."""
 
 import json
 import os

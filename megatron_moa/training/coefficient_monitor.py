@@ -26,8 +26,8 @@ from megatron_moa.training.progress import write_scalars
 class CoefficientMonitor:
     """Records coefficients during every ``interval``-th iteration and logs their statistics over all ranks.
 
-    They are summed and logged at the iteration's end (megatron_moa.training.progress), where all ranks meet; the last rank,
-    which has TensorBoard and W&B, logs.
+    They are summed and logged at the iteration's end (megatron_moa.training.progress), where all ranks meet; the last
+    rank, which has TensorBoard and W&B, logs.
     """
 
     def __init__(self, mixing: MixingConfig, interval: int) -> None:
@@ -128,7 +128,7 @@ def _statistics_of(sums: Tensor) -> GateStatistics:
 def _of_all_gates(statistics: GateStatistics) -> tuple[float, float, float]:
     """Effective rank of the centred tokens-by-coefficients matrix C; spread, the root mean square of the gates'
     standard deviations; and the relative distance from a constant, |C - 1 m| / |C| with m the mean over tokens and
-    Frobenius' norm. NaN where coefficients are not finite: stopping is for others to decide (megatron_moa.training.nan_guard).
+    Frobenius' norm. NaN where coefficients are not finite: whether to stop is for megatron_moa.training.nan_guard.
     """
     if not statistics.products.isfinite().all():
         return math.nan, math.nan, math.nan
