@@ -38,14 +38,14 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from megatron_moa import startup
-from megatron_moa.checkpoints import guard
 from megatron_moa.data.checks import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
-from megatron_moa.training import flops, index_cache, muon, nan_guard, optimizer
+from megatron_moa.training import index_cache, muon, nan_guard, optimizer
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
-from megatron_moa.training.exit_codes import catch_stop_signals, exit_codes, hold_timeout
+from megatron_moa.training.exit_codes import exit_codes, hold_timeout
 from megatron_moa.training.model import model_config_from_args, report_mixture
+from megatron_moa.training.patches import patch_training
 from megatron_moa.training.progress import Progress
 
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
@@ -209,15 +209,11 @@ def main() -> None:
     """Parses, checks, builds and trains."""
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     with one_line_errors("pretrain_gpt_moa.py"):
-        startup.prepare()
+        startup.prepare()  # changes Megatron before arguments are parsed
         args, mixing = parse_arguments(check)
-        guard.install(args)
-        optimizer.install(args)
-        flops.install(args, mixing)
         model_config = model_config_from_args(args, mixing)
-        stop = catch_stop_signals(args)
         model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing, form_reason=args.moa_form_reason))
-        model_config.post_wrap_hooks.append(nan_guard.attach)
+        model_config.post_wrap_hooks.append(nan_guard.watch)
         if args.swiglu:
             model_config.post_wrap_hooks.append(muon.separate_gated_halves)
         monitor = None
@@ -225,7 +221,9 @@ def main() -> None:
             monitor = CoefficientMonitor(mixing, args.moa_log_interval)
             model_config.post_wrap_hooks.append(monitor.attach)
         model_config.post_wrap_hooks.append(hold_timeout)  # last: a hook may make a group
-        with exit_codes(stop), Progress(args, monitor):
+        progress = Progress(args, monitor)
+        stop = patch_training(args, mixing, progress)  # changes Megatron once they are known
+        with exit_codes(stop), progress:
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),
                 datasets_provider,

@@ -1,21 +1,15 @@
-"""Guards Megatron's saving and loading: refuses damaged or unfit checkpoints, and loses none in a failed save.
+"""Refuses checkpoints that are damaged or do not fit, before anything of them is loaded.
 
-Megatron 0.19.2 by itself takes another dictionary's or gate's weights without a word; ignores tensors of a checkpoint
-that the model lacks; falls back to a partial load where a strict one fails (``load_model_state_dict``); leaves an empty
-``latest_checkpointed_iteration.txt`` when it dies while writing that, and ends with exit code 0 when it finds one; and
-deletes the previous checkpoint (``--save-retain-interval``) without a look at the new one. :func:`install` mends that.
+Megatron 0.19.2 by itself takes another dictionary's or gate's weights without a word, ignores tensors of a checkpoint
+that the model lacks, and ends with exit code 0 when it finds an empty ``latest_checkpointed_iteration.txt``.
+:mod:`megatron_moa.megatron_fixes.checkpointing` puts these checks around Megatron's loading.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,18 +19,12 @@ from megatron_moa.checkpoints.files import (
     DamagedCheckpoint,
     check_files,
     check_writable,
-    delete_superseded,
     find_damage,
     gathered,
-    iteration_folder,
     last_complete_before,
-    make_way,
-    raise_together,
     read_manifest,
     read_tracker,
     saved_iterations,
-    settle,
-    write_manifest,
     write_tracker,
 )
 from megatron_moa.checkpoints.names import EXTRA_STATE, keep_absent_extra_state, take_stored_names
@@ -101,7 +89,7 @@ def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | Non
             f"{flag} {root}: {problem}; the last complete checkpoint is iteration {complete[-1]}: "
             f"write {complete[-1]} into that file, or add --moa-load-last-complete"
         )
-    _notice(f"WARNING: {flag} {root}: {problem}; going on from iteration {complete[-1]}, the last complete one")
+    notice(f"WARNING: {flag} {root}: {problem}; going on from iteration {complete[-1]}, the last complete one")
     write_tracker(root, complete[-1])  # by every rank, each the same: they cannot talk to each other yet
     return Checkpoint(flag, root, complete[-1])
 
@@ -130,7 +118,7 @@ def read_saved_settings(
             f"{checkpoint}: holds no settings to compare; a mixture is loaded from its own checkpoints only"
         )
     else:
-        _notice(f"> {checkpoint}: holds no settings, they are not compared")
+        notice(f"> {checkpoint}: holds no settings, they are not compared")
     return checkpoint, saved
 
 
@@ -166,10 +154,11 @@ def _saved_args(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Na
     except (Exception, torch.distributed.checkpoint.CheckpointException) as error:
         if manifest is not None:
             check_files(path, manifest, manifest, checksums=False)  # a better reason, where there is one
-        raise DamagedCheckpoint(f"its settings cannot be read ({_one_line(error)})") from error
+        raise DamagedCheckpoint(f"its settings cannot be read ({one_line(error)})") from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Returns an error's type and text in one line; of torch's collection of errors the first one's."""
     if isinstance(error, torch.distributed.checkpoint.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -189,7 +178,7 @@ def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> 
             f"{checkpoint} is damaged: {problem}; the last complete one before it is iteration {earlier.iteration}: "
             f"add --ckpt-step {earlier.iteration}, or --moa-load-last-complete"
         )
-    _notice(f"WARNING: {checkpoint} is damaged: {problem}; going on from iteration {earlier.iteration}")
+    notice(f"WARNING: {checkpoint} is damaged: {problem}; going on from iteration {earlier.iteration}")
     args.ckpt_step = earlier.iteration
     return earlier
 
@@ -217,19 +206,20 @@ def check_before_setup(
         checkpoint = _earlier(args, checkpoint, damage)
     if checkpoint is not None:
         if read_manifest(checkpoint.path) is None:
-            _notice(f"> {checkpoint} has no manifest, as one saved by another program: its files are not checked")
+            notice(f"> {checkpoint} has no manifest, as one saved by another program: its files are not checked")
         checkpoint, saved = read_saved_settings(args, checkpoint)
         if saved is not None:
             check_saved_settings(args, saved, checkpoint)
             check_vocabulary(args, saved, vocab_size, checkpoint)
             for change in changed_data(args, saved, checkpoint):
-                _notice(f"WARNING: {change}")
+                notice(f"WARNING: {change}")
     if args.save is not None and "://" not in args.save:
         check_writable(Path(args.save))
     return checkpoint, saved
 
 
-def _notice(text: str) -> None:
+def notice(text: str) -> None:
+    """Prints a line on the first rank."""
     from megatron.training.utils import print_rank_0
 
     print_rank_0(text)
@@ -237,7 +227,7 @@ def _notice(text: str) -> None:
 
 # While loading.
 
-_SAME_SETTINGS = "load it with the settings it was saved with"
+SAME_SETTINGS = "load it with the settings it was saved with"
 
 
 def match_tensors(sharded_state_dict: dict, folder: str) -> None:
@@ -274,7 +264,7 @@ def match_tensors(sharded_state_dict: dict, folder: str) -> None:
     ):
         if missing:
             named = f"{len(missing)} tensors ({', '.join(sorted(missing)[:3])}{', …' if len(missing) > 3 else ''})"
-            raise UserError(f"--load {folder}: the checkpoint {what.format(named)}; {_SAME_SETTINGS}")
+            raise UserError(f"--load {folder}: the checkpoint {what.format(named)}; {SAME_SETTINGS}")
 
 
 def changed_scales(config: TransformerConfig, checkpoint: CheckpointTensors) -> str:
@@ -285,225 +275,3 @@ def changed_scales(config: TransformerConfig, checkpoint: CheckpointTensors) -> 
     if scaled:
         return "has no fp8 scales; those of --fp8-recipe delayed start anew"
     return "its fp8 scales are dropped, since this model is not of --fp8-format with --fp8-recipe delayed"
-
-
-@contextmanager
-def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
-    """Inside, Megatron loads all of a checkpoint into these models and leaves none of their parameters as it was;
-    collective.
-
-    Raises:
-        UserError: on every rank.
-    """
-    from megatron.core import dist_checkpointing
-    from megatron.core.utils import unwrap_model
-
-    problems: list[str] = []
-    load = dist_checkpointing.load
-    config = unwrap_model(models)[0].config
-
-    def load_checked(sharded_state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        match_tensors(sharded_state_dict, checkpoint_dir)
-        if change := changed_scales(config, CheckpointTensors(Path(checkpoint_dir))):
-            _notice(f"WARNING: --load {checkpoint_dir}: {change}")
-        return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-
-    def note(module: torch.nn.Module, keys: Any) -> None:
-        # Megatron answers a strict load that fails with one that is not strict.
-        for what, names in (("lacks", keys.missing_keys), ("has a surplus", keys.unexpected_keys)):
-            problems.extend(f"{what} {name}" for name in names if not name.endswith(EXTRA_STATE))
-
-    hooks = [model.register_load_state_dict_post_hook(note) for model in unwrap_model(models)]
-    dist_checkpointing.load = load_checked
-    try:
-        yield
-    finally:
-        dist_checkpointing.load = load
-        for hook in hooks:
-            hook.remove()
-    raise_together(f"--load: the checkpoint {problems[0]}; {_SAME_SETTINGS}" if problems else None)
-
-
-# Saving.
-
-
-@dataclass
-class Saver:
-    """Completes Megatron's saves.
-
-    Attributes:
-        root: ``--save``.
-        keep_last: how many checkpoints to keep; None for all.
-        keep_every: keeps iterations divisible by it.
-        pinned: an iteration to keep in any case.
-    """
-
-    root: Path
-    keep_last: int | None = None
-    keep_every: int | None = None
-    pinned: int | None = None
-    saving: int | None = field(default=None, init=False)  # the iteration, inside Megatron's save_checkpoint
-    unfinished: set[int] = field(default_factory=set, init=False)  # saves that go on in the background, too
-
-    def save(self, save_checkpoint: Callable) -> Callable:
-        """Wraps Megatron's ``save_checkpoint``; what it leaves to be written later ends in :meth:`schedule`."""
-
-        @functools.wraps(save_checkpoint)
-        def call(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            from megatron.training import get_args
-
-            with self.clear_errors(iteration):
-                if kwargs.get("non_persistent_ckpt") or kwargs.get("release"):
-                    return save_checkpoint(iteration, *args, **kwargs)
-                self.begin(iteration)
-                self.saving = iteration
-                self.unfinished.add(iteration)
-                try:
-                    result = save_checkpoint(iteration, *args, **kwargs)
-                finally:
-                    self.saving = None
-                if not get_args().async_save:
-                    self.complete(iteration)
-                return result
-
-        return call
-
-    def schedule(self, schedule_async_save: Callable) -> Callable:
-        """Wraps Megatron's ``schedule_async_save``: the last thing done for a save in the background, by all ranks."""
-
-        @functools.wraps(schedule_async_save)
-        def call(request: Any) -> Any:
-            if self.saving is not None:
-                request.add_finalize_fn(functools.partial(self.complete, self.saving))
-            return schedule_async_save(request)
-
-        return call
-
-    def finalize(self, maybe_finalize_async_save: Callable) -> Callable:
-        """Wraps Megatron's ``maybe_finalize_async_save``, where the errors of saves in the background come up."""
-
-        @functools.wraps(maybe_finalize_async_save)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.clear_errors():
-                return maybe_finalize_async_save(*args, **kwargs)
-
-        return call
-
-    def tracker_name(self, get_checkpoint_tracker_filename: Callable) -> Callable:
-        """Wraps Megatron's function of that name: during a save it is given a file beside the tracker, which replaces
-        the tracker when the save is complete; Megatron empties the file before it writes into it.
-        """
-
-        @functools.wraps(get_checkpoint_tracker_filename)
-        def call(checkpoints_path: str) -> str:
-            name = get_checkpoint_tracker_filename(checkpoints_path)
-            return name + ".next" if self.unfinished else name
-
-        return call
-
-    def begin(self, iteration: int) -> None:
-        """Clears the checkpoint's folder; collective."""
-        problem = None
-        try:
-            if torch.distributed.get_rank() == 0:
-                make_way(iteration_folder(self.root, iteration))
-        except OSError as error:
-            problem = f"--save {self.root}: cannot clear {iteration_folder(self.root, iteration)} ({error})"
-        raise_together(problem)
-
-    def complete(self, iteration: int) -> None:
-        """Manifest, tracker, then the deletion of old checkpoints; collective."""
-        folder = iteration_folder(self.root, iteration)
-        size = write_manifest(folder)
-        problem = None
-        if torch.distributed.get_rank() == 0:
-            try:
-                write_tracker(self.root, iteration)
-                (self.root / (TRACKER + ".next")).unlink(missing_ok=True)
-                settle(folder)
-                if self.keep_last is not None:
-                    deleted = delete_superseded(self.root, iteration, self.keep_last, self.keep_every, self.pinned)
-                    if deleted:
-                        _notice(
-                            f"> deleting the checkpoints of iterations {', '.join(map(str, deleted))} in {self.root}"
-                        )
-                free = shutil.disk_usage(self.root).free
-                if free < size:
-                    _notice(
-                        f"WARNING: --save {self.root}: {_megabytes(free)} free, and the last checkpoint took "
-                        f"{_megabytes(size)}: the next one may not fit"
-                    )
-            except (OSError, DamagedCheckpoint) as error:
-                problem = f"--save {self.root}: iteration {iteration} could not be completed ({error})"
-        raise_together(problem)
-        self.unfinished.discard(iteration)
-
-    @contextmanager
-    def clear_errors(self, iteration: int | None = None) -> Iterator[None]:
-        """Turns the failure of a save into a UserError: Megatron raises on all ranks when one of them cannot write its
-        part, and on the first one alone where only that writes.
-        """
-        try:
-            yield
-        except (torch.distributed.checkpoint.CheckpointException, OSError) as error:
-            alone = isinstance(error, OSError)
-            if alone and torch.distributed.get_rank() != 0:
-                raise  # only the first rank's errors are printed in one line
-            complete = saved_iterations(self.root)
-            before = (
-                f"the last complete one, iteration {complete[-1]}, is untouched"
-                if complete
-                else "there is none before it"
-            )
-            free = shutil.disk_usage(self.root).free
-            raise UserError(
-                f"--save {self.root}: the checkpoint {f'of iteration {iteration} ' if iteration else ''}could not be "
-                f"written ({_megabytes(free)} free on that disk; {_one_line(error)}); {before}: make room, start again"
-            ) from error
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
-
-
-def install(args: argparse.Namespace) -> None:
-    """Puts all of it around Megatron's training loop; before ``pretrain``, after Megatron's own checks of ``args``."""
-    from megatron.training import checkpointing, training
-
-    def wrap(owner: Any, name: str, wrapper: Callable[[Callable], Callable]) -> None:
-        setattr(owner, name, wrapper(getattr(owner, name)))
-
-    wrap(training, "setup_model_and_optimizer", _checking_folders)
-    wrap(training, "load_checkpoint", _loading_strictly)
-    if args.save is None or "://" in args.save:
-        return
-    saver = Saver(Path(args.save), args.moa_keep_last, args.save_retain_interval)
-    if args.save_retain_interval is not None:
-        saver.keep_last = args.moa_keep_last or 1  # what that flag means to Megatron
-        args.save_retain_interval = None  # Megatron would delete the previous checkpoint itself
-    if args.ckpt_step and args.load is not None and Path(args.load).resolve() == saver.root.resolve():
-        saver.pinned = args.ckpt_step
-    wrap(training, "save_checkpoint", saver.save)
-    wrap(training, "maybe_finalize_async_save", saver.finalize)
-    wrap(checkpointing, "schedule_async_save", saver.schedule)
-    wrap(checkpointing, "get_checkpoint_tracker_filename", saver.tracker_name)
-
-
-def _checking_folders(setup_model_and_optimizer: Callable) -> Callable:
-    @functools.wraps(setup_model_and_optimizer)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args, get_tokenizer
-
-        check_before_setup(get_args(), get_tokenizer().vocab_size)
-        return setup_model_and_optimizer(*args, **kwargs)
-
-    return call
-
-
-def _loading_strictly(load_checkpoint: Callable) -> Callable:
-    @functools.wraps(load_checkpoint)
-    def call(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        with strict_loading(models):
-            return load_checkpoint(models, *args, **kwargs)
-
-    return call

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from megatron_moa.cpu.patching import wrapped
+
 
 def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """The tensor with zero rows added, up to ``rows``."""
@@ -34,8 +36,7 @@ def _of_any_sizes(original: Callable) -> Callable:
     return collective
 
 
-WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
-    # name, wrapper, why
-    ("torch.distributed.all_gather", _of_any_sizes, "gloo takes equal sizes only"),
-    ("torch.distributed.reduce_scatter", _of_any_sizes, "gloo takes equal sizes only"),
+PATCHES = (
+    wrapped("torch.distributed.all_gather", _of_any_sizes, "gloo takes equal sizes only"),
+    wrapped("torch.distributed.reduce_scatter", _of_any_sizes, "gloo takes equal sizes only"),
 )

@@ -2,17 +2,24 @@
 
 import functools
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from megatron_moa.cpu.patching import wrapped
 
 
-def run_fusions_eagerly() -> None:
+def _no_fuser(jit_fuser: Callable) -> Callable:
     """Switches off Megatron's ``jit_fuser``: it is torch.compile, which takes long on a CPU and needs a C++ compiler.
 
-    Functions decorated before now get their originals back, and later ones are not compiled.  torch.compile itself is
-    left alone.
+    torch.compile itself is left alone.
     """
-    import megatron.core.jit
+    from megatron.core.jit import noop_decorator
 
-    megatron.core.jit.disable_jit_fuser()
+    return noop_decorator
+
+
+def _originals_of_fused() -> Iterator[tuple[Any, str, Any]]:
+    """The functions that jit_fuser has decorated before: module or class, name, and the undecorated original."""
     for module_name, module in list(sys.modules.items()):
         if not module_name.startswith("megatron.") or module is None:
             continue
@@ -21,16 +28,27 @@ def run_fusions_eagerly() -> None:
             for name, value in list(vars(owner).items()):
                 original = getattr(value, "_torchdynamo_orig_callable", None)
                 if original is not None and callable(value):
-                    setattr(owner, name, original)
+                    yield owner, name, original
 
 
-def keep_compiler_rules() -> None:
+def _of_originals(rule_map: Callable[[], dict]) -> Callable[[], dict]:
     """Keeps torch.compile's list of torch's functions that of the originals.
 
     torch.compile knows torch's functions by identity, from a list that it makes anew after init_process_group.  That
     would become a list of the replacements, while it is the originals that these call.
     """
-    from torch._dynamo import trace_rules
+    originals = rule_map()
+    return functools.cache(lambda: originals)
 
-    originals = trace_rules.get_torch_obj_rule_map()
-    trace_rules.get_torch_obj_rule_map = functools.cache(lambda: originals)
+
+RULES = wrapped(  # before any function of torch's is replaced
+    "torch._dynamo.trace_rules.get_torch_obj_rule_map",
+    _of_originals,
+    "made anew, it would hold our replacements in place of the functions that torch.compile knows",
+)
+FUSER = wrapped(
+    "megatron.core.jit.jit_fuser",
+    _no_fuser,
+    "it is torch.compile, which takes long on a CPU; all functions that it has decorated get their originals back",
+    elsewhere=_originals_of_fused,
+)

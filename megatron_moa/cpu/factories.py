@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_moa.cpu.patching import wrapped
+
 
 def _is_cuda(device: Any) -> bool:
     """True for ``"cuda"``, ``"cuda:1"``, ``torch.device("cuda")`` and the bare index of a GPU."""
@@ -72,14 +74,13 @@ FACTORIES = sorted(
     | {"empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"}
 )
 
-WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
-    # name, wrapper, why
-    *((f"torch.{name}", _on_cpu, 'device="cuda"') for name in FACTORIES),
-    ("torch.Tensor.to", _to_cpu, '.to("cuda")'),
-    ("torch.Tensor.new_tensor", _on_cpu, 'device="cuda"'),
-    ("torch.Tensor.new_empty", _on_cpu, 'device="cuda"'),
-    ("torch.Tensor.new_zeros", _on_cpu, 'device="cuda"'),
-    ("torch.Tensor.new_ones", _on_cpu, 'device="cuda"'),
-    ("torch.Tensor.new_full", _on_cpu, 'device="cuda"'),
-    ("torch.Tensor.type", _cuda_type_name, "optimizers compare it with CUDA's names"),
+PATCHES = (
+    *(wrapped(f"torch.{name}", _on_cpu, 'device="cuda"') for name in FACTORIES),
+    wrapped("torch.Tensor.to", _to_cpu, '.to("cuda")'),
+    wrapped("torch.Tensor.new_tensor", _on_cpu, 'device="cuda"'),
+    wrapped("torch.Tensor.new_empty", _on_cpu, 'device="cuda"'),
+    wrapped("torch.Tensor.new_zeros", _on_cpu, 'device="cuda"'),
+    wrapped("torch.Tensor.new_ones", _on_cpu, 'device="cuda"'),
+    wrapped("torch.Tensor.new_full", _on_cpu, 'device="cuda"'),
+    wrapped("torch.Tensor.type", _cuda_type_name, "optimizers compare it with CUDA's names"),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_moa.cpu.patching import replaced
 from megatron_moa.errors import UserError
 
 
@@ -97,48 +98,49 @@ def _device_properties(*args: Any, **kwargs: Any) -> SimpleNamespace:
 
 _CPU = torch.device("cpu")
 
-REPLACED: tuple[tuple[str, Any, str], ...] = (
-    # name, what stands there now, why
-    ("torch.cuda.current_device", lambda: _CPU, "Megatron puts it into device=..."),
-    ("torch.cuda.device_count", lambda: 1, "with 0 Megatron sets up no process groups and no random number streams"),
-    ("torch.cuda.get_device_properties", _device_properties, "checks of the architecture"),
-    ("torch.cuda.get_device_capability", lambda *_: (10, 0), "checks of the architecture"),
-    ("torch.cuda.get_device_name", lambda *_: "cpu", "logging"),
-    ("torch.cuda.set_device", nothing, "one device"),
-    ("torch.cuda.device", _no_context, "one device"),
-    ("torch.cuda.synchronize", nothing, "the CPU is always done"),
-    ("torch.cuda.empty_cache", nothing, "no caching allocator"),
-    ("torch.cuda.ipc_collect", nothing, "no caching allocator"),
-    ("torch.cuda.reset_peak_memory_stats", nothing, "no caching allocator"),
-    ("torch.cuda.memory_stats", lambda *_: defaultdict(int), "logging"),
-    ("torch.cuda.memory_allocated", _zero, "logging"),
-    ("torch.cuda.memory_reserved", _zero, "logging"),
-    ("torch.cuda.max_memory_allocated", _zero, "logging"),
-    ("torch.cuda.max_memory_reserved", _zero, "logging"),
-    ("torch.cuda.device_memory_used", _zero, "logging"),
-    ("torch.cuda.mem_get_info", lambda *_: (0, 0), "logging"),
-    ("torch.cuda.Stream", CpuStream, "no streams"),
-    ("torch.cuda.Event", CpuEvent, "no streams; timers"),
-    ("torch.cuda.stream", _no_context, "no streams"),
-    ("torch.cuda.set_stream", nothing, "no streams"),
-    ("torch.cuda.current_stream", lambda *_: _STREAM, "no streams"),
-    ("torch.cuda.default_stream", lambda *_: _STREAM, "no streams"),
-    ("torch.cuda.is_current_stream_capturing", lambda: False, "no CUDA graphs"),
-    ("torch.cuda.nvtx.range_push", nothing, "no profiler ranges"),
-    ("torch.cuda.nvtx.range_pop", nothing, "no profiler ranges"),
-    ("torch.cuda.default_generators", (torch.default_generator,), "the CPU generator serves both"),
-    ("torch.cuda.get_rng_state", get_rng_state, "the CPU generator serves both"),
-    ("torch.cuda.set_rng_state", set_rng_state, "the CPU generator serves both"),
-    ("torch.cuda.random.get_rng_state", get_rng_state, "the CPU generator serves both"),
-    ("torch.cuda.random.set_rng_state", set_rng_state, "the CPU generator serves both"),
-    ("torch.cuda.manual_seed", _manual_seed, "the CPU generator serves both"),
-    ("torch.cuda.manual_seed_all", _manual_seed, "the CPU generator serves both"),
+PATCHES = (
+    replaced("torch.cuda.current_device", lambda: _CPU, "Megatron puts it into device=..."),
+    replaced(
+        "torch.cuda.device_count", lambda: 1, "with 0 Megatron sets up no process groups and no random number streams"
+    ),
+    replaced("torch.cuda.get_device_properties", _device_properties, "checks of the architecture"),
+    replaced("torch.cuda.get_device_capability", lambda *_: (10, 0), "checks of the architecture"),
+    replaced("torch.cuda.get_device_name", lambda *_: "cpu", "logging"),
+    replaced("torch.cuda.set_device", nothing, "one device"),
+    replaced("torch.cuda.device", _no_context, "one device"),
+    replaced("torch.cuda.synchronize", nothing, "the CPU is always done"),
+    replaced("torch.cuda.empty_cache", nothing, "no caching allocator"),
+    replaced("torch.cuda.ipc_collect", nothing, "no caching allocator"),
+    replaced("torch.cuda.reset_peak_memory_stats", nothing, "no caching allocator"),
+    replaced("torch.cuda.memory_stats", lambda *_: defaultdict(int), "logging"),
+    replaced("torch.cuda.memory_allocated", _zero, "logging"),
+    replaced("torch.cuda.memory_reserved", _zero, "logging"),
+    replaced("torch.cuda.max_memory_allocated", _zero, "logging"),
+    replaced("torch.cuda.max_memory_reserved", _zero, "logging"),
+    replaced("torch.cuda.device_memory_used", _zero, "logging"),
+    replaced("torch.cuda.mem_get_info", lambda *_: (0, 0), "logging"),
+    replaced("torch.cuda.Stream", CpuStream, "no streams"),
+    replaced("torch.cuda.Event", CpuEvent, "no streams; timers"),
+    replaced("torch.cuda.stream", _no_context, "no streams"),
+    replaced("torch.cuda.set_stream", nothing, "no streams"),
+    replaced("torch.cuda.current_stream", lambda *_: _STREAM, "no streams"),
+    replaced("torch.cuda.default_stream", lambda *_: _STREAM, "no streams"),
+    replaced("torch.cuda.is_current_stream_capturing", lambda: False, "no CUDA graphs"),
+    replaced("torch.cuda.nvtx.range_push", nothing, "no profiler ranges"),
+    replaced("torch.cuda.nvtx.range_pop", nothing, "no profiler ranges"),
+    replaced("torch.cuda.default_generators", (torch.default_generator,), "the CPU generator serves both"),
+    replaced("torch.cuda.get_rng_state", get_rng_state, "the CPU generator serves both"),
+    replaced("torch.cuda.set_rng_state", set_rng_state, "the CPU generator serves both"),
+    replaced("torch.cuda.random.get_rng_state", get_rng_state, "the CPU generator serves both"),
+    replaced("torch.cuda.random.set_rng_state", set_rng_state, "the CPU generator serves both"),
+    replaced("torch.cuda.manual_seed", _manual_seed, "the CPU generator serves both"),
+    replaced("torch.cuda.manual_seed_all", _manual_seed, "the CPU generator serves both"),
     *(
-        (f"torch.cuda.{name}Tensor", getattr(torch, f"{name}Tensor"), "called, and used in isinstance")
+        replaced(f"torch.cuda.{name}Tensor", getattr(torch, f"{name}Tensor"), "called, and used in isinstance")
         for name in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
     ),
-    ("torch.Tensor.cuda", lambda self, *_, **__: self, "one device"),
-    ("torch.nn.Module.cuda", lambda self, *_, **__: self, "one device"),
-    ("torch.Tensor.pin_memory", lambda self, *_: self, "needs a GPU's driver"),
-    ("torch.Tensor.record_stream", nothing, "no streams"),
+    replaced("torch.Tensor.cuda", lambda self, *_, **__: self, "one device"),
+    replaced("torch.nn.Module.cuda", lambda self, *_, **__: self, "one device"),
+    replaced("torch.Tensor.pin_memory", lambda self, *_: self, "needs a GPU's driver"),
+    replaced("torch.Tensor.record_stream", nothing, "no streams"),
 )

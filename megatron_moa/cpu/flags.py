@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_moa.cpu.messages import print_once
+from megatron_moa.cpu.patching import wrapped
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.kernel_defaults import KERNEL_DEFAULTS, Default, set_defaults
 
@@ -90,9 +91,18 @@ def _keep_fused_gelu_alone(original: Callable) -> Callable:
     return validate_args
 
 
-WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
-    # name, wrapper, why
-    ("megatron.training.arguments.add_megatron_arguments", _with_cpu_defaults, "CPU_DEFAULTS"),
-    ("megatron.training.arguments.parse_args", _then_refuse_gpu_flags, "GPU_FLAGS"),
-    ("megatron.training.arguments.validate_args", _keep_fused_gelu_alone, "the function stays that of GPUs"),
+PATCHES = (
+    wrapped(
+        "megatron.training.arguments.add_megatron_arguments",
+        _with_cpu_defaults,
+        "defaults need a GPU, Transformer Engine or Apex",
+    ),
+    wrapped(
+        "megatron.training.arguments.parse_args", _then_refuse_gpu_flags, "flags that need a GPU end in a traceback"
+    ),
+    wrapped(
+        "megatron.training.arguments.validate_args",
+        _keep_fused_gelu_alone,
+        "a fused GELU is another function: it stays on",
+    ),
 )

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_moa.cpu.patching import wrapped
+
 
 class _HostStream:
     """A stream of random numbers for what runs on the host beside a GPU: the data loader.
@@ -43,8 +45,11 @@ def _in_host_stream(original: Callable) -> Callable:
     return call
 
 
-WRAPPED: tuple[tuple[str, Callable[[Callable], Callable], str], ...] = (
-    # name, wrapper, why
-    ("torch.utils.data.dataloader._BaseDataLoaderIter.__init__", _in_host_stream, "draws a seed"),
-    ("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", _in_host_stream, "data sets may draw numbers"),
+PATCHES = (
+    wrapped(
+        "torch.utils.data.dataloader._BaseDataLoaderIter.__init__",
+        _in_host_stream,
+        "it draws a seed, from the model's random numbers",
+    ),
+    wrapped("torch.utils.data.dataloader._BaseDataLoaderIter.__next__", _in_host_stream, "data sets may draw numbers"),
 )

@@ -10,22 +10,21 @@ The scripts of this project call :func:`megatron_moa.startup.prepare`, which doe
 as the process.
 """
 
-import pkgutil
-from typing import Any
-
 import torch
 
 from megatron_moa.cpu import collectives, compilation, factories, fake_cuda, flags, host_stream, megatron_parts
 from megatron_moa.cpu.messages import print_rank_0
 from megatron_moa.megatron_fixes import expected_warnings, from_pypi
 
-_REPLACED = (*fake_cuda.REPLACED, *megatron_parts.REPLACED)
-_WRAPPED = (
-    *factories.WRAPPED,
-    *host_stream.WRAPPED,
-    *collectives.WRAPPED,
-    *megatron_parts.WRAPPED,
-    *flags.WRAPPED,
+_PATCHES = (
+    compilation.RULES,
+    *fake_cuda.PATCHES,
+    *factories.PATCHES,
+    *host_stream.PATCHES,
+    *collectives.PATCHES,
+    *megatron_parts.PATCHES,
+    *flags.PATCHES,
+    compilation.FUSER,
 )
 
 _enabled = False
@@ -51,21 +50,8 @@ def enable() -> bool:
     expected_warnings.expect_no_gpu()
     import megatron.training.training  # noqa: F401
 
-    compilation.keep_compiler_rules()
-    for path, value, _ in _REPLACED:
-        owner, name = _owner(path)
-        setattr(owner, name, value)
-    for path, wrap, _ in _WRAPPED:
-        owner, name = _owner(path)
-        setattr(owner, name, wrap(getattr(owner, name)))
-    compilation.run_fusions_eagerly()
-    megatron_parts.allow_no_cuda()
+    for change in _PATCHES:
+        change.install()
     from_pypi.install()
     _enabled = True
     return True
-
-
-def _owner(path: str) -> tuple[Any, str]:
-    """The module or class that holds ``path``, and the last part of its name."""
-    owner, name = path.rsplit(".", 1)
-    return pkgutil.resolve_name(owner), name

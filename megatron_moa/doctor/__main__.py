@@ -3,6 +3,7 @@
     python -m megatron_moa.doctor                     what is here; exit code 0 if training can start, else 1
     python -m megatron_moa.doctor --smoke             and trains a tiny mixture for five steps
     python -m megatron_moa.doctor --recipe moe-2b     and whether GPUs take the widths of that recipe well
+    python -m megatron_moa.doctor --patches           what is changed in Megatron and torch in place, and why
     python -m megatron_moa.launch --nproc-per-node 8 -m megatron_moa.doctor --nccl     an all-reduce across these ranks
 
 Each line has a state:
@@ -61,6 +62,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"--timeout {options.timeout}: give a positive number of seconds, below a day")
         if options.nccl:
             return _test_network(options)
+        if options.patches:
+            return _list_patches(options)
         report = examine(options.timeout, options.save, options.recipe)
     if options.smoke and report.can_start:
         report = Report(report.findings, report.uses, smoke())
@@ -83,6 +86,11 @@ def _parser() -> OneLineParser:
         action="store_true",
         help="only test all-reduces across the ranks this is launched on, and print bandwidths (gloo without GPUs)",
     )
+    parser.add_argument(
+        "--patches",
+        action="store_true",
+        help="only list what is changed in Megatron and torch in place: where, why, for which version, until when",
+    )
     parser.add_argument("--recipe", metavar="MODEL", help="also look at the widths of a recipe of examples/models")
     parser.add_argument("--save", metavar="FOLDER", help="also look at the disk that training's --save will name")
     parser.add_argument(
@@ -94,8 +102,8 @@ def _parser() -> OneLineParser:
 
 def _test_network(options: argparse.Namespace) -> int:
     """Runs ``--nccl`` on this rank and returns the exit code."""
-    if options.smoke or options.save or options.recipe:
-        raise UserError("--nccl: runs on every rank and alone; drop --smoke, --save and --recipe")
+    if options.smoke or options.save or options.recipe or options.patches:
+        raise UserError("--nccl: runs on every rank and alone; drop --smoke, --save, --recipe and --patches")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a time-out is a page of C++ frames
     try:
         from megatron_moa.doctor import network
@@ -104,6 +112,23 @@ def _test_network(options: argparse.Namespace) -> int:
             f"--nccl: torch cannot be imported ({error}); run it without --nccl, which says what is missing"
         ) from None
     return network.main(options.timeout, options.json)
+
+
+def _list_patches(options: argparse.Namespace) -> int:
+    """Prints the list of ``--patches``, and returns the exit code."""
+    if options.smoke or options.save or options.recipe:
+        raise UserError("--patches: lists and looks at nothing else; drop --smoke, --save and --recipe")
+    try:
+        from megatron_moa.doctor.patches import all_patches, patch_table
+
+        changes = all_patches()
+    except ImportError as error:
+        raise UserError(
+            f"--patches: torch or Megatron cannot be imported ({error}); run it without --patches, which says what is "
+            "missing"
+        ) from None
+    print(json.dumps([change.described() for change in changes], indent=2) if options.json else patch_table(changes))
+    return 0
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_moa.layers.init_scale import coefficient_scale
+from megatron_moa.megatron_fixes.gates_by_adam import train_by_adam
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients
 from megatron_moa.mixture.grouped_products import group_sizes
-from megatron_moa.training.optimizer import train_by_adam
 
 _GATE_STREAM = "moa-gate-rng"
 _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets

@@ -24,6 +24,7 @@ from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.patching import patch
 
 _SPLITS = (
     "tensor_model_parallel_size",
@@ -35,20 +36,16 @@ _SPLITS = (
 
 def install() -> None:
     """Lets Megatron's optimizers load the state of another chain, and of another Adam."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+    for change in _PATCHES:
+        change.install()
 
-    load_state_dict = ChainedOptimizer.load_state_dict
-    if hasattr(load_state_dict, "__wrapped__"):
-        return
 
+def _of_any_chain(load_state_dict: Callable) -> Callable:
     @functools.wraps(load_state_dict)
-    def load_state_dict_of_any_chain(self: ChainedOptimizer, state_dict: Any) -> None:
+    def call(self: Any, state_dict: Any) -> None:
         load_state_dict(self, _rechained(state_dict, self.chained_optimizers))
 
-    ChainedOptimizer.load_state_dict = load_state_dict_of_any_chain
-    for kind in (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer):
-        kind.load_state_dict = _of_any_adam(kind.load_state_dict)
+    return call
 
 
 def _of_any_adam(load_state_dict: Callable) -> Callable:
@@ -64,6 +61,31 @@ def _of_any_adam(load_state_dict: Callable) -> Callable:
                 group.setdefault(setting, value)
 
     return call
+
+
+_PATCHES = (
+    patch(
+        "megatron.core.optimizer.optimizer.ChainedOptimizer.load_state_dict",
+        _of_any_chain,
+        why="it refuses the state of as many optimizers as another split of the experts has",
+        version="0.19.2",
+        remove_when="Megatron deals out what all ranks have in common to the optimizers that a run has",
+    ),
+    *(
+        patch(
+            f"megatron.core.optimizer.{kind}.load_state_dict",
+            _of_any_adam,
+            why="torch's Adam keeps a step count for each parameter, the fused ones for each group: KeyError",
+            version="0.19.2",
+            remove_when="Megatron saves the step count in one form for every Adam",
+        )
+        for kind in (
+            "distrib_optimizer.DistributedOptimizer",
+            "optimizer.Float16OptimizerWithFloat16Params",
+            "optimizer.FP32Optimizer",
+        )
+    ),
+)
 
 
 def _count_steps_as(adam: Any, loaded: dict[str, Any]) -> None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
+
+from megatron_moa.megatron_fixes.patching import patch
 
 # In the args of checkpoints that hold every rank's state.
 _MARK = "random_states_of_every_rank"
@@ -37,16 +40,16 @@ def differ_by_rank(args: argparse.Namespace) -> bool:
 
 def keep_every_ranks() -> None:
     """Lets Megatron's torch_dist checkpoints hold, and restore, every rank's state where they differ."""
+    _RNG_STATE.install()
+
+
+def _of_every_rank(get_rng_state: Callable) -> Callable:
     from megatron.core import parallel_state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.training import checkpointing, get_args
-
-    get_rng_state = checkpointing.get_rng_state
-    if hasattr(get_rng_state, "__wrapped__"):
-        return
+    from megatron.training import get_args
 
     @functools.wraps(get_rng_state)
-    def get_rng_state_of_every_rank(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         state = get_rng_state(*args, **kwargs)
         if not isinstance(state, ShardedObject) or not differ_by_rank(get_args()):
             return state
@@ -58,7 +61,16 @@ def keep_every_ranks() -> None:
             replica_id=0,
         )
 
-    checkpointing.get_rng_state = get_rng_state_of_every_rank
+    return call
+
+
+_RNG_STATE = patch(
+    "megatron.training.checkpointing.get_rng_state",
+    _of_every_rank,
+    why="it keeps the first data-parallel rank's random states alone, and with expert parallelism others differ",
+    version="0.19.2",
+    remove_when="Megatron saves the random states of every expert-parallel rank (merged upstream as PR 6858)",
+)
 
 
 def check_saved(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from megatron_moa.megatron_fixes.patching import patch
+
 PACKAGES = ("transformer_engine", "apex")
 ALLOW = "MEGATRON_MOA_TE_ON_CPU"  # environment variable: 1 lets them be imported all the same, as tests/te do
 
@@ -51,7 +53,21 @@ class _Guard(importlib.abc.MetaPathFinder):
         return refused
 
 
+def _with_guard(finders: list) -> list:
+    finders.insert(0, _Guard())
+    return finders
+
+
+_GUARD = patch(
+    "sys.meta_path",
+    _with_guard,
+    why="Megatron's import takes kernels of Transformer Engine and Apex, which fail without a GPU; made when "
+    "megatron_moa is imported, since Megatron's import may come next",
+    version="0.19.2",
+    remove_when="Megatron asks for a CUDA device before it takes these kernels",
+)
+
+
 def install() -> None:
     """Sets the guard, once in a process."""
-    if not any(isinstance(finder, _Guard) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Guard())
+    _GUARD.install()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_moa import startup
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.megatron_fixes.patching import RECORDING, patch
 
 
 @dataclass(frozen=True)
@@ -174,16 +175,13 @@ class Recorder:
 
     def install(self) -> None:
         """Wraps the functions of Megatron's training loop that build the model, take a step, and train."""
-        from megatron.training import training
+        for change in _PATCHES:
+            change.install(self)
 
-        for name, wrap in (
-            ("setup_model_and_optimizer", self._after_setup),
-            ("train_step", self._each_step),
-            ("train", self._around_training),
-        ):
-            setattr(training, name, functools.wraps(getattr(training, name))(wrap(getattr(training, name))))
+    def after_setup(self, setup: Callable) -> Callable:
+        """Wraps Megatron's ``setup_model_and_optimizer``: keeps the parameters at the start."""
 
-    def _after_setup(self, setup: Callable) -> Callable:
+        @functools.wraps(setup)
         def call(*args: Any, **kwargs: Any) -> Any:
             models, optimizer, scheduler = setup(*args, **kwargs)
             self.models, self.optimizer = models, optimizer
@@ -219,7 +217,10 @@ class Recorder:
 
         self.optimizer.step = first_step
 
-    def _each_step(self, train_step: Callable) -> Callable:
+    def each_step(self, train_step: Callable) -> Callable:
+        """Wraps Megatron's ``train_step``: keeps losses and gradient norms."""
+
+        @functools.wraps(train_step)
         def call(*args: Any, **kwargs: Any) -> Any:
             from megatron.training import get_args
 
@@ -230,7 +231,10 @@ class Recorder:
 
         return call
 
-    def _around_training(self, train: Callable) -> Callable:
+    def around_training(self, train: Callable) -> Callable:
+        """Wraps Megatron's ``train``: keeps the parameters at the end, and writes the record."""
+
+        @functools.wraps(train)
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
                 return train(*args, **kwargs)
@@ -247,6 +251,23 @@ class Recorder:
             saved[name] = [(p.key, p.shape, p.offset, p.data) for p in getattr(self.record, name)]
         saved["steps"] = [(step.iteration, step.losses, step.grad_norm) for step in self.record.steps]
         torch.save(saved, self.folder / f"rank{torch.distributed.get_rank():05d}.pt")
+
+
+_PATCHES = tuple(
+    patch(
+        f"megatron.training.training.{name}",
+        wrapper,
+        why="parameters, gradients and losses are recorded there",
+        version="0.19.2",
+        remove_when="pretrain() takes callbacks",
+        where=RECORDING,
+    )
+    for name, wrapper in (
+        ("setup_model_and_optimizer", lambda setup, recorder: recorder.after_setup(setup)),
+        ("train_step", lambda train_step, recorder: recorder.each_step(train_step)),
+        ("train", lambda train, recorder: recorder.around_training(train)),
+    )
+)
 
 
 def pieces_of(

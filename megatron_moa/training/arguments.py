@@ -124,8 +124,6 @@ def parse_arguments(
     args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
     if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from; has no flag
         args.moa_end_tokens = saved.moa_end_tokens
-    optimizer_resharding.install()
-    random_states.keep_every_ranks()
     random_states.check_saved(args, saved)
     if as_global:
         with progress.wandb_errors(args):

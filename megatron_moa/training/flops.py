@@ -26,12 +26,13 @@ import argparse
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_moa.errors import UserError
 from megatron_moa.layers.layer_pattern import moe_layers
+from megatron_moa.megatron_fixes.patching import patch
 from megatron_moa.mixture.config import MixtureConfig
 
 _FORWARD_AND_BACKWARD = 3
@@ -84,20 +85,30 @@ def install(args: argparse.Namespace, mixing: MixtureConfig | None) -> None:
     ``training.num_floating_point_operations`` of megatron-core 0.19.2 is wrapped in place: it knows the layers from
     ``args`` alone, and the training loop calls it by that name.
     """
-    from megatron.training import training
+    _COUNT.install(sum(_mixture_flops(args, mixing)))
 
-    stock = inspect.unwrap(training.num_floating_point_operations)
-    added = sum(_mixture_flops(args, mixing))
+
+def _with_mixture(stock: Callable, added: float) -> Callable:
+    """Wraps Megatron's count, to which a token adds so many operations."""
 
     @functools.wraps(stock)
-    def with_mixture(args: argparse.Namespace, batch_size: int, *rest: Any, **options: Any) -> float:
+    def call(args: argparse.Namespace, batch_size: int, *rest: Any, **options: Any) -> float:
         # The order of stock's parameters: squared lengths, then tokens (None where nothing is packed).
         tokens = options.get("total_real_tokens_in_batch", rest[1] if len(rest) > 1 else None)
         if tokens is None:
             tokens = batch_size * args.seq_length
         return stock(args, batch_size, *rest, **options) + tokens * added
 
-    training.num_floating_point_operations = with_mixture
+    return call
+
+
+_COUNT = patch(
+    "megatron.training.training.num_floating_point_operations",
+    _with_mixture,
+    why="it knows the layers from args alone, and counts neither gates nor the sums of activations",
+    version="0.19.2",
+    remove_when="Megatron's count can be added to by a model",
+)
 
 
 def _mixture_flops(args: argparse.Namespace, mixing: MixtureConfig | None) -> tuple[float, float]:

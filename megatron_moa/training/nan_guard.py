@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, rerun_state_machine
-from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
+from megatron.core import parallel_state
+from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine, get_rerun_state_machine
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -27,6 +27,7 @@ from megatron.training import get_args
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from megatron_moa.megatron_fixes.patching import constant, patch
 from megatron_moa.training.exit_codes import EXIT_NOT_FINITE, report
 
 
@@ -51,30 +52,30 @@ _PARAMETER, _OUTPUT, _GRADIENT, _LAST = range(4)
 class StopOnNonFinite(RerunStateMachine):
     """Megatron's state machine of reruns; what it would save and restart for is a reason to stop here.
 
-    Args:
-        models: the model chunks on this rank, wrapped.
-        replaced: the machine that Megatron has made, whose settings are taken over.
+    Arguments are those of Megatron's; :meth:`watch` gives it the model.
     """
 
-    def __init__(self, models: list[MegatronModule], replaced: RerunStateMachine) -> None:
-        super().__init__(
-            state_save_func=replaced.state_save_func,
-            state_restore_func=replaced.state_restore_func,
-            mode=replaced.mode,
-            error_injector=replaced.error_injector,
-            result_rejected_tracker_filename=replaced.result_rejected_tracker_filename,
-        )
-        self._chunks = [(stage, unwrap_model(model)) for stage, model in _by_stage(models)]
+    def __init__(self, *settings: Any, **options: Any) -> None:
+        super().__init__(*settings, **options)
+        self._chunks: list[tuple[int, MegatronModule]] = []
+        self._stages: dict[int, int] = {}
         self._first_seen: str | None = None
         self._seen_again = False
         self._rejections = 0
         self._finding: Finding | None = None
         self._hooks: list[RemovableHandle] = []
         self._reran = False
+
+    def watch(self, models: list[MegatronModule]) -> None:
+        """Takes the model whose values it is to look at.
+
+        Args:
+            models: the model chunks on this rank, wrapped.
+        """
+        self._chunks = [(stage, unwrap_model(model)) for stage, model in _by_stage(models)]
         for stage, model in _by_stage(models):
             for group in (*getattr(model, "bucket_groups", ()), *getattr(model, "expert_parallel_bucket_groups", ())):
-                # The one place where a rank's own gradients are complete and not yet mixed with those of others.
-                group.check_grads = functools.partial(self._check_gradients, stage, group, group.check_grads)
+                self._stages[id(group)] = stage
 
     def should_run_forward_backward(self, data_iterator: Any) -> bool:
         """As Megatron's; a step that is computed anew is watched by hooks."""
@@ -191,13 +192,16 @@ class StopOnNonFinite(RerunStateMachine):
         where = global_name(chunk, name) or "the model"
         self._found((_OUTPUT, stage, self._calls), f"the output of {where} is not finite")
 
-    def _check_gradients(
-        self, stage: int, group: Any, check: Callable[..., None], *checks: Any, **options: Any
-    ) -> None:
+    def check_gradients(self, check: Callable[..., None], group: Any, *checks: Any, **options: Any) -> None:
+        """Looks at a group of buckets by Megatron's ``check``, and names the parameter if it finds anything.
+
+        It is the one place where a rank's own gradients are complete and not yet mixed with those of others.
+        """
         before = self._rejections
-        check(*checks, **options)
-        if self._rejections == before:
+        check(group, *checks, **options)
+        if self._rejections == before or id(group) not in self._stages:
             return
+        stage = self._stages[id(group)]
         chunk = dict(self._chunks)[stage]
         in_group = {id(parameter) for bucket in group.buckets for parameter in bucket.params_list}
         bad = [
@@ -213,25 +217,65 @@ class StopOnNonFinite(RerunStateMachine):
 _CONSEQUENCE = f"nothing was updated or saved with it; exit code {EXIT_NOT_FINITE}"
 
 
-def attach(models: list[MegatronModule]) -> list[MegatronModule]:
-    """Puts :class:`StopOnNonFinite` in the place of Megatron's state machine, and a check before every save.
+def install() -> None:
+    """Makes :class:`StopOnNonFinite` Megatron's state machine, and lets it look before every save; before ``pretrain``.
 
-    A post-wrap hook, so it returns the models as they came.
+    It needs the model, too: :func:`watch`.
     """
-    from megatron.training import training
+    for change in (_MACHINE, _CHECK, _SAVE):
+        change.install()
 
-    machine = StopOnNonFinite(models, rerun_state_machine.get_rerun_state_machine())
-    rerun_state_machine.destroy_rerun_state_machine()
-    rerun_state_machine._set_rerun_state_machine(machine)
-    save = training.save_checkpoint
 
+def watch(models: list[MegatronModule]) -> list[MegatronModule]:
+    """Gives the state machine the model; a post-wrap hook, so it returns the models as they came."""
+    _machine().watch(models)
+    return models
+
+
+def _machine() -> StopOnNonFinite:
+    machine = get_rerun_state_machine()
+    assert isinstance(machine, StopOnNonFinite), "Megatron made its state machine before install()"
+    return machine
+
+
+def _watched(check: Callable) -> Callable:
+    @functools.wraps(check)
+    def call(group: Any, *checks: Any, **options: Any) -> None:
+        _machine().check_gradients(check, group, *checks, **options)
+
+    return call
+
+
+def _if_finite(save: Callable) -> Callable:
     @functools.wraps(save)
-    def save_if_finite(*arguments: Any, **options: Any) -> Any:
-        machine.refuse_to_save()
+    def call(*arguments: Any, **options: Any) -> Any:
+        _machine().refuse_to_save()
         return save(*arguments, **options)
 
-    training.save_checkpoint = save_if_finite
-    return models
+    return call
+
+
+_MACHINE = patch(
+    "megatron.core.rerun_state_machine.RerunStateMachine",
+    constant(StopOnNonFinite),
+    why="it saves a checkpoint with NaN in it and asks to be started elsewhere, and names no layer",
+    version="0.19.2",
+    remove_when="Megatron stops without saving, and names the layer",
+)
+_CHECK = patch(
+    "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.check_grads",
+    _watched,
+    why="it names a bucket, not the parameter whose gradient is not finite",
+    version="0.19.2",
+    remove_when="Megatron names the parameter",
+)
+_SAVE = patch(
+    "megatron.training.training.save_checkpoint",
+    _if_finite,
+    why="it saves parameters that are not finite: an update can overflow although its gradient was finite",
+    version="0.19.2",
+    remove_when="Megatron looks at the parameters before it saves them",
+)
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:

@@ -10,17 +10,15 @@ import argparse
 import functools
 from collections.abc import Callable
 
-from torch.nn import Parameter
-
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.patching import patch
 from megatron_moa.training.megatron_checks import megatron_checks
 
 _GATES = "*.coefficients.weight"  # [n, h]
 _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
-_MARK = "moa_gate"  # attribute of a gate's matrix
 
 
 def check_schedule(args: argparse.Namespace) -> None:
@@ -174,60 +172,64 @@ def install(args: argparse.Namespace) -> None:
     groups and checkpoints, but no longer applied: a scaled ``max_lr`` and ``min_lr`` would leave --lr-warmup-init as it
     is, and contradict what --use-mup sets.
     """
-    from megatron.core.optimizer import ParamKey
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.training import training
+    for change in _CHECKED:
+        change.install(args)
+    overrides = _overrides(args)
+    if overrides:
+        _OVERRIDES.install(overrides)
+        _LEARNING_RATE.install()
 
-    for name in ("get_optimizer_param_scheduler", "get_megatron_optimizer"):
-        setattr(training, name, _checked(getattr(training, name), args))
-    ours = {}
+
+def _overrides(args: argparse.Namespace) -> dict:
+    """What this module's flags ask of the groups of the mixture's parameters; empty for nothing."""
+    from megatron.core.optimizer import ParamKey
+
+    overrides = {}
     if args.moa_gate_lr_scale != 1:
-        ours[ParamKey(name=_ALL)] = {"lr_mult": args.moa_gate_lr_scale}
+        overrides[ParamKey(name=_ALL)] = {"lr_mult": args.moa_gate_lr_scale}
     if args.moa_gate_weight_decay is not None:
         decay = args.moa_gate_weight_decay
-        ours[ParamKey(name=_GATES)] = {"start_wd": decay, "end_wd": decay}
-    if not ours:
-        return
-    overrides, learning_rate = training.get_standard_config_overrides, OptimizerParamScheduler.get_lr
+        overrides[ParamKey(name=_GATES)] = {"start_wd": decay, "end_wd": decay}
+    return overrides
 
-    @functools.wraps(overrides)
-    def overrides_with_ours(*arguments: object, **keywords: object) -> dict:
-        return overrides(*arguments, **keywords) | ours
 
+def _with_overrides(standard: Callable, ours: dict) -> Callable:
+    @functools.wraps(standard)
+    def call(*arguments: object, **keywords: object) -> dict:
+        return standard(*arguments, **keywords) | ours
+
+    return call
+
+
+def _scaled(learning_rate: Callable) -> Callable:
     @functools.wraps(learning_rate)
-    def scaled_learning_rate(self: OptimizerParamScheduler, group: dict) -> float:
+    def call(self: object, group: dict) -> float:
         return learning_rate(self, group) * group["lr_mult"]
 
-    training.get_standard_config_overrides = overrides_with_ours
-    OptimizerParamScheduler.get_lr = scaled_learning_rate
+    return call
 
 
-def train_by_adam(gate: Parameter) -> Parameter:
-    """Marks a gate's matrix, so that Muon, SOAP and the like, which take every matrix [.., ..], leave it to Adam.
-
-    ``is_embedding_or_output_parameter`` would do that too, but it also asks for --decoupled-lr.
-    """
-    _leave_marked_to_adam()
-    setattr(gate, _MARK, True)
-    return gate
-
-
-@functools.cache
-def _leave_marked_to_adam() -> None:
-    """Megatron 0.19.2 decides by shape in two places that must agree: which optimizer a parameter's group gets, by the
-    overrides of each optimizer's registry entry; and which buffer of the layer-wise distributed optimizer it lies in,
-    and which rules of --use-mup it follows, by a predicate.
-    """
-    from megatron.core import optimizer
-    from megatron.core.optimizer import ParamKey, emerging_optimizers, layer_wise_optimizer
-
-    for entry in emerging_optimizers._EMERGING_OPTIMIZERS.values():
-        entry.default_param_overrides[ParamKey(attr=_MARK)] = {"optimizer": "adam"}
-    by_shape = layer_wise_optimizer.is_managed_by_layer_wise_optimizer
-
-    @functools.wraps(by_shape)
-    def by_shape_and_mark(parameter: Parameter) -> bool:
-        return by_shape(parameter) and not getattr(parameter, _MARK, False)
-
-    for module in (layer_wise_optimizer, optimizer):
-        module.is_managed_by_layer_wise_optimizer = by_shape_and_mark
+_CHECKED = tuple(
+    patch(
+        f"megatron.training.training.{name}",
+        _checked,
+        why="its assertions about flags are tracebacks that name no flag",
+        version="0.19.2",
+        remove_when="Megatron checks these settings with its arguments",
+    )
+    for name in ("get_optimizer_param_scheduler", "get_megatron_optimizer")
+)
+_OVERRIDES = patch(
+    "megatron.training.training.get_standard_config_overrides",
+    _with_overrides,
+    why="a script cannot pass ParamKey overrides, which --moa-gate-lr-scale and --moa-gate-weight-decay are",
+    version="0.19.2",
+    remove_when="pretrain() takes overrides from the script",
+)
+_LEARNING_RATE = patch(
+    "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.get_lr",
+    _scaled,
+    why="groups keep lr_mult, and nothing multiplies by it",
+    version="0.19.2",
+    remove_when="Megatron's scheduler applies lr_mult",
+)

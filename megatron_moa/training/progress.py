@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 
+from megatron_moa.megatron_fixes.patching import patch
 from megatron_moa.training.exit_codes import report
 from megatron_moa.training.gpus import this_gpu
 
@@ -177,10 +178,29 @@ class Progress:
         self._drawn = 0.0
 
     def __enter__(self) -> Self:
-        """Wraps what :mod:`megatron_moa.training.progress` says."""
-        from megatron.training import training
+        """Takes the terminal's last line."""
+        if self.terminal is not None:
+            sys.stdout = self.terminal
+        return self
 
-        stock_log, stock_print = training.training_log, training.print_rank_last
+    def __exit__(self, *exception: object) -> None:
+        """Gives the line back, and writes out what TensorBoard holds back: validation and test after training, too."""
+        from megatron.training import get_tensorboard_writer
+
+        if self.terminal is not None:
+            self.terminal.clear()
+            sys.stdout = self.terminal._stream
+        writer = get_tensorboard_writer()
+        if writer is not None:
+            writer.flush()
+
+    def install(self) -> None:
+        """Lets Megatron's training loop tell this object of every step and every line; before ``pretrain``."""
+        _LOG.install(self)
+        _PRINT.install(self)
+
+    def followed(self, stock_log: Callable) -> Callable:
+        """Wraps Megatron's ``training_log``, which all ranks call after each step."""
         signature = inspect.signature(stock_log)
 
         @functools.wraps(stock_log)
@@ -192,6 +212,11 @@ class Progress:
             self._after_log(**step.arguments)
             return result
 
+        return log
+
+    def extended(self, stock_print: Callable) -> Callable:
+        """Wraps Megatron's ``print_rank_last``, and adds our fields to the line of every --log-interval."""
+
         @functools.wraps(stock_print)
         def print_rank_last(message: str) -> None:
             if self._line_due:
@@ -199,23 +224,7 @@ class Progress:
                 message += self._fields()
             stock_print(message)
 
-        training.training_log, training.print_rank_last = log, print_rank_last
-        self._wrapped = stock_log, stock_print
-        if self.terminal is not None:
-            sys.stdout = self.terminal
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Unwraps, and writes out what TensorBoard holds back: validation and test after training, too."""
-        from megatron.training import get_tensorboard_writer, training
-
-        training.training_log, training.print_rank_last = self._wrapped
-        if self.terminal is not None:
-            self.terminal.clear()
-            sys.stdout = self.terminal._stream
-        writer = get_tensorboard_writer()
-        if writer is not None:
-            writer.flush()
+        return print_rank_last
 
     def _before_log(
         self,
@@ -323,6 +332,22 @@ class Progress:
         if left is not None:
             self._end = time.time() + left
         return left
+
+
+_LOG = patch(
+    "megatron.training.training.training_log",
+    lambda stock_log, progress: progress.followed(stock_log),
+    why="it is the one place that all ranks pass after each step; Megatron has no callbacks",
+    version="0.19.2",
+    remove_when="pretrain() takes callbacks",
+)
+_PRINT = patch(
+    "megatron.training.training.print_rank_last",
+    lambda stock_print, progress: progress.extended(stock_print),
+    why="the line of --log-interval has no place for further fields",
+    version="0.19.2",
+    remove_when="training_log takes further fields",
+)
 
 
 def peak_flops(args: argparse.Namespace) -> tuple[float | None, str]:

@@ -1,0 +1,29 @@
+"""Registers changes that are made without a GPU alone, as megatron_moa.megatron_fixes.patching does for all."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from megatron_moa.megatron_fixes.patching import NO_GPU, Patch, constant, patch
+
+
+def wrapped(
+    path: str,
+    wrapper: Callable[[Any], Any],
+    why: str,
+    elsewhere: Callable[[], Iterable[tuple[Any, str, Any]]] = tuple,
+) -> Patch:
+    """Registers a change whose replacement calls the original; arguments are those of ``patch``."""
+    return patch(
+        path,
+        wrapper,
+        why=why,
+        version="0.19.2",
+        remove_when="Megatron runs without CUDA",
+        where=NO_GPU,
+        elsewhere=elsewhere,
+    )
+
+
+def replaced(path: str, value: Any, why: str) -> Patch:
+    """Registers a change that puts ``value`` in the original's place."""
+    return wrapped(path, constant(value), why)
