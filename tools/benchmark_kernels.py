@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
-from megatron_moa.research.benchmarks import kernel_errors, timing
+from megatron_moa.research.benchmarks import conditions, kernel_errors, reporting, timing
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")
@@ -191,7 +192,7 @@ def measure(
     sizes: Sizes, wanted: list[MixtureConfig], options: argparse.Namespace, device: torch.device, bandwidth: float
 ) -> Iterator[dict[str, Any]]:
     """A record for each contender: those with a linear branch, those without, gates."""
-    maker = Maker(sizes, device, timing.DTYPES[options.dtype])
+    maker = Maker(sizes, device, conditions.DTYPES[options.dtype])
     names = {"la": "LA", "moa": "MoA"}
     for gated in (True, False):
         own = {f"{names[m.kind]} {m.form} {m.backend}": m for m in wanted if m.gated == gated}
@@ -261,7 +262,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
             row += [f"{record['gb_per_s'][phase]:.0f}", f"{record['of_copy'][phase]:.2f}"]
         row += [f"{ratio[phase]:.3f}" if ratio else None for phase in ("forward", "backward", timing.TOTAL)]
         rows.append(row)
-    print(timing.table(header, rows), flush=True)
+    print(reporting.table(header, rows), flush=True)
 
 
 def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
@@ -276,13 +277,13 @@ def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
     rows = [[arm, *(f"{cells[arm, size]:.3f}" if (arm, size) in cells else None for size in sizes)] for arm in arms]
     label = "K" if grown == "activations" else grown
     print(f"\nforward and backward together over the baseline's, by {label}\n")
-    print(timing.table(["", *map(str, sizes)], rows), flush=True)
+    print(reporting.table(["", *map(str, sizes)], rows), flush=True)
 
 
 def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
     """Accuracy of all forms, sources, gates and backends: odd and empty sizes, bias, scale, groups; a record each."""
     for dtype, mixing in itertools.product(options.dtypes, mixings(options, backends)):
-        own = timing.DTYPES[dtype]
+        own = conditions.DTYPES[dtype]
         results: list[Any] = []
         # torch.compile makes code anew for another width, bias or scale: few combinations, each thing in one of them.
         for tokens, width, further in ((0, 129, False), (1, 129, True), (37, 129, False), (128, 1024, True)):
@@ -319,13 +320,13 @@ def print_checks(records: list[dict[str, Any]]) -> None:
         for r in records
     ]
     header = ("", "dtype", "results", "wrong", "furthest off", "error", "of PyTorch in this dtype")
-    print(timing.table(header, rows), flush=True)
+    print(reporting.table(header, rows), flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Our flags."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = {"type": timing.positive, "metavar": "N"}
+    size = {"type": positive, "metavar": "N"}
     parser.add_argument("--tokens", **size, help="default: 8192 on a GPU, 2048 on a CPU")
     parser.add_argument("--ffn", **size, help="f (default: 8192 on a GPU, 1408 on a CPU)")
     parser.add_argument("--hidden", **size, help="h of the gate (default: f / 4)")
@@ -335,13 +336,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grow", choices=tuple(GROWN), help="how the cost grows with K, f or tokens")
     parser.add_argument("--values", nargs="+", **size, help=f"of what --grow names (default: {GROWN})")
     parser.add_argument("--check", action="store_true", help="accuracy only; all dtypes unless --dtype names one")
-    timing.add_arguments(parser, rounds=20)
+    conditions.add_arguments(parser, rounds=20)
     options = parser.parse_args(argv)
     if options.values and not options.grow:
         raise UserError("--values: of what? add --grow activations, ffn or tokens")
     if options.grow == "activations" and max(options.values or [0]) > len(ORDER):
         raise UserError(f"--values {max(options.values)}: there are {len(ORDER)} activations to grow over")
-    options.dtypes = [options.dtype] if options.dtype else list(timing.DTYPES)
+    options.dtypes = [options.dtype] if options.dtype else list(conditions.DTYPES)
     return options
 
 
@@ -365,10 +366,10 @@ def main(argv: list[str] | None = None) -> None:
     """Checks, times, reports."""
     with one_line_errors(PROGRAM):
         options = parse(argv)
-        device, dtype = timing.set_up(options)
+        device, dtype = conditions.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
-        surroundings = timing.environment(device)
-        print(timing.describe(surroundings), flush=True)
+        surroundings = conditions.environment(device)
+        print(conditions.describe(surroundings), flush=True)
         backends = there(device, options.backend)
         if options.check:
             try:
@@ -377,14 +378,14 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{PROGRAM}: {error}")
                 raise SystemExit(1) from None
             print_checks(records)
-            timing.append_records(options.json, "accuracy", surroundings, records)
+            reporting.append_records(options.json, "accuracy", surroundings, records)
             raise SystemExit(1 if any(record["failed"] for record in records) else 0)
         bandwidth = timing.copy_bandwidth(device)
         print(f"copy on this device: {bandwidth:.0f} GB/s", flush=True)
         records = []
         for sizes in series(options, device):
             wanted = mixings(options, backends, sizes.activations)
-            timing.require_correct(PROGRAM, wanted, dtype, device, width=sizes.ffn, hidden=sizes.hidden)
+            conditions.require_correct(PROGRAM, wanted, dtype, device, width=sizes.ffn, hidden=sizes.hidden)
             label = "" if sizes.activations is None else f", K {sizes.activations}"
             print(f"\n{sizes.tokens} tokens, f {sizes.ffn}, h {sizes.hidden}{label}, {options.dtype}\n")
             found = [
@@ -394,7 +395,7 @@ def main(argv: list[str] | None = None) -> None:
             records += found
     if options.grow:
         print_growth(options.grow, records)
-    timing.append_records(options.json, "kernels", surroundings, records)
+    reporting.append_records(options.json, "kernels", surroundings, records)
 
 
 if __name__ == "__main__":

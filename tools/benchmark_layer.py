@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa import startup
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, FORMS, MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.research.benchmarks import timing
+from megatron_moa.research.benchmarks import conditions, peak_memory, reporting, timing
 
 PROGRAM = "benchmark_layer.py"
 LABELS = {"la": "LA", "moa": "MoA"}
@@ -250,11 +251,11 @@ def _family_records(
     by_role = {role: [arm.name for arm in own if arm.role == role] for role in ("stock", "compiled")}
     stock = timings.fastest(by_role["stock"]) if by_role["stock"] else None
     (compiled,) = by_role["compiled"]
-    peaks = {arm.name: timing.peak_bytes(built[arm.name].run, device) for arm in own}
+    peaks = {arm.name: peak_memory.peak_bytes(built[arm.name].run, device) for arm in own}
     least = min((peaks[name] for name in by_role["stock"]), default=None)
     for arm in own:
         layer = built[arm.name]
-        saved = timing.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
+        saved = peak_memory.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
         backend = None if arm.mixing is None else resolve_backend(arm.mixing.backend, device.type)
         yield {
             "arm": arm.name,
@@ -303,7 +304,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 record["saved_coefficient_bytes"] / 1e6,
             )
         )
-    print(timing.table(header, rows), flush=True)
+    print(reporting.table(header, rows), flush=True)
 
 
 def check_goals(records: list[dict[str, Any]]) -> bool:
@@ -356,7 +357,7 @@ def split_over(tp: int) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Our flags."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = {"type": timing.positive, "metavar": "N"}
+    size = {"type": positive, "metavar": "N"}
     parser.add_argument("--hidden", **size, default=512, help="h (default: %(default)s)")
     parser.add_argument("--ffn", **size, default=1408, help="f, of one expert in a MoE (default: %(default)s)")
     parser.add_argument("--tokens", **size, default=2048, help="default: %(default)s")
@@ -384,7 +385,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="how costs grow: with experts, doubled up to --experts; with TP sizes, up to all processes of torchrun",
     )
     parser.add_argument("--require", action="store_true", help=f"exit code 1 unless MoA meets the goals: {GOALS}")
-    timing.add_arguments(parser, rounds=15)
+    conditions.add_arguments(parser, rounds=15)
     options = parser.parse_args(argv)
     if options.execution and not options.experts:
         raise UserError(f"--execution {options.execution}: there are no experts; add --experts N")
@@ -417,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     """Checks, times, reports."""
     with one_line_errors(PROGRAM):
         options = parse(argv)
-        device, dtype = timing.set_up(options)
+        device, dtype = conditions.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
         startup.prepare()
         start(device)
@@ -426,12 +427,12 @@ def main(argv: list[str] | None = None) -> None:
         for _, tp in series:
             if world % tp or options.hidden % tp or options.ffn % tp or options.tokens % tp:
                 raise UserError(f"--tp {tp}: does not divide {world} processes, --hidden, --ffn and --tokens")
-        surroundings = timing.environment(device)
-        _say(timing.describe(surroundings))
+        surroundings = conditions.environment(device)
+        _say(conditions.describe(surroundings))
         split_over(series[0][1])
         mixings = [arm.mixing for arm in arms(options) if arm.mixing is not None]
         width, scale = options.ffn // series[0][1], bool(options.experts)
-        timing.require_correct(PROGRAM, mixings, dtype, device, width=width, hidden=options.hidden, scale=scale)
+        conditions.require_correct(PROGRAM, mixings, dtype, device, width=width, hidden=options.hidden, scale=scale)
         records: list[dict[str, Any]] = []
         for own, tp in series:
             split_over(tp)
@@ -445,7 +446,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         print()
         good = check_goals(records)
-        timing.append_records(options.json, "layer", surroundings, records)
+        reporting.append_records(options.json, "layer", surroundings, records)
     torch.distributed.destroy_process_group()
     raise SystemExit(1 if options.require and not good else 0)
 

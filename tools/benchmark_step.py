@@ -27,10 +27,11 @@ from typing import Any
 import torch
 
 from megatron_moa import startup
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.research.benchmarks import timing
+from megatron_moa.research.benchmarks import conditions, peak_memory, reporting, timing
 from megatron_moa.research.benchmarks.train_step import build, random_batches
 from megatron_moa.runs.recipes import read_recipe
 
@@ -94,7 +95,7 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
 def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace, MixtureConfig | None]]) -> None:
     """Accuracy at the widths of this model, dense, shared and routed; leaves with exit code 1 where it is not given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = timing.DTYPES[options.dtype]
+    dtype = conditions.DTYPES[options.dtype]
     for args, mixing in arms.values():
         if mixing is None:
             continue
@@ -104,7 +105,9 @@ def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace,
         widths |= {(shared, False)} if routed and shared else set()
         for width, scale in widths:
             width //= args.tensor_model_parallel_size if not scale else args.expert_tensor_parallel_size
-            timing.require_correct(PROGRAM, [mixing], dtype, device, width=width, hidden=args.hidden_size, scale=scale)
+            conditions.require_correct(
+                PROGRAM, [mixing], dtype, device, width=width, hidden=args.hidden_size, scale=scale
+            )
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -126,7 +129,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
         barrier = torch.distributed.barrier if torch.distributed.get_world_size() > 1 else lambda: None
         runs = {arm.name: arm.run for arm in arms}
         timings = timing.time_alternately(runs, device, options.rounds, warmup=2, before_each=barrier)
-        peaks = {arm.name: timing.peak_bytes(arm.run, device) for arm in arms}
+        peaks = {arm.name: peak_memory.peak_bytes(arm.run, device) for arm in arms}
     except torch.OutOfMemoryError:
         raise UserError(
             f"{options.recipe}: {len(parsed)} models and their optimizers do not fit into this GPU's memory; cut the "
@@ -184,7 +187,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 f"{record['peak_ratio']:.4f}",
             )
         )
-    print(timing.table(header, rows), flush=True)
+    print(reporting.table(header, rows), flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -194,13 +197,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         split = argv.index("--")
         argv, megatron = argv[:split], argv[split + 1 :]
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    size = {"type": timing.positive, "metavar": "N"}
+    size = {"type": positive, "metavar": "N"}
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a bash file with the array MODEL_ARGS")
     parser.add_argument("--arms", nargs="+", choices=("la", "moa"), default=["la", "moa"], help="beside SwiGLU")
     parser.add_argument("--layers", **size, help="cut the model to so many layers")
     parser.add_argument("--micro-batch-size", **size, default=1, help="sequences (default: %(default)s)")
     parser.add_argument("--global-batch-size", **size, help="default: one micro-batch a data-parallel rank")
-    timing.add_arguments(parser, rounds=15)
+    conditions.add_arguments(parser, rounds=15)
     options = parser.parse_args(argv)
     options.megatron = megatron
     if "--moa-mixing" in megatron:
@@ -213,19 +216,19 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(PROGRAM):
         options = parse(sys.argv[1:] if argv is None else argv)
         read_recipe(options.recipe)
-        device, _ = timing.set_up(options)
+        device, _ = conditions.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
         startup.prepare()
-        surroundings = timing.environment(device)
+        surroundings = conditions.environment(device)
         records = measure(options, device)
     if torch.distributed.get_rank() == 0:
-        print(timing.describe(surroundings))
+        print(conditions.describe(surroundings))
         first = records[0]
         cut = f", CUT TO {first['layers']} LAYERS" if first["cut"] else f", {first['layers']} layers"
         batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
         print(f"\n{options.recipe.stem}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
         print_table(records)
-        timing.append_records(options.json, "step", surroundings, records)
+        reporting.append_records(options.json, "step", surroundings, records)
     torch.distributed.destroy_process_group()
 
 

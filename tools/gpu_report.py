@@ -22,7 +22,7 @@ from typing import Any
 from demo import LEFT_OUT
 
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.research.benchmarks import timing
+from megatron_moa.research.benchmarks import conditions, reporting
 from megatron_moa.runs.training_log import TrainingLog
 
 PROGRAM = "gpu_report.py"
@@ -90,7 +90,7 @@ def read_records(path: Path) -> list[Record]:
 
 def report(records: list[Record]) -> str:
     """All records as markdown, a section a kind of benchmark; the environment once, if it is one."""
-    surroundings = {timing.describe({**r["environment"], "date": ""})[2:] for r in records if "environment" in r}
+    surroundings = {conditions.describe({**r["environment"], "date": ""})[2:] for r in records if "environment" in r}
     dates = sorted(r["environment"]["date"] for r in records if "environment" in r)
     parts = ["# GPU results", *(f"{text}; from {dates[0]} to {dates[-1]}" for text in sorted(surroundings))]
     for kind, (title, section) in _SECTIONS.items():
@@ -120,7 +120,7 @@ def _commands(commands: Iterable[str]) -> list[str]:
 
 def _status(records: list[Record]) -> Iterator[str]:
     rows = [(r["step"], r["status"], r["exit_code"], r["seconds"], r["limit"]) for r in records]
-    yield timing.table(("step", "status", "exit code", "seconds", "limit"), rows)
+    yield reporting.table(("step", "status", "exit code", "seconds", "limit"), rows)
 
 
 def _accuracy(records: list[Record]) -> Iterator[str]:
@@ -129,7 +129,7 @@ def _accuracy(records: list[Record]) -> Iterator[str]:
         (r["arm"], r["dtype"], r["results"], len(r["failed"]), r["worst"], r["error"], r["same_dtype_error"])
         for r in records
     ]
-    yield timing.table(header, rows)
+    yield reporting.table(header, rows)
 
 
 def _kernels(records: list[Record]) -> Iterator[str]:
@@ -138,7 +138,7 @@ def _kernels(records: list[Record]) -> Iterator[str]:
     for (tokens, ffn, hidden, dtype, k), own in _grouped(records, "tokens", "ffn", "hidden", "dtype", "K"):
         growing = "" if k is None else f", K {k}"
         yield f"{tokens} tokens, f {ffn}, h {hidden} (gates), {dtype}{growing}; copy {own[0]['copy_gb_per_s']:.0f} GB/s"
-        yield timing.table(
+        yield reporting.table(
             header,
             (
                 (
@@ -163,7 +163,7 @@ def _layers(records: list[Record]) -> Iterator[str]:
     for (hidden, ffn, tokens, experts, dtype), own in _grouped(records, "hidden", "ffn", "tokens", "experts", "dtype"):
         moe = f", {experts} experts, {own[0]['topk']} a token" if experts else ""
         yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}"
-        yield timing.table(
+        yield reporting.table(
             header,
             (
                 (
@@ -185,7 +185,7 @@ def _layers(records: list[Record]) -> Iterator[str]:
 def _steps(records: list[Record]) -> Iterator[str]:
     header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "quartiles", "to SwiGLU")
     header += ("tokens/s", "model TFLOP/s", "state MB", "peak MB", "to SwiGLU")
-    yield timing.table(
+    yield reporting.table(
         header,
         (
             (
@@ -215,7 +215,7 @@ def _trainings(records: list[Record]) -> Iterator[str]:
     rows = [
         (r["arm"], r["parameters"], r["iterations"], r["curve"][-1][1], r["validation_loss"], r["ms"]) for r in records
     ]
-    yield timing.table(header, rows)
+    yield reporting.table(header, rows)
     yield "One seed: a difference of losses here is no comparison of methods."
 
 

@@ -40,7 +40,7 @@ from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import ARGS, MixtureConfig
-from megatron_moa.research.benchmarks.timing import table
+from megatron_moa.research.benchmarks.reporting import table
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time

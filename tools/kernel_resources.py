@@ -28,10 +28,11 @@ from unittest import mock
 
 import torch
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
-from megatron_moa.research.benchmarks import timing
+from megatron_moa.research.benchmarks import conditions, reporting
 
 PROGRAM = "kernel_resources.py"
 
@@ -338,8 +339,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
     parser.add_argument("--mixing", choices=MIXINGS, default="moa", help="default: moa")
     parser.add_argument("--activations", nargs="+", choices=tuple(ACTIVATIONS), default=(), help="default: the form's")
-    parser.add_argument("--dtype", choices=tuple(timing.DTYPES), default="bf16", help="default: bf16")
-    size = {"type": timing.positive, "metavar": "N"}
+    parser.add_argument("--dtype", choices=tuple(conditions.DTYPES), default="bf16", help="default: bf16")
+    size = {"type": positive, "metavar": "N"}
     parser.add_argument("--ffn", **size, default=8192, help="f (default: 8192)")
     parser.add_argument("--hidden", **size, help="h, for the gates (default: f / 4)")
     parser.add_argument(
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with one_line_errors(PROGRAM):
         options = parse(argv)
         require_tools(options.arch)
-        dtype = timing.DTYPES[options.dtype]
+        dtype = conditions.DTYPES[options.dtype]
         bandwidths = options.bandwidth if options.arch == HOPPER else ()
         common = {"mixing": options.mixing, "dtype": options.dtype, "arch": options.arch}
         records = []
@@ -413,8 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print(options, rows, gates, bandwidths)
         if options.json:
             try:
-                surroundings = timing.environment(torch.device("cpu"))
-                timing.append_records(options.json, "resources", surroundings, records)
+                surroundings = conditions.environment(torch.device("cpu"))
+                reporting.append_records(options.json, "resources", surroundings, records)
             except OSError as error:
                 raise UserError(f"--json {options.json}: {error.strerror}; name a file that can be written") from error
 
@@ -429,10 +430,10 @@ def _print(
         head += ["issue ps", "half ps", "MUFU ps"]
     for bandwidth in bandwidths:
         head += [f"{bandwidth:g} TB/s ps", "bound / that"]
-    print(timing.table(head, rows))
+    print(reporting.table(head, rows))
     if gates:
         print()
-        print(timing.table(["", "regs", "spilled", "shared"], gates))
+        print(reporting.table(["", "regs", "spilled", "shared"], gates))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_moa import startup
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.research.benchmarks.timing import positive, table
+from megatron_moa.research.benchmarks.reporting import table
 from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
 from megatron_moa.training.gpus import GPUS
 

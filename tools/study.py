@@ -20,8 +20,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, one_line_ending
-from megatron_moa.research.benchmarks.timing import positive
 
 PROGRAM = "study.py"
 

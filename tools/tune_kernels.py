@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
-from megatron_moa.research.benchmarks import kernel_errors, timing
+from megatron_moa.research.benchmarks import conditions, kernel_errors, timing
 
 PROGRAM = "tune_kernels.py"
 
@@ -159,14 +160,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     description = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=description)
-    size = {"type": timing.positive, "metavar": "N"}
+    size = {"type": positive, "metavar": "N"}
     parser.add_argument("--ffn", **size, nargs="+", required=True, help="widths f (of a tensor-parallel rank)")
     parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="default: all")
     parser.add_argument(
         "--mixing", choices=MIXINGS, default="moa", help="default: moa; the file has one entry for both"
     )
     parser.add_argument("--tokens", **size, default=8192, help="default: 8192")
-    parser.add_argument("--dtype", choices=tuple(timing.DTYPES), default="bf16", help="default: bf16")
+    parser.add_argument("--dtype", choices=tuple(conditions.DTYPES), default="bf16", help="default: bf16")
     parser.add_argument("--rounds", **size, default=15, help="repetitions of each, in alternation (default: 15)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="what it holds of others stays")
     return parser.parse_args(argv)
@@ -180,9 +181,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("no GPU here; run this where the model will be trained")
         from megatron_moa.mixture.triton_backend.tile_sizes import architecture
 
-        device, dtype = torch.device("cuda"), timing.DTYPES[options.dtype]
+        device, dtype = torch.device("cuda"), conditions.DTYPES[options.dtype]
         write(options.output, architecture(device), [])  # what fails, fails before minutes are spent
-        print(timing.describe(timing.environment(device)), flush=True)
+        print(conditions.describe(conditions.environment(device)), flush=True)
         for form, f in itertools.product(options.form, options.ffn):
             mixing = MixtureConfig(kind=options.mixing, form=form, backend="triton")
             launches = launchers(mixing, options.tokens, f, dtype, device)

@@ -21,7 +21,7 @@ from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
 from megatron_moa.mixture.triton_backend import mixture
 from megatron_moa.research.benchmarks import kernel_errors
-from megatron_moa.research.benchmarks.timing import saved_for_backward
+from megatron_moa.research.benchmarks.peak_memory import saved_for_backward
 from tests.support.training import SWIGLU, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -191,7 +191,7 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     startup.prepare()
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_moa.research.benchmarks import timing, train_step
+    from megatron_moa.research.benchmarks import peak_memory, timing, train_step
     from megatron_moa.training.arguments import parse_arguments
     from tools import benchmark_step
 
@@ -206,8 +206,8 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
         arms[0].run(lap)
 
     device = torch.device("cpu")
-    whole = timing.peak_bytes(train, device)
-    step = timing.peak_bytes(arms[0].run, device)
+    whole = peak_memory.peak_bytes(train, device)
+    step = peak_memory.peak_bytes(arms[0].run, device)
     split = Split(gpus=1, micro_batch=args.micro_batch_size, recompute=recompute)
     planned = memory.peak(Model.from_args(args, mixing), split, memory.CPU)
     at_rest = planned.weights + planned.gradients + planned.optimizer

@@ -15,8 +15,9 @@ import torch
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.research.benchmarks import timing
-from megatron_moa.research.benchmarks.timing import Timings, peak_bytes, saved_for_backward, time_alternately
+from megatron_moa.research.benchmarks import conditions, reporting, timing
+from megatron_moa.research.benchmarks.peak_memory import peak_bytes, saved_for_backward
+from megatron_moa.research.benchmarks.timing import Timings, time_alternately
 
 CPU = torch.device("cpu")
 KILOBYTES = 1024  # float32 entries of 4 kB
@@ -164,7 +165,7 @@ def test_outputs_discarded_to_be_recomputed_count_nothing() -> None:
 
 def options(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    timing.add_arguments(parser, rounds=5)
+    conditions.add_arguments(parser, rounds=5)
     return parser.parse_args(flags)
 
 
@@ -179,51 +180,51 @@ def _threads_stay() -> None:
 def test_threads_by_flag_then_environment_then_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    timing.set_up(options("--device", "cpu"))
+    conditions.set_up(options("--device", "cpu"))
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
-    assert timing.set_up(options("--device", "cpu")) == (CPU, torch.float32)
+    assert conditions.set_up(options("--device", "cpu")) == (CPU, torch.float32)
     assert torch.get_num_threads() == 1
-    assert timing.set_up(options("--device", "cpu", "--threads", "3", "--dtype", "bf16")) == (CPU, torch.bfloat16)
+    assert conditions.set_up(options("--device", "cpu", "--threads", "3", "--dtype", "bf16")) == (CPU, torch.bfloat16)
     assert torch.get_num_threads() == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_an_error() -> None:
     with pytest.raises(UserError, match="--device cuda: no CUDA device here"):
-        timing.set_up(options("--device", "cuda"))
+        conditions.set_up(options("--device", "cuda"))
 
 
 def test_environment_names_what_figures_depend_on() -> None:
-    found = timing.environment(CPU)
+    found = conditions.environment(CPU)
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
     assert found["megatron-core"]
     assert found["threads"] == torch.get_num_threads()
     assert found["commit"] is None or len(found["commit"]) == 40
     for part in (found["date"], found["device"], str(found["megatron-core"])):
-        assert part in timing.describe(found)
+        assert part in conditions.describe(found)
 
 
 def test_no_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(timing, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    found = timing.environment(CPU)
+    found = conditions.environment(CPU)
     assert (found["commit"], found["dirty"]) == (None, None)
-    assert "no commit" in timing.describe(found)
+    assert "no commit" in conditions.describe(found)
 
 
 def test_records_are_appended_with_their_environment(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     for arm in ("a", "b"):
-        timing.append_records(path, "layer", {"torch": "2"}, [{"arm": arm}])
+        reporting.append_records(path, "layer", {"torch": "2"}, [{"arm": arm}])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"benchmark": "layer", "arm": arm, "environment": {"torch": "2"}} for arm in ("a", "b")]
-    timing.append_records(None, "layer", {}, [{"arm": "a"}])
+    reporting.append_records(None, "layer", {}, [{"arm": "a"}])
 
 
 def test_table() -> None:
-    assert timing.table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
+    assert reporting.table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
         "|  | ms |\n| --- | --- |\n| a | 1.235 |\n| b |  |\n| c | 12346 |"
     )
 
@@ -258,11 +259,11 @@ def test_nothing_is_timed_on_red(
     accuracy: types.SimpleNamespace, capsys: pytest.CaptureFixture[str], wrong: str
 ) -> None:
     moa, la = MixtureConfig(), MixtureConfig(kind="la")
-    timing.require_correct("tool.py", [moa, la, moa], torch.float32, CPU, width=7, hidden=5)
+    conditions.require_correct("tool.py", [moa, la, moa], torch.float32, CPU, width=7, hidden=5)
     assert [(kind, mixing) for kind, mixing, _ in accuracy.asked] == [("mixture", moa), ("gate", moa), ("mixture", la)]
     assert [sizes.get("width", sizes.get("hidden")) for _, _, sizes in accuracy.asked] == [7, 5, 7]
     accuracy.wrong = wrong
     with pytest.raises(SystemExit) as left:
-        timing.require_correct("tool.py", [moa], torch.float32, CPU, width=7, hidden=5)
+        conditions.require_correct("tool.py", [moa], torch.float32, CPU, width=7, hidden=5)
     assert left.value.code == 1
     assert capsys.readouterr().out == f"tool.py: nothing was timed, because a result is wrong: {wrong}: too far off\n"

@@ -1,4 +1,4 @@
-"""Measures time and memory for the benchmarks in tools/, and records the machine they ran on.
+"""Times what the benchmarks in tools/ compare, in alternation, on a CPU or a GPU.
 
 Contenders run in alternation, and a ratio is the median of the rounds' own ratios: what slows the machine down for a
 while slows all contenders of a round down, and leaves their ratio alone.
@@ -6,40 +6,28 @@ while slows all contenders of a round down, and leaves their ratio alone.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixtureConfig
-
-ROOT = Path(__file__).resolve().parents[3]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOTAL = "total"
 
+
 Lap = Callable[[str], None]  # ends a phase of a run, and names it
+
+
 Run = Callable[[Lap], None]  # one repetition of what is timed
 
 
-# Time.
-
 _FLUSH_BYTES = 256 << 20  # several times the 50 MB of an H100's L2 cache
+
+
 _HEAD_START_CYCLES = 4_000_000  # 2 ms at 2 GHz: longer than the host takes to queue a phase of one layer
 
 
@@ -208,237 +196,3 @@ def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
 
     timings = time_alternately({"copy": copy}, device, rounds=9, warmup=2)
     return 2 * size / timings.median("copy") / 1e6
-
-
-# Memory.
-
-
-def peak_bytes(run: Run, device: torch.device) -> int:
-    """The most memory a run holds at once above what is held before it, in bytes as requested by tensors.
-
-    On a GPU the caching allocator's count (it rounds up to 512 bytes), on a CPU every allocation of tensor memory, in
-    order, from torch's profiler. Warm up first, compilation allocates too; what is there before must stay.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(no_lap)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it reports that it found no GPU as an error
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
-        run(no_lap)
-    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-@dataclass(frozen=True)
-class Saved:
-    """Storages kept for backward; a storage that several operations keep, or several views share, is there once."""
-
-    storages: tuple[torch.UntypedStorage, ...]
-
-    @property
-    def bytes(self) -> int:
-        """All of them, in bytes; measured when asked, so that outputs discarded to be recomputed count 0."""
-        return sum(storage.nbytes() for storage in self.storages)
-
-    def bytes_of(self, tensors: Iterable[Tensor]) -> int:
-        """Those that hold one of these tensors."""
-        own = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return sum(storage.nbytes() for storage in self.storages if storage._cdata in own)
-
-
-def saved_for_backward(forward: Callable[[], Tensor], leave_out: Iterable[Tensor] = ()) -> Saved:
-    """What autograd keeps after a forward: inputs and intermediate results, parameters left out.
-
-    Args:
-        forward: runs once, with gradients.
-        leave_out: further tensors that do not count; parameters never do.
-    """
-    outside = {tensor.untyped_storage()._cdata for tensor in leave_out}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, torch.nn.Parameter) and storage._cdata not in outside:
-            storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = forward()
-    del out
-    return Saved(tuple(storages.values()))
-
-
-# Surroundings.
-
-
-def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The flags all benchmarks have."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="of the CPU; default: OMP_NUM_THREADS, else all CPUs there are"
-    )
-    parser.add_argument(
-        "--rounds",
-        type=positive,
-        default=rounds,
-        metavar="N",
-        help="repetitions of each contender, in alternation (default: %(default)s)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results, one JSON object a line")
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
-def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype by the flags of :func:`add_arguments`; sets the number of threads, and hides a GPU that is not
-    asked for, since Megatron takes any there is. To be called before CUDA is used.
-
-    Raises:
-        UserError: CUDA is asked for where there is none.
-    """
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    has_cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not has_cuda:
-        raise UserError("--device cuda: no CUDA device here; take --device cpu")
-    device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
-    if options.threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
-    options.dtype = options.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    return device, DTYPES[options.dtype]
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on: command, date, hardware, versions, commit."""
-    return {
-        "command": shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        **{name: _version(name) for name in ("torch", "triton", "megatron-core", "transformer-engine")},
-        **_commit(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's."""
-    return torch.cuda.get_device_name() if device.type == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {len(os.sched_getaffinity(0))} CPUs"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> dict[str, Any]:
-    """The checkout's commit and whether files differ from it; None where this is no checkout."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        changes = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
-
-
-def describe(surroundings: Mapping[str, Any]) -> str:
-    """An environment in one line."""
-    commit = (surroundings["commit"] or "no commit")[:12] + (" with changes" if surroundings["dirty"] else "")
-    versions = (f"{name} {surroundings[name]}" for name in ("python", "torch", "triton", "megatron-core"))
-    hardware = f"{surroundings['device']}, {surroundings['threads']} threads"
-    return f"{surroundings['date']}, {hardware}, {', '.join(versions)}, {commit}"
-
-
-def require_correct(
-    program: str,
-    mixings: Iterable[MixtureConfig],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    width: int,
-    hidden: int,
-    tokens: int = 40,
-    scale: bool = False,
-) -> None:
-    """Compares what is to be timed with the reference in float64, and leaves with exit code 1 where it is wrong.
-
-    Args:
-        program: for the message.
-        mixings: with the backends they will be timed with.
-        width: f, as timed: compiled code then serves both.
-        hidden: h of the gates.
-        tokens: few are enough.
-        scale: whether the mixture multiplies by a router's probability.
-    """
-    from megatron_moa.research.benchmarks import kernel_errors
-
-    try:
-        for mixing in dict.fromkeys(mixings):
-            kernel_errors.require(
-                kernel_errors.check_mixture(mixing, dtype, device, tokens=tokens, width=width, scale=scale)
-            )
-            if mixing.kind == "moa":
-                kernel_errors.require(kernel_errors.check_gate(mixing, dtype, device, tokens=tokens, hidden=hidden))
-    except kernel_errors.AccuracyError as error:
-        text = " ".join(str(error).split())
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: nothing was timed, because a result is wrong: {text}", flush=True)
-        raise SystemExit(1) from None
-
-
-# Reports.
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A markdown table; floats with four significant digits, None as an empty cell."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return str(value)
-
-
-def append_records(
-    path: Path | None, benchmark: str, surroundings: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
-) -> None:
-    """Appends one JSON object a line: the benchmark's name, the record, the environment."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as stream:
-        for record in records:
-            print(json.dumps({"benchmark": benchmark, **record, "environment": surroundings}), file=stream)
