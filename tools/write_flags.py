@@ -40,8 +40,8 @@ _STARTED_BY_OTHERS = {  # modules that a tool starts as a process of its own, ne
 
 _HEAD = """# Flags
 
-Written by `python tools/write_flags.py` from the programs' own parsers; `tests/test_flags.py` checks that it is
-current. Everywhere: a flag that is not known, or a value that cannot be, is one line and exit code 2.
+`python tools/write_flags.py` writes this page from the programs' own parsers, and a test checks that it is current.
+An unknown flag or an invalid value is answered by one line and exit code 2, in every program.
 """
 
 
