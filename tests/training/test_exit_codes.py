@@ -296,13 +296,13 @@ def test_signal_to_a_process_that_shuts_down_changes_nothing(number):
     program = (
         "import os, sys\n"
         "from types import SimpleNamespace\n"
-        "from megatron_moa import faults\n"
+        "from megatron_moa.training import exit_codes\n"
         "class Last:\n"
         "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
         f"        kill(pid, {int(number)})\n"
         "sys.last = Last()  # deleted after the handlers\n"
-        "stop = faults.StopSignals(SimpleNamespace(save=None, exit_signal=15))\n"
-        "with faults.exit_codes(stop):\n"
+        "stop = exit_codes.StopSignals(SimpleNamespace(save=None, exit_signal=15))\n"
+        "with exit_codes.exit_codes(stop):\n"
         f"    {ending}\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
