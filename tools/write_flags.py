@@ -40,8 +40,8 @@ _STARTED_BY_OTHERS = (  # without flags: other modules run them in processes of 
 
 _HEAD = """# Flags
 
-Written by `python tools/write_flags.py` from the programs' own parsers; `tests/tools/test_write_flags.py` checks that
-it is current. Everywhere: a flag that is not known, or a value that cannot be, is one line and exit code 2.
+`python tools/write_flags.py` writes this page from the programs' own parsers, and a test checks that it is current.
+An unknown flag or an invalid value is answered by one line and exit code 2, in every program.
 """
 
 
