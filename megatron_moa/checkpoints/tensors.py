@@ -8,17 +8,13 @@ error. Tensors are read by torch's own restricted reader, each chunk from its ow
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import pickle
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from reprlib import recursive_repr
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,33 +22,21 @@ from torch import Tensor
 
 from megatron_moa.checkpoints.files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
 from megatron_moa.checkpoints.names import EXTRA_STATE, take_stored_names
+from megatron_moa.checkpoints.unpickling import MetadataUnpickler, StandIn, load_archive, one_line
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-OPTIMIZER = ("optimizer.", "chained_")  # how the keys of its state start
-_COMMON_STATE = "common_state/shard_0_1"  # Megatron's settings, iteration, schedule
-_LEGACY_COMMON_STATE = "common.pt"  # where they were before megatron-core 0.19
 
-# What torch.distributed.checkpoint writes into .metadata.
-_METADATA_CLASSES = {
-    "torch.distributed.checkpoint.metadata": (
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorStorageMetadata",
-        "TensorProperties",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.serialization": ("_get_layout",),
-}
-# Classes beside Megatron's own (enumerations) whose objects stand among the settings.
-_SETTINGS_CLASSES = ("signal.Signals", "pathlib.PosixPath", "types.SimpleNamespace")
+OPTIMIZER = ("optimizer.", "chained_")  # how the keys of its state start
+
+
+_COMMON_STATE = "common_state/shard_0_1"  # Megatron's settings, iteration, schedule
+
+
+_LEGACY_COMMON_STATE = "common.pt"  # where they were before megatron-core 0.19
 
 
 @dataclass(frozen=True)
@@ -97,58 +81,6 @@ class TensorInfo:
         return self.chunks[start : bisect_left(self.chunks, first + length, key=lambda chunk: chunk.offset[0])]
 
 
-class StandIn:
-    """In place of an object whose class is not loaded: the class's name (``path``), what it was made of (``args``) and
-    its attributes.
-    """
-
-    path = ""
-
-    def __new__(cls, *args: object) -> StandIn:
-        """Takes whatever the real class would be given."""
-        self = super().__new__(cls)
-        self.args = args
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        """Attributes as pickle has them; another state, such as a tuple, becomes the attribute ``state``."""
-        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
-
-    @recursive_repr()
-    def __repr__(self) -> str:
-        attributes = {name: value for name, value in self.__dict__.items() if name != "args"}
-        shown = [*map(repr, self.args), *(f"{name}={value!r}" for name, value in attributes.items())]
-        return f"{self.path.rpartition('.')[2]}({', '.join(shown)})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StandIn) and (self.path, self.__dict__) == (other.path, other.__dict__)
-
-    def __hash__(self) -> int:
-        return hash((self.path, self.args))
-
-
-def _stand_in(path: str) -> type[StandIn]:
-    return type(path.rpartition(".")[2], (StandIn,), {"path": path})
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Makes stand-ins of the classes .metadata needs, and refuses all others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What pickle calls for every class and function a file names."""
-        if name in _METADATA_CLASSES.get(module, ()):
-            return _stand_in(f"{module}.{name}")
-        if module == "torch" and name == "Size":
-            return torch.Size
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {f'{module}.{name}'!r}, which no checkpoint needs")
-
-    def persistent_load(self, pid: object) -> Any:
-        """References out of the file: .metadata has none."""
-        raise pickle.UnpicklingError("it refers to something outside")
-
-
 class CheckpointTensors:
     """The tensors of one checkpoint, whatever split it was saved under.
 
@@ -177,7 +109,7 @@ class CheckpointTensors:
         except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise self._damaged(f"is not what torch.distributed.checkpoint writes ({_one_line(error)})") from None
+            raise self._damaged(f"is not what torch.distributed.checkpoint writes ({one_line(error)})") from None
 
     # Opening.
 
@@ -194,7 +126,7 @@ class CheckpointTensors:
                 "training with --ckpt-format torch_dist saved"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({_one_line(error)}); take a whole checkpoint") from None
+            raise UserError(f"{path}: cannot be read ({one_line(error)}); take a whole checkpoint") from None
         if backend != "torch_dist":
             raise UserError(f"{self.folder}: is of the format {backend!r}; only torch_dist is read here")
 
@@ -202,12 +134,12 @@ class CheckpointTensors:
         path = self.folder / ".metadata"
         try:
             with open(path, "rb") as stream:
-                return _MetadataUnpickler(stream).load()
+                return MetadataUnpickler(stream).load()
         except FileNotFoundError:
             raise UserError(f"{path}: is missing, the checkpoint was not written to its end; take another") from None
         # A damaged pickle raises whatever it likes.
         except Exception as error:
-            raise self._damaged(f"cannot be read ({_one_line(error)})") from None
+            raise self._damaged(f"cannot be read ({one_line(error)})") from None
 
     def _take(self, index: Any) -> None:
         """Fills the tables from .metadata; whatever is not as it must be raises one of the errors __init__ expects."""
@@ -327,7 +259,7 @@ class CheckpointTensors:
 
     def _has_content(self, key: str) -> bool:
         try:
-            states = _load_archive(self.bytes(key), key)
+            states = load_archive(self.bytes(key), key)
         except UserError:  # as Transformer Engine wrote it before 2.0, which is not what the restricted reader admits
             return True
         return any(isinstance(state, Tensor) and state.numel() for state in states)
@@ -350,7 +282,7 @@ class CheckpointTensors:
         return raw
 
     def _load(self, key: str, info: TensorInfo, chunk: Chunk) -> Tensor:
-        tensor = _load_archive(self._raw(chunk), f"{self.folder / chunk.file}: {key}")
+        tensor = load_archive(self._raw(chunk), f"{self.folder / chunk.file}: {key}")
         found = (tuple(tensor.shape), tensor.dtype) if type(tensor) is Tensor else type(tensor).__name__
         if found != (chunk.shape, info.dtype):
             raise UserError(
@@ -375,7 +307,7 @@ class CheckpointTensors:
             raw, where = legacy.read_bytes(), str(legacy)
         else:
             raw, where = self.bytes(_COMMON_STATE), f"{self.folder}: common_state"
-        state = _load_archive(raw, where, settings=True)
+        state = load_archive(raw, where, settings=True)
         if isinstance(state, list) and len(state) == 1:
             state = state[0]  # Megatron's wrapping
         if not isinstance(state, dict):
@@ -412,52 +344,6 @@ def _size(values: Any) -> tuple[int, ...]:
     if not all(type(value) is int and value >= 0 for value in values):
         raise ValueError(f"{values!r} are no sizes")
     return values
-
-
-def _one_line(error: BaseException) -> str:
-    # No line break and nothing else that moves a terminal's cursor: a file may have put it there.
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(error).split()))
-    return text[:200] if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text[:200]}"
-
-
-@contextmanager
-def _no_classes_admitted() -> Iterator[None]:
-    """Inside, torch's reader admits no class but its own: Megatron, once imported, admits more for the process."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
-
-
-def _load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
-    """What torch.save wrote, by torch's restricted reader.
-
-    Args:
-        where: for the message.
-        settings: whether a namespace of settings may be in it.
-
-    Raises:
-        UserError: it is damaged, or names a class or function that has no place in it.
-    """
-    try:
-        with _no_classes_admitted():
-            stand_ins: list[Any] = []
-            for path in torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(raw)):
-                if settings and path == "argparse.Namespace":
-                    stand_ins.append(argparse.Namespace)
-                elif settings and (path.startswith("megatron.") or path in _SETTINGS_CLASSES):
-                    stand_ins.append((_stand_in(path), path))
-                else:
-                    raise pickle.UnpicklingError(f"it names {path!r}, which no checkpoint needs")
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    # A damaged archive raises whatever it likes.
-    except Exception as error:
-        problem = _one_line(error)
-    raise UserError(f"{where}: cannot be read ({problem}); take a whole checkpoint from a source you trust")
 
 
 def check_pickles(root: Path, iteration: int | None) -> None:
