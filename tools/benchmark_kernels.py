@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
@@ -262,7 +263,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
             row += [f"{record['gb_per_s'][phase]:.0f}", f"{record['of_copy'][phase]:.2f}"]
         row += [f"{ratio[phase]:.3f}" if ratio else None for phase in ("forward", "backward", timing.TOTAL)]
         rows.append(row)
-    print(reporting.table(header, rows), flush=True)
+    print(markdown_table(header, rows), flush=True)
 
 
 def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
@@ -277,7 +278,7 @@ def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
     rows = [[arm, *(f"{cells[arm, size]:.3f}" if (arm, size) in cells else None for size in sizes)] for arm in arms]
     label = "K" if grown == "activations" else grown
     print(f"\nforward and backward together over the baseline's, by {label}\n")
-    print(reporting.table(["", *map(str, sizes)], rows), flush=True)
+    print(markdown_table(["", *map(str, sizes)], rows), flush=True)
 
 
 def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
@@ -320,7 +321,7 @@ def print_checks(records: list[dict[str, Any]]) -> None:
         for r in records
     ]
     header = ("", "dtype", "results", "wrong", "furthest off", "error", "of PyTorch in this dtype")
-    print(reporting.table(header, rows), flush=True)
+    print(markdown_table(header, rows), flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from megatron_moa import startup
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, FORMS, MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
@@ -304,7 +305,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 record["saved_coefficient_bytes"] / 1e6,
             )
         )
-    print(reporting.table(header, rows), flush=True)
+    print(markdown_table(header, rows), flush=True)
 
 
 def check_goals(records: list[dict[str, Any]]) -> bool:

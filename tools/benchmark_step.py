@@ -28,6 +28,7 @@ import torch
 
 from megatron_moa import startup
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
@@ -187,7 +188,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
                 f"{record['peak_ratio']:.4f}",
             )
         )
-    print(reporting.table(header, rows), flush=True)
+    print(markdown_table(header, rows), flush=True)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

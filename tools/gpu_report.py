@@ -21,8 +21,9 @@ from typing import Any
 
 from demo import LEFT_OUT
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.research.benchmarks import conditions, reporting
+from megatron_moa.research.benchmarks import conditions
 from megatron_moa.runs.training_log import TrainingLog
 
 PROGRAM = "gpu_report.py"
@@ -120,7 +121,7 @@ def _commands(commands: Iterable[str]) -> list[str]:
 
 def _status(records: list[Record]) -> Iterator[str]:
     rows = [(r["step"], r["status"], r["exit_code"], r["seconds"], r["limit"]) for r in records]
-    yield reporting.table(("step", "status", "exit code", "seconds", "limit"), rows)
+    yield markdown_table(("step", "status", "exit code", "seconds", "limit"), rows)
 
 
 def _accuracy(records: list[Record]) -> Iterator[str]:
@@ -129,7 +130,7 @@ def _accuracy(records: list[Record]) -> Iterator[str]:
         (r["arm"], r["dtype"], r["results"], len(r["failed"]), r["worst"], r["error"], r["same_dtype_error"])
         for r in records
     ]
-    yield reporting.table(header, rows)
+    yield markdown_table(header, rows)
 
 
 def _kernels(records: list[Record]) -> Iterator[str]:
@@ -138,7 +139,7 @@ def _kernels(records: list[Record]) -> Iterator[str]:
     for (tokens, ffn, hidden, dtype, k), own in _grouped(records, "tokens", "ffn", "hidden", "dtype", "K"):
         growing = "" if k is None else f", K {k}"
         yield f"{tokens} tokens, f {ffn}, h {hidden} (gates), {dtype}{growing}; copy {own[0]['copy_gb_per_s']:.0f} GB/s"
-        yield reporting.table(
+        yield markdown_table(
             header,
             (
                 (
@@ -163,7 +164,7 @@ def _layers(records: list[Record]) -> Iterator[str]:
     for (hidden, ffn, tokens, experts, dtype), own in _grouped(records, "hidden", "ffn", "tokens", "experts", "dtype"):
         moe = f", {experts} experts, {own[0]['topk']} a token" if experts else ""
         yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}"
-        yield reporting.table(
+        yield markdown_table(
             header,
             (
                 (
@@ -185,7 +186,7 @@ def _layers(records: list[Record]) -> Iterator[str]:
 def _steps(records: list[Record]) -> Iterator[str]:
     header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "quartiles", "to SwiGLU")
     header += ("tokens/s", "model TFLOP/s", "state MB", "peak MB", "to SwiGLU")
-    yield reporting.table(
+    yield markdown_table(
         header,
         (
             (
@@ -215,7 +216,7 @@ def _trainings(records: list[Record]) -> Iterator[str]:
     rows = [
         (r["arm"], r["parameters"], r["iterations"], r["curve"][-1][1], r["validation_loss"], r["ms"]) for r in records
     ]
-    yield reporting.table(header, rows)
+    yield markdown_table(header, rows)
     yield "One seed: a difference of losses here is no comparison of methods."
 
 

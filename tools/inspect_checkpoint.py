@@ -36,11 +36,11 @@ from megatron_moa.checkpoints.files import (
 from megatron_moa.checkpoints.settings import upgrade_saved_settings
 from megatron_moa.checkpoints.tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.command_line.megatron_flags import as_typed
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import ARGS, MixtureConfig
-from megatron_moa.research.benchmarks.reporting import table
 
 PROGRAM = "inspect_checkpoint.py"
 _PART = 1 << 22  # elements compared at a time
@@ -285,12 +285,12 @@ def report(about: dict[str, Any]) -> str:
         f"           {_typed(settings, _SHAPE)}",
         f"optimizer: {about['optimizer']}",
         "",
-        table(
+        markdown_table(
             ("kind", "tensors", "elements", "bytes", "dtypes", "shards", "files"),
             ([kind, *(_cell(value) for value in entry.values())] for kind, entry in kinds.items()),
         ),
         "",
-        table(
+        markdown_table(
             ("tensor", "shape", "dtype", "shards", "files"),
             (
                 [key, "×".join(map(str, entry["shape"])), entry["dtype"], entry["shards"], len(entry["files"])]
@@ -305,7 +305,7 @@ def report(about: dict[str, Any]) -> str:
             for entry in about["coefficients"]
             for name, values in entry["rows"].items()
         )
-        lines += ["", table(("layer", "place", "what", *about["coefficient_names"]), rows)]
+        lines += ["", markdown_table(("layer", "place", "what", *about["coefficient_names"]), rows)]
     return "\n".join(lines)
 
 
@@ -453,7 +453,7 @@ def report_difference(compared: dict[str, Any]) -> str:
             [_printable(name), *(_printable(str(value)) for value in pair)]
             for name, pair in compared["settings"].items()
         )
-        lines += ["", table(("setting", "first", "second"), rows)]
+        lines += ["", markdown_table(("setting", "first", "second"), rows)]
     for name in ("first", "second"):
         lines += [f"only in the {name}: {key}" for key in compared[f"only_in_{name}"]]
     lines += [f"{key}: {one} | {two}" for key, (one, two) in compared["other_shapes_or_dtypes"].items()]
@@ -462,7 +462,7 @@ def report_difference(compared: dict[str, Any]) -> str:
         [kind, entry["absolute"], entry["relative"], entry["tensor"], f"{entry['different']} of {entry['tensors']}"]
         for kind, entry in compared["differences"].items()
     )
-    return "\n".join([*lines, "", table(header, rows)])
+    return "\n".join([*lines, "", markdown_table(header, rows)])
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ from unittest import mock
 import torch
 
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
@@ -430,10 +431,10 @@ def _print(
         head += ["issue ps", "half ps", "MUFU ps"]
     for bandwidth in bandwidths:
         head += [f"{bandwidth:g} TB/s ps", "bound / that"]
-    print(reporting.table(head, rows))
+    print(markdown_table(head, rows))
     if gates:
         print()
-        print(reporting.table(["", "regs", "spilled", "shared"], gates))
+        print(markdown_table(["", "regs", "spilled", "shared"], gates))
 
 
 if __name__ == "__main__":

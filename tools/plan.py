@@ -29,12 +29,12 @@ from typing import Any
 
 from megatron_moa import startup
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.research.benchmarks.reporting import table
 from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
 from megatron_moa.training.gpus import GPUS
 
@@ -289,7 +289,7 @@ def full(report: Report) -> str:
         f"{model.iterations:,} steps: {tokens:,} tokens",
         "",
         f"Splits that fit, fastest first (compute at {100 * options.mfu:.0f} % of the peak, unmeasured)",
-        table(
+        markdown_table(
             ("split", "GiB a GPU", "s a step", "compute", "pipeline bubble", "exposed messages"),
             [
                 (
@@ -305,7 +305,7 @@ def full(report: Report) -> str:
         ),
         "",
         f"Memory of the first, GiB, on pipeline stage {needs.stage}",
-        table(
+        markdown_table(
             (
                 "weights",
                 "gradients",
@@ -340,7 +340,7 @@ def full(report: Report) -> str:
         + (", experts with more tokens than others." if model.experts else "."),
         "",
         "Messages of the first, a GPU and step",
-        table(
+        markdown_table(
             ("kind", "messages", "GB sent", "s", "of these exposed"),
             [(kind.kind, int(kind.messages), kind.bytes / 1e9, kind.seconds, kind.exposed) for kind in step.traffic],
         ),

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.runs.training_log import COUNT, NUMBER, TrainingLog
 
@@ -231,10 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.csv:
             csv.writer(sys.stdout).writerows(rows)
         elif rows:
-            print("| " + " | ".join(rows[0]) + " |")
-            print("| " + " | ".join("---" for _ in rows[0]) + " |")
-            for row in rows[1:]:
-                print("| " + " | ".join(row) + " |")
+            print(markdown_table(rows[0], rows[1:]))
             print("\n* the best learning rate of each mixing")
         for note in untuned(lines):
             print(note, file=sys.stderr)

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "write_flags.py"
@@ -181,8 +182,8 @@ def _tables(parser: argparse.ArgumentParser, actions: Sequence[argparse.Action])
             continue
         if group.title not in ("options", "positional arguments"):
             parts.append(f"{group.title[0].upper()}{group.title[1:]}:\n")
-        rows = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in _row(parser, a))} |" for a in own]
-        parts.append("\n".join(["| flag | values | default | meaning |", "| --- | --- | --- | --- |", *rows]) + "\n")
+        rows = [[cell.replace("|", "\\|") for cell in _row(parser, action)] for action in own]
+        parts.append(markdown_table(("flag", "values", "default", "meaning"), rows) + "\n")
     return parts
 
 

@@ -6,6 +6,7 @@ import importlib
 import re
 from itertools import groupby
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.doctor.processes import ROOT
 from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 from megatron_moa.megatron_fixes.patching import Patch, patches
@@ -31,13 +32,13 @@ def all_patches() -> list[Patch]:
 
 def patch_table(changes: list[Patch]) -> str:
     """Returns a Markdown table of the changes; those of one owner that share all other cells are one row."""
-    rows = [("target", "where", "Megatron", "why", "remove when"), ("---",) * 5]
+    rows = []
     for cells, group in groupby(changes, key=_cells):
         where, owner, version, why, remove_when = cells
         names = [change.path.rsplit(".", 1)[1] for change in group]
         target = f"{owner}.{names[0] if len(names) == 1 else '{' + ', '.join(names) + '}'}"
         rows.append((f"`{target}`", where, version, why, remove_when))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(("target", "where", "Megatron", "why", "remove when"), rows)
 
 
 def _cells(change: Patch) -> tuple[str, str, str, str, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.benchmarks import conditions, reporting, timing
@@ -224,7 +225,7 @@ def test_records_are_appended_with_their_environment(tmp_path: Path) -> None:
 
 
 def test_table() -> None:
-    assert reporting.table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
+    assert markdown_table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
         "|  | ms |\n| --- | --- |\n| a | 1.235 |\n| b |  |\n| c | 12346 |"
     )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.training.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
 
 if TYPE_CHECKING:
@@ -135,8 +136,7 @@ def beside_one_another(analyses: Mapping[str, dict[str, Any]]) -> Iterator[str]:
         analyses: as tools/analyze_gates.py writes them, by name.
     """
     kinds = {"mean": "at their means", "type mean": "at their types' means", "permuted": "permuted"}
-    yield f"| model | between types | rank | loss | {' | '.join(kinds.values())} |"
-    yield f"|{' --- |' * (4 + len(kinds))}"
+    table = []
     for name, analysis in analyses.items():
         sites = analysis["sites"]
         ranks = [site["effective_rank"] for site in sites if site["effective_rank"] is not None]
@@ -146,8 +146,8 @@ def beside_one_another(analyses: Mapping[str, dict[str, Any]]) -> Iterator[str]:
         ablation = analysis.get("ablation") or {"rows": []}
         cells.append(f"{ablation['loss']:.4f}" if "loss" in ablation else "")
         rows = {row["kind"]: row for row in ablation["rows"]}
-        cells += [change(rows[kind]) if kind in rows else "" for kind in kinds]
-        yield f"| {' | '.join(cells)} |"
+        table.append([*cells, *(change(rows[kind]) if kind in rows else "" for kind in kinds)])
+    yield markdown_table(["model", "between types", "rank", "loss", *kinds.values()], table)
     yield ""
     yield (
         "Between types: the median share, over all gates. Rank: the effective one, over layers. Differences to the "
@@ -198,28 +198,28 @@ def _layer_table(analysis: dict[str, Any]) -> Iterator[str]:
     if any(site["experts"] > 1 for site in analysis["sites"]):
         shares["expert_share"] = "between experts"
     titles = ["layer", "branch", "mean", "std/\\|mean\\|", *shares.values(), "rank", "output"]
-    yield f"| {' | '.join(titles)} |"
-    yield f"|{' --- |' * len(titles)}"
+    table = []
     for site in analysis["sites"]:
         rank = f"{site['effective_rank']:.1f} / {site['participation_ratio']:.1f} of {site['coefficients']}"
         for number, (branch, gates) in enumerate(_branches(site["gates"], analysis["mixing"]["form"]).items()):
             means = [gate["mean"] for gate in gates]
             cells = [site["title"], branch, f"{min(means):.2f} to {max(means):.2f}", _median(gates, "std_over_mean")]
             cells += [_median(gates, share, "%") for share in shares]
-            cells += [rank, _percent(site["output_change"])] if number == 0 else ["", ""]
-            yield f"| {' | '.join(cells)} |"
+            table.append([*cells, *((rank, _percent(site["output_change"])) if number == 0 else ("", ""))])
+    yield markdown_table(titles, table)
 
 
 def gate_table(analysis: dict[str, Any]) -> Iterator[str]:
     """Lines of Markdown: a row a gate, and the tokens that ask most and least for its activation."""
-    yield "| layer | gate | mean | std | between types (naive) | within | position | asks most | asks least |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    table = []
     for site in analysis["sites"]:
         for gate in site["gates"]:
             between = f"{_percent(gate['type_share'])} ({_percent(gate['type_share_naive'])})"
             cells = [site["title"], gate["name"], f"{gate['mean']:.3f}", f"{gate['std']:.3f}", between]
             cells += [_percent(gate["context_share"]), _percent(gate["position_share"])]
-            yield f"| {' | '.join([*cells, _tokens(gate['most']), _tokens(gate['least'])])} |"
+            table.append([*cells, _tokens(gate["most"]), _tokens(gate["least"])])
+    titles = "layer, gate, mean, std, between types (naive), within, position, asks most, asks least"
+    yield markdown_table(titles.split(", "), table)
     yield ""
     fewest = analysis["text"]["fewest"]
     yield (

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.evidence import Evidence
 from megatron_moa.research.study.paper import ROWS, reported
@@ -651,10 +652,7 @@ class _Report:
 
 def _table(rows: Sequence[Sequence[str]]) -> Lines:
     """Markdown, the header first."""
-    for number, row in enumerate(rows):
-        yield f"| {' | '.join(row)} |"
-        if number == 0:
-            yield f"|{' --- |' * len(row)}"
+    yield markdown_table(rows[0], rows[1:])
     yield ""
 
 
