@@ -26,8 +26,7 @@ PRESENT = [page for page in PAGES if str(page.relative_to(ROOT)) not in HISTORY]
 OURS = "pretrain_gpt_moa.py"
 # Tools that hand flags on to Megatron's parser, by themselves or behind a "--".
 HAND_ON = {
-    f"tools/{name}.py"
-    for name in "benchmark_step build_cache compare_parallel convert_from_hf generate plan".split()
+    f"tools/{name}.py" for name in "benchmark_step build_cache compare_parallel convert_from_hf generate plan".split()
 }
 # Modules of Megatron's and of Python's library.
 OTHERS = {"pretrain_gpt.py", "pipeline_parallel/schedules.py"}
