@@ -19,11 +19,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from demo import LEFT_OUT
-
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.research.benchmarks import conditions
+from megatron_moa.research.study.corpora import LEFT_OUT
 from megatron_moa.runs.training_log import TrainingLog
 
 PROGRAM = "gpu_report.py"

@@ -1,8 +1,13 @@
-"""tools/demo.py: reading Megatron's log, the table, its care with folders and processes, and one tiny run of it all."""
+"""tools/demo.py: its commands, its care with folders and processes, what a diverged run does, and one tiny demo."""
+
+from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -11,15 +16,19 @@ from types import ModuleType
 
 import pytest
 
+from megatron_moa.research.study import runner  # noqa: F401  # imports torch here rather than inside a test
 from megatron_moa.runs.training_log import IterationLine, TrainingLog
+from megatron_moa.training.exit_codes import EXIT_NOT_FINITE
+from tests.command_line.test_processes import is_alive, wait_for_end
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def load_demo() -> ModuleType:
     spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # where its dataclasses look for their annotations' names
     spec.loader.exec_module(module)
     return module
 
@@ -27,167 +36,226 @@ def load_demo() -> ModuleType:
 demo = load_demo()
 
 
-def result(mixing: str, factor: float, loss: float, milliseconds: float = 100.0) -> object:
-    curve = [IterationLine(5 * i, 50, 900.0 if i <= 2 else milliseconds, 7 - i / 10) for i in range(1, 11)]
-    log = TrainingLog(parameters=1000, iterations=curve, validation={50: loss})
-    return demo.Result(demo.Arm(mixing, factor), 2e-3 * factor, log)
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "PAUSE", 0.02)
 
 
-def test_table_compares_at_the_same_rate_and_verdict_takes_the_best() -> None:
-    results = [result("none", 1, 3.0), result("la", 1, 2.9), result("moa", 1, 3.2, 150.0)]
-    results += [result("none", 1.5, 2.8), result("la", 1.5, math.nan), result("moa", 1.5, 2.75)]
-    lines = demo.table(results).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["SwiGLU", "LA", "MoA"] * 2
-    assert lines[3].split() == ["LA", "2.0e-03", "1,000", "2.9000", "100", "-0.1000"]
-    assert lines[4].endswith("+0.2000")
-    assert lines[7].endswith("-0.0500")
-    assert len({len(line) for line in lines}) == 1
-    verdict = demo.verdict(results)
-    assert "SwiGLU 2.8000 at learning rate 3.0e-03" in verdict
-    assert "LA     2.9000 at learning rate 2.0e-03, 0.1000 higher than SwiGLU's" in verdict
-    assert "MoA    2.7500 at learning rate 3.0e-03, 0.0500 lower than SwiGLU's" in verdict
-    assert "One seed, two learning rates" in verdict
-    assert "one learning rate" in demo.verdict(results[:3])
+def log_of(loss: float, milliseconds: float = 100.0, parameters: int = 1000) -> TrainingLog:
+    lines = [IterationLine(i, 10, milliseconds, 7 - i / 10) for i in range(1, 11)]
+    return TrainingLog(parameters=parameters, iterations=lines, validation={10: loss})
 
 
-def test_arms_differ_in_mixing_rates_and_folder_alone(tmp_path: Path) -> None:
-    d = demo.Demo(demo.Settings(), tmp_path, seed=1, minutes=7)
-    commands = [d.command(arm) for arm in (*demo.FIRST_ARMS, *demo.SECOND_ARMS)]
-    for command in commands[1:]:
-        assert len(command) == len(commands[0])
-        differing = {commands[0][i - 1] for i, word in enumerate(command) if word != commands[0][i]}
-        assert differing <= {"--moa-mixing", "--lr", "--min-lr", "--save", "--data-cache-path"}
+def shell(name: str, script: str, folder: Path) -> object:
+    return demo.Run(name, ["sh", "-c", script], folder / name / "train.log")
+
+
+def diverged() -> TrainingLog:
+    """Of a run that stopped before its first line."""
+    return TrainingLog(parameters=1000)
+
+
+def test_verdict_says_who_is_ahead_and_what_it_costs() -> None:
+    lines = demo.verdict({"SwiGLU": log_of(3.0), "LA": log_of(2.9), "MoA": log_of(3.25, 150, 1015)}).splitlines()
+    assert lines[0].startswith("LA: 0.1000 nats per token lower than SwiGLU, with 0.00% more parameters and 1.00x")
+    assert lines[1].startswith("MoA: 0.2500 nats per token higher than SwiGLU, with 1.50% more parameters and 1.50x")
+    assert "a hint and no more" in lines[2]
+
+
+@pytest.mark.parametrize("lost", [diverged(), log_of(math.nan)])
+def test_verdict_compares_nothing_that_diverged(lost: TrainingLog) -> None:
+    lines = demo.verdict({"SwiGLU": log_of(3.0), "LA": log_of(2.9), "MoA": lost}).splitlines()
+    assert "lower" in lines[0]
+    assert lines[1] == "MoA: not compared, since MoA diverged"
+    lines = demo.verdict({"SwiGLU": lost, "LA": log_of(2.9), "MoA": log_of(2.8)}).splitlines()
+    assert lines[:2] == [f"{name}: not compared, since SwiGLU diverged" for name in ("LA", "MoA")]
+
+
+def test_trainings_differ_in_the_layer_and_folders_alone(tmp_path: Path) -> None:
+    runs = demo.trainings(demo.FULL, tmp_path, seed=5)
+    assert [run.name for run in runs] == ["SwiGLU", "LA", "MoA"]
+    parts = [set(demo.words_by_flag(run.command)) for run in runs]
+    differing = {part.split()[0] for part in set.union(*parts) - set.intersection(*parts)}
+    assert {flag for flag in differing if not flag.startswith("--moa-")} == {"--save", "--data-cache-path"}
+    for words in ("--train-iters 200", "--lr 0.004", "--seed 5", "--micro-batch-size 16", "--ffn-hidden-size 352"):
+        assert words in set.intersection(*parts)
 
 
 def test_shown_command_is_the_command() -> None:
-    import shlex
-
     command = [str(ROOT / "pretrain.py"), "--data-path", str(ROOT / "runs" / "a b"), "--split", "95,5,0"] * 4
-    shown = demo.shown(command)
-    assert shlex.split(shown.replace("\\\n", " ")) == [word.replace(f"{ROOT}/", "") for word in command]
+    typed = demo.typed(command)
+    assert len(typed.splitlines()) > 1
+    assert shlex.split(typed.replace("\\\n", " ")) == [word.replace(f"{ROOT}/", "") for word in command]
 
 
-def test_leaves_foreign_folders_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    with pytest.raises(demo.DemoError, match="not ours"):
-        demo.Demo(demo.QUICK, tmp_path, seed=1, minutes=1).prepare_folder()
-    assert (tmp_path / "thesis.txt").is_file()
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--iterations", "0"], "--iterations"),
+        (["--seed", "x"], "--seed"),
+        (["--minutes", "7"], "--minutes"),
+        (["--out", "{folder}"], "holds what is not the demo's"),
+        (["--out", "{folder}/thesis.txt"], "holds what is not the demo's"),
+        (["--out", "{folder}/thesis.txt/demo"], "cannot be written to"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    flags: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit) as leaving:
+        demo.main([flag.format(folder=tmp_path) for flag in flags])
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_empties_its_own_folder(tmp_path: Path) -> None:
-    d = demo.Demo(demo.QUICK, tmp_path / "demo", seed=1, minutes=1)
-    d.prepare_folder()
-    (tmp_path / "demo" / "old.log").touch()
-    d.prepare_folder()
-    assert [path.name for path in (tmp_path / "demo").iterdir()] == [demo.MARKER]
+    demo.prepare_folder(tmp_path / "runs" / "demo")
+    (tmp_path / "runs" / "demo" / "old.log").touch()
+    demo.prepare_folder(tmp_path / "runs" / "demo")
+    assert [path.name for path in (tmp_path / "runs" / "demo").iterdir()] == [demo.MARKER]
 
 
-def test_failed_command_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    code = "[print('line', i) for i in range(50)]; raise SystemExit('no such ' + 'tokenizer')"
-    with pytest.raises(demo.DemoError, match="exit code 1") as error:
-        list(demo.output_lines([sys.executable, "-c", code], tmp_path / "log"))
-    assert "no such tokenizer" in str(error.value)
-    assert "line 49" in str(error.value)
-    assert "line 0" not in str(error.value)
-    assert (tmp_path / "log").read_text(encoding="utf-8").startswith("line 0")
+def test_runs_so_many_at_a_time(tmp_path: Path) -> None:
+    running = []
+    runs = [shell(name, f"echo {name} $THREADS; sleep 0.1", tmp_path) for name in "abc"]
+    demo.run_all(runs, 2, lambda: running.append([run.name for run in runs if run.is_running]), THREADS="3")
+    assert ["a", "b"] in running
+    assert max(map(len, running)) == 2
+    assert [run.log.read_text() for run in runs] == ["a 3\n", "b 3\n", "c 3\n"]
+    assert all(run.seconds >= 0.1 for run in runs)
 
 
-def test_standard_output_alone_where_asked_for(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; print('a sample'); print('a warning', file=sys.stderr)"]
-    lines = demo.output_lines(command, tmp_path / "log", only_stdout=True)
-    assert [line for line in lines if line is not None] == ["a sample"]
-    assert (tmp_path / "log").read_text(encoding="utf-8") == "a warning\n"
+def test_a_failed_run_shows_its_end_and_ends_the_others(tmp_path: Path) -> None:
+    other = shell("other", "sleep 60 & echo $!; wait", tmp_path)
+    failing = shell("failing", "sleep 0.2; seq 50; echo no such tokenizer; exit 3", tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        demo.run_all([other, failing], 2, lambda: None)
+    text = leaving.value.code  # which Python prints, with exit code 1
+    assert "exit code 3 of\n  $ sh -c" in text
+    assert "    50\n    no such tokenizer" in text
+    assert "    30\n" not in text
+    assert other.process.returncode is not None
+    assert wait_for_end(int(other.log.read_text()))
 
 
-def test_closing_early_ends_the_process(tmp_path: Path) -> None:
-    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
-    lines = demo.output_lines([sys.executable, "-c", code], tmp_path / "log")
-    pid = int(next(line for line in lines if line is not None))
-    start = time.monotonic()
-    lines.close()
-    assert time.monotonic() - start < 10
-    assert not Path(f"/proc/{pid}").exists()
+def test_to_diverge_is_not_to_fail(tmp_path: Path) -> None:
+    assert demo.DIVERGED == EXIT_NOT_FINITE
+    run = shell("moa", f"exit {EXIT_NOT_FINITE}", tmp_path)
+    demo.run_all([run], 1, lambda: None)
+    assert run.process.returncode == EXIT_NOT_FINITE
 
 
-class FakeDemo(demo.Demo):
-    """Its runs print the log of a training that takes ``milliseconds`` an iteration, and do nothing else."""
+INTERRUPTED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tools")
+import demo
+def make_data(settings, out):
+    run = demo.Run("sleeper", ["sh", "-c", "sleep 60 & echo $!; wait"], out / "log")
+    demo.run_all([run], 1, lambda: None)
+demo.make_data = make_data
+demo.main(["--out", sys.argv[1]])
+"""
 
-    script = (
-        "import sys, time; total, ms, fail = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]\n"
-        "for i in range(10, total + 1, 10):\n"
-        "    time.sleep(0.02)\n"
-        "    if fail == 'fail': sys.exit('out of luck')\n"
-        "    if fail == 'hang': time.sleep(60)\n"
-        "    print(f' iteration {i}/ {total} | elapsed time per iteration (ms): {ms} | lm loss: {7 - i / 100} |')\n"
-        "print(f'validation loss at iteration {total} on validation set | lm loss value: 3.0E+00 |')\n"
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_process(stop: signal.Signals, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-
-    def __init__(self, out: Path, milliseconds: float, minutes: float = 7, fates: dict[str, str] | None = None) -> None:
-        super().__init__(demo.Settings(iterations=100), out, seed=1, minutes=minutes)
-        self.fake_milliseconds, self.fates, self.at_a_time = milliseconds, fates or {}, 2
-
-    def command(self, arm: demo.Arm) -> list[str]:
-        fate = self.fates.get(arm.name, "")
-        return [sys.executable, "-c", self.script, str(self.settings.iterations), str(self.fake_milliseconds), fate]
-
-
-def test_all_arms_run_at_both_rates_where_there_is_time(tmp_path: Path) -> None:
-    results = FakeDemo(tmp_path, milliseconds=1).train_all()
-    assert [r.arm for r in results] == [*demo.FIRST_ARMS, *demo.SECOND_ARMS]
-    assert {r.log.final_validation for r in results} == {3.0}
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child = int(log.read_text())
+    assert is_alive(child)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "demo.py: interrupted" in errors
+    assert wait_for_end(child)
 
 
-def test_second_rate_is_left_out_as_a_whole_and_said_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_time_left_counts_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.time, "monotonic", lambda: 100.0)
+    runs = [demo.Run(name, [], Path()) for name in ("SwiGLU", "LA", "MoA")]
+    for run in runs[:2]:
+        run.process = run  # any
+    runs[0].started, runs[1].started = 60.0, 70.0
+
+    def log(iteration: int, seconds: float) -> TrainingLog:
+        return TrainingLog(iterations=[IterationLine(iteration, 100, 1000 * seconds, 5.0)])
+
+    logs = {"SwiGLU": log(50, 1), "LA": log(5, 2)}
+    assert demo.seconds_left(runs, logs, 2) is None  # LA has not done a tenth
+    logs["LA"] = log(50, 2)  # both are half through: 40 s and 50 left, 30 s and 100 left
+    assert demo.seconds_left(runs, logs, 2) == 50 + 130  # where SwiGLU ends MoA begins, and takes as long as LA
+    runs[0].ended, runs[2].process, runs[2].started = 100.0, runs[2], 90.0
+    logs["SwiGLU"], logs["MoA"] = log(100, 1), TrainingLog()
+    assert demo.seconds_left(runs, logs, 2) == 120  # MoA, 10 s old, of 130
+
+
+@pytest.mark.parametrize("lost", ["SwiGLU", "LA", "MoA", None])
+def test_a_diverged_run_is_where_it_has_finite_values(
+    lost: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "MIXTURE_EXTRA", 0.0)
-    results = FakeDemo(tmp_path, milliseconds=1, minutes=0.2).train_all()
-    assert [r.arm for r in results] == list(demo.FIRST_ARMS)
-    assert "The runs at 1.5 times the learning rate are left out" in capsys.readouterr().out
+    commands: dict[str, list[str]] = {}
 
+    def step(title: str, tool: str, flags: list[object], log: Path) -> str:
+        commands[tool] = list(map(str, flags))
+        (tmp_path / "plots").mkdir(exist_ok=True)
+        (tmp_path / "plots" / "loss-tokens.png").touch()
+        return "Megatron's log\n--- sample ---\ndef main\n"
 
-def test_slow_machine_starts_anew_with_fewer_iterations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    d = FakeDemo(tmp_path, milliseconds=2000)
-    results = d.train_all()
-    assert [r.arm for r in results] == list(demo.FIRST_ARMS)
-    assert d.settings.iterations == 70  # (7 minutes / 2 rounds - 25 s to compile) / (2 s x 1.3), in tens
-    assert results[0].log.iterations[-1].total == 70
-    assert "2000 ms an iteration" in capsys.readouterr().out
+    monkeypatch.setattr(demo, "step", step)
+    runs = [demo.Run(name, [], tmp_path / name.lower() / "train.log") for name in demo.ARMS]
+    logs = {name: diverged() if name == lost else log_of(3.0) for name in demo.ARMS}
+    demo.save_results(logs, demo.QUICK, 1, tmp_path / "results.json")
+    demo.report(runs, logs, tmp_path)
 
-
-def test_failure_of_one_run_ends_the_others(tmp_path: Path) -> None:
-    start = time.monotonic()
-    with pytest.raises(demo.DemoError, match="out of luck"):
-        FakeDemo(tmp_path, milliseconds=1, fates={"swiglu-1x": "hang", "la-1x": "fail"}).train_all()
-    assert time.monotonic() - start < 20
-
-
-def test_plot_survives_a_diverged_run(tmp_path: Path) -> None:
-    results = [result("none", 1, 3.0), result("moa", 1, math.nan)]
-    results[1].log.iterations = [IterationLine(5, 50, 100.0, math.nan), IterationLine(10, 50, 100.0, None)]
-    demo.plot(results, demo.QUICK, tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)["runs"]
+    assert [row["validation_loss"] for row in rows] == [None if name == lost else 3.0 for name in demo.ARMS]
+    plot = commands["plot_runs.py"]
+    assert plot[plot.index("--labels") + 1 : plot.index("--smooth")] == [name for name in demo.ARMS if name != lost]
+    assert ("--baseline" in plot) == (lost != "SwiGLU")
+    assert ("generate.py" in commands) == (lost != "MoA")
+    printed = capsys.readouterr().out
+    assert printed.endswith("\ndef main\n\n") == (lost != "MoA")
+    assert "a hint and no more" in printed
 
 
 @pytest.mark.slow
 def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
-    """Three short runs, the table, the text and the picture, as `make demo` starts it."""
+    """Three short runs, table, verdict, pictures and text, as `make demo` starts them."""
     out = tmp_path / "demo"
     run = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "demo.py"), "--quick", "--out", str(out)],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    runs = json.loads((out / "results.json").read_text(encoding="utf-8"))["runs"]
-    assert [r["arm"] for r in runs] == ["SwiGLU", "LA", "MoA"]
-    for r in runs:
-        assert 4 < r["validation_loss"] < math.log(512) + 1
-        assert r["ms_per_iteration"] > 0
-        assert [iteration for iteration, _ in r["curve"]] == [1, 2, 4, 6, 8, 10, 12]
-    swiglu, la, moa = (r["parameters"] for r in runs)
-    assert swiglu < la < moa
-    assert (out / "loss.png").is_file()
-    assert "One seed" in run.stdout
-    assert "Text that the MoA model writes" in run.stdout
+    rows = json.loads((out / "results.json").read_text())["runs"]
+    assert [row["arm"] for row in rows] == ["SwiGLU", "LA", "MoA"]
+    for row in rows:
+        assert 4 < row["validation_loss"] < math.log(512) + 1
+        assert row["ms_per_iteration"] > 0
+        assert [iteration for iteration, _ in row["curve"]] == list(range(1, 13))
+    assert rows[0]["parameters"] < rows[1]["parameters"] < rows[2]["parameters"]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [line.split(" | ")[0] for line in run.stdout.splitlines() if line.startswith("| ")] == [
+        *("| mixing", "| ---", "| none", "| la", "| moa")
+    ]
+    assert "nats per token" in run.stdout
+    assert "\ndef " in run.stdout.partition("Text that the MoA model writes")[2]
+    assert "Setting seq_length" not in run.stdout

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_moa.command_line.processes import end_processes
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.corpora import Corpus, make_corpus
@@ -245,8 +246,7 @@ class Runner:
                 while self._step():
                     time.sleep(0.2)
             finally:
-                for run in self.running:
-                    _end(run.process)
+                end_processes([run.process for run in self.running])
 
     def pending(self) -> list[Cell]:
         """What can be run now."""
@@ -417,11 +417,3 @@ def _end_with_parent() -> None:
     """In a new process: it is killed when this one is, whatever way."""
     death_signal = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
-
-
-def _end(process: subprocess.Popen) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.poll() is None:
-            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(timeout=5)
