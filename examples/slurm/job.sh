@@ -1,5 +1,6 @@
+# Runs a job's training, saves before the time limit, and requeues; the job scripts source it and call run_job.
+# docs/slurm.md has it in words.
 # shellcheck shell=bash
-# What the job scripts of this folder share; they source it and call run_job. docs/slurm.md has it in words.
 #
 # Variables, all optional:
 #   MAX_STARTS (3)   starts from the same checkpoint, after which a job gives up

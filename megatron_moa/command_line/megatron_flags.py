@@ -1,4 +1,4 @@
-"""Sorts every flag of Megatron 0.19.2 by what it decides: the model's function, its training, or its execution.
+"""Sorts Megatron's flags by what they decide; those of the function come back with ``--use-checkpoint-args``.
 
 The command line, resuming, ``--use-checkpoint-args`` and the export all go by these tables. Names are those of the
 parsed args; fields of TransformerConfig that no flag sets are here too. A test compares the tables with the installed

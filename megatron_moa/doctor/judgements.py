@@ -1,4 +1,4 @@
-"""Turns facts into findings.
+"""Judges facts about packages, and words what the doctor says of each.
 
 The functions touch nothing, so that facts about GPUs can be judged on a machine without any.
 """

@@ -1,4 +1,4 @@
-"""Holds the settings of a mixture of activations, checks them, and translates them to args, flags and JSON."""
+"""Holds the settings of a mixture, with the paper's dictionaries and start values as defaults, and checks them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Defines what a trained model is used for, from any folder: logits, text, and the loss of a text.
+"""Defines what a trained model is used for, from any folder: logits, text drawn from it, the loss of a text.
 
 :class:`TextModel` is the common part; ``megatron_moa/trained/from_megatron.py`` has the model of a Megatron checkpoint,
 ``megatron_moa/hf/loading.py`` that of a Hugging Face folder, and ``megatron_moa/load.py`` takes either.

@@ -1,4 +1,4 @@
-"""Measures how mixing coefficients vary over the tokens of a text, batch by batch.
+"""Measures how mixing coefficients vary over tokens, batch by batch, for the log and for analyses of gates.
 
 Every result follows from sums in float64: of coefficients by group (token type, position, expert), and of their
 products. No matrix of tokens by coefficients is kept.
