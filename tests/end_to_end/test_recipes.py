@@ -465,7 +465,7 @@ def test_sweep_lists_its_runs(tmp_path: Path) -> None:
     assert sweep(tmp_path, "--run", "x").returncode == 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sweep_goes_on_where_it_was_and_ends_with_a_table(tmp_path: Path) -> None:
     flags = ["--eval-iters", "1", *SHALLOW, "--mock-data", "--vocab-size", "128", "--num-workers", "0"]
     no_data = [flag for flag in flags if flag != "--mock-data"]

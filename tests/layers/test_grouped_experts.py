@@ -33,6 +33,7 @@ pytestmark = pytest.mark.usefixtures("megatron")
 GROUPED = "--moe-grouped-gemm"
 MOA = MixtureConfig(gate_bias=True, amplitude="learned", backend="eager")
 LA = MixtureConfig(kind="la", backend="eager")
+full = pytest.mark.full
 SIZES = {"uneven": [3, 0, 5, 2], "one has all": [0, 0, 7, 0], "none": [0, 0, 0, 0]}  # tokens of the four experts
 
 
@@ -262,7 +263,7 @@ def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixtureConfig
     assert saved_for_backward(grouped) <= saved_for_backward(sequential) + copies + integers
 
 
-@pytest.mark.parametrize("mixing", [MOA, LA, None], ids=["moa", "la", "none"])
+@pytest.mark.parametrize("mixing", [MOA, pytest.param(LA, marks=full), None], ids=["moa", "la", "none"])
 def test_recomputing_the_activation_step(mixing: MixtureConfig | None) -> None:
     kept: list[Tensor] = []
     results = []
@@ -374,9 +375,6 @@ _DISTRIBUTED = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 def arm(flags: str) -> list[str]:
     backend = [] if flags.startswith(_NONE) else ["--moa-backend", "eager"]
     return [*SWIGLU, *MOE, *flags.split(), *backend, "--micro-batch-size", "1"]
-
-
-full = pytest.mark.full
 
 
 @pytest.mark.distributed
