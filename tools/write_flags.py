@@ -236,6 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="the file")
     options = parser.parse_args(argv)
     with one_line_errors(PROGRAM):
+        if not options.output.parent.is_dir():  # before the minute that the parsers take
+            raise UserError(f"--output {options.output}: no such folder; name a file in a folder that is there")
         text = flags_document()
         if not options.check:
             try:

@@ -31,15 +31,20 @@ def test_is_current() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_check_names_the_first_difference(tmp_path: Path, document: str) -> None:
+def test_check_names_the_first_difference(
+    tmp_path: Path, document: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools import write_flags as program
+
+    monkeypatch.setattr(program, "flags_document", lambda: document)
     stale = tmp_path / "flags.md"
     lines = document.splitlines(keepends=True)
     number = next(i for i, line in enumerate(lines) if line.startswith("| `--moa-gate` "))
     stale.write_text("".join(lines[:number] + lines[number + 1 :]), encoding="utf-8")
-    result = write_flags("--check", "--output", str(stale))
-    assert result.returncode == 1
-    assert f"not current from line {number + 1}" in result.stdout
-    assert "`--moa-gate`" in result.stdout
+    assert program.main(["--check", "--output", str(stale)]) == 1
+    printed = capsys.readouterr().out
+    assert f"not current from line {number + 1}" in printed
+    assert "`--moa-gate`" in printed
     assert "`--moa-gate` " not in stale.read_text(encoding="utf-8")
 
 
@@ -67,7 +72,7 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     result = write_flags("--output", str(tmp_path / "nowhere" / "flags.md"))
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "No such file or directory; name a file in a folder that is there" in line
+    assert "no such folder; name a file in a folder that is there" in line
 
 
 def test_troubleshooting_names_what_is_there(document: str) -> None:
