@@ -158,7 +158,7 @@ class Maker:
 
 
 def _facts(mixing: MixtureConfig, role: str) -> dict[str, Any]:
-    facts = {name: getattr(mixing, name) for name in ("form", "mixing", "backend")}
+    facts = {"form": mixing.form, "mixing": mixing.kind, "backend": mixing.backend}
     return {"role": role, **facts, "activations": list(mixing.activations)}
 
 

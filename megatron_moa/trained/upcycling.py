@@ -43,7 +43,7 @@ _BECOMES = {
 }
 
 # What decides which function a mixture's parameters are.
-_FUNCTION = ("mixing", "form", "activations", "gate", "gate_bias", "amplitude")
+_FUNCTION = ("kind", "form", "activations", "gate", "gate_bias", "amplitude")
 
 # Stock activations that no dictionary has, by the setting of Megatron's that asks for them, with its neutral value.
 _NO_MIXTURE = {"quick_geglu": False, "glu_linear_offset": 0.0, "activation_func_clamp_value": None}

@@ -131,7 +131,7 @@ def test_every_arm_is_a_command_that_megatron_accepts(name, monkeypatch, tmp_pat
     assert args.ffn_hidden_size == ARMS[name].width(study.sizes["tiny"], 140)
     assert args.swiglu == ARMS[name].is_gated
     if mixing is not None:
-        kept = ("mixing", "form", "activations", "gate", "init_scale", "freeze")
+        kept = ("kind", "form", "activations", "gate", "init_scale", "freeze")
         assert mixing.gate_init_std == (study.sizes["tiny"].gate_std if mixing.kind == "moa" else 0.02)
         assert [getattr(mixing, key) for key in kept] == [getattr(expected, key) for key in kept]
 
