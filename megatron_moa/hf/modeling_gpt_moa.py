@@ -41,7 +41,7 @@ try:
         raise ImportError("the installed megatron_moa computes forms of another format version")
 except ImportError:  # an export, which carries what it needs of the package
     from .config import MixtureConfig
-    from .output_scale import matching_scale
+    from .start_scale import matching_scale
     from .reference import gate_coefficients, mixed_activation
 
 # Since 5.24 transformers calls a cache ``cache``, before that ``past_key_values``; forwards here take either name.

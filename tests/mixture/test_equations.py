@@ -29,7 +29,7 @@ T, H, FFN = 3, 6, 5
 
 
 def config(form: str, k: int, gate: str | None, backend: str = "eager") -> MixtureConfig:
-    source = {"mixing": "la"} if gate is None else {"gate": gate}
+    source = {"kind": "la"} if gate is None else {"gate": gate}
     return MixtureConfig(form=form, activations=SEVEN[:k], backend=backend, **source)
 
 
@@ -184,7 +184,7 @@ def test_swiglu_is_contained_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     swiglu = (F.silu(y) * linear).to(dtype)
     right = swiglu, *torch.autograd.grad(swiglu, z, grad)
     for gate in (None, *GATES):
-        source = {"mixing": "la"} if gate is None else {"gate": gate, "amplitude": "learned"}
+        source = {"kind": "la"} if gate is None else {"gate": gate, "amplitude": "learned"}
         mixing = MixtureConfig(form=form, backend="eager", **source)
         coefficients = swiglu_coefficients(mixing).to(wide)
         if gate is not None:
