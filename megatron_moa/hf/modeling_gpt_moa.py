@@ -41,8 +41,8 @@ try:
         raise ImportError("the installed megatron_moa computes forms of another format version")
 except ImportError:  # an export, which carries what it needs of the package
     from .config import MixtureConfig
-    from .start_scale import matching_scale
     from .reference import gate_coefficients, mixed_activation
+    from .start_scale import matching_scale
 
 # Since 5.24 transformers calls a cache ``cache``, before that ``past_key_values``; forwards here take either name.
 _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"

@@ -29,7 +29,7 @@ BACKENDS = ("triton", "compile")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW = ("gelu", "silu", "relu2", "tanh")
 FULL = pytest.mark.full
-SIZES = (0, 1, 3, 127, *(pytest.param(size, marks=FULL) for size in (1000, 4097)))
+SIZES = (0, 1, 3, 67, *(pytest.param(size, marks=FULL) for size in (1000, 4097)))
 TWO_FORMS = [form if form in ("bi-sided", "quadratic") else pytest.param(form, marks=FULL) for form in FORMS]
 
 
@@ -116,7 +116,7 @@ def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", TWO_FORMS)
 @pytest.mark.parametrize("size", [1, 3, 127, 1000, pytest.param(4097, marks=FULL)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_width(backend: str, size: int, form: str) -> None:
@@ -139,11 +139,11 @@ def test_every_activation_as_a_kernel(form: str) -> None:
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
-    for form in FORMS:
+    for form in ("bi-sided", "quadratic"):  # a softmax over each branch, and one over all
         mixing = MixtureConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
         learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
         for dtype in DTYPES:
-            kernel_errors.require(kernel_errors.check_gate(mixing, dtype, DEVICE, 150, 70, groups, scale=True))
+            kernel_errors.require(kernel_errors.check_gate(mixing, dtype, DEVICE, 80, 70, groups, scale=True))
             kernel_errors.require(kernel_errors.check_gate(learned, dtype, DEVICE, 67, 9, groups))
 
 
@@ -179,7 +179,7 @@ def activation_step(layer: dict[str, Tensor], mixing: MixtureConfig) -> Tensor:
 
 
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", TWO_FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) -> None:
     mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
@@ -196,7 +196,7 @@ def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
-@pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic", "type1"])
+@pytest.mark.parametrize("form", TWO_FORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
     backend: str, form: str, mixing_name: str, dtype: torch.dtype
@@ -261,7 +261,7 @@ def test_backends_that_cannot_write_in_place_say_so() -> None:
             mixed_activation(torch.zeros(2, 4), torch.zeros(14), mixing)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
 def test_strided_inputs(backend: str) -> None:
     mixing = MixtureConfig(activations=("silu", "tanh"), backend=backend)
     eager = dataclasses.replace(mixing, backend="eager")
@@ -297,7 +297,7 @@ def test_auto_takes_the_kernels_on_gpus() -> None:
     assert resolve_backend("triton", "cpu" if DEVICE == "cpu" else "cuda") == "triton"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE == "cuda", reason="in the interpreter; on a GPU every run is one of the kernels")
 def test_training_through_the_kernels(tmp_path: Path) -> None:
     """A run's losses are eager's: gates, mixture, scales and shapes as Megatron calls them."""

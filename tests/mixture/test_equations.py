@@ -201,7 +201,7 @@ def test_swiglu_is_contained_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     [
         ("triton", torch.float32, ()),
         ("triton", torch.bfloat16, ()),
-        pytest.param("compile", torch.float32, ("gelu", "silu", "identity"), marks=pytest.mark.slow),
+        pytest.param("compile", torch.float32, ("gelu", "silu", "identity"), marks=pytest.mark.full),
         pytest.param("compile", torch.float32, (), marks=pytest.mark.full),  # compiles for minutes
     ],
 )

@@ -257,9 +257,9 @@ def _is_mixture(piece: Piece) -> bool:
     ("flags", "processes", "matrices"),
     [
         case("adam", "AdamW", MOA),
-        case("adam-la-dp2-distributed", "AdamW", f"{LA} {_DISTRIBUTED}", 2),
+        case("adam-la-dp2-distributed", "AdamW", f"{LA} {_DISTRIBUTED}", 2, full=True),
         case("adam-moe-ep2-distributed", "AdamW", f"{MOA} {EXPERTS} {_EP} {_DISTRIBUTED}", 2, full=True),
-        case("muon-tp2-sp", "TensorParallelMuon", f"{MOA} --optimizer muon {_TP} --sequence-parallel", 2),
+        case("muon-tp2-sp", "TensorParallelMuon", f"{MOA} --optimizer muon {_TP} --sequence-parallel", 2, full=True),
         case("muon-la", "TensorParallelMuon", f"{LA} --optimizer muon", full=True),
         case(
             "muon-moe-ep2-distributed",
