@@ -410,7 +410,7 @@ MISTAKES = {
     "moe2b --gpus 8 --gpu h100": "moe2b: there is no such recipe; did you mean moe-2b",
     "moe-2b mao --gpus 8 --gpu h100": "mao: there is no such mixing",
     "moe-2b --gpus 8 --gpu h300": "invalid choice: 'h300'",
-    "moe-2b --gpus 0 --gpu h100": "--gpus: 0 is below 1",
+    "moe-2b --gpus 0 --gpu h100": "--gpus: a number above 0 is wanted, not 0",
     "moe-2b --gpus 8 --gpu h100 --mfu 40": "--mfu: 40 is not between 0 and 1",
     "dense-2b --gpus 24 --gpu h100 --tp 3": "--tp 3: does not divide the 32 attention heads; take --tp 2 or --tp 4",
     "dense-0.5b --gpus 8 --gpu h100 --tp 2": "--tp 2: does not divide the feed-forward width 3413 (FFN_MULTIPLE=128 "

@@ -245,7 +245,7 @@ MISTAKES = [
     (benchmark_layer, ["--execution", "grouped"], "--execution grouped: there are no experts; add --experts N"),
     (benchmark_layer, ["--experts", "2", "--topk", "4"], "--topk 4: there are 2 experts"),
     (benchmark_layer, ["--grow", "experts"], "--grow experts: up to how many?"),
-    (benchmark_layer, ["--hidden", "0"], "argument --hidden: 0 is below 1"),
+    (benchmark_layer, ["--hidden", "0"], "argument --hidden: a number above 0 is wanted, not 0"),
     (benchmark_layer, ["--form", "cubic"], "invalid choice: 'cubic'"),
     (benchmark_kernels, ["--values", "2"], "--values: of what?"),
     (benchmark_kernels, ["--grow", "activations", "--values", "13"], "--values 13: there are 12 activations"),

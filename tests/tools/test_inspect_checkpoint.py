@@ -41,6 +41,7 @@ SETTINGS = {
     "tensor_model_parallel_size": 2,
     "lr": 1e-3,
 }
+LA = {"moa_mixing": "la", "moa_gate": "sigmoid", "moa_gate_bias": False, "moa_amplitude": "fixed"}
 
 
 def numbers(*shape: int) -> torch.Tensor:
@@ -155,7 +156,7 @@ def test_coefficients_are_those_of_the_reference(moe: Path, capsys: pytest.Captu
 
 def test_layers_with_names_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where experts are in some layers only, Megatron stacks none; LA, and a scale of gates."""
-    settings = {**SETTINGS, "moa_mixing": "la", "moa_form": "quadratic"}
+    settings = {**SETTINGS, **LA, "moa_form": "quadratic"}
     tensors = {
         f"{LAYERS}10.mlp.coefficients.value": torch.tensor([0.5, 1.5, -1.0]),
         f"{LAYERS}9.mlp.experts.experts.coefficients.value": torch.tensor([[1.0, 2, 3], [3.0, 2, 1]]),
@@ -171,7 +172,7 @@ def test_layers_with_names_of_their_own(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_constant_scale_of_gates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {**SETTINGS, "moa_gate": "sigmoid", "moa_gate_bias": False, "moa_amplitude": "fixed"}
+    settings = {**SETTINGS, **LA, "moa_mixing": "moa"}
     settings["moa_init_scale"] = "matched"
     tensors = {
         f"{LAYERS}mlp.coefficients.weight": numbers(1, 2, 4),
@@ -350,7 +351,7 @@ def test_hostile_files_run_nothing(place: str, moe: Path, tmp_path: Path, capsys
         ({"moa_gate": "softplus"}, "--moa-gate softplus: unknown"),
         ({"moa_activations": 3}, "settings of its mixture cannot be read"),
         ({"moa_activations": ["silu", "relu2", "tanh"]}, "is not what its settings mean"),
-        ({"moa_mixing": "la", "moa_amplitude": "fixed"}, "is not what its settings mean"),
+        (LA, "is not what its settings mean"),
     ],
 )
 def test_settings_that_do_not_fit(
