@@ -215,7 +215,7 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     Path(results).write_text(json.dumps(found))
 
 
-SELECTED = ("dense, MoA, bf16", "MoE, MoA")
+SELECTED = ("MoE, MoA",)
 
 
 @pytest.mark.slow
