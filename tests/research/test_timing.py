@@ -208,7 +208,7 @@ def test_environment_names_what_figures_depend_on() -> None:
 
 
 def test_no_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    monkeypatch.setattr(conditions, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     found = conditions.environment(CPU)
     assert (found["commit"], found["dirty"]) == (None, None)
