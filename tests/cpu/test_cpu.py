@@ -182,6 +182,7 @@ def test_one_process_trains_with_the_stock_modules_and_no_cpu_flags(tmp_path):
     assert (tmp_path / "ckpt" / "iter_0000004" / ".metadata").exists()
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_tensor_parallel_copies_stay_equal_under_dropout(tmp_path):
     # Without sequence parallelism both ranks must draw the same hidden dropout, though only one has a data loader.

@@ -121,7 +121,7 @@ def coefficient_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Paramet
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["", "distributed optimizer"])
 @pytest.mark.parametrize("precision", HALF)
-@pytest.mark.parametrize("mixing_name", ["la", "moa"])
+@pytest.mark.parametrize("mixing_name", [pytest.param("la", marks=pytest.mark.full), "moa"])
 def test_steps_below_half_precision_add_up_in_the_master_copy(
     mixing_name: str, precision: str, distributed: bool
 ) -> None:
@@ -209,9 +209,9 @@ DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1 --train-iters 10 --moa-b
 @pytest.mark.parametrize(
     "flags",
     [
-        "--tensor-model-parallel-size 2",
+        pytest.param("--tensor-model-parallel-size 2", marks=pytest.mark.full),
         "--tensor-model-parallel-size 2 --sequence-parallel",
-        "--pipeline-model-parallel-size 2",
+        pytest.param("--pipeline-model-parallel-size 2", marks=pytest.mark.full),
         pytest.param("--use-distributed-optimizer", marks=pytest.mark.full),
         f"{' '.join(MOE)} --expert-model-parallel-size 2",
         pytest.param(
