@@ -1,5 +1,6 @@
 """The set-up that `make` does: which Python is chosen, and that constraints.txt fits setup.py."""
 
+import importlib
 import os
 import re
 import runpy
@@ -196,3 +197,15 @@ def test_make_names_its_targets() -> None:
     result = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, env={**os.environ})
     for target in ("demo", "test", "lint", "format", "clean"):
         assert f"make {target}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("arguments", "training.arguments"),
+        ("model", "training.model"),
+        ("quiet", "megatron_fixes.expected_warnings"),
+    ],
+)
+def test_a_module_of_version_0_1_is_found_by_its_old_name(old: str, new: str) -> None:
+    assert importlib.import_module(f"megatron_moa.{old}") is importlib.import_module(f"megatron_moa.{new}")
