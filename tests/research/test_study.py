@@ -500,6 +500,7 @@ def smoke(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_kill_changes_nothing(tmp_path):
     head, first = SMOKE.split("[[grid]]")[:2]
     text = head.replace("timing = 5", "timing = 0") + "[[grid]]" + first.replace("4e5", "1e4")

@@ -234,6 +234,7 @@ def test_a_diverged_run_is_where_it_has_finite_values(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
     """Three short runs, table, verdict, pictures and text, as `make demo` starts them."""
     out = tmp_path / "demo"
@@ -242,7 +243,7 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     rows = json.loads((out / "results.json").read_text())["runs"]
