@@ -2,7 +2,7 @@
 """Trains the same small GPT with SwiGLU, LA and MoA on Python's own source text and compares them; no GPU needed.
 
 Usage: ``make demo`` or ``python tools/demo.py [--iterations N] [--seed S] [--out DIR] [--quick]``.
-Hardware: two CPU cores are enough. Duration: about 4 minutes; a slow machine takes longer, and says how long.
+Hardware: two CPU cores are enough. Duration: 4 to 6 minutes; a slow machine takes longer, and says how long.
 Result: a table and a verdict on the screen; ``loss.png``, ``results.json``, logs and checkpoints in ``runs/demo``.
 
 Every step is a command that a user could type, and is shown as such. The trainings' flags are those of a study's arms.
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with one_line_ending(PROGRAM, f"all that it started is ended; logs are in {out}"):
         prepare_folder(out)
-        print("SwiGLU, LA and MoA in the same small GPT: about 4 minutes on 2 idle cores.")
+        print("SwiGLU, LA and MoA in the same small GPT: 4 to 6 minutes on 2 cores.")
         make_data(settings, out)
         runs = trainings(settings, out, options.seed)
         train(runs, settings.iterations)
