@@ -11,5 +11,5 @@ def prepare() -> None:
     To be called before Megatron's arguments are parsed.
     """
     single_process_environment()
-    from_pypi.install()
-    enable()
+    if not enable():  # which mends it, too
+        from_pypi.install()

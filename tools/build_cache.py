@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_moa.command_line import numbers, quiet_imports
+from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.quiet_imports import quiet_imports
 from megatron_moa.data import cached_arrays
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--world-size", type=numbers.positive, required=True, metavar="N", help="number of GPUs (processes) of the run"
+        "--world-size", type=positive, required=True, metavar="N", help="number of GPUs (processes) of the run"
     )
     parser.add_argument(
         "--recipe",
@@ -69,7 +70,7 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
     # As the first of so many ranks. There is no group: Megatron's builder then does all by itself.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
     sys.argv = ["pretrain_gpt_moa.py", *flags]
-    with quiet_imports.quiet_imports():
+    with quiet_imports():
         from megatron_moa import startup
         from megatron_moa.cpu import flags as cpu_flags
 

@@ -15,7 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from megatron_moa.command_line import output_files, progress_bar
+from megatron_moa.command_line import output_files
+from megatron_moa.command_line.progress_bar import progress_bar
 from megatron_moa.data import dataset, dataset_writer
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
@@ -58,7 +59,7 @@ def merge(args: argparse.Namespace) -> None:
         )
     data_bytes = sum(manifest.expected_sizes[".bin"] for manifest in manifests)
     with output_files.written_whole("--output-prefix", targets) as (bin_path, idx_path):
-        with progress_bar.progress_bar(data_bytes, "merging") as bar:
+        with progress_bar(data_bytes, "merging") as bar:
             dataset_writer.merge(parts, manifests, bin_path, idx_path, bar.update)
         if args.overwrite:
             dataset_writer.drop_index_cache(prefix)

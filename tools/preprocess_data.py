@@ -35,7 +35,9 @@ from typing import Any, BinaryIO
 
 import numpy
 
-from megatron_moa.command_line import numbers, output_files, progress_bar
+from megatron_moa.command_line import output_files
+from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.progress_bar import progress_bar
 from megatron_moa.data import corpus, dataset_writer, tokenizers
 from megatron_moa.data.dataset_writer import Manifest, Part
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
@@ -165,7 +167,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("work")
     group.add_argument(
         "--workers",
-        type=numbers.positive,
+        type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes on this machine; default: its cores",
@@ -317,7 +319,7 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
     start = time.perf_counter()
     title = "tokenizing" if args.part is None else f"tokenizing part {args.part.number} of {args.part.count}"
     with signals_held():  # a half-built bar complains when it is deleted
-        progress = progress_bar.progress_bar(sum(piece.input_bytes for piece in work), title)
+        progress = progress_bar(sum(piece.input_bytes for piece in work), title)
     with progress as bar:
         for batch in tokenized(tasks(work), settings, args.workers):
             batch.tokens.tofile(stream)

@@ -21,7 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_moa.command_line import numbers, output_files
+from megatron_moa.command_line import output_files
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.data import corpus
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
@@ -65,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.model and PREFIX.vocab")
     group.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
     group.add_argument("--model-type", choices=["bpe", "unigram"], default="bpe")
-    group.add_argument("--vocab-size", type=numbers.positive, default=32000, metavar="N")
+    group.add_argument("--vocab-size", type=positive, default=32000, metavar="N")
     group.add_argument(
         "--character-coverage",
         type=float,
@@ -75,14 +76,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument(
         "--sample-bytes",
-        type=numbers.positive,
+        type=positive,
         default=200_000_000,
         metavar="N",
         help="train on at most so much text, drawn evenly from all files (default 200 MB)",
     )
-    group.add_argument("--max-sentences", type=numbers.positive, metavar="N", help="train on at most so many lines")
+    group.add_argument("--max-sentences", type=positive, metavar="N", help="train on at most so many lines")
     group.add_argument("--seed", type=int, default=1234, metavar="N", help="which part of a larger corpus is drawn")
-    group.add_argument("--threads", type=numbers.positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    group.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N")
     args = parser.parse_args(argv)
     if not 0.98 <= args.character_coverage <= 1:  # sentencepiece's own bounds
         parser.error(f"--character-coverage {args.character_coverage}: a share from 0.98 to 1 is wanted")

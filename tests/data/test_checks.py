@@ -15,11 +15,12 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa.command_line import output_files, quiet_imports
+from megatron_moa.command_line import output_files
+from megatron_moa.command_line.quiet_imports import quiet_imports
 from megatron_moa.data import cached_arrays, checks, dataset
 from megatron_moa.errors import UserError
 
-with quiet_imports.quiet_imports():
+with quiet_imports():
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

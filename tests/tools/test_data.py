@@ -20,7 +20,8 @@ import numpy
 import pytest
 import sentencepiece
 
-from megatron_moa.command_line import progress_bar, quiet_imports
+from megatron_moa.command_line import progress_bar
+from megatron_moa.command_line.quiet_imports import quiet_imports
 from megatron_moa.data import blends, dataset, dataset_writer, tokenizers
 from megatron_moa.data import corpus as reader
 
@@ -103,7 +104,7 @@ def preprocess(model: str, output: Path, *arguments: str) -> None:
 
 def documents(prefix: Path) -> list[list[int]]:
     """What Megatron's own reader finds."""
-    with quiet_imports.quiet_imports():
+    with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     stored = IndexedDataset(str(prefix))
@@ -282,7 +283,7 @@ def test_gpt_dataset_draws_the_same_tokens(corpus: Path, model: str, tmp_path: P
     """From text to a training sample: Megatron's GPTDataset yields pieces of the text, labels moved by one."""
     preprocess(model, tmp_path / "data", "--input", corpus, "--glob", "**/*.py")
     dataset.check_dataset(str(tmp_path / "data"), 64, "80,20,0", needs_validation=True)
-    with quiet_imports.quiet_imports():
+    with quiet_imports():
         from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     tokenizer = tokenizers.build_tokenizer(
@@ -353,7 +354,7 @@ def test_shuffled_documents_are_the_same_documents(model: str, tmp_path: Path) -
 
 
 def test_index_is_megatrons(tmp_path: Path) -> None:
-    with quiet_imports.quiet_imports():
+    with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     lengths = numpy.array([3, 1, 70_000, 2], dtype=numpy.int32)
     for dtype in (numpy.uint16, numpy.int32):
