@@ -36,7 +36,7 @@ from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
-from megatron_moa.research.benchmarks import conditions, kernel_errors, reporting, timing
+from megatron_moa.research.benchmarks import conditions, kernel_errors, timing
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")
@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{PROGRAM}: {error}")
                 raise SystemExit(1) from None
             print_checks(records)
-            reporting.append_records(options.json, "accuracy", surroundings, records)
+            conditions.append_records(options.json, "accuracy", surroundings, records)
             raise SystemExit(1 if any(record["failed"] for record in records) else 0)
         bandwidth = timing.copy_bandwidth(device)
         print(f"copy on this device: {bandwidth:.0f} GB/s", flush=True)
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
             records += found
     if options.grow:
         print_growth(options.grow, records)
-    reporting.append_records(options.json, "kernels", surroundings, records)
+    conditions.append_records(options.json, "kernels", surroundings, records)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, FORMS, MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.research.benchmarks import conditions, peak_memory, reporting, timing
+from megatron_moa.research.benchmarks import conditions, peak_memory, timing
 
 PROGRAM = "benchmark_layer.py"
 LABELS = {"la": "LA", "moa": "MoA"}
@@ -447,7 +447,7 @@ def main(argv: list[str] | None = None) -> None:
     if rank == 0:
         print()
         good = check_goals(records)
-        reporting.append_records(options.json, "layer", surroundings, records)
+        conditions.append_records(options.json, "layer", surroundings, records)
     torch.distributed.destroy_process_group()
     raise SystemExit(1 if options.require and not good else 0)
 

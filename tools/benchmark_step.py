@@ -32,7 +32,7 @@ from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.research.benchmarks import conditions, peak_memory, reporting, timing
+from megatron_moa.research.benchmarks import conditions, peak_memory, timing
 from megatron_moa.research.benchmarks.train_step import build, random_batches
 from megatron_moa.runs.recipes import read_recipe
 
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
         print(f"\n{options.recipe.stem}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
         print_table(records)
-        reporting.append_records(options.json, "step", surroundings, records)
+        conditions.append_records(options.json, "step", surroundings, records)
     torch.distributed.destroy_process_group()
 
 

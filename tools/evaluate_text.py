@@ -1,4 +1,4 @@
-"""How well a model predicts texts it was not trained on: nats a token, bits and perplexity a byte.
+"""Measures how well a model predicts texts it was not trained on: nats a token, bits and perplexity a byte.
 
     python tools/evaluate_text.py --load runs/demo/moa --text held-out.txt
     python tools/evaluate_text.py --load exports/moa --text held-out/*.txt --stride 256

@@ -1,4 +1,4 @@
-"""What tools/gpu_suite.sh needs of Python: its text, the figures of its trainings, its report.
+"""Prepares the text for tools/gpu_suite.sh, and writes the figures and the report of what it ran.
 
     python tools/gpu_report.py corpus PREFIX [--glob 'asyncio/*.py']     bytes of Python's own library, .bin and .idx
     python tools/gpu_report.py training LOG --arm MoA --json FILE        what Megatron's log says, as a record

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and in what two of them differ: read tensor by tensor, without Megatron, model or GPU.
+"""Shows what is in a checkpoint, and how two of them differ, without Megatron, a model or a GPU.
 
     python tools/inspect_checkpoint.py runs/a/checkpoints                     the latest one there
     python tools/inspect_checkpoint.py runs/a/checkpoints --iteration 2000 --json

@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, without one: their machine code for an architecture, counted.
+"""Counts what the Triton kernels take of a GPU, from their machine code, without a GPU.
 
     python tools/kernel_resources.py                                        all kernels, bf16, f 8192, for H100 and H200
     python tools/kernel_resources.py --form one-sided --activations identity    SwiGLU as one of our mixtures
@@ -33,7 +33,7 @@ from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
-from megatron_moa.research.benchmarks import conditions, reporting
+from megatron_moa.research.benchmarks import conditions
 
 PROGRAM = "kernel_resources.py"
 
@@ -416,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.json:
             try:
                 surroundings = conditions.environment(torch.device("cpu"))
-                reporting.append_records(options.json, "resources", surroundings, records)
+                conditions.append_records(options.json, "resources", surroundings, records)
             except OSError as error:
                 raise UserError(f"--json {options.json}: {error.strerror}; name a file that can be written") from error
 

@@ -1,4 +1,4 @@
-"""One table of finished runs: the best learning rate of each mixture, and its distance to the baseline at its own best.
+"""Prints a table of finished runs: each mixture's best learning rate, and its distance to the baseline's best.
 
     python tools/tabulate_runs.py runs/sweep-dense-0.12b          every train.log below that folder
     python tools/tabulate_runs.py runs/a/train.log runs/b/train.log --csv

@@ -16,7 +16,7 @@ import torch
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.research.benchmarks import conditions, reporting, timing
+from megatron_moa.research.benchmarks import conditions, timing
 from megatron_moa.research.benchmarks.peak_memory import peak_bytes, saved_for_backward
 from megatron_moa.research.benchmarks.timing import Timings, time_alternately
 
@@ -218,10 +218,10 @@ def test_no_checkout_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_records_are_appended_with_their_environment(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     for arm in ("a", "b"):
-        reporting.append_records(path, "layer", {"torch": "2"}, [{"arm": arm}])
+        conditions.append_records(path, "layer", {"torch": "2"}, [{"arm": arm}])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [{"benchmark": "layer", "arm": arm, "environment": {"torch": "2"}} for arm in ("a", "b")]
-    reporting.append_records(None, "layer", {}, [{"arm": "a"}])
+    conditions.append_records(None, "layer", {}, [{"arm": "a"}])
 
 
 def test_table() -> None:

@@ -1,4 +1,4 @@
-"""Is the ``triton`` backend: what :class:`megatron_moa.mixture.autograd.Backend` asks for."""
+"""Gathers the functions of the ``triton`` backend that autograd.py calls."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Sets up a benchmark and records what it ran on: flags, device, versions, commit; refuses wrong results."""
+"""Sets up a benchmark and records what it ran on (flags, device, versions, commit) beside what it found."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -151,3 +152,15 @@ def require_correct(
         if os.environ.get("RANK", "0") == "0":
             print(f"{program}: nothing was timed, because a result is wrong: {text}", flush=True)
         raise SystemExit(1) from None
+
+
+def append_records(
+    path: Path | None, benchmark: str, surroundings: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+) -> None:
+    """Appends one JSON object a line: the benchmark's name, the record, the environment."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as stream:
+        for record in records:
+            print(json.dumps({"benchmark": benchmark, **record, "environment": surroundings}), file=stream)
