@@ -11,6 +11,8 @@ THREADS ?= 1
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 export PYTHON PIP_ARGS VENV
+# Trainings and tests start hundreds of processes; each would compile the package's source anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-latest test-te lint format venv clean check-python

@@ -7,6 +7,7 @@ is; tests/test_gpu.py has the same checks on a GPU.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,20 @@ BACKENDS = ("triton", "compile")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW = ("gelu", "silu", "relu2", "tanh")
 FULL = pytest.mark.full
+EXPERTS_OFTEN = [("triton", "bi-sided"), ("triton", "quadratic"), ("compile", "bi-sided")]
 SIZES = (0, 1, 3, 67, *(pytest.param(size, marks=FULL) for size in (1000, 4097)))
-TWO_FORMS = [form if form in ("bi-sided", "quadratic") else pytest.param(form, marks=FULL) for form in FORMS]
 
 
-@pytest.mark.parametrize("mixing_name", ["moa", "la"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
+def mixtures(*compiled: str, forms: tuple[str, ...] = FORMS) -> pytest.MarkDecorator:
+    """Each backend, form and kind. torch.compile takes seconds for each: of its own, `make test` has those named."""
+    cases = []
+    for backend, form, kind in itertools.product(BACKENDS, FORMS, ("moa", "la")):
+        often = form in forms if backend == "triton" else f"{form} {kind}" in compiled
+        cases.append(pytest.param(backend, form, kind, marks=() if often else FULL, id=f"{backend}-{form}-{kind}"))
+    return pytest.mark.parametrize(("backend", "form", "mixing_name"), cases)
+
+
+@mixtures("bi-sided moa", "quadratic moa", "one-sided la", "type1 la")
 def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name: str) -> None:
     dtypes = DTYPES
     if backend == "compile":  # which takes seconds for each
@@ -98,17 +106,25 @@ def test_quadratic_sums_in_several_launches(
             assert (actual - right).abs().max() < 2e-6 * right.abs().max(), (k, overwrite)
 
 
-@pytest.mark.parametrize("form", TWO_FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "form"),
+    [
+        pytest.param(backend, form, marks=() if (backend, form) in EXPERTS_OFTEN else FULL)
+        for backend in BACKENDS
+        for form in FORMS
+    ],
+)
 def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> None:
     mixing = MixtureConfig(kind="la", form=form, activations=("silu", "relu"), backend=backend)
     checks = kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
     kernel_errors.require(checks)
 
 
-@pytest.mark.parametrize("mixing_name", ["moa", "la"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "mixing_name"),
+    [("triton", "moa"), ("triton", "la"), ("compile", "moa"), pytest.param("compile", "la", marks=FULL)],
+)
 def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None:
     # The interpreter takes some 10 ms a row, and one relu is enough to count rows.
     form, activations = ("bi-sided", ("silu", "tanh")) if size < 200 else ("type1", ("relu",))
@@ -116,12 +132,22 @@ def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
 
 
-@pytest.mark.parametrize("form", TWO_FORMS)
-@pytest.mark.parametrize("size", [1, 3, 127, 1000, pytest.param(4097, marks=FULL)])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "size", "form"),
+    [
+        *itertools.product(["triton"], (1, 3, 127, 1000), ("bi-sided", "quadratic")),
+        *itertools.product(["compile"], (1, 127), ["bi-sided"]),  # each width is compiled anew
+        *(
+            pytest.param(*case, marks=FULL)
+            for case in [
+                *itertools.product(["triton"], (1, 3, 127, 1000), ("type1", "one-sided")),
+                *itertools.product(["triton"], [4097], FORMS),
+                *itertools.product(["compile"], (1, 127), ("type1", "one-sided", "quadratic")),
+            ]
+        ),
+    ],
+)
 def test_any_width(backend: str, size: int, form: str) -> None:
-    if backend == "compile" and size not in (1, 127):  # each width is compiled anew
-        pytest.skip("two widths are enough for the compiler")
     mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend)
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
 
@@ -178,9 +204,7 @@ def activation_step(layer: dict[str, Tensor], mixing: MixtureConfig) -> Tensor:
     return mixed_activation(layer["z"], coefficients, mixing, None, layer["scale"])
 
 
-@pytest.mark.parametrize("mixing_name", ["moa", "la"])
-@pytest.mark.parametrize("form", TWO_FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@mixtures("bi-sided moa", forms=("bi-sided", "quadratic"))
 def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) -> None:
     mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
     layer = make_layer(mixing, 19, 33, 20, torch.float32)
@@ -195,9 +219,7 @@ def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mixing_name", ["moa", "la"])
-@pytest.mark.parametrize("form", TWO_FORMS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@mixtures("bi-sided moa", "quadratic la", forms=("bi-sided", "quadratic"))
 def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
     backend: str, form: str, mixing_name: str, dtype: torch.dtype
 ) -> None:

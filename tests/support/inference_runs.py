@@ -17,8 +17,6 @@ SAMPLING = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": 3}
 
 def use(folders: list[str], results: str) -> None:
     """Writes, by folder, texts, logits and losses, and what loading left behind, as JSON."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # as in a notebook
     import megatron_moa
 
     sys.argv = ["notebook", "--not-megatrons", "1"]

@@ -17,6 +17,7 @@ from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
+from megatron_moa.doctor.processes import LAUNCHER_VARIABLES
 from megatron_moa.megatron_fixes.single_process import free_port
 
 _SERVER = multiprocessing.get_context("forkserver")
@@ -39,7 +40,7 @@ def start_server() -> None:
 def launch(
     target: Callable[..., None], arguments: tuple[Any, ...], processes: int, folder: Path, timeout: float = 280
 ) -> tuple[int, str]:
-    """Runs ``target(*arguments)`` on every rank, in ``folder``.
+    """Runs ``target(*arguments)`` on every rank, in ``folder``; ``processes=0``: in one process that is no rank.
 
     Returns:
         The first exit code that was not 0, or 0, and everything that was printed. All ranks are killed when one fails,
@@ -50,10 +51,12 @@ def launch(
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
         ranks = []
-        for rank in range(processes):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+        for rank in range(processes or 1):
+            environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+            environment |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+            if processes:
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
             process = _SERVER.Process(target=_rank, args=(target, arguments, environment, str(folder), str(log)))
             process.start()
             ranks.append(process)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_moa.doctor.processes import LAUNCHER_VARIABLES
 from megatron_moa.research import compare_runs
 from megatron_moa.research.compare_runs import Record
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
@@ -77,15 +78,16 @@ def torchrun(processes: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
-def run_script(script: str | Path, arguments: list[str], processes: int = 1, check: bool = True) -> Run:
-    """Runs a script of the project, under torchrun for more than one process; fails the test if it fails."""
-    command = [sys.executable]
-    if processes > 1:
-        command += torchrun(processes)
-    command += [str(ROOT / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+def run_script(
+    script: str | Path, arguments: list[str | Path], processes: int = 1, check: bool = True, fresh: bool = False
+) -> Run:
+    """Runs a script of the project: in a forked process, or ``fresh`` and under torchrun in one that imports all."""
+    flags = list(map(str, arguments))
+    if processes == 1 and not fresh:
+        return _launched(launch.script, (str(ROOT / script), flags), 0, check)
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    command = [sys.executable, *(torchrun(processes) if processes > 1 else ()), str(ROOT / script), *flags]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400
     )

@@ -1,8 +1,6 @@
 """Builds one rank of a large world without its peers (Megatron's --fake-process-group), and counts its messages.
 
-A world can be set up once per process next to nothing else of Megatron's, so tests hand jobs to another process:
-
-    python -m tests.support.worlds RESULTS < JOBS        both JSON; RESULTS is a list with one entry per job and rank
+A world can be set up once per process next to nothing else of Megatron's, so tests hand jobs to another process.
 """
 
 from __future__ import annotations
@@ -11,11 +9,12 @@ import contextlib
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from tests.support import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,17 +78,8 @@ class RankReport:
 
 def visit(jobs: list[Job], results: Path) -> list[list[RankReport]]:
     """Runs the jobs in one other process; reports by job, then by rank."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.worlds", str(results)],
-        input=json.dumps([dataclasses.asdict(job) for job in jobs]),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    code, log = launch.launch(write_reports, (jobs, results), 0, ROOT)
+    assert code == 0, log[-4000:]
     return [[_report(saved) for saved in ranks] for ranks in json.loads(results.read_text())]
 
 
@@ -257,17 +247,10 @@ def do(job: Job) -> list[RankReport]:
     return reports
 
 
-def main() -> None:
-    """Reads jobs, writes reports."""
+def write_reports(jobs: list[Job], results: Path) -> None:
+    """A target of :func:`launch.launch`: JSON, a list with one entry per job, in it one per rank."""
     from megatron_moa import startup
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="none", MASTER_PORT="1")
     startup.prepare()
-    results = Path(sys.argv[1])
-    jobs = [Job(**{**saved, "arguments": tuple(saved["arguments"])}) for saved in json.load(sys.stdin)]
-    reports = [[dataclasses.asdict(report) for report in do(job)] for job in jobs]
-    results.write_text(json.dumps(reports))
-
-
-if __name__ == "__main__":
-    main()
+    results.write_text(json.dumps([[dataclasses.asdict(report) for report in do(job)] for job in jobs]))
