@@ -1,6 +1,7 @@
 """Megatron on CPU over gloo: Megatron's own training loop in processes of its own, and the parts by themselves."""
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.single_process import single_process_environment
 from megatron_moa.planning import inputs
 from megatron_moa.runs import tiny_model
-from tests.support.training import ROOT, Run, torchrun
+from tests.support import launch
+from tests.support.training import ROOT, Run
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="only for machines without a GPU")
 
@@ -145,18 +147,21 @@ def run(command: list[str], cwd: Path = ROOT) -> Run:
     return Run(result.returncode, result.stdout)
 
 
-def train(folder: Path, *flags: str, processes: int = 1, check: bool = True) -> tuple[Run, list[dict]]:
-    """Trains in fresh processes; returns the log and the parameters of every rank."""
+def on_cpu(arguments: list[str]) -> None:
+    """A target of launch: ``python -m megatron_moa.cpu ARGUMENTS``."""
+    sys.argv = ["megatron_moa.cpu", *arguments]
+    runpy.run_module("megatron_moa.cpu", run_name="__main__", alter_sys=True)
+
+
+def train(folder: Path, *flags: str, processes: int = 1) -> tuple[Run, list[dict]]:
+    """Trains, one process in a fresh one, several in forked ones; returns the log and the parameters of every rank."""
     script = folder / "train_gpt.py"
     script.write_text(SCRIPT)
-    command = ["-m", "megatron_moa.cpu", str(script), *TINY, *flags]
-    if processes > 1:
-        command = torchrun(processes) + command
-    if check:
-        command += ["--write-parameters", str(folder)]
-    result = run(command, folder)
-    if not check:
-        return result, []
+    arguments = [str(script), *TINY, *flags, "--write-parameters", str(folder)]
+    if processes == 1:
+        result = run(["-m", "megatron_moa.cpu", *arguments], folder)
+    else:
+        result = Run(*launch.launch(on_cpu, (arguments,), processes, folder))
     assert result.returncode == 0, result.log[-6000:]
     return result, [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
 
@@ -405,11 +410,13 @@ def test_single_process_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["moa_layer_spec", pytest.param("la_layer_spec", marks=pytest.mark.full)])
-def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path, spec):
+def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path, spec, monkeypatch):
     """What Megatron's script does with --spec, with nothing of ours but the callable it names.
 
     Under tensor and sequence parallelism with dropout: copies of the coefficients drift apart if a sum is missing.
     """
+    monkeypatch.setenv("PATH", "")  # no compiler, so the mixture runs in eager PyTorch: compiling takes far longer
+    monkeypatch.delenv("CXX", raising=False)
     flags = ["--spec", "megatron_moa.layer_specs", spec, "--stock-modules", *LLAMA, "--train-iters", "6"]
     split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     _, ranks = train(tmp_path, *flags, *split, processes=2)

@@ -208,9 +208,9 @@ def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
         "RUN_DIR": str(tmp_path / "run"),
     }
     settings |= {**SMALL_BATCH, "TOKENS": "1280", "MASTER_PORT": str(launch.free_port())}  # 10 iterations
-    flags = [flag for flag in small("moe-1b", "moa") if flag not in ("--train-iters", "3")]
+    flags = [flag for flag in small("moe-0.25b", "moa") if flag not in ("--train-iters", "3")]
     for exit_interval, seen in ((["--exit-interval", "6"], range(1, 7)), ([], range(7, 11))):
-        done = run_example("pretrain.sh", "moe-1b", "moa", *flags, *exit_interval, folder=tmp_path, **settings)
+        done = run_example("pretrain.sh", "moe-0.25b", "moa", *flags, *exit_interval, folder=tmp_path, **settings)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         log = TrainingLog()
         for line in done.stdout.splitlines():

@@ -31,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEW = ("gelu", "silu", "relu2", "tanh")
 FULL = pytest.mark.full
 EXPERTS_OFTEN = [("triton", "bi-sided"), ("triton", "quadratic"), ("compile", "bi-sided")]
-SIZES = (0, 1, 3, 67, *(pytest.param(size, marks=FULL) for size in (1000, 4097)))
+SIZES = (0, 1, 3, 35, *(pytest.param(size, marks=FULL) for size in (1000, 4097)))
 
 
 def mixtures(*compiled: str, forms: tuple[str, ...] = FORMS) -> pytest.MarkDecorator:
@@ -207,8 +207,8 @@ def activation_step(layer: dict[str, Tensor], mixing: MixtureConfig) -> Tensor:
 @mixtures("bi-sided moa", forms=("bi-sided", "quadratic"))
 def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) -> None:
     mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
-    layer = make_layer(mixing, 19, 33, 20, torch.float32)
-    grad = torch.randn(19, 33, generator=torch.Generator().manual_seed(9)).to(DEVICE)
+    layer = make_layer(mixing, 9, 33, 20, torch.float32)
+    grad = torch.randn(9, 33, generator=torch.Generator().manual_seed(9)).to(DEVICE)
 
     def gradients() -> tuple[Tensor, ...]:
         names = ("z", "scale", "x", "weight") if mixing_name == "moa" else ("z", "scale", "value")
