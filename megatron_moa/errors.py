@@ -28,6 +28,18 @@ def fail(program: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def one_line(error: BaseException, *, typed: bool = False) -> str:
+    """Returns an error's text in one line, or its type's name where it has no text.
+
+    Args:
+        typed: puts the type's name before the text, which is then cut after 200 characters.
+    """
+    # Whatever else moves a terminal's cursor is spelled out: a file may have put it there.
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(error).split()))
+    name = type(error).__name__
+    return f"{name}: {text[:200]}" if typed else text or name
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turns a :class:`UserError` raised inside into one line on stderr and exit code 2, no traceback."""

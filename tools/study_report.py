@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if flags.out.is_dir():
             raise UserError(f"--out {flags.out}: is a folder; name a file")
         from megatron_moa.research.study.evidence import read_evidence
-        from megatron_moa.research.study.report import report
+        from megatron_moa.research.study.report.write import report
 
         evidence = read_evidence(flags.results)
         command = shlex.join(["python", "tools/study_report.py", *map(str, flags.results), "--out", str(flags.out)])

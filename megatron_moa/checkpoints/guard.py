@@ -35,7 +35,7 @@ from megatron_moa.checkpoints.settings import (
     upgrade_saved_settings,
 )
 from megatron_moa.checkpoints.tensors import CheckpointTensors
-from megatron_moa.errors import UserError, check_is_folder
+from megatron_moa.errors import UserError, check_is_folder, one_line
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -154,14 +154,16 @@ def _saved_args(args: argparse.Namespace, checkpoint: Checkpoint) -> argparse.Na
     except (Exception, torch.distributed.checkpoint.CheckpointException) as error:
         if manifest is not None:
             check_files(path, manifest, manifest, checksums=False)  # a better reason, where there is one
-        raise DamagedCheckpoint(f"its settings cannot be read ({one_line(error)})") from error
+        raise DamagedCheckpoint(
+            f"its settings cannot be read ({one_line(first_failure(error), typed=True)})"
+        ) from error
 
 
-def one_line(error: BaseException) -> str:
-    """Returns an error's type and text in one line; of torch's collection of errors the first one's."""
+def first_failure(error: BaseException) -> BaseException:
+    """Returns the first error of those that torch collects from the ranks; any other error as it is."""
     if isinstance(error, torch.distributed.checkpoint.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return next(iter(error.failures.values()))[0]
+    return error
 
 
 def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> Checkpoint:

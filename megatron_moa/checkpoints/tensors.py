@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_moa.checkpoints.files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
 from megatron_moa.checkpoints.names import EXTRA_STATE, take_stored_names
-from megatron_moa.checkpoints.unpickling import MetadataUnpickler, StandIn, load_archive, one_line
+from megatron_moa.checkpoints.unpickling import MetadataUnpickler, StandIn, describe_problem, load_archive
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +109,9 @@ class CheckpointTensors:
         except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise self._damaged(f"is not what torch.distributed.checkpoint writes ({one_line(error)})") from None
+            raise self._damaged(
+                f"is not what torch.distributed.checkpoint writes ({describe_problem(error)})"
+            ) from None
 
     # Opening.
 
@@ -126,7 +128,7 @@ class CheckpointTensors:
                 "training with --ckpt-format torch_dist saved"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot be read ({one_line(error)}); take a whole checkpoint") from None
+            raise UserError(f"{path}: cannot be read ({describe_problem(error)}); take a whole checkpoint") from None
         if backend != "torch_dist":
             raise UserError(f"{self.folder}: is of the format {backend!r}; only torch_dist is read here")
 
@@ -139,7 +141,7 @@ class CheckpointTensors:
             raise UserError(f"{path}: is missing, the checkpoint was not written to its end; take another") from None
         # A damaged pickle raises whatever it likes.
         except Exception as error:
-            raise self._damaged(f"cannot be read ({one_line(error)})") from None
+            raise self._damaged(f"cannot be read ({describe_problem(error)})") from None
 
     def _take(self, index: Any) -> None:
         """Fills the tables from .metadata; whatever is not as it must be raises one of the errors __init__ expects."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 
 # What torch.distributed.checkpoint writes into .metadata.
 _METADATA_CLASSES = {
@@ -87,10 +87,9 @@ class MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to something outside")
 
 
-def one_line(error: BaseException) -> str:
-    # No line break and nothing else that moves a terminal's cursor: a file may have put it there.
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(error).split()))
-    return text[:200] if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: {text[:200]}"
+def describe_problem(error: BaseException) -> str:
+    """Returns in one line why a pickle cannot be read; the reader's own errors are plain without their type."""
+    return one_line(error)[:200] if isinstance(error, pickle.UnpicklingError) else one_line(error, typed=True)
 
 
 @contextmanager
@@ -129,5 +128,5 @@ def load_archive(raw: bytes, where: str, settings: bool = False) -> Any:
                 return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     # A damaged archive raises whatever it likes.
     except Exception as error:
-        problem = one_line(error)
+        problem = describe_problem(error)
     raise UserError(f"{where}: cannot be read ({problem}); take a whole checkpoint from a source you trust")

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from megatron_moa.command_line.output_folder import is_unfinished
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import FAMILIES, OWN, Family, family_of
 from megatron_moa.hf.mapping import Entry, is_buffer
@@ -114,7 +114,7 @@ class HuggingFaceFolder:
             return tensors.get_tensor(stored.name)
         except SafetensorError as error:
             raise UserError(
-                f"{stored.file}: {stored.name} cannot be read ({_one_line(error)}); fetch it again"
+                f"{stored.file}: {stored.name} cannot be read ({one_line(error)}); fetch it again"
             ) from None
 
     def check_tied(self) -> None:
@@ -209,7 +209,7 @@ def _json(path: Path) -> dict[str, Any]:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({_one_line(error)}); fetch it again") from None
+        raise UserError(f"{path}: is not JSON ({one_line(error)}); fetch it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds no JSON object; fetch it again")
     return value
@@ -238,7 +238,7 @@ def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
     except UserError as error:
         raise UserError(f"--hf {root}: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{path}: is no {family.config_class.__name__} ({_one_line(error)})") from None
+        raise UserError(f"{path}: is no {family.config_class.__name__} ({one_line(error)})") from None
 
 
 # Weights.
@@ -313,14 +313,14 @@ def _open(file: Path) -> Any:
         try:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: damaged or cut off ({_one_line(error)}); fetch it again") from None
+            raise UserError(f"{file}: damaged or cut off ({one_line(error)}); fetch it again") from None
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError as error:
-        what = re.sub(r"^.*?(?=Unsupported|GLOBAL|WeightsUnpickler)", "", _one_line(error))[:160]
+        what = re.sub(r"^.*?(?=Unsupported|GLOBAL|WeightsUnpickler)", "", one_line(error))[:160]
         raise UserError(f"{file}: holds more than tensors ({what}); nothing of it was run") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: damaged or cut off ({_one_line(error)[:160]}); fetch it again") from None
+        raise UserError(f"{file}: damaged or cut off ({one_line(error)[:160]}); fetch it again") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
@@ -387,7 +387,7 @@ def expected_shapes(family: Family, own: GPTMoAConfig) -> dict[str, tuple[int, .
     except UserError:
         raise
     except Exception as error:  # sizes and settings that cannot be raise whatever they like
-        raise UserError(f"config.json: no model can be built from it ({_one_line(error)[:160]})") from None
+        raise UserError(f"config.json: no model can be built from it ({one_line(error)[:160]})") from None
     shapes = {}
     for ours, theirs in zip(OWN.entries(own), family.entries(own), strict=True):
         megatron = ours.join(tuple(state[name] for name in ours.hf))
@@ -407,7 +407,3 @@ def _some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

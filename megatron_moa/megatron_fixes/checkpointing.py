@@ -35,13 +35,13 @@ from megatron_moa.checkpoints.guard import (
     SAME_SETTINGS,
     changed_scales,
     check_before_setup,
+    first_failure,
     match_tensors,
     notice,
-    one_line,
 )
 from megatron_moa.checkpoints.names import EXTRA_STATE
 from megatron_moa.checkpoints.tensors import CheckpointTensors
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 from megatron_moa.megatron_fixes.patching import patch
 
 if TYPE_CHECKING:
@@ -236,10 +236,11 @@ class Saver:
                 if complete
                 else "there is none before it"
             )
-            free = shutil.disk_usage(self.root).free
+            free = _megabytes(shutil.disk_usage(self.root).free)
+            problem = one_line(first_failure(error), typed=True)
             raise UserError(
                 f"--save {self.root}: the checkpoint {f'of iteration {iteration} ' if iteration else ''}could not be "
-                f"written ({_megabytes(free)} free on that disk; {one_line(error)}); {before}: make room, start again"
+                f"written ({free} free on that disk; {problem}); {before}: make room, start again"
             ) from error
 
 

@@ -1,1 +1,1 @@
-"""Does it pay? Studies, analyses of gates, benchmarks and comparisons of runs; training imports nothing of this."""
+"""Does it pay? Studies, analyses of gates, benchmarks, comparisons of runs, the fault drill. No training imports it."""

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moa.checkpoints.files import TRACKER
+from megatron_moa.research.fault_drill.starts import Log
 from megatron_moa.runs.recipes import recipe_flags
 from tests.support import launch
 from tests.support.training import ROOT
-from tools.fault_drill import TRACKER, Log
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

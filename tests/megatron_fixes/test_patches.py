@@ -101,7 +101,7 @@ def test_nothing_is_changed_past_the_door() -> None:
         for change in changes_in(path.read_text(encoding="utf-8"))
     }
     # The drill breaks a training on purpose.
-    assert found - {("fault_drill.py", "training.train_step")} == set()
+    assert found - {("poison.py", "training.train_step")} == set()
 
 
 # The list, and what a training really makes.

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_moa.launch import children, exit_code
+from megatron_moa.research.fault_drill.poison import poison as poison_training
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 from tests.support import launch
 from tests.support.training import ROOT, Run
-from tools import fault_drill
 
 pytestmark = pytest.mark.distributed
 
@@ -118,7 +118,7 @@ def test_killed_rank_is_told_in_one_line_by_the_other(tmp_path):
 def poison(what: str, parameter: str, iteration: int) -> None:
     """The last rank that has the parameter gets a NaN."""
     if os.environ["RANK"] == "1" or ".3." in parameter or "layers.0" in parameter:
-        fault_drill.poison(what, parameter, iteration)
+        poison_training(what, parameter, iteration)
 
 
 @pytest.mark.parametrize(

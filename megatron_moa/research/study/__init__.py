@@ -1,4 +1,4 @@
 """Trains many small models that compare mixtures at their best learning rates (tools/study.py, docs/evidence.md).
 
-Start with arms.py (what is compared), then grid.py and runner.py; report.py writes docs/evidence.md.
+Start with arms.py (what is compared), then grid.py and runner.py; report/ writes docs/evidence.md.
 """

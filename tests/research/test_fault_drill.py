@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moa.checkpoints.files import TRACKER
+from megatron_moa.research.fault_drill.damage import cut, flip
+from megatron_moa.research.fault_drill.drill import Drill, Outcome, latest
+from megatron_moa.research.fault_drill.kills import changed, touched
+from megatron_moa.research.fault_drill.starts import Log, NotAsExpected
 from tests.support.training import ROOT
 from tools import fault_drill
-from tools.fault_drill import Drill, Log, NotAsExpected, Outcome
 
 LOG = """\
  successfully loaded checkpoint from /somewhere [ t 1/1, p 1/1 ] at iteration 8
@@ -65,31 +69,31 @@ def test_row_of_a_lost_fault(drill, capsys):
 
 
 def test_latest_is_the_tracker(tmp_path):
-    assert fault_drill.latest(tmp_path) == 0
-    (tmp_path / fault_drill.TRACKER).write_text("12")
-    assert fault_drill.latest(tmp_path) == 12
+    assert latest(tmp_path) == 0
+    (tmp_path / TRACKER).write_text("12")
+    assert latest(tmp_path) == 12
 
 
 def test_touched_leaves_out_what_earlier_saves_left(tmp_path):
     old, again = tmp_path / "iter_0000004", tmp_path / "iter_0000008"
     for folder in (old, again):
         folder.mkdir()
-    before = {folder: fault_drill.changed(folder) for folder in (old, again)}
-    assert fault_drill.touched(tmp_path, before) == []
+    before = {folder: changed(folder) for folder in (old, again)}
+    assert touched(tmp_path, before) == []
     os.utime(again, ns=(0, before[again] + 1))
     new = tmp_path / "iter_0000012"
     new.mkdir()
-    assert set(fault_drill.touched(tmp_path, before)) == {again, new}
+    assert set(touched(tmp_path, before)) == {again, new}
 
 
 def test_damage(tmp_path):
     file = tmp_path / "file"
     before = bytes(range(100))
     file.write_bytes(before)
-    fault_drill.flip(file)
+    flip(file)
     after = file.read_bytes()
     assert sum((a ^ b).bit_count() for a, b in zip(before, after, strict=True)) == 1
-    fault_drill.cut(file)
+    cut(file)
     assert file.read_bytes() == after[:50]
 
 

@@ -1,0 +1,94 @@
+"""Writes what arms lose at learning rates above their best."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from megatron_moa.research.study.pictures import arm_title, setting_title
+from megatron_moa.research.study.report.material import BI_SIDED, Lines, Material
+from megatron_moa.research.study.report.words import difference_text, lost_text, table
+from megatron_moa.research.study.statistics import AT_LEAST, AT_MOST, BASELINE, BETTER, WORSE, Interval, Setting, Tuned
+
+
+def larger_rates(study: Material) -> Lines:
+    """Writes what arms lose at twice and four times their best rates."""
+    yield "## Larger learning rates\n"
+    rows = [["arm", "best rate", "lost at twice", "lost at four times", "less what SwiGLU loses at twice", "is"]]
+    baseline = study.results.lost(study.main, BASELINE, 2)
+    for tuned in study.tuned(study.main):
+        twice, four = (study.results.lost(study.main, tuned.arm, factor) for factor in (2, 4))
+        if not twice and not four:
+            continue
+        beside, verdict = "", ""
+        if tuned.arm != BASELINE:
+            pairs = [twice[seed] - baseline[seed] for seed in twice if seed in baseline]
+            if pairs and all(map(math.isfinite, pairs)):
+                known = Interval.of(pairs)
+                beside, verdict = (
+                    difference_text(known),
+                    {BETTER: "bears more", WORSE: "bears less"}.get(known.verdict, known.verdict),
+                )
+        rows.append([arm_title(tuned.arm), f"{tuned.rate:g}", lost_text(twice), lost_text(four), beside, verdict])
+    if len(rows) == 1:
+        yield "No arm was run at twice or four times its best rate.\n"
+        return
+    yield f"{setting_title(study.main)}. What an arm loses at a multiple of its own best rate, mean over seeds.\n"
+    yield from table(rows)
+    for arm in BI_SIDED[:2]:
+        yield from _bears_more(study, arm)
+    yield from _best_rates(study)
+
+
+def _best_rates(study: Material) -> Lines:
+    """Writes the best rates of the arms that have one in several settings, side by side."""
+    arms = (BASELINE, "la-bi-sided", "la-bi-sided-matched", "moa-bi-sided", "moa-bi-sided-matched")
+    rows = []
+    for setting in study.results.settings:
+        baseline, *mixtures = (study.results.tuned(setting, arm) for arm in arms)
+        if baseline is not None and any(mixtures):
+            rows.append([setting_title(setting), *(_rate(study, setting, tuned) for tuned in (baseline, *mixtures))])
+    if len(rows) > 1:
+        yield "### Best rates in every setting, and what is lost at twice\n"
+        yield from table([["setting", *map(arm_title, arms)], *rows])
+        seed = study.results.tuning_seed
+        yield f"With seed {seed}; ≤, ≥: at the lower, upper end of what was tried, a better one may lie beyond;"
+        yield "(?): the only one tried. In brackets: the loss at twice that rate, less that at it.\n"
+
+
+def _rate(study: Material, setting: Setting, tuned: Tuned | None) -> str:
+    """Returns an arm's best rate, where it lies among the tried ones, and how much is lost at twice."""
+    if tuned is None:
+        return ""
+    if len(tuned.rates) == 1:
+        return f"{tuned.rate:g} (?)"
+    bound = "" if tuned.inside else AT_MOST if tuned.rate == min(tuned.rates) else AT_LEAST
+    twice = study.results.lost(setting, tuned.arm, 2)
+    seed = study.results.tuning_seed
+    return f"{bound}{tuned.rate:g}" + (f" ({lost_text({seed: twice[seed]})})" if seed in twice else "")
+
+
+def _bears_more(study: Material, arm: str) -> Lines:
+    """Writes in a sentence whether the paper's claim on larger rates is seen."""
+    mixed, fixed = study.results.tuned(study.main, arm), study.results.tuned(study.main, BASELINE)
+    mine, theirs = (study.results.lost(study.main, name, 2) for name in (arm, BASELINE))
+    pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    if mixed is None or fixed is None or not pairs:
+        return
+    factor = mixed.rate / fixed.rate
+    known = Interval.of(pairs) if all(map(math.isfinite, pairs)) else None
+    flatter = statistics.fmean(pairs) < 0
+    if factor >= 1.5 and flatter:
+        claim = "seen"
+    elif factor >= 1.5 or flatter:
+        claim = "seen in part"
+    else:
+        claim = "not seen"
+    how = "one seed: not decided" if len(pairs) == 1 else f"{len(pairs)} seeds"
+    interval = "" if known is None or known.count == 1 else f", {difference_text(known)}: {known.verdict}"
+    best = "SwiGLU's too" if factor == 1 else f"{factor:g} times SwiGLU's"
+    yield (
+        f"That MoA bears 1.5 to 2 times the baseline's rate is **{claim}** for {arm_title(arm)}: its best rate is "
+        f"{best}, and at twice that it loses {lost_text(mine)} where SwiGLU loses {lost_text(theirs)} "
+        f"({how}{interval}).\n"
+    )
