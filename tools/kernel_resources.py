@@ -32,6 +32,7 @@ from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.autograd import GateInputs, MixtureInputs
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
 from megatron_moa.research.benchmarks import conditions
 
@@ -144,10 +145,10 @@ def mixture_launches(mixing: MixtureConfig, dtype: torch.dtype, f: int) -> list[
     grad = torch.empty(tokens, f, dtype=dtype, device="meta")
     leading = (tokens,) if mixing.kind == "moa" else ()
     coefficients = torch.empty(*leading, mixing.num_coefficients, device="meta")
-    needed = True, True, False
+    inputs = MixtureInputs(z, coefficients)
     return [
-        *recorded(mixture, mixture.forward, z, coefficients, None, None, mixing),
-        *recorded(mixture, mixture.backward, grad, z, coefficients, None, None, mixing, needed),
+        *recorded(mixture, mixture.forward, inputs, mixing),
+        *recorded(mixture, mixture.backward, inputs, mixing, grad, (True, True, False)),
     ]
 
 
@@ -159,9 +160,10 @@ def gate_launches(mixing: MixtureConfig, dtype: torch.dtype, hidden: int) -> lis
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     weight = torch.empty(n, hidden, dtype=dtype, device="meta")
     c = torch.empty(tokens, n, device="meta")
+    inputs = GateInputs(x, weight)
     return [
-        *recorded(gate, gate.forward, x, weight, None, None, None, None, mixing),
-        *recorded(gate, gate.backward, c, c, x, weight, None, None, None, None, mixing, (True, True)),
+        *recorded(gate, gate.forward, inputs, mixing),
+        *recorded(gate, gate.backward, inputs, mixing, c, c, (True, True)),
     ]
 
 

@@ -22,6 +22,7 @@ import torch
 
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.mixture.autograd import MixtureInputs
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
 from megatron_moa.research.benchmarks import conditions, kernel_errors, timing
 
@@ -57,12 +58,11 @@ def launchers(
 
     z = normal(tokens, 2 * f if mixing.gated else f)
     leading = (tokens,) if mixing.kind == "moa" else ()
-    coefficients = normal(*leading, mixing.num_coefficients, dtype=torch.float32)
+    inputs = MixtureInputs(z, normal(*leading, mixing.num_coefficients, dtype=torch.float32))
     grad = normal(tokens, f)
-    needed = True, True, False
     return {
-        "forward": lambda: backend.mixture_forward(z, coefficients, None, None, mixing),
-        "backward": lambda: backend.mixture_backward(grad, z, coefficients, None, None, mixing, needed),
+        "forward": lambda: backend.mixture_forward(inputs, mixing),
+        "backward": lambda: backend.mixture_backward(inputs, mixing, grad, (True, True, False)),
     }
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.autograd import GateInputs, MixtureInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import (
     group_of_rows,
@@ -35,53 +36,42 @@ _OPTIONS = {
 }
 
 
-def mixture_forward(
-    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixtureConfig
-) -> Tensor:
+def mixture_forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
-    inputs = _uniform(z, coefficients, bias, scale)
-    function = _forward_function(mixing.form, mixing.activations, _kind(*inputs))
-    return function(z.shape[0])(*inputs)
+    inputs = _uniform(inputs)
+    function = _forward_function(mixing.form, mixing.activations, _kind(inputs))
+    return function(inputs.z.shape[0])(inputs)
 
 
 def mixture_backward(
-    grad: Tensor,
-    z: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    mixing: MixtureConfig,
-    needed: tuple[bool, bool, bool],
+    inputs: MixtureInputs, mixing: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
-    inputs = _uniform(z, coefficients, bias, scale)
-    function = _backward_function(mixing.form, mixing.activations, _kind(*inputs), *needed)
+    inputs = _uniform(inputs)
+    function = _backward_function(mixing.form, mixing.activations, _kind(inputs), needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
-    return function(z.shape[0])(grad, *inputs)
+    return function(inputs.z.shape[0])(inputs, grad)
 
 
-def _uniform(
-    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _uniform(inputs: MixtureInputs) -> MixtureInputs:
     """The inputs such that calls do not differ in what the compiler specialises to, so that it compiles once.
 
     The number of tokens changes from call to call in a MoE, whether a gradient is asked for in evaluation, and an
     expert's scales are a view into all experts' with an offset of its own.
     """
-    z, coefficients = z.detach(), coefficients.detach()
-    bias = None if bias is None else bias.detach()
-    scale = None if scale is None else scale.detach().clone()  # [t], small
+    z, coefficients, bias, scale = (None if tensor is None else tensor.detach() for tensor in inputs)
+    scale = None if scale is None else scale.clone()  # [t], small
     for tensor in (z, scale, coefficients if coefficients.dim() > 1 else None):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return z, coefficients, bias, scale
+    return MixtureInputs(z, coefficients, bias, scale)
 
 
-def _kind(*inputs: Tensor | None) -> tuple[object, ...]:
+def _kind(inputs: MixtureInputs) -> tuple[object, ...]:
     """What one compiled function is for: all of its inputs' dtypes and sizes but the number of tokens."""
     return tuple(
         None if tensor is None else (tensor.dtype, tensor.dim(), tensor.shape[-1]) for tensor in inputs[:3]
-    ) + (None if inputs[3] is None else inputs[3].dtype,)
+    ) + (None if inputs.scale is None else inputs.scale.dtype,)
 
 
 @dataclass(frozen=True)
@@ -99,30 +89,25 @@ class _Function:
 def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _Function:
     del kind  # each has a function of its own
 
-    def forward(z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-        out = _evaluate(form, activations, z, coefficients, bias).out
-        if scale is not None:
-            out = out * scale.float()[:, None]
-        return out.to(z.dtype)
+    def forward(inputs: MixtureInputs) -> Tensor:
+        out = _evaluate(form, activations, inputs).out
+        if inputs.scale is not None:
+            out = out * inputs.scale.float()[:, None]
+        return out.to(inputs.z.dtype)
 
     return _compile(forward, "mixture_forward", form)
 
 
 @functools.cache
 def _backward_function(
-    form: str,
-    activations: tuple[str, ...],
-    kind: tuple[object, ...],
-    need_z: bool,
-    need_coefficients: bool,
-    need_scale: bool,
+    form: str, activations: tuple[str, ...], kind: tuple[object, ...], needed: tuple[bool, bool, bool]
 ) -> _Function:
     del kind  # each has a function of its own
+    need_z, need_coefficients, need_scale = needed
 
-    def backward(
-        grad: Tensor, z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        mixture = _evaluate(form, activations, z, coefficients, bias)
+    def backward(inputs: MixtureInputs, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        z, coefficients, _, scale = inputs
+        mixture = _evaluate(form, activations, inputs)
         grad = grad.float()
         grad_z = grad_coefficients = grad_scale = None
         if need_scale:
@@ -155,13 +140,11 @@ class _Evaluated:
     terms: Callable[[], list[Tensor]]
 
 
-def _evaluate(
-    form: str, activations: tuple[str, ...], z: Tensor, coefficients: Tensor, bias: Tensor | None
-) -> _Evaluated:
-    z = z.float()
-    if bias is not None:
-        z = z + bias.float()
-    c = [column.unsqueeze(-1) for column in coefficients.unbind(-1)]
+def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) -> _Evaluated:
+    z = inputs.z.float()
+    if inputs.bias is not None:
+        z = z + inputs.bias.float()
+    c = [column.unsqueeze(-1) for column in inputs.coefficients.unbind(-1)]
     k = len(activations)
 
     def values(x: Tensor) -> list[Tensor]:
@@ -219,34 +202,18 @@ def _compile(function: Callable[..., object], name: str, form: str) -> _Function
     return _Function(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
 
 
-def gate_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    amplitude: Tensor | None,
-    scale: Tensor | None,
-    group_ends: Tensor | None,
-    mixing: MixtureConfig,
-) -> Tensor:
+def gate_forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
-    logits = _logits(x, weight, bias, group_ends)
-    coefficients = reference.gate(logits, mixing, _per_row(amplitude, group_ends, logits))
-    return coefficients if scale is None else coefficients * scale
+    logits = _logits(inputs)
+    coefficients = reference.gate(logits, mixing, _per_row(inputs.amplitude, inputs.group_ends, logits))
+    return coefficients if inputs.scale is None else coefficients * inputs.scale
 
 
 def gate_backward(
-    grad: Tensor,
-    coefficients: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    amplitude: Tensor | None,
-    scale: Tensor | None,
-    group_ends: Tensor | None,
-    mixing: MixtureConfig,
-    needed: tuple[bool, bool],
+    inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
+    x, weight, bias, amplitude, scale, group_ends = inputs
     grad_x = grad_weight = grad_bias = grad_amplitude = None
     if scale is not None:
         grad, coefficients = grad * scale, coefficients / scale
@@ -255,7 +222,7 @@ def gate_backward(
         # Coefficients cannot be divided by an amplitude of 0, so psi is computed again.
         rows = _per_row(amplitude, group_ends, grad)
         slope, offset = mixing.psi_hat
-        psi = reference.gate(_logits(x, weight, bias, group_ends), mixing)
+        psi = reference.gate(_logits(inputs), mixing)
         grad_amplitude = _summed(grad * (slope * psi + offset), group_ends, amplitude)
         grad = grad * rows * slope
     grad = _gate_derivative(grad, psi, mixing)
@@ -273,12 +240,11 @@ def gate_backward(
     return grad_x, grad_weight, grad_bias, grad_amplitude
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, group_ends: Tensor | None) -> Tensor:
+def _logits(inputs: GateInputs) -> Tensor:
     """[t, n], float32"""
-    weight = weight.float()
-    x = x.float()
+    x, weight, group_ends = inputs.x.float(), inputs.weight.float(), inputs.group_ends
     logits = F.linear(x, weight) if group_ends is None else grouped_linear(x, weight, group_ends)
-    bias = _per_row(bias, group_ends, logits)
+    bias = _per_row(inputs.bias, group_ends, logits)
     return logits if bias is None else logits + bias
 
 

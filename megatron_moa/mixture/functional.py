@@ -47,10 +47,12 @@ def mixed_activation(
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
-    _check_shapes(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
-    arguments = preactivation, coefficients, mixing, bias, per_token_scale, group_ends
+    inputs = autograd.MixtureInputs(preactivation, coefficients, bias, per_token_scale)
+    _check_shapes(inputs, mixing, group_ends)
     backend = _fused_backend(mixing, preactivation)
-    return reference.mixed_activation(*arguments) if backend is None else autograd.mixed_activation(backend, *arguments)
+    if backend is None:
+        return reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
+    return autograd.mixed_activation(backend, inputs, mixing, group_ends)
 
 
 def gate_coefficients(
@@ -81,11 +83,11 @@ def gate_coefficients(
     Raises:
         UserError: a backend that is not there.
     """
-    arguments = x, weight, mixing, bias, amplitude, scale, group_ends
     backend = _fused_backend(mixing, x)
-    return (
-        reference.gate_coefficients(*arguments) if backend is None else autograd.gate_coefficients(backend, *arguments)
-    )
+    if backend is None:
+        return reference.gate_coefficients(x, weight, mixing, bias, amplitude, scale, group_ends)
+    inputs = autograd.GateInputs(x, weight, bias, amplitude, scale, group_ends)
+    return autograd.gate_coefficients(backend, inputs, mixing)
 
 
 def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
@@ -101,14 +103,8 @@ def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | 
     return backend
 
 
-def _check_shapes(
-    preactivation: Tensor,
-    coefficients: Tensor,
-    mixing: MixtureConfig,
-    bias: Tensor | None,
-    per_token_scale: Tensor | None,
-    group_ends: Tensor | None,
-) -> None:
+def _check_shapes(inputs: autograd.MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None) -> None:
+    preactivation, coefficients, bias, per_token_scale = inputs
     tokens, width = preactivation.shape[:-1], preactivation.shape[-1]
     if mixing.gated and width % 2:
         raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixing.form} needs two halves, [..., 2f]")

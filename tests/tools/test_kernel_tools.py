@@ -14,6 +14,7 @@ import torch
 from triton import knobs
 
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.autograd import MixtureInputs
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from megatron_moa.mixture.triton_backend import mixture
 from megatron_moa.mixture.triton_backend.tile_sizes import (
@@ -181,7 +182,7 @@ def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, monkeypa
     monkeypatch.setenv(VARIABLE, str(file))
     mixing, z = MixtureConfig(), torch.empty(3, 1408, device="meta")
     c = torch.empty(3, 14, device="meta")
-    (launch,) = kernel_resources.recorded(mixture, mixture.forward, z, c, None, None, mixing)
+    (launch,) = kernel_resources.recorded(mixture, mixture.forward, MixtureInputs(z, c), mixing)
     assert (launch.arguments["BLOCK"], launch.warps) == (2048, 8)
     meta = torch.device("meta")
     assert configuration("forward", "bi-sided", 704, meta) == Configuration(2048, 8, 4)

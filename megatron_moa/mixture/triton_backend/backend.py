@@ -7,22 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron_moa.mixture.autograd import GateInputs, MixtureInputs
 from megatron_moa.mixture.triton_backend import gate, mixture
 
 
-def _on_device_of_first_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+def _on_device_of_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
     # Triton launches on the current device, which need not be that of the tensors.
     @functools.wraps(function)
-    def launch(first: Tensor, *arguments: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *arguments)
+    def launch(inputs: MixtureInputs | GateInputs, *arguments: Any) -> Any:
+        with torch.cuda.device_of(inputs[0]):
+            return function(inputs, *arguments)
 
     return launch
 
 
-mixture_forward = _on_device_of_first_argument(mixture.forward)
-mixture_backward = _on_device_of_first_argument(mixture.backward)
-gate_forward = _on_device_of_first_argument(gate.forward)
-gate_backward = _on_device_of_first_argument(gate.backward)
+mixture_forward = _on_device_of_inputs(mixture.forward)
+mixture_backward = _on_device_of_inputs(mixture.backward)
+gate_forward = _on_device_of_inputs(gate.forward)
+gate_backward = _on_device_of_inputs(gate.backward)

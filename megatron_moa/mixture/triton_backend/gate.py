@@ -10,11 +10,14 @@ sums, which are added in one further step, always in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import grouped_sum
 
@@ -234,29 +237,77 @@ def _gate_backward_kernel(
             )
 
 
-def _shared_arguments(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    amplitude: Tensor | None,
-    scale: Tensor | None,
-    group_ends: Tensor | None,
-    mixing: MixtureConfig,
-) -> dict[str, object]:
-    n, h = weight.shape[-2:]
+def forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
+    """``gate_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
+    inputs = _dense(inputs)
+    x = inputs.x
+    coefficients = x.new_empty(x.shape[0], inputs.weight.shape[-2], dtype=torch.float32)
+    _gate_forward_kernel[(_tiles(inputs),)](
+        *inputs, coefficients, x.shape[0], x.stride(0), **_shared_arguments(inputs, mixing)
+    )
+    return coefficients
+
+
+def backward(
+    inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """``gate_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch, and one sum a parameter."""
+    inputs = _dense(inputs)
+    x, weight, bias, amplitude = inputs[:4]
+    need_x, need_weight = needed
+    programs, (n, h) = _tiles(inputs), weight.shape[-2:]
+
+    def partial_sums(wanted: bool, *shape: int) -> Tensor | None:
+        return x.new_empty(programs, *shape, dtype=torch.float32) if wanted else None
+
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
+    sums = partial_sums(need_weight, n, h), partial_sums(bias is not None, n), partial_sums(amplitude is not None, n)
+    _gate_backward_kernel[(programs, triton.cdiv(h, _SLAB))](
+        grad.contiguous(),
+        coefficients,
+        *inputs,
+        grad_x,
+        *sums,
+        x.shape[0],
+        x.stride(0),
+        NEED_X=need_x,
+        NEED_WEIGHT=need_weight,
+        GRADIENT_PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
+        SLAB=_SLAB,
+        **_shared_arguments(inputs, mixing),
+    )
+    return grad_x, *_totals(sums, inputs)
+
+
+def _dense(inputs: GateInputs) -> GateInputs:
+    x = inputs.x
+    return inputs._replace(x=x if x.stride(-1) == 1 else x.contiguous(), weight=inputs.weight.contiguous())
+
+
+def _tiles(inputs: GateInputs) -> int:
+    """Programs that surely suffice, however the tokens are spread over the groups."""
+    return triton.cdiv(inputs.x.shape[0], _TOKENS) + _groups(inputs)
+
+
+def _groups(inputs: GateInputs) -> int:
+    return 0 if inputs.group_ends is None else inputs.group_ends.shape[0]
+
+
+def _shared_arguments(inputs: GateInputs, mixing: MixtureConfig) -> dict[str, object]:
+    n, h = inputs.weight.shape[-2:]
     slope, offset = mixing.psi_hat
     return {
         "SLOPE": slope,
         "OFFSET": offset,
-        "HAS_AMPLITUDE": amplitude is not None,
-        "HAS_SCALE": scale is not None,
-        "GROUPS": 0 if group_ends is None else group_ends.shape[0],
+        "HAS_AMPLITUDE": inputs.amplitude is not None,
+        "HAS_SCALE": inputs.scale is not None,
+        "GROUPS": _groups(inputs),
         "N": n,
         "H": h,
         "GATE": mixing.gate,
         "SOFTMAX": mixing.softmax_size,
-        "HAS_BIAS": bias is not None,
-        "PRECISION": "ieee" if torch.float32 in (x.dtype, weight.dtype) else "tf32",
+        "HAS_BIAS": inputs.bias is not None,
+        "PRECISION": "ieee" if torch.float32 in (inputs.x.dtype, inputs.weight.dtype) else "tf32",
         "COLUMNS": max(_FEWEST, triton.next_power_of_2(n)),
         "TOKENS": _TOKENS,
         # With 128 columns of coefficients, whole tiles of x ask for 240 KiB of shared memory; an H100 has 227.
@@ -265,97 +316,15 @@ def _shared_arguments(
     }
 
 
-def _tiles(tokens: int, group_ends: Tensor | None) -> int:
-    """Programs that surely suffice, however the tokens are spread over the groups."""
-    return triton.cdiv(tokens, _TOKENS) + (0 if group_ends is None else group_ends.shape[0])
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    amplitude: Tensor | None,
-    scale: Tensor | None,
-    group_ends: Tensor | None,
-    mixing: MixtureConfig,
-) -> Tensor:
-    """One launch."""
-    x = _dense_rows(x)
-    coefficients = x.new_empty(x.shape[0], weight.shape[-2], dtype=torch.float32)
-    _gate_forward_kernel[(_tiles(x.shape[0], group_ends),)](
-        x,
-        weight.contiguous(),
-        bias,
-        amplitude,
-        scale,
-        group_ends,
-        coefficients,
-        x.shape[0],
-        x.stride(0),
-        **_shared_arguments(x, weight, bias, amplitude, scale, group_ends, mixing),
-    )
-    return coefficients
-
-
-def backward(
-    grad: Tensor,
-    coefficients: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    amplitude: Tensor | None,
-    scale: Tensor | None,
-    group_ends: Tensor | None,
-    mixing: MixtureConfig,
-    needed: tuple[bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """One launch, and one sum for each parameter."""
-    need_x, need_weight = needed
-    x, weight = _dense_rows(x), weight.contiguous()
-    tokens, (n, h) = x.shape[0], weight.shape[-2:]
-    programs = _tiles(tokens, group_ends)
-
-    def partial_sums(wanted: bool, *shape: int) -> Tensor | None:
-        return x.new_empty(programs, *shape, dtype=torch.float32) if wanted else None
-
-    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
-    weight_sums = partial_sums(need_weight, n, h)
-    bias_sums = partial_sums(bias is not None, n)
-    amplitude_sums = partial_sums(amplitude is not None, n)
-    _gate_backward_kernel[(programs, triton.cdiv(h, _SLAB))](
-        grad.contiguous(),
-        coefficients,
-        x,
-        weight,
-        bias,
-        amplitude,
-        scale,
-        group_ends,
-        grad_x,
-        weight_sums,
-        bias_sums,
-        amplitude_sums,
-        tokens,
-        x.stride(0),
-        NEED_X=need_x,
-        NEED_WEIGHT=need_weight,
-        GRADIENT_PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
-        SLAB=_SLAB,
-        **_shared_arguments(x, weight, bias, amplitude, scale, group_ends, mixing),
-    )
+def _totals(sums: Sequence[Tensor | None], inputs: GateInputs) -> Iterator[Tensor | None]:
+    """Gradients of weight, bias and amplitude: the sums of the programs, those of each group's alone."""
     tile_ends = None
-    if group_ends is not None:
-        sizes = torch.diff(group_ends, prepend=group_ends.new_zeros(1))
+    if inputs.group_ends is not None:
+        sizes = torch.diff(inputs.group_ends, prepend=inputs.group_ends.new_zeros(1))
         tile_ends = torch.cumsum((sizes + _TOKENS - 1) // _TOKENS, 0, dtype=torch.int32)
-
-    def total(sums: Tensor | None, parameter: Tensor | None) -> Tensor | None:
-        if sums is None:
-            return None
-        added = sums.sum(0) if tile_ends is None else grouped_sum(sums.flatten(1), tile_ends)
-        return added.view_as(parameter).to(parameter.dtype)
-
-    return grad_x, total(weight_sums, weight), total(bias_sums, bias), total(amplitude_sums, amplitude)
+    for partial, parameter in zip(sums, inputs[1:4], strict=True):
+        if partial is None:
+            yield None
+        else:
+            added = partial.sum(0) if tile_ends is None else grouped_sum(partial.flatten(1), tile_ends)
+            yield added.view_as(parameter).to(parameter.dtype)

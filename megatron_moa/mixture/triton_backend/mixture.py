@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moa.mixture.autograd import MixtureInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.triton_backend.language import (
     VECTOR,
@@ -173,18 +174,14 @@ def _mixture_backward_kernel(
         store_sums(grad_coefficients + program * N + FIRST, sums, SUMS)
 
 
-def forward(
-    z: Tensor, coefficients: Tensor, bias: Tensor | None, scale: Tensor | None, mixing: MixtureConfig
-) -> Tensor:
+def forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
     """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
+    z, coefficients, bias, scale = inputs
     tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
     chosen = configuration("forward", mixing.form, f, z.device)
     _mixture_forward_kernel[(tokens,)](
-        z,
-        coefficients,
-        bias,
-        scale,
+        *inputs,
         out,
         z.stride(0),
         coefficients.stride(0) if coefficients.dim() > 1 else 0,
@@ -202,17 +199,12 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    z: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    mixing: MixtureConfig,
-    needed: tuple[bool, bool, bool],
+    inputs: MixtureInputs, mixing: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over
     programs), of the quadratic form one for every MOST_SUMS coefficients.
     """
+    z, coefficients, bias, scale = inputs
     need_z, need_coefficients, need_scale = needed
     tokens, f = grad.shape
     n = mixing.num_coefficients
@@ -228,10 +220,7 @@ def backward(
         last = first + most >= n  # it may write over z
         _mixture_backward_kernel[(programs,)](
             grad,
-            z,
-            coefficients,
-            bias,
-            scale,
+            *inputs,
             grad_z,
             sums,
             grad_scale,
