@@ -28,14 +28,18 @@ def fail(program: str, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def printable(text: str) -> str:
+    """Spells out what moves a terminal's cursor or starts another line: a file may have put it there."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
 def one_line(error: BaseException, *, typed: bool = False) -> str:
     """Returns an error's text in one line, or its type's name where it has no text.
 
     Args:
         typed: puts the type's name before the text, which is then cut after 200 characters.
     """
-    # Whatever else moves a terminal's cursor is spelled out: a file may have put it there.
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(error).split()))
+    text = printable(" ".join(str(error).split()))
     name = type(error).__name__
     return f"{name}: {text[:200]}" if typed else text or name
 

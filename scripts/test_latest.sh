@@ -29,10 +29,10 @@ if [ -z "${TRANSFORMERS_TESTS:-}" ]; then
 fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
-# Without the 16 trainings that test_hf_model.py compares logits of: those of test_convert_to_hf.py suffice here.
+# Without the 16 trainings that test_logits.py compares logits of: those of test_convert_to_hf.py suffice here.
 "$venv/bin/python" -m pytest -m "not full" -W ignore \
-  --deselect tests/hf/test_model.py::test_transformers_model_computes_megatrons_logits \
-  tests/hf/test_model.py tests/hf/test_use.py tests/hf/test_folder.py tests/hf/test_version1.py tests/hf/test_families.py \
+  tests/hf/test_model.py tests/hf/test_exported_code.py tests/hf/test_graphs.py tests/hf/test_feed_forward.py \
+  tests/hf/test_use.py tests/hf/test_folder.py tests/hf/test_version1.py tests/hf/test_families.py \
   tests/hf/test_convert_to_hf.py tests/hf/test_convert_from_hf.py tests/trained/test_text_model.py
 # Transformers' markers are none of ours, so that strict markers would refuse them.
 "$venv/bin/python" -m pytest -o addopts= -q -W ignore tests/latest

@@ -1,4 +1,4 @@
 """Texts, tokenizers and Megatron's datasets: read, checked before a training, and written.
 
-Start with checks.py, which a training calls; corpus.py reads texts for the tools.
+Start with checks.py, which a training calls; preprocessing.py writes a dataset of what corpus.py reads.
 """

@@ -7,7 +7,7 @@ import signal
 import struct
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,19 +19,12 @@ from megatron_moa.command_line import output_files
 from megatron_moa.command_line.quiet_imports import quiet_imports
 from megatron_moa.data import cached_arrays, checks, dataset
 from megatron_moa.errors import UserError
+from tests.support.datasets import make_dataset
 
 with quiet_imports():
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-
-def make_dataset(prefix: Path, lengths: Sequence[int], highest: int = 90, dtype: type = numpy.uint16) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
-    for length in lengths:
-        builder.add_document(numpy.arange(length) % highest + 1, [length])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,11 @@
-"""megatron_moa/hf: the transformers model computes what Megatron's does, and does what transformers' models do."""
+"""megatron_moa/hf: the transformers model does what transformers' models do, and starts as training does."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
 import pytest
-import scipy.stats
 import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline
@@ -19,83 +13,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.export import code_files
 from megatron_moa.hf.mapping import entries, from_hf, to_hf
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, MixtureCoefficients
 from megatron_moa.mixture.start_scale import matching_scale
-from tests.support import hf_models, launch
-from tests.support.tiny_hf import KINDS, build, tokens_of
-from tests.support.training import MOE, ROOT, SWIGLU, TINY
+from tests.support.tiny_hf import EQUAL, KINDS, build, tokens_of
 
-EAGER = ["--moa-backend", "eager"]
-LA, STOCK = ["--moa-mixing", "la", *EAGER], ["--moa-mixing", "none"]
-MOA = ["--moa-mixing", "moa", *EAGER, "--moa-gate-init-std", "0.3"]
-SHARED = "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate".split()
-SIGMOID = (
-    "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 2.5 "
-    "--moe-router-dtype fp32"
-).split()
-# Replace flags of the tiny model: the last one counts.
-GPT2 = "--position-embedding-type learned_absolute --normalization LayerNorm --ffn-hidden-size 48".split()
-WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weights"
-
-CASES: dict[str, list[str]] = {
-    "stock": [*SWIGLU, *STOCK],
-    "la one-sided": [*SWIGLU, *LA, *"--moa-form one-sided --moa-init 1 .5 .2 .1 .7 .3 .6".split()],
-    "la bi-sided": [*SWIGLU, *LA, *"--moa-init 1 .5 .2 .1 .7 .3 .6 1 0 .1 .2 .3 .4 .5".split()],
-    "la quadratic": [*SWIGLU, *LA, *"--moa-form quadratic --moa-init 1 .5 .2 .1 .7 .3 .6 1 0 .1".split()],
-    "moa bi-sided": [*SWIGLU, *MOA],
-    "moa one-sided, softmax, bias": [*SWIGLU, *MOA, *"--moa-form one-sided --moa-gate softmax --moa-gate-bias".split()],
-    "moa quadratic, tanh, amplitude": [
-        *SWIGLU,
-        *MOA,
-        *"--moa-form quadratic --moa-gate tanh --moa-amplitude learned".split(),
-    ],
-    "moa with SwiGLU's scale": [*SWIGLU, *MOA, "--moa-init-scale", "matched"],
-    "la type1, GPT-2-like, biases, tied": [*GPT2, *LA],
-    "stock, GPT-2-like, biases, tied": [*GPT2, *STOCK],
-    "q/k norm, bias of q, k, v, partial rotation": [
-        *SWIGLU,
-        *MOA,
-        *"--qk-layernorm --add-qkv-bias --rotary-percent 0.5".split(),
-    ],
-    "LLaMA 3's rope": [*SWIGLU, *MOA, *"--use-rope-scaling --rope-scaling-factor 4 --rotary-base 500000".split()],
-    "MoE, moa one-sided, shared expert with gate": [*SWIGLU, *MOE, *SHARED, *MOA, "--moe-router-pre-softmax"],
-    "MoE, la one-sided, every second layer": [*SWIGLU, *MOE, *LA, "--moe-layer-freq", "2"],
-    "MoE, moa quadratic, sigmoid router with bias": [*SWIGLU, *MOE, *SIGMOID, *MOA, "--moa-form", "quadratic"],
-    "MoE, stock": [*SWIGLU, *MOE, *SHARED, *STOCK],
-}
-QUICK = (
-    "moa quadratic, tanh, amplitude",
-    "la type1, GPT-2-like, biases, tied",
-    "MoE, la one-sided, every second layer",
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.full) for case in CASES]
-)
-def test_transformers_model_computes_megatrons_logits(case: str, tmp_path: Path) -> None:
-    flags = [flag for flag in TINY if not ("biases, tied" in case and flag in (WITH_BIASES, TIED))]
-    # Large initial weights, so that a wrong factor or order shows in the logits.
-    flags += [*CASES[case], "--init-method-std", "0.3", "--train-iters", "2", "--save-interval", "2"]
-    flags += ["--save", str(tmp_path / "checkpoint")]
-    code, log = launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), flags), 1, tmp_path)
-    assert code == 0, log[-1500:]
-    results = tmp_path / "results.json"
-    code, log = launch.launch(hf_models.compare, (str(tmp_path / "checkpoint"), str(results)), 1, tmp_path)
-    assert code == 0, log[-1500:]
-    report = json.loads(results.read_text())
-    assert report["spread"] > 0.5
-    assert report["difference"] < 1e-5
-    assert report["round_trip"]
-
-
-# What transformers' models do.
-
-
-EQUAL = {"atol": 2e-5, "rtol": 1e-5}  # float32; logits of these models are of size 10
+SCALED = {"mixing": {**KINDS["moa"]["mixing"], "init_scale": "matched"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -320,243 +243,6 @@ def test_trains_with_labels_and_gradient_checkpointing(kind: str) -> None:
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-@pytest.fixture
-def exported_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a package that can be imported: the Python files of an export."""
-    (tmp_path / "alone").mkdir()
-    for name, text in {"__init__.py": "", **code_files()}.items():
-        (tmp_path / "alone" / name).write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield "alone"
-    for name in [name for name in sys.modules if name.partition(".")[0] == "alone"]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def alone(exported_code: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The modeling file of an export, imported as where megatron_moa is not installed."""
-    with monkeypatch.context() as patched:
-        patched.setitem(sys.modules, "megatron_moa.mixture.config", None)
-        return importlib.import_module(f"{exported_code}.modeling_gpt_moa")
-
-
-@pytest.mark.parametrize(("version", "source"), [(2, "megatron_moa.mixture.functional"), (3, "alone.reference")])
-def test_an_export_uses_a_megatron_moa_of_its_format_version(
-    version: int, source: str, exported_code: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_moa.mixture.config.FORMAT_VERSION", version)
-    module = importlib.import_module(f"{exported_code}.modeling_gpt_moa")
-    assert {module.mixed_activation.__module__, module.gate_coefficients.__module__} == {source}
-    assert module.GPTMoAConfig().mixing_format_version == 2
-
-
-COMPILED = [
-    pytest.param(kind, "compile", marks=[pytest.mark.slow, *([] if kind == "moa" else [pytest.mark.full])])
-    for kind in KINDS
-]
-BACKENDS = [(kind, backend) for kind in (*KINDS, "one-sided") for backend in ("eager", "triton")]
-
-
-@pytest.mark.parametrize(("kind", "backend"), [*BACKENDS, *COMPILED])
-def test_fused_kernels_compute_what_an_export_does_without_them(kind: str, backend: str, alone: ModuleType) -> None:
-    assert alone.mixed_activation.__module__ == "alone.reference"
-    changed = {"mixing": {**KINDS["moa"]["mixing"], "form": "one-sided"}} if kind == "one-sided" else {}
-    fused = build("moa" if changed else kind, mixing_backend=backend, **changed)
-    plain = alone.GPTMoAForCausalLM(alone.GPTMoAConfig(**fused.config.to_diff_dict()))
-    plain.load_state_dict(fused.state_dict())
-    tokens = tokens_of(fused, 1, 7)
-    results = [model(tokens, labels=tokens) for model in (fused, plain)]
-    torch.testing.assert_close(results[0].logits, results[1].logits, **EQUAL)
-    for result in results:
-        result.loss.backward()
-    expected = dict(plain.named_parameters())
-    for name, parameter in fused.named_parameters():
-        assert (parameter.grad is None) == (expected[name].grad is None), name
-        if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def with_flex_attention() -> None:
-    """A target of launch: compared to the default."""
-    model = build("moa")
-    tokens = tokens_of(model, 2, 9)
-    with torch.no_grad():  # it has no backward on a CPU
-        logits = model(tokens).logits
-        model.set_attn_implementation("flex_attention")
-        torch.testing.assert_close(model(tokens).logits, logits, **EQUAL)
-
-
-@pytest.mark.full
-def test_flex_attention_computes_the_same(tmp_path: Path) -> None:
-    # In a process of its own: what others have compiled before decides whether torch can compile this one.
-    code, log = launch.launch(with_flex_attention, (), 1, tmp_path)
-    assert code == 0, log[-2000:]
-
-
-# Every kind of router and expert, and models with and without dense layers.
-ROUTERS = {
-    "sigmoid, bias, biases": {"router_score": "sigmoid", "router_bias": True, "mlp_bias": True},
-    "softmax before, all layers": {
-        "router_pre_softmax": True,
-        "moe_layers": [True, True],
-        "mixing": KINDS["moa"]["mixing"],
-    },
-}
-
-
-@pytest.mark.parametrize("settings", ROUTERS.values(), ids=ROUTERS)
-def test_experts_as_one_graph_compute_the_same(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("la, experts", **settings)
-    for name, buffer in model.named_buffers():
-        if name.endswith("router_bias"):
-            buffer.copy_(torch.tensor([3.0, 0, -3, 1]))
-    tokens = tokens_of(model, 2, 9)
-    results = []
-    for is_compiling in (False, True):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=is_compiling: value)
-        result = model(tokens, labels=tokens)
-        parameters = dict(model.named_parameters())
-        # An expert without tokens has no part in the loss, or one of 0.
-        gradients = torch.autograd.grad(result.loss, parameters.values(), allow_unused=True, materialize_grads=True)
-        results.append((result.logits, dict(zip(parameters, gradients, strict=True))))
-    torch.testing.assert_close(results[1][0], results[0][0], **EQUAL)
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(results[1][1][name], gradient, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_an_expert_that_overflows_for_others_tokens_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("la, experts")
-    layer = model.model.layers[1].mlp
-    x = torch.randn(1, 1, 32)
-    chosen = layer.router(x[0], None)[2][0].tolist()
-    expected = layer(x)
-    spare = next(number for number in range(4) if number not in chosen)
-    torch.nn.init.constant_(layer.experts[str(spare)].down_proj.weight, torch.inf)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    torch.testing.assert_close(layer(x), expected, **EQUAL)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["moa", "la, experts", pytest.param("GPT-2-like", marks=pytest.mark.full)])
-def test_compiles_as_one_graph(kind: str) -> None:
-    model = build(kind)
-    tokens = tokens_of(model, 2, 9)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if kind == "la, experts" else "inductor")
-    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits, **EQUAL)
-
-
-@pytest.mark.parametrize("kind", ["moa", "la, experts", pytest.param("GPT-2-like", marks=pytest.mark.full)])
-def test_exports_as_a_graph_for_any_length(kind: str) -> None:
-    model = build(kind, **({"router_score": "sigmoid", "router_bias": True} if kind == "la, experts" else {}))
-    shapes = {"input_ids": {1: torch.export.Dim.AUTO}, "use_cache": None}
-    arguments = {"input_ids": tokens_of(model, 2, 9), "use_cache": False}
-    program = torch.export.export(model, (), arguments, dynamic_shapes=shapes, strict=False).module()
-    for count in (9, 23):
-        tokens = tokens_of(model, 2, count)
-        torch.testing.assert_close(program(input_ids=tokens, use_cache=False).logits, model(tokens).logits, **EQUAL)
-
-
-# Experts.
-
-
-def test_balance_of_experts() -> None:
-    """k times the mean over layers of Megatron's: experts * sum of (share of choices / k) * (mean probability)."""
-    model = build("la, experts", router_aux_loss_coef=0.5)
-    tokens = tokens_of(model, 2, 9)
-    plain = model(tokens, labels=tokens)
-    assert plain.router_logits is None
-    result = model(tokens, labels=tokens, output_router_logits=True)
-    (logits,) = result.router_logits
-    assert logits.shape == (18, 4)
-    probabilities = logits.softmax(-1)
-    chosen = torch.nn.functional.one_hot(logits.topk(2).indices, 4).sum(1).float()
-    expected = 4 * (chosen.mean(0) * probabilities.mean(0)).sum()
-    torch.testing.assert_close(result.aux_loss, expected)
-    torch.testing.assert_close(result.loss, plain.loss + 0.5 * expected)
-    # Padding does not count.
-    mask = torch.ones_like(tokens)
-    mask[:, 6:] = 0
-    masked = model(tokens, attention_mask=mask, output_router_logits=True).aux_loss
-    torch.testing.assert_close(masked, model(tokens[:, :6], output_router_logits=True).aux_loss)
-    assert model(tokens, output_router_logits=True).loss is None
-    # Sigmoid scores: their shares, as Megatron takes them.
-    model = build("la, experts", router_score="sigmoid")
-    tokens = tokens_of(model, 2, 9)
-    scores = []
-    router = model.model.layers[1].mlp.router
-    router.register_forward_hook(lambda module, inputs, output: scores.append((inputs[0] @ module.weight.T).sigmoid()))
-    result = model(tokens, output_router_logits=True)
-    shares = scores[0] / scores[0].sum(-1, keepdim=True)
-    torch.testing.assert_close(result.router_logits[0].softmax(-1), shares)
-
-
-def test_a_biased_experts_output_is_scaled_with_its_bias() -> None:
-    model = build("la, experts", mlp_bias=True)
-    layer = model.model.layers[1].mlp
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(1, 6, 32)
-    _, probabilities, chosen = layer.router(x[0], None)
-    expected = layer.shared_expert(x[0]) * (x[0] @ layer.shared_expert_gate.weight.T).sigmoid()
-    for token in range(6):
-        for probability, number in zip(probabilities[token], chosen[token], strict=True):
-            expected[token] += probability * layer.experts[str(number.item())](x[0, token])
-    torch.testing.assert_close(layer(x)[0], expected, atol=1e-3, rtol=1e-4)
-
-
-# The mixture.
-
-
-@pytest.mark.parametrize("kind", ["la", "moa"])
-@pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided", "quadratic"])
-def test_feed_forward_layers_compute_the_papers_equations(form: str, kind: str) -> None:
-    """Equations 3 to 10, written out in numpy: W1 is gate_proj (up_proj without a second branch), W2 is up_proj."""
-    names = ["gelu", "silu", "tanh", "identity"]
-    start = {"gate_init_std": 0.3} if kind == "moa" else {}
-    model = build("moa", mixing={"mixing": kind, "form": form, "activations": names, **start}, gated=form != "type1")
-    layer = model.model.layers[0].mlp.double()
-    coefficients = layer.coefficients
-    if kind == "la":
-        torch.nn.init.normal_(coefficients.value)
-    x = torch.randn(5, 32, dtype=torch.float64)
-
-    def weight(module: torch.nn.Module) -> np.ndarray:
-        return module.weight.detach().numpy()
-
-    activations = [
-        lambda v: v * scipy.stats.norm.cdf(v),
-        lambda v: v / (1 + np.exp(-v)),
-        np.tanh,
-        lambda v: v,
-    ]
-    n = {"type1": 4, "one-sided": 4, "bi-sided": 8, "quadratic": 10}[form]
-    if kind == "la":
-        c = np.broadcast_to(coefficients.value.detach().float().numpy(), (5, n))  # as the model reads them
-    else:
-        assert coefficients.weight.shape == (n, 32)
-        c = 1 / (1 + np.exp(-x.numpy() @ weight(coefficients).T))
-    y = x.numpy() @ weight(layer.up_proj if form == "type1" else layer.gate_proj).T
-    z = x.numpy() @ weight(layer.up_proj).T
-    of_y, of_z = ([activation(branch) for activation in activations] for branch in (y, z))
-    if form == "type1":
-        mixed = sum(c[:, [k]] * of_y[k] for k in range(4))
-    elif form == "one-sided":
-        mixed = of_y[1] * sum(c[:, [k]] * of_z[k] for k in range(4))
-    elif form == "bi-sided":
-        mixed = sum(c[:, [k]] * of_y[k] for k in range(4)) * sum(c[:, [4 + k]] * of_z[k] for k in range(4))
-    else:
-        pairs = [(first, second) for first in range(4) for second in range(first, 4)]
-        mixed = sum(c[:, [i]] * of_y[first] * of_z[second] for i, (first, second) in enumerate(pairs))
-    expected = mixed @ weight(layer.down_proj).T
-    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
-
-
-# The start.
-
-SCALED = {"mixing": {**KINDS["moa"]["mixing"], "init_scale": "matched"}}
-
-
 def test_starts_as_training_does() -> None:
     """Megatron's default initialisation, and the mixture's own settings (megatron_moa.layers.coefficients)."""
     wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 128}
@@ -596,27 +282,6 @@ def test_starts_as_training_does() -> None:
     for settings, std in (({}, 0.02), ({"gate_init_std": 0.7}, 0.7)):
         model = build("moa", mixing={"mixing": "moa", **settings})  # bi-sided: 14 gates
         assert model.model.layers[0].mlp.coefficients.weight.std().item() == pytest.approx(std, rel=0.15)
-
-
-def test_experts_that_a_library_replaces_are_noticed() -> None:
-    """vLLM puts SwiGLU experts in the place of an nn.ModuleList ``experts``, or of one whose parameters are all 3-D."""
-    model = build("la, experts")
-    tokens = tokens_of(model, 1, 5)
-    layer = model.model.layers[1].mlp
-    assert not isinstance(layer.experts, torch.nn.ModuleList)
-    assert {parameter.dim() for parameter in layer.experts.parameters()} == {1, 2}
-    logits = model(tokens).logits
-    layer.experts["2"] = torch.nn.Sequential(layer.experts["2"])  # in a wrapper it is still ours
-    with pytest.raises(TypeError, match="takes 2 positional arguments"):  # and is called
-        model(tokens.expand(8, 5))
-    layer.experts["2"] = layer.experts["2"][0]
-    assert torch.equal(model(tokens).logits, logits)
-    layer.experts["2"] = torch.nn.Identity()
-    with pytest.raises(TypeError, match="experts: Identity has taken their place"):
-        model(tokens)
-    layer.experts = torch.nn.Linear(32, 32)
-    with pytest.raises(TypeError, match="experts: Linear has taken their place"):
-        model(tokens)
 
 
 def test_a_table_that_does_not_fit_is_an_error_by_name() -> None:

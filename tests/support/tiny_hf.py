@@ -10,6 +10,7 @@ import torch
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 
+EQUAL = {"atol": 2e-5, "rtol": 1e-5}  # float32; logits of these models are of size 10
 KINDS = {
     "moa": {
         "mixing": {"mixing": "moa", "form": "bi-sided", "activations": ["silu", "relu2", "tanh"], "gate_init_std": 0.3}

@@ -12,10 +12,12 @@ import torch
 
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.reference import gate_coefficients
+from megatron_moa.trained.inspection import differences
+from megatron_moa.trained.inspection.differences import difference
+from megatron_moa.trained.inspection.kinds import kind_of
 from tests.support.checkpoints import COMMON, Hostile, append, archive, change_metadata, write_checkpoint
 from tests.support.training import SWIGLU, train
-from tools import inspect_checkpoint
-from tools.inspect_checkpoint import difference, kind_of, main
+from tools.inspect_checkpoint import main
 
 LAYERS = "decoder.layers."
 SETTINGS = {
@@ -291,7 +293,7 @@ def test_difference_of_what_is_not_finite() -> None:
 
 
 def test_difference_is_found_in_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspect_checkpoint, "_PART", 4)
+    monkeypatch.setattr(differences, "_PART", 4)
     zeros = torch.zeros(3, 3)
     for position in range(9):
         other = zeros.clone()

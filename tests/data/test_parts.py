@@ -1,0 +1,191 @@
+"""preprocess_data.py --part, merge_data.py: parts give the bytes of one process, or one line."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import sentencepiece
+
+from megatron_moa.data import dataset_writer, pieces, workers
+from tests.support.datasets import (
+    ENVIRONMENT,
+    command,
+    merge,
+    one_line,
+    preprocess,
+    same_files,
+    write_json_lines,
+)
+from tools import merge_data
+
+# The test process has other threads by then; a tool that was just started has none.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture
+def mixed(corpus: Path, tmp_path: Path) -> list[object]:
+    """Inputs of every kind: JSON lines, plain and compressed, and text files, empty ones at both ends."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_json_lines(folder, 100)
+    (folder / "1.jsonl.gz").write_bytes(gzip.compress((folder / "1.jsonl").read_bytes()))
+    for i, words in enumerate((0, 400, 3, 0)):
+        (folder / f"{i}.txt").write_text("text without newline " * words)
+    return ["--input", folder, corpus, folder, "--glob", "**/[0-9]*"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5, 60])
+@pytest.mark.parametrize("shuffle", [[], ["--shuffle-documents", 5]])
+def test_parts_merge_to_what_one_process_writes(
+    parts: int, shuffle: list[object], mixed: list[object], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "TASK_BYTES", 3000)
+    monkeypatch.setattr(dataset_writer, "SHUFFLE_BYTES", 4000)  # less than some documents have
+    preprocess(model, tmp_path / "whole", *mixed, *shuffle, "--workers", 1)
+    for number in range(parts, 0, -1):  # in any order
+        preprocess(model, tmp_path / "d", *mixed, *shuffle, "--workers", 1, "--part", f"{number}/{parts}")
+    sizes = [os.path.getsize(path) for path in tmp_path.glob("d.part-*.bin")]
+    if parts in (2, 5):
+        assert max(sizes) < 2 * sum(sizes) / parts
+    merge(tmp_path / "d")
+    same_files(tmp_path / "whole", tmp_path / "d")
+    assert len(list(tmp_path.glob("d.part-*"))) == 3 * parts
+    os.rename(tmp_path / "d.bin", tmp_path / "first.bin")
+    os.rename(tmp_path / "d.idx", tmp_path / "first.idx")
+    (tmp_path / "d.part-00001-of-00001x.bin").touch()  # no part
+    Path(f"{tmp_path}/d.part-00001-of-{parts:05}.bin.77.tmp").touch()  # what a killed run leaves
+    merge(tmp_path / "d", "--remove-parts")
+    same_files(tmp_path / "whole", tmp_path / "d")
+    assert [path.name for path in tmp_path.glob("d.part-*")] == ["d.part-00001-of-00001x.bin"]
+
+
+def test_two_nodes_write_what_one_process_does(model: str, tmp_path: Path) -> None:
+    """As srun starts them: two commands at a time, told apart by Slurm's variables alone."""
+    write_json_lines(tmp_path, 400)
+    inputs = ["--input", *(tmp_path / f"{i}.jsonl" for i in range(3)), "--shuffle-documents", 2]
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model, "--workers", 2]
+    started = [
+        subprocess.Popen(
+            command("preprocess_data", *inputs, *flags, "--output-prefix", tmp_path / "d", "--part", "slurm"),
+            env={**ENVIRONMENT, "SLURM_PROCID": str(node), "SLURM_STEP_NUM_TASKS": "2"},
+        )
+        for node in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    merge(tmp_path / "d", "--remove-parts")
+    preprocess(model, tmp_path / "whole", *inputs, "--workers", 1)
+    same_files(tmp_path / "whole", tmp_path / "d")
+
+
+def test_a_killed_part_is_made_again_alone(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json_lines(tmp_path, 200)
+    inputs = ["--input", *(tmp_path / f"{i}.jsonl" for i in range(3)), "--workers", 2]
+    preprocess(model, tmp_path / "whole", *inputs)
+    for number in (1, 3):
+        preprocess(model, tmp_path / "d", *inputs, "--part", f"{number}/3")
+    with monkeypatch.context() as killed:
+        killed.setattr(workers, "tokenize", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        assert "a worker was killed" in one_line(capsys, preprocess, model, tmp_path / "d", *inputs, "--part", "2/3")
+    line = one_line(capsys, merge, tmp_path / "d")
+    assert line.startswith(f"merge_data: error: --output-prefix {tmp_path / 'd'}: 1 of 3 parts missing (2); make each")
+    assert line.endswith("e.g. --part 2/3")
+    assert not (tmp_path / "d.bin").exists()
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("d.part-*")}
+    assert len(times) == 6
+    for number in (1, 2, 3):
+        preprocess(model, tmp_path / "d", *inputs, "--part", f"{number}/3")
+        assert ("skipped  " in capsys.readouterr().out) == (number != 2)
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    merge(tmp_path / "d")
+    same_files(tmp_path / "whole", tmp_path / "d")
+
+
+def other_model(model: str, tmp_path: Path) -> str:
+    """A tokenizer whose file differs, although its ids are the same."""
+    Path(tmp_path / "other.model").write_bytes(Path(model).read_bytes() + bytes.fromhex("f2060161"))
+    sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/other.model")
+    return f"{tmp_path}/other.model"
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        (["--no-append-eod"], "append_eod"),
+        (["--shuffle-documents", 1], "shuffle_documents"),
+        (["--errors", "replace"], "errors"),
+        (["--tokenizer-model", "{other}"], "tokenizer"),
+        (["--input", "{tmp}/1.jsonl", "{tmp}/0.jsonl"], "input"),
+        ("touch", "input"),
+    ],
+)
+def test_parts_that_do_not_belong_together(
+    change: list[object] | str, differing: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json_lines(tmp_path, 30)
+    inputs = ["--input", tmp_path / "0.jsonl", tmp_path / "1.jsonl", "--workers", 1]
+    preprocess(model, tmp_path / "d", *inputs, "--part", "1/2")
+    if change == "touch":
+        os.utime(tmp_path / "1.jsonl", (1, 1))
+        changed = []
+    else:
+        names = {"{other}": other_model(model, tmp_path), "{tmp}": str(tmp_path)}
+        changed = [str(word) for word in change]
+        for name, value in names.items():
+            changed = [word.replace(name, value) for word in changed]
+    line = one_line(capsys, preprocess, model, tmp_path / "d", *inputs, *changed, "--part", "1/2")
+    assert f"is of a part made with another {differing}; choose another --output-prefix, or add --overwrite" in line
+    preprocess(model, tmp_path / "d", *inputs, *changed, "--part", "2/2")
+    line = one_line(capsys, merge, tmp_path / "d")
+    assert "d.part-00002-of-00002: does not belong to part 1, which was made with another " + differing + ";" in line
+    preprocess(model, tmp_path / "d", *inputs, *changed, "--part", "1/2", "--overwrite")
+    merge(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: os.truncate(f"{path}.bin", 10), ".bin: 10 bytes instead of "),
+        (lambda path: os.unlink(f"{path}.bin"), ".bin: 0 bytes instead of "),
+        (lambda path: os.truncate(f"{path}.idx", 34), ".idx: 34 bytes instead of "),
+        (lambda path: Path(f"{path}.json").write_text("{}"), ".json: not the manifest of a part"),
+        (lambda path: os.rename(f"{path}.json", str(path)[:-1] + "3.json"), "parts of divisions into 2 and 3; delete"),
+        (lambda path: os.unlink(f"{path}.json"), "1 of 2 parts missing (2)"),
+        (lambda path: [os.unlink(file) for file in path.parent.glob("d.part*")], "no finished part there; make them"),
+        (lambda path: (path.parent / "d.idx").touch(), "d.idx exists; choose another name or add --overwrite"),
+    ],
+)
+def test_damaged_parts_are_not_merged(
+    damage: object, expected: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json_lines(tmp_path, 30)
+    for number in (1, 2):
+        preprocess(model, tmp_path / "d", "--input", tmp_path / "0.jsonl", "--workers", 1, "--part", f"{number}/2")
+    damage(tmp_path / "d.part-00002-of-00002")
+    before = sorted(os.listdir(tmp_path))
+    assert expected in one_line(capsys, merge, tmp_path / "d", "--remove-parts")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_too_little_space_for_merging(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    preprocess(model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1, "--part", "1/1")
+    monkeypatch.setattr(merge_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    assert "GB are needed, 0.0 GB are free; free space" in one_line(capsys, merge, tmp_path / "d")
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "slurm"])
+def test_mistakes_in_the_part(part: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--part", part)
+    assert f"argument --part: {part}: " in line
+    assert ("start it with srun" if part == "slurm" else "K/N is wanted") in line

@@ -1,0 +1,178 @@
+"""tools/preprocess_data.py: mistakes, full disks, killed and interrupted runs leave one line and no files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_moa.data import dataset_writer, workers
+from tests.support.datasets import (
+    ENVIRONMENT,
+    command,
+    documents,
+    one_line,
+    preprocess,
+)
+
+# The test process has other threads by then; a tool that was just started has none.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--input", "{tmp}/nothing"], "--input {tmp}/nothing: no such file or folder; check the path"),
+        (["--input", "{tmp}/empty"], "--input {tmp}/empty: the file is empty"),
+        (["--input", "{tmp}/folder"], "--input {tmp}/folder: a folder; say which of its files to take, e.g. --glob"),
+        (["--input", "{tmp}/folder", "--glob", "*"], "all 1 files are empty"),
+        (["--input", "{tmp}/folder", "--glob", "*.md"], "--glob *.md: matches no file in {tmp}/folder"),
+        (["--input", "{tmp}/latin1"], "--input {tmp}/latin1: line 2 is not UTF-8 (byte 1); convert"),
+        (["--tokenizer-model", "{tmp}/no.model"], "--tokenizer-model {tmp}/no.model: no such file; check the path"),
+        (
+            ["--tokenizer-model", "{tmp}/there"],
+            "--tokenizer-model {tmp}/there: no such file; did you mean {tmp}/there.m",
+        ),
+        (["--tokenizer-model", "{tmp}/empty"], "--tokenizer-model {tmp}/empty: the file is empty"),
+        (["--tokenizer-model", "{tmp}/text"], "--tokenizer-model {tmp}/text: not a sentencepiece model"),
+        (["--tokenizer-model", "{tmp}/folder"], "not a file; SentencePieceTokenizer wants one file"),
+        (["--tokenizer-type", "HuggingFaceTokenizer"], "a file; HuggingFaceTokenizer wants the folder"),
+        (
+            ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{tmp}/folder"],
+            "--tokenizer-model {tmp}/folder: no tokenizer files in this folder",
+        ),
+        (
+            ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "someone/something"],
+            "someone/something: no such folder, and no tokenizer of that name in the local Hugging Face cache",
+        ),
+        (
+            ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", "{tmp}/broken"],
+            "--tokenizer-model {tmp}/broken: HuggingFaceTokenizer cannot load it (",
+        ),
+        (["--tokenizer-type", "Wordy"], "argument --tokenizer-type: invalid choice: 'Wordy' (choose from"),
+        (["--output-prefix", "{tmp}/there"], "{tmp}/there.bin exists; choose another name or add --overwrite"),
+        (["--output-prefix", "{tmp}/x.bin"], "a prefix without ending is wanted: --output-prefix {tmp}/x"),
+        (["--output-prefix", "{tmp}/folder/"], "--output-prefix {tmp}/folder/: a folder; add a name"),
+        (["--output-prefix", "{tmp}/text/x"], "{tmp}/text is a file, not a folder; choose another place"),
+        (["--output-prefix", "/proc/x"], "--output-prefix /proc/x"),
+        (["--workers", "0"], "argument --workers: a number above 0 is wanted, not 0"),
+        (["--workers", "9" * 20], "--workers 99999999999999999999: out of range; give 1 to 1024"),
+        (["--shuffle-documents", "-1"], "--shuffle-documents -1: out of range; give 0 or more"),
+        (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
+    ],
+)
+def test_mistakes_in_preprocessing_flags(
+    flags: list[str], expected: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("some text")
+    (tmp_path / "empty").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "nothing.txt").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    (tmp_path / "there.bin").touch()
+    (tmp_path / "there.model").touch()
+    (tmp_path / "latin1").write_bytes("ab\ncé".encode("latin-1"))
+    before = sorted(os.listdir(tmp_path))
+    arguments = ["--input", tmp_path / "text", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)]
+    line = one_line(capsys, preprocess, model, tmp_path / "new" / "data", *arguments)
+    assert line.startswith("preprocess_data: error: ")
+    assert expected.replace("{tmp}", str(tmp_path)) in line
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_tokenizer_without_end_of_document(
+    huggingface: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(huggingface / "without_eos")
+    line = one_line(capsys, preprocess, folder, tmp_path / "d", "--input", corpus, "--glob", "**/*.py")
+    assert "has no end-of-document token (eos)" in line
+    assert "--no-append-eod" in line
+    preprocess(folder, tmp_path / "d", "--input", corpus, "--glob", "**/*.py", "--no-append-eod")
+    assert len(documents(tmp_path / "d")) > 1
+
+
+def test_a_failed_overwrite_keeps_the_old_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    preprocess(model, tmp_path / "d", "--input", tmp_path / "a.txt")
+    before = [(tmp_path / f"d{ending}").read_bytes() for ending in (".bin", ".idx")]
+    one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "bad.txt", "--overwrite")
+    assert [(tmp_path / f"d{ending}").read_bytes() for ending in (".bin", ".idx")] == before
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "bad.txt", "d.bin", "d.idx"]
+
+
+def test_full_disk_is_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset_writer, "write_index", full)
+    line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1)
+    assert "d.bin: cannot be written (No space left on device)" in line
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_killed_worker_is_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    start = workers.start_worker
+
+    def start_deaf(settings: object) -> None:
+        """As a worker is that was just forked: the pool's SIGTERM is lost on it."""
+        start(settings)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(workers, "start_worker", start_deaf)
+    monkeypatch.setattr(workers, "tokenize", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 2)
+    assert "--workers 2: a worker was killed, probably for memory; use fewer workers" in line
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def start_long_run(source: Path, folder: Path, model: str) -> subprocess.Popen:
+    """Starts preprocessing with two workers and returns as soon as a temporary file is there."""
+    source.write_text((json.dumps({"text": "some words and some more " * 40}) + "\n") * 60_000)  # 60 MB, some seconds
+    folder.mkdir()
+    arguments = ["--input", source, "--output-prefix", folder / "d", "--tokenizer-model", model, "--workers", 2]
+    process = subprocess.Popen(
+        command("preprocess_data", *arguments, "--tokenizer-type", "SentencePieceTokenizer"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    deadline = time.monotonic() + 120
+    while not os.listdir(folder) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None
+    return process
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(stop: signal.Signals, model: str, tmp_path: Path) -> None:
+    """The signal comes while the workers are being forked, the worst moment."""
+    process = start_long_run(tmp_path / "in.jsonl", tmp_path / "out", model)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == (130 if stop == signal.SIGINT else 143)
+    assert os.listdir(tmp_path / "out") == []
+    assert errors == ("preprocess_data: interrupted, nothing written\n" if stop == signal.SIGINT else "")
+
+
+def test_workers_end_with_a_killed_parent(model: str, tmp_path: Path) -> None:
+    """SIGKILL lets nobody clean up, but no worker may stay behind."""
+    process = start_long_run(tmp_path / "in.jsonl", tmp_path / "out", model)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate(timeout=60)  # ends only when the last worker has closed the pipes
