@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
+from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.data.corpus import read_documents
 from megatron_moa.data.dataset import TRAIN, VALIDATION, check_token_ids, dataset_documents
@@ -202,8 +203,6 @@ def analyze(
 
 def ablate(probe: GateProbe, recording: Recording, seed: int) -> dict[str, Any]:
     """The loss of the text's second half with each ablation, against the loss as it is."""
-    from tqdm import tqdm
-
     from megatron_moa.research.gates.analysis import ablation_entry, clusters_of
     from megatron_moa.research.gates.probe import ablations
 
@@ -212,10 +211,12 @@ def ablate(probe: GateProbe, recording: Recording, seed: int) -> dict[str, Any]:
     over, clusters = clusters_of(windows.documents[windows.half :])
     rows = []
     tried = list(ablations(probe, recording.first, seed))
-    for ablation in tqdm(tried, "ablations", mininterval=0.5 if sys.stderr.isatty() else 30):
-        with probe.changed(ablation.change):
-            losses = probe.losses(windows.half, len(windows.tokens))
-        rows.append(ablation_entry(ablation, losses, unchanged, clusters))
+    with counting_bar(len(tried), "ablations", "it") as progress:
+        for ablation in tried:
+            with probe.changed(ablation.change):
+                losses = probe.losses(windows.half, len(windows.tokens))
+            rows.append(ablation_entry(ablation, losses, unchanged, clusters))
+            progress.update()
     return {
         "loss": unchanged.mean().item(),
         "windows": len(unchanged),

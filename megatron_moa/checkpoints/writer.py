@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,9 +33,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from tqdm import tqdm
 
 from megatron_moa.checkpoints.files import TRACKER, write_manifest
+from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.errors import UserError
 
 # How training goes on from what write_release wrote; {} is its folder.
@@ -49,11 +48,6 @@ def sharding_metadata(args: argparse.Namespace) -> dict[str, Any]:
     """How a run of these args lays its tensors out: what ``sharded_state_dict`` is given."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return checkpointing._build_sharded_state_dict_metadata(args, dp_cp_group=group)
-
-
-def progress_line(count: int, title: str) -> tqdm:
-    """Says on stderr how many of so many tensors are done: all the time on a terminal, now and then in a file."""
-    return tqdm(total=count, unit=" tensors", desc=title, mininterval=0.5 if sys.stderr.isatty() else 30)
 
 
 def write_release(model: GPTModel, args: argparse.Namespace, root: Path, read: Callable[[str], Tensor]) -> Path:
@@ -89,7 +83,7 @@ def write_release(model: GPTModel, args: argparse.Namespace, root: Path, read: C
         "content_metadata": checkpointing._clean_metadata_for_serialization(metadata),
     }
     index = Metadata({}, storage_data={}, storage_meta=StorageMeta(str(folder)), version=CURRENT_DCP_VERSION)
-    with open(folder / _FILE, "wb") as stream, progress_line(len(tensors), "written") as progress:
+    with open(folder / _FILE, "wb") as stream, counting_bar(len(tensors), "written", " tensors") as progress:
         for name, place in places.items():
             if isinstance(place, ShardedObject):
                 _write_object(index, stream, place)

@@ -4,11 +4,13 @@ import sys
 import time
 from typing import Any
 
+_LOG_SECONDS = 30  # between two lines in a log file
+
 
 class ProgressLines:
     """A progress bar for log files: a plain line on stderr now and then."""
 
-    def __init__(self, total: int, title: str, seconds: float = 30) -> None:
+    def __init__(self, total: int, title: str, seconds: float = _LOG_SECONDS) -> None:
         """Counts up to ``total`` bytes; a line at most every ``seconds``."""
         self.total, self.title, self.seconds = total, title, seconds
         self.done = 0
@@ -38,10 +40,17 @@ class ProgressLines:
 
 
 def progress_bar(total: int, title: str) -> Any:
-    """Bytes done of ``total``: a bar on a terminal, in a log file a line every half minute (both on stderr)."""
+    """Shows on stderr how many bytes are done: a bar on a terminal, a line every half minute in a log file."""
     if not sys.stderr.isatty():
         return ProgressLines(total, title)
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no thread besides the workers' fork
     return tqdm(total=total, unit="B", unit_scale=True, desc=title, file=sys.stderr, leave=False)
+
+
+def counting_bar(count: int, title: str, unit: str) -> Any:
+    """Shows on stderr how many things are done: all the time on a terminal, every half minute in a log file."""
+    from tqdm import tqdm
+
+    return tqdm(total=count, unit=unit, desc=title, mininterval=0.5 if sys.stderr.isatty() else _LOG_SECONDS)

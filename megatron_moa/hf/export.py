@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 
 from megatron_moa import __version__
 from megatron_moa.checkpoints.tensors import ModelTensors
-from megatron_moa.checkpoints.writer import progress_line
+from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
@@ -184,7 +184,7 @@ class ShardWriter:
     def write(self, tensors: Iterable[tuple[str, Tensor]], count: int) -> None:
         """All of them, with a line that says how far it is; ``count`` is how many there will be."""
         size = 0
-        with progress_line(count, "exported") as progress:
+        with counting_bar(count, "exported", " tensors") as progress:
             for name, tensor in tensors:
                 self.dtype = self.dtype or tensor.dtype
                 if self._shard and size + tensor.nbytes > self.max_bytes:
