@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_errors
 
 PROGRAM = "evaluate.py"
 OWN_TASKS = Path(__file__).resolve().parents[1] / "examples" / "evaluation"
@@ -152,7 +152,7 @@ def build_task(manager: Any, name: str, data: Path | None) -> Any:
     try:
         return manager.load([config])["tasks"][name]
     except Exception as error:  # of the hub, the network, and files that do not fit
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         where = f"--data {data / name}" if data else f"--tasks {name}"
         remedy = "check its files" if data else "without the hub, give --data FOLDER"
         raise UserError(f"{where}: its data cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error

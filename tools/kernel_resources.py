@@ -30,7 +30,7 @@ import torch
 
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tables import markdown_table
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.autograd import GateInputs, MixtureInputs
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
@@ -207,7 +207,7 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
     try:
         return triton.compile(source, target=target, options={"num_warps": launch.warps})
     except (PTXASError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"--arch {architecture}: Triton cannot compile {launch.name} for it: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_moa.command_line.megatron_flags import as_typed
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 
 # Settings of Megatron's that name a folder to write to; --save is checked when the ranks can talk.
 _WRITTEN = (
@@ -99,7 +99,7 @@ def written_folder(flag: str, target: Path, replace: str | None = None) -> Itera
             shutil.rmtree(target)  # all of it such files, and what comes in their place is complete
         partial.rename(target)  # over an empty folder, too
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise UserError(f"{flag} {target}: cannot be written ({reason}); free space or choose another place") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -192,7 +192,7 @@ def _reading(file: TextFile) -> Iterator[None]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{file.named}: cut off or damaged ({error}); copy or compress it again") from None
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise UserError(f"{file.named}: {reason}; check the file and its permissions") from None
 
 
@@ -377,7 +377,7 @@ def _opened_parquet(file: TextFile) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
             yield parquet
     except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"{file.named}: not Parquet, or damaged ({reason}); copy or write it again") from None
 
 

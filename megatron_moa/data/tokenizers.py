@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moa.command_line.quiet_imports import quiet_imports
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -146,7 +146,7 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
         try:
             return megatron.build_tokenizer(settings)
         except Exception as error:  # third-party loaders raise anything, and users must get one line
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise UserError(
                 f"--tokenizer-model {args.tokenizer_model}: {args.tokenizer_type} cannot load it ({reason}); check "
                 "--tokenizer-type and the files"

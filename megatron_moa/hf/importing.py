@@ -27,7 +27,7 @@ from megatron_moa import startup
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.cpu.switch import is_enabled
 from megatron_moa.data.tokenizers import build_tokenizer
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
@@ -244,7 +244,7 @@ def copy_tokenizer(folder: HuggingFaceFolder, target: Path) -> int | None:
         theirs.save_pretrained(target)  # with its class, so that it can be loaded without the model's settings
         ours = build_tokenizer(settings)
     except Exception as error:  # whatever a damaged file makes a library raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         raise UserError(f"--hf {folder.root}: its tokenizer cannot be loaded ({reason}); {remedy}") from None
     if ours.vocab_size > folder.own.vocab_size:
         raise UserError(

@@ -12,7 +12,7 @@ from megatron_moa.command_line.flags import (
     add_flags,
     our_flags,
 )
-from megatron_moa.errors import UserError, fail
+from megatron_moa.errors import UserError, fail, one_line
 from megatron_moa.megatron_fixes.kernel_defaults import set_plain_torch_defaults
 
 
@@ -43,7 +43,7 @@ def _told_in_one_line(convert: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return convert(text)
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             raise argparse.ArgumentTypeError(f"invalid value {text!r} ({reason})") from error
 
     return converted

@@ -260,10 +260,10 @@ def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
         stream.write(numpy.arange(documents + 1, dtype=numpy.int64).tobytes())
     with open(tmp_path / "d.bin", "wb") as stream:
         stream.truncate(documents * length * 2)
-    start = time.perf_counter()
+    start = time.process_time()
     dataset.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
     dataset.check_token_ids(str(tmp_path / "d"), 100)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_good_arguments_pass(model: str, tmp_path: Path) -> None:

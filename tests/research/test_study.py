@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import math
 import re
 import signal
@@ -432,6 +433,7 @@ def test_a_corpus_of_the_users_own(tmp_path, monkeypatch):
 def start_study(*flags):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "study.py"), *flags],
+        env={**os.environ, "PATH": os.path.dirname(sys.executable)},  # no compiler: eager PyTorch is ready sooner
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
