@@ -5,8 +5,8 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import math
+import os
 import re
 import signal
 import subprocess
