@@ -131,7 +131,13 @@ def test_the_papers_models_are_trained_as_it_says(model: str) -> None:
     assert float(value(words, "--min-lr")) == 0
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        model if model in ("dense-0.12b", "moe-0.25b") else pytest.param(model, marks=pytest.mark.full)
+        for model in MODELS
+    ],
+)
 def test_tokens_are_so_many_a_parameter(model: str) -> None:
     """Of a model that Megatron counts: all parameters of a dense one, those that a token meets of a MoE."""
     words = dry_run(model, "la", **DATA)

@@ -156,7 +156,11 @@ def test_moe_gradients_are_bit_equal(
         assert_recomputed(True, mixing, modules, counted, times, monkeypatch)
 
 
-@pytest.mark.parametrize("modules", ["mlp", "moe_act", {**FULL, "recompute_method": "uniform"}], ids=_name)
+@pytest.mark.parametrize(
+    "modules",
+    ["mlp", "moe_act", pytest.param({**FULL, "recompute_method": "uniform"}, marks=pytest.mark.full)],
+    ids=_name,
+)
 @pytest.mark.parametrize("mixing_name", ["moa", pytest.param("la", marks=pytest.mark.full)])
 def test_compiled_gradients_are_bit_equal(mixing_name: str, modules: str | dict[str, Any]) -> None:
     mixing = MixtureConfig(kind=mixing_name, activations=("silu", "tanh"), backend="compile")

@@ -501,7 +501,7 @@ def smoke(tmp_path_factory):
     return killed_study(tmp_path_factory.mktemp("smoke"), SMOKE, (1, 7))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_a_kill_changes_nothing(tmp_path):
     head, first = SMOKE.split("[[grid]]")[:2]
