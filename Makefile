@@ -18,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test test-all test-latest test-te lint format venv clean check-python
 
 help:
-	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, 4 to 6 minutes"
+	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, about 4 minutes"
 	@echo "make test    run the tests, about 15 minutes; PYTEST_ARGS='-k NAME -x' is passed on, PART=hf runs a folder of tests/ alone"
 	@echo "make test-all  the same and every further case; PART=end_to_end, PART='hf tools' run a part of it"
 	@echo "make test-latest  only the Hugging Face tests, with the newest transformers there is, in $(VENV)-latest"

@@ -2,7 +2,7 @@
 """Trains the same small GPT with SwiGLU, LA and MoA on Python's own source text and compares them; no GPU needed.
 
 Usage: ``make demo`` or ``python tools/demo.py [--iterations N] [--seed S] [--out DIR] [--quick]``.
-Hardware: two CPU cores are enough. Duration: 4 to 6 minutes; a slow machine takes longer, and says how long.
+Hardware: two CPU cores are enough. Duration: about 4 minutes; a slow machine takes longer, and says how long.
 Result: a table and a verdict on the screen; ``loss.png``, ``results.json``, logs and checkpoints in ``runs/demo``.
 
 Every step is a command that a user could type, and is shown as such. The trainings' flags are those of a study's arms.
@@ -54,7 +54,7 @@ class Settings:
 # ffn is 8/3 of hidden, as usual for gated layers, rounded up to a multiple of 32.
 SMALL = {"layers": 4, "hidden": 128, "ffn": 352, "heads": 4, "sequence": 128, "batch": 16}
 TINY = {"layers": 2, "hidden": 32, "ffn": 96, "heads": 2, "sequence": 64, "batch": 4}
-FULL = Settings("**/*.py", 2048, SMALL, iterations=200)
+FULL = Settings("**/*.py", 2048, SMALL, iterations=150)
 QUICK = Settings("asyncio/*.py", 512, TINY, iterations=12)
 
 
@@ -205,7 +205,7 @@ def train(runs: Sequence[Run], iterations: int) -> None:
             bar.set_postfix_str(", ".join(state), refresh=False)
             bar.update(0)
 
-        run_all(runs, at_a_time, show, **environment)
+        run_all(runs[::-1], at_a_time, show, **environment)  # the mixtures first: the shortest fills what is left
 
 
 def seconds_left(runs: Sequence[Run], logs: dict[str, TrainingLog], at_a_time: int) -> float | None:
@@ -284,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     with one_line_ending(PROGRAM, f"all that it started is ended; logs are in {out}"):
         prepare_folder(out)
-        print("SwiGLU, LA and MoA in the same small GPT: 4 to 6 minutes on 2 cores.")
+        print("SwiGLU, LA and MoA in the same small GPT: about 4 minutes on 2 cores.")
         make_data(settings, out)
         runs = trainings(settings, out, options.seed)
         train(runs, settings.iterations)

@@ -77,7 +77,7 @@ def test_trainings_differ_in_the_layer_and_folders_alone(tmp_path: Path) -> None
     parts = [set(demo.words_by_flag(run.command)) for run in runs]
     differing = {part.split()[0] for part in set.union(*parts) - set.intersection(*parts)}
     assert {flag for flag in differing if not flag.startswith("--moa-")} == {"--save", "--data-cache-path"}
-    for words in ("--train-iters 200", "--lr 0.004", "--seed 5", "--micro-batch-size 16", "--ffn-hidden-size 352"):
+    for words in ("--train-iters 150", "--lr 0.004", "--seed 5", "--micro-batch-size 16", "--ffn-hidden-size 352"):
         assert words in set.intersection(*parts)
 
 
