@@ -130,6 +130,7 @@ def program(folder: Path, lines: str) -> str:
     return str(path)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(900)  # two starts and a minute of Slurm's, on a machine that may have much else to do
 def test_requeued_at_the_time_limit_it_ends_as_an_uninterrupted_run(slurm: Slurm, tmp_path: Path) -> None:
     job = slurm.train("--nodes=2", flags=tuple(FLAGS), **SMALL)

@@ -114,7 +114,7 @@ def test_mistake_is_one_line(arguments, message, monkeypatch, capsys):
     assert message in line
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_small_drill_loses_nothing(tmp_path):
