@@ -105,7 +105,7 @@ def test_is_what_megatron_writes(case: str, tmp_path: Path) -> None:
     assert vars(before.args) == vars(after.args)
 
     # Another split goes on from it with the loss that the training itself would have gone on with.
-    go_on = ["--use-checkpoint-args", "--train-iters", "1", *(["--bf16"] if "bf16" in case else [])]
+    go_on = ["--use-checkpoint-args", "--train-iters", "1", *EAGER, *(["--bf16"] if "bf16" in case else [])]
     expected = recorded(tmp_path / "a", *go_on, "--pretrained-checkpoint", source, processes=processes)
     actual = recorded(tmp_path / "b", *go_on, *split, "--pretrained-checkpoint", out, processes=2)
     losses = [run.steps[0].losses["lm loss"] for run in (expected, actual)]
