@@ -44,6 +44,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=CONTEXT,
         initializer_range=0.5,
         mixing={"mixing": "moa", "form": "bi-sided", "activations": ["silu", "relu2"], "gate": "sigmoid"},
+        mixing_backend="eager",
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
