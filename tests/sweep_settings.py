@@ -1,6 +1,6 @@
 """Tries every setting that decides the function: trained, loaded by its checkpoint's args, exported.
 
-    python -m tests.sweep_settings                  all of them, about 15 minutes on two cores
+    python -m tests.sweep_settings                  all of them, about 10 minutes on two cores
     python -m tests.sweep_settings use_mup rotary   those whose name begins so
 
 For each setting a tiny model is trained for five steps on the CPU and validated. It is loaded with
