@@ -415,8 +415,8 @@ def test_megatrons_own_script_trains_the_mixture_through_spec(tmp_path, spec, mo
 
     Under tensor and sequence parallelism with dropout: copies of the coefficients drift apart if a sum is missing.
     """
-    monkeypatch.setenv("PATH", "")  # no compiler, so the mixture runs in eager PyTorch: compiling takes far longer
-    monkeypatch.delenv("CXX", raising=False)
+    for name, value in launch.without_compiler({}).items():
+        monkeypatch.setenv(name, value)
     flags = ["--spec", "megatron_moa.layer_specs", spec, "--stock-modules", *LLAMA, "--train-iters", "6"]
     split = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     _, ranks = train(tmp_path, *flags, *split, processes=2)

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from megatron_moa.research.study.paper import ROWS, TABLE_1, TABLE_2
 from megatron_moa.research.study.planned import planned
 from megatron_moa.research.study.runner import RESULTS, Runner, command, losses_of, read_results
 from megatron_moa.research.study.timing import TIMING, WIDER, width_of_equal_time
+from tests.support import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = Size("tiny", layers=2, hidden=48, ffn=128, heads=2, sequence=64, batch=8, init_std=0.0924)
@@ -433,7 +433,7 @@ def test_a_corpus_of_the_users_own(tmp_path, monkeypatch):
 def start_study(*flags):
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tools" / "study.py"), *flags],
-        env={**os.environ, "PATH": os.path.dirname(sys.executable)},  # no compiler: eager PyTorch is ready sooner
+        env=launch.without_compiler(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -12,7 +12,7 @@ import runpy
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,11 @@ from megatron_moa.megatron_fixes.single_process import free_port
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["tests.support.preload"])
 _GRACE = 5  # seconds the other ranks have to say why, once one has failed; torchrun gives none
+
+
+def without_compiler(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment without a C++ compiler in it: eager PyTorch is ready sooner than compiled code."""
+    return {**environment, "PATH": os.path.dirname(sys.executable), "CXX": ""}
 
 
 def start_server() -> None:

@@ -20,6 +20,7 @@ from megatron_moa.research.study import runner  # noqa: F401  # imports torch he
 from megatron_moa.runs.training_log import IterationLine, TrainingLog
 from megatron_moa.training.exit_codes import EXIT_NOT_FINITE
 from tests.command_line.test_processes import is_alive, wait_for_end
+from tests.support import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -240,7 +241,7 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     run = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "demo.py"), "--quick", "--out", str(out)],
-        env={**ENVIRONMENT, "PATH": os.path.dirname(sys.executable)},  # no compiler: eager PyTorch is ready sooner
+        env=launch.without_compiler(ENVIRONMENT),
         capture_output=True,
         text=True,
         timeout=800,
