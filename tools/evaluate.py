@@ -158,13 +158,18 @@ def build_task(manager: Any, name: str, data: Path | None) -> Any:
         raise UserError(f"{where}: its data cannot be loaded ({type(error).__name__}: {reason}); {remedy}") from error
 
 
-def evaluate(lm: Any, task: Any, flags: argparse.Namespace) -> dict[str, Any]:
+def evaluate(lm: Any, manager: Any, task: Any, flags: argparse.Namespace) -> dict[str, Any]:
     """Metrics of one task, each with its standard error where the harness has one."""
     from lm_eval import simple_evaluate
 
     task.set_fewshot_seed(seed=1234)
     results = simple_evaluate(
-        model=lm, tasks=[task], num_fewshot=flags.num_fewshot, limit=flags.limit, log_samples=False
+        model=lm,
+        tasks=[task],
+        num_fewshot=flags.num_fewshot,
+        limit=flags.limit,
+        log_samples=False,
+        task_manager=manager,  # or each call reads the harness's 14,000 task files anew
     )
     metrics = results["results"][task.task_name]
     return {
@@ -238,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             make_folder(out)
             for name, task in tasks.items():
                 when = datetime.datetime.now().isoformat(timespec="seconds")
-                results[name] = {"task": name, "settings": settings, "when": when, **evaluate(lm, task, flags)}
+                results[name] = {"task": name, "settings": settings, "when": when, **evaluate(lm, manager, task, flags)}
                 write(out / f"{name}.json", results[name])
     print(table({name: results[name] for name in flags.tasks}))
 

@@ -22,8 +22,8 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import LLAMA3_ROPE
 from megatron_moa.hf.tokenizer import SAMPLE
 from tests.hf import test_families
-from tests.hf.test_convert_to_hf import train_sentencepiece
 from tests.support import launch
+from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import MOE, ROOT, SWIGLU, TINY
 from tools import convert_from_hf, convert_to_hf
 

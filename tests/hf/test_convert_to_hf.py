@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
-import os
 import random
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 from megatron.core.tokenizers import MegatronTokenizer
 from safetensors.torch import load_file
@@ -25,7 +20,8 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.export import ShardWriter, code_files
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.tokenizer import SAMPLE, _from_sentencepiece, export_tokenizer
-from tests.support import launch
+from tests.support import launch, stranger
+from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import MOE, ROOT, SWIGLU, TINY
 from tools.convert_to_hf import PROGRAM, parse_flags, size
 
@@ -103,51 +99,17 @@ EQUATIONS = {
 WITH_BIASES, TIED = "--disable-bias-linear", "--untie-embeddings-and-output-weights"
 
 
-def train_sentencepiece(path: Path, kind: str = "bpe", **settings: object) -> sentencepiece.SentencePieceProcessor:
-    """A model of 1200 tokens of this project's sources, as tools/train_tokenizer.py makes them."""
-    lines = [
-        line for source in sorted((ROOT / "megatron_moa").rglob("*.py")) for line in source.read_text().split("\n")
-    ]
-    model = io.BytesIO()
-    defaults = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
-    defaults |= {"allow_whitespace_only_pieces": True, "split_digits": True, "byte_fallback": True}
-    defaults |= {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=1200, **{**defaults, **settings}
-    )
-    path.write_bytes(model.getvalue())
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
-
-
 def convert(folder: Path, *flags: str | Path) -> tuple[int, str]:
     """Exit code and output of the tool."""
     return launch.launch(launch.script, (str(ROOT / "tools" / PROGRAM), list(map(str, flags))), 1, folder)
 
 
-STRANGER = """
-import json, sys
-sys.modules["megatron_moa"] = None
-import torch
-from transformers import AutoModel, AutoModelForCausalLM
-folder = sys.argv[1]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-tokens = torch.arange(12).view(2, 6)
-with torch.no_grad():
-    logits = model(tokens).logits
-hidden = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)(tokens).last_hidden_state
-generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False)
-print(json.dumps({"class": type(model).__name__, "module": type(model).__module__, "logits": logits.tolist(),
-                  "hidden": list(hidden.shape), "generated": generated.tolist()}))
-"""
-
-
 def as_a_stranger(folder: Path, scratch: Path) -> dict:
-    """What a process sees in which megatron_moa cannot be imported."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", STRANGER, str(folder)]
-    result = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.strip().splitlines()[-1])
+    """What a process sees in which neither megatron_moa nor Megatron can be imported."""
+    result = scratch / "seen.json"
+    code, log = launch.launch(stranger.use, (str(folder), str(scratch / "modules"), str(result)), 0, scratch)
+    assert code == 0, log[-3000:]
+    return json.loads(result.read_text())
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.hf.test_convert_to_hf import EAGER, train_sentencepiece
+from tests.hf.test_convert_to_hf import EAGER
 from tests.support import launch
 from tests.support.datasets import make_dataset
+from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import MOE, ROOT, SWIGLU, TINY
 
 GROUPED = [*MOE, "--moe-grouped-gemm"]

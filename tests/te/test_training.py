@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_moa.megatron_fixes import te_guard
-from tests.hf.test_convert_to_hf import train_sentencepiece
 from tests.support import launch
+from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import MOE, ROOT, SWIGLU, TINY, Run, run_script, train
 
 TE, LOCAL = "transformer_engine", "local"

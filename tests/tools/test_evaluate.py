@@ -18,7 +18,7 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.loading import FolderModel, load_folder
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.tokenizer import _from_sentencepiece
-from tests.hf.test_convert_to_hf import train_sentencepiece
+from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import ROOT
 from tools.evaluate import TASKS, finished, local_files, main, parse_flags, table
 

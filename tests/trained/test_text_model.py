@@ -19,9 +19,10 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.loading import load_folder
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.trained.text_model import TextLoss
-from tests.hf.test_convert_to_hf import EAGER, SPLIT, convert, train_sentencepiece
+from tests.hf.test_convert_to_hf import EAGER, SPLIT, convert
 from tests.support import inference_runs, launch
 from tests.support.checkpoints import Hostile
+from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import MOE, ROOT, SWIGLU, TINY
 
 KINDS = {
