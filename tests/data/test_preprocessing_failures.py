@@ -159,7 +159,7 @@ def start_long_run(source: Path, folder: Path, model: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_an_interrupted_run_leaves_nothing(stop: signal.Signals, model: str, tmp_path: Path) -> None:
     """The signal comes while the workers are being forked, the worst moment."""
     process = start_long_run(tmp_path / "in.jsonl", tmp_path / "out", model)

@@ -207,7 +207,7 @@ def test_every_recipe_trains_scaled_down(model: str, mixing: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
-    """A MoE with Muon and WSD on two processes; the second start goes on from the first one's checkpoint."""
+    """A MoE with Muon and WSD on two processes, from the checkpoint of the same command without its launcher."""
     settings = {
         "NPROC_PER_NODE": "2",
         "EP": "2",
@@ -215,13 +215,17 @@ def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
     }
     settings |= {**SMALL_BATCH, "TOKENS": "1280", "MASTER_PORT": str(launch.free_port())}  # 10 iterations
     flags = [flag for flag in small("moe-0.25b", "moa") if flag not in ("--train-iters", "3")]
-    for exit_interval, seen in ((["--exit-interval", "6"], range(1, 7)), ([], range(7, 11))):
-        done = run_example("pretrain.sh", "moe-0.25b", "moa", *flags, *exit_interval, folder=tmp_path, **settings)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        log = TrainingLog()
-        for line in done.stdout.splitlines():
+    words = dry_run("moe-0.25b", "moa", *flags, "--exit-interval", "6", **settings)
+    script = words.index(str(ROOT / "pretrain_gpt_moa.py"))
+    code, before = launch.launch(launch.script, (words[script], words[script + 1 :]), 2, tmp_path)
+    assert code == 0, before[-3000:]
+    done = run_example("pretrain.sh", "moe-0.25b", "moa", *flags, folder=tmp_path, **settings)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    logs = [TrainingLog(), TrainingLog()]
+    for log, text in zip(logs, (before, done.stdout), strict=True):
+        for line in text.splitlines():
             log.read_line(line)
-        assert [step.iteration for step in log.iterations] == list(seen)
+    assert [[step.iteration for step in log.iterations] for log in logs] == [list(range(1, 7)), list(range(7, 11))]
     assert log.complete
     assert log.settings["optimizer"] == "muon"
     assert (tmp_path / "run" / "tensorboard").is_dir()

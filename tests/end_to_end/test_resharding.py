@@ -58,7 +58,7 @@ full = pytest.mark.full
 @pytest.mark.parametrize(
     ("flags", "tour"),
     [
-        pytest.param(_MOA, DENSE, id="dense-moa"),
+        pytest.param(_MOA, DENSE, id="dense-moa", marks=full),
         pytest.param(_LA, DENSE_FURTHER, id="dense-la", marks=full),
         pytest.param("--moa-mixing none --moa-backend auto", DENSE, id="dense-stock", marks=full),
         pytest.param(f"{_MOA} {_RESHARDABLE}", DENSE_FURTHER, id="dense-moa-distopt", marks=full),

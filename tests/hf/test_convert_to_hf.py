@@ -85,8 +85,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     "MoE, stock, sigmoid router": ([*SWIGLU, *MOE, *SIGMOID, *STOCK], 1, "GPTMoAForCausalLM"),
 }
 SELECTION = (
-    *("moa bi-sided", "MoE, la one-sided, TP 2, PP 2, EP 2", "MoE, moa quadratic, shared expert"),
-    *("stock, biases, tied, TP 2", "stock, GPT-2-like, biases, tied"),
+    *("moa bi-sided", "MoE, la one-sided, TP 2, PP 2, EP 2", "stock, GPT-2-like, biases, tied"),
     "MoE, stock, shared expert with gate, dense layers",
 )
 # What a card says of the mixture, by form.

@@ -56,11 +56,7 @@ CASES: dict[str, list[str]] = {
     "MoE, stock": [*SWIGLU, *MOE, *SHARED, *STOCK],
 }
 
-QUICK = (
-    "moa quadratic, tanh, amplitude",
-    "la type1, GPT-2-like, biases, tied",
-    "MoE, la one-sided, every second layer",
-)
+QUICK = ("moa quadratic, tanh, amplitude", "MoE, la one-sided, every second layer")
 
 
 @pytest.mark.slow

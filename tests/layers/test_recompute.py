@@ -158,7 +158,7 @@ def test_moe_gradients_are_bit_equal(
 
 @pytest.mark.parametrize(
     "modules",
-    ["mlp", "moe_act", pytest.param({**FULL, "recompute_method": "uniform"}, marks=pytest.mark.full)],
+    ["mlp", *(pytest.param(m, marks=pytest.mark.full) for m in ("moe_act", {**FULL, "recompute_method": "uniform"}))],
     ids=_name,
 )
 @pytest.mark.parametrize("mixing_name", ["moa", pytest.param("la", marks=pytest.mark.full)])

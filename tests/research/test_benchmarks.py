@@ -32,6 +32,7 @@ def run_on_wrong_results(tmp_path: Path, tool: str, *arguments: str) -> Run:
     driver = tmp_path / "wrong.py"
     driver.write_text(
         "import runpy, sys, torch\n"
+        "torch.compiler.set_stance('force_eager')\n"
         "from megatron_moa.mixture import functional\n"
         "right = functional.mixed_activation\n"
         "def wrong(preactivation, coefficients, mixing, *others, **named):\n"

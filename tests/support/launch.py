@@ -9,13 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing import connection, forkserver
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_moa.doctor.processes import LAUNCHER_VARIABLES
 from megatron_moa.megatron_fixes.single_process import free_port
@@ -67,6 +68,38 @@ def launch(
             ranks.append(process)
         returncode = _wait(ranks, time.monotonic() + timeout)
         return returncode, log.read_text(errors="replace")
+
+
+class Forked:
+    """Takes the place of subprocess.Popen where a tool starts another script of ours, with output to a file: that
+    script, in a process that has Megatron imported.
+    """
+
+    def __init__(
+        self, command: list[str], cwd: str | Path, env: Mapping[str, str], stdout: IO[str], **_: object
+    ) -> None:
+        start_server()
+        arguments = (command[1], command[2:], dict(env), str(cwd), stdout.name)
+        self._process = _SERVER.Process(target=_session, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code, once there is one. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return self._process.exitcode
+
+
+def _session(path: str, arguments: list[str], environment: dict[str, str], folder: str, log: str) -> None:
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that no fork server made
+    _rank(script, (path, arguments), environment, folder, log)
 
 
 def _wait(ranks: list[Any], deadline: float) -> int:

@@ -236,17 +236,18 @@ def test_a_diverged_run_is_where_it_has_finite_values(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
-    """Three short runs, table, verdict, pictures and text, as `make demo` starts them."""
+def test_quick_demo_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three short runs, table, verdict, pictures and text, as `make demo` starts them, in forked processes."""
     out = tmp_path / "demo"
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "demo.py"), "--quick", "--out", str(out)],
-        env=launch.without_compiler(ENVIRONMENT),
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(demo.subprocess, "Popen", launch.Forked)
+    for name, value in launch.without_compiler({}).items():
+        monkeypatch.setenv(name, value)
+    demo.main(["--quick", "--out", str(out)])
+    monkeypatch.undo()
+    printed = capsys.readouterr().out
     rows = json.loads((out / "results.json").read_text())["runs"]
     assert [row["arm"] for row in rows] == ["SwiGLU", "LA", "MoA"]
     for row in rows:
@@ -255,9 +256,9 @@ def test_quick_demo_from_end_to_end(tmp_path: Path) -> None:
         assert [iteration for iteration, _ in row["curve"]] == list(range(1, 13))
     assert rows[0]["parameters"] < rows[1]["parameters"] < rows[2]["parameters"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [line.split(" | ")[0] for line in run.stdout.splitlines() if line.startswith("| ")] == [
+    assert [line.split(" | ")[0] for line in printed.splitlines() if line.startswith("| ")] == [
         *("| mixing", "| ---", "| none", "| la", "| moa")
     ]
-    assert "nats per token" in run.stdout
-    assert "\ndef " in run.stdout.partition("Text that the MoA model writes")[2]
-    assert "Setting seq_length" not in run.stdout
+    assert "nats per token" in printed
+    assert "\ndef " in printed.partition("Text that the MoA model writes")[2]
+    assert "Setting seq_length" not in printed

@@ -264,7 +264,7 @@ def test_launcher_finds_its_children():
     assert child.pid not in children(os.getpid())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.full), signal.SIGUSR2])
 def test_launcher_forwards_signals_and_passes_the_code_on(tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(
