@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 
 class UserError(ValueError):
@@ -46,11 +48,29 @@ def one_line(error: BaseException, *, typed: bool = False) -> str:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turns a :class:`UserError` raised inside into one line on stderr and exit code 2, no traceback."""
+    """Turns a :class:`UserError` raised inside into one line on stderr and exit code 2, no traceback.
+
+    Where whoever reads the output leaves early (``| head``) the program ends in silence, as by SIGPIPE: exit code 141.
+    """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         fail(program, str(error))
+    except BrokenPipeError:
+        if _is_read(sys.stdout):
+            raise  # it is another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it leaves
+        raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def _is_read(stream: TextIO) -> bool:
+    """Whether a pipe's other end is open; true of files."""
+    poller = select.poll()
+    poller.register(stream, 0)  # errors alone
+    return not poller.poll(0)
 
 
 @contextmanager

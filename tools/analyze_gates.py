@@ -266,9 +266,10 @@ def read_continued(path: Path) -> list[dict[str, Any]]:
     return kept
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Analyses, writes, prints."""
-    with one_line_errors(PROGRAM), contextlib.ExitStack() as written:
+    with contextlib.ExitStack() as written:
         flags, megatron_flags = parse_flags(argv)
         words = sys.argv[1:] if argv is None else argv
         flags.command = shlex.join(["python", f"tools/{PROGRAM}", *words])

@@ -108,6 +108,7 @@ def _with_values_attached(arguments: list[str]) -> list[str]:
     return attached
 
 
+@one_line_errors("compare_parallel.py")
 def main() -> None:
     """Trains twice and compares."""
     arguments = sys.argv[1:]
@@ -133,11 +134,8 @@ def main() -> None:
     parser.add_argument("--tolerance", type=float, default=1e-5, metavar="X", help="relative (default: 1e-5)")
     parser.add_argument("--moe", action="store_true", help="a tiny MoE model instead of the tiny dense one")
     options = parser.parse_args(_with_values_attached(arguments))
-    with one_line_errors("compare_parallel.py"):
-        records = (
-            [Record.read(folder) for folder in options.records] if options.records else _train_both(options, common)
-        )
-        comparison = Comparison.of(*records, steps=options.loss_steps)
+    records = [Record.read(folder) for folder in options.records] if options.records else _train_both(options, common)
+    comparison = Comparison.of(*records, steps=options.loss_steps)
     print_table(comparison)
     good = comparison.within(options.tolerance)
     print(f"\n{'within' if good else 'NOT within'} {options.tolerance:g}")

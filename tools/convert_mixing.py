@@ -40,30 +40,29 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return parser.parse_known_args(argv)
 
 
+@one_line_errors(_NAME)
 def main(argv: list[str] | None = None) -> None:
     """Converts, compares, prints, and leaves with 1, and without a result, if the models differ."""
-    with one_line_errors(_NAME):
-        flags, megatron_flags = parse_flags(argv)
-        with written_folder("--out", flags.out) as unfinished:
-            # Imported after the flags are read: it takes seconds.
-            from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
+    flags, megatron_flags = parse_flags(argv)
+    with written_folder("--out", flags.out) as unfinished:
+        # Imported after the flags are read: it takes seconds.
+        from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
-            # isort: split
-            from megatron_moa.checkpoints.writer import TRAIN_ON
-            from megatron_moa.trained.upcycling import convert
+        # isort: split
+        from megatron_moa.checkpoints.writer import TRAIN_ON
+        from megatron_moa.trained.upcycling import convert
 
-            with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
-                done = convert(flags.load, unfinished, megatron_flags, flags.iteration, **target_settings(flags))
-            source = "stock feed-forward layers" if done.source is None else done.source.describe()
-            print(f"> from {source}\n> to {done.target.describe()}")
-            print(f"> {done.comparison}")
-            if not done.comparison.within(flags.tolerance):
-                print(
-                    f"{_NAME}: error: the models differ by more than --tolerance {flags.tolerance:g}; nothing was "
-                    "written",
-                    file=sys.stderr,
-                )
-                raise SystemExit(1)
+        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
+            done = convert(flags.load, unfinished, megatron_flags, flags.iteration, **target_settings(flags))
+        source = "stock feed-forward layers" if done.source is None else done.source.describe()
+        print(f"> from {source}\n> to {done.target.describe()}")
+        print(f"> {done.comparison}")
+        if not done.comparison.within(flags.tolerance):
+            print(
+                f"{_NAME}: error: the models differ by more than --tolerance {flags.tolerance:g}; nothing was written",
+                file=sys.stderr,
+            )
+            raise SystemExit(1)
     print(
         f"> wrote {flags.out}; train it from iteration 0 with a new optimizer, adding data, schedule and split:\n"
         f"  {TRAIN_ON.format(flags.out)}"

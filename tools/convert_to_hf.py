@@ -59,37 +59,37 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return parser.parse_known_args(argv)
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Prepares, writes, compares, renames."""
-    with one_line_errors(PROGRAM):
-        flags, megatron_flags = parse_flags(argv)
-        # Imported after the flags are read: it takes seconds.
-        try:
-            from megatron_moa.hf import export
-        except ModuleNotFoundError as error:
-            raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
-        import torch
+    flags, megatron_flags = parse_flags(argv)
+    # Imported after the flags are read: it takes seconds.
+    try:
+        from megatron_moa.hf import export
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
+    import torch
 
-        from megatron_moa.trained.compare_logits import VerificationError
-        from megatron_moa.trained.from_megatron import prepare_checkpoint
+    from megatron_moa.trained.compare_logits import VerificationError
+    from megatron_moa.trained.from_megatron import prepare_checkpoint
 
-        # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
-        megatron_flags = ["--transformer-impl", "local", *megatron_flags]
-        dtype = None if flags.dtype == "checkpoint" else getattr(torch, flags.dtype)
-        target = Path(flags.out)
-        try:
-            with written_folder("--out", target) as partial:
-                with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
-                    prepared = prepare_checkpoint(flags.load, megatron_flags, flags.iteration)
-                    exported = export.export(
-                        prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer, flags.architecture
-                    )
-                    comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
-                card = export.model_card(prepared, target.resolve().name, exported, comparison)
-                (partial / "README.md").write_text(card)
-        except VerificationError as error:
-            print(f"{PROGRAM}: error: --load {flags.load}: {error}; nothing was written", file=sys.stderr)
-            raise SystemExit(1) from None
+    # Layers of plain PyTorch: theirs are the names that megatron_moa/hf/mapping.py has.
+    megatron_flags = ["--transformer-impl", "local", *megatron_flags]
+    dtype = None if flags.dtype == "checkpoint" else getattr(torch, flags.dtype)
+    target = Path(flags.out)
+    try:
+        with written_folder("--out", target) as partial:
+            with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+                prepared = prepare_checkpoint(flags.load, megatron_flags, flags.iteration)
+                exported = export.export(
+                    prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer, flags.architecture
+                )
+                comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
+            card = export.model_card(prepared, target.resolve().name, exported, comparison)
+            (partial / "README.md").write_text(card)
+    except VerificationError as error:
+        print(f"{PROGRAM}: error: --load {flags.load}: {error}; nothing was written", file=sys.stderr)
+        raise SystemExit(1) from None
     for name, fact in exported.facts().items():
         print(f"{name:<11} {fact}")
     if comparison is None:

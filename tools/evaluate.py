@@ -193,58 +193,58 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Loads once, evaluates what is not there yet, prints all of it."""
-    with one_line_errors(PROGRAM):
-        flags = parse_flags(argv)
-        folder = Path(flags.load)
-        out = Path(flags.out) if flags.out else folder / "evaluation"
-        data = Path(flags.data) if flags.data else None
-        settings = {
-            "load": str(folder.resolve()),
-            "num_fewshot": flags.num_fewshot,
-            "limit": flags.limit,
-            "data": str(data),
-        }
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--load {folder}: has no config.json; give a folder that tools/convert_to_hf.py wrote")
-        results = {}
-        for name in flags.tasks:
-            before = None if flags.again else finished(out / f"{name}.json", settings)
-            if before is not None:
-                results[name] = before
-                print(f"> {name}: evaluated already, {out / name}.json; --again repeats it", file=sys.stderr)
-        missing = [name for name in flags.tasks if name not in results]
-        if missing:
-            check_folders(flags)
-            if data is not None:
-                os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
-            try:
-                from lm_eval.models.huggingface import HFLM
-                from lm_eval.tasks import TaskManager
-            except ModuleNotFoundError as error:
-                raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[eval]'") from None
-            from megatron_moa.hf.loading import load_folder
+    flags = parse_flags(argv)
+    folder = Path(flags.load)
+    out = Path(flags.out) if flags.out else folder / "evaluation"
+    data = Path(flags.data) if flags.data else None
+    settings = {
+        "load": str(folder.resolve()),
+        "num_fewshot": flags.num_fewshot,
+        "limit": flags.limit,
+        "data": str(data),
+    }
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--load {folder}: has no config.json; give a folder that tools/convert_to_hf.py wrote")
+    results = {}
+    for name in flags.tasks:
+        before = None if flags.again else finished(out / f"{name}.json", settings)
+        if before is not None:
+            results[name] = before
+            print(f"> {name}: evaluated already, {out / name}.json; --again repeats it", file=sys.stderr)
+    missing = [name for name in flags.tasks if name not in results]
+    if missing:
+        check_folders(flags)
+        if data is not None:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+        try:
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ModuleNotFoundError as error:
+            raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[eval]'") from None
+        from megatron_moa.hf.loading import load_folder
 
-            further = [flags.tasks_folder] if flags.tasks_folder else []
-            manager = TaskManager(include_path=[OWN_TASKS, *further])
-            tasks = {name: build_task(manager, name, data) for name in missing}
-            model = load_folder(folder)
-            if model.tokenizer is None:
-                raise UserError(f"--load {folder}: has no tokenizer; put its files there")
-            lm = HFLM(
-                pretrained=model.model,
-                tokenizer=model.tokenizer,
-                batch_size=flags.batch_size,
-                max_length=model.context,
-                prefix_token_id=model.first,
-                add_bos_token=model.puts_before_text,
-            )
-            make_folder(out)
-            for name, task in tasks.items():
-                when = datetime.datetime.now().isoformat(timespec="seconds")
-                results[name] = {"task": name, "settings": settings, "when": when, **evaluate(lm, manager, task, flags)}
-                write(out / f"{name}.json", results[name])
+        further = [flags.tasks_folder] if flags.tasks_folder else []
+        manager = TaskManager(include_path=[OWN_TASKS, *further])
+        tasks = {name: build_task(manager, name, data) for name in missing}
+        model = load_folder(folder)
+        if model.tokenizer is None:
+            raise UserError(f"--load {folder}: has no tokenizer; put its files there")
+        lm = HFLM(
+            pretrained=model.model,
+            tokenizer=model.tokenizer,
+            batch_size=flags.batch_size,
+            max_length=model.context,
+            prefix_token_id=model.first,
+            add_bos_token=model.puts_before_text,
+        )
+        make_folder(out)
+        for name, task in tasks.items():
+            when = datetime.datetime.now().isoformat(timespec="seconds")
+            results[name] = {"task": name, "settings": settings, "when": when, **evaluate(lm, manager, task, flags)}
+            write(out / f"{name}.json", results[name])
     print(table({name: results[name] for name in flags.tasks}))
 
 

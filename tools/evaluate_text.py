@@ -44,35 +44,33 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return parser.parse_known_args(argv)
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Loads, predicts, prints a line a file and their sum as JSON."""
-    with one_line_errors(PROGRAM):
-        flags, megatron_flags = parse_flags(argv)
-        check_source(flags.load, flags.iteration, megatron_flags)
-        files = {
-            path: read_documents(Path(path), "--text", flags.json_key, flags.errors, True)
-            for path in dict.fromkeys(flags.text)
-        }
-        # Imported after the flags are read: it takes seconds.
-        from megatron_moa.load import load
-        from megatron_moa.trained.text_model import TextLoss
+    flags, megatron_flags = parse_flags(argv)
+    check_source(flags.load, flags.iteration, megatron_flags)
+    files = {
+        path: read_documents(Path(path), "--text", flags.json_key, flags.errors, True)
+        for path in dict.fromkeys(flags.text)
+    }
+    # Imported after the flags are read: it takes seconds.
+    from megatron_moa.load import load
+    from megatron_moa.trained.text_model import TextLoss
 
-        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
-            model = load(flags.load, megatron_flags, flags.iteration)
-        total, count = TextLoss(0.0, 0, 0), 0
-        for path, documents in files.items():
-            loss = TextLoss(0.0, 0, 0)
-            for document in documents:
-                if not model.encode(document):  # such as spaces, for some tokenizers: preprocess_data.py skips them too
-                    continue
-                count += 1
-                loss += model.text_loss(document, flags.stride, flags.window)
-            if not loss.tokens:
-                raise UserError(f"--text {path}: has no token for this model's tokenizer; give a file with text")
-            print(
-                f"{path}: {loss.loss_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits a byte", file=sys.stderr
-            )
-            total += loss
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+        model = load(flags.load, megatron_flags, flags.iteration)
+    total, count = TextLoss(0.0, 0, 0), 0
+    for path, documents in files.items():
+        loss = TextLoss(0.0, 0, 0)
+        for document in documents:
+            if not model.encode(document):  # such as spaces, for some tokenizers: preprocess_data.py skips them too
+                continue
+            count += 1
+            loss += model.text_loss(document, flags.stride, flags.window)
+        if not loss.tokens:
+            raise UserError(f"--text {path}: has no token for this model's tokenizer; give a file with text")
+        print(f"{path}: {loss.loss_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits a byte", file=sys.stderr)
+        total += loss
     result = {
         "loss_per_token": total.loss_per_token,
         "bits_per_byte": total.bits_per_byte,

@@ -92,20 +92,20 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts or [""] for _ in range(flags.num_samples)]
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Loads, continues and prints."""
-    with one_line_errors(PROGRAM):
-        flags, megatron_flags = parse_flags(argv)
-        check_source(flags.load, flags.iteration, megatron_flags)
-        prompts = read_prompts(flags)
-        # Imported after the flags are read: it takes seconds.
-        from megatron_moa.load import load
+    flags, megatron_flags = parse_flags(argv)
+    check_source(flags.load, flags.iteration, megatron_flags)
+    prompts = read_prompts(flags)
+    # Imported after the flags are read: it takes seconds.
+    from megatron_moa.load import load
 
-        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
-            model = load(flags.load, megatron_flags, flags.iteration)
-            continuations = model.generate(
-                prompts, flags.num_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed
-            )
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
+        model = load(flags.load, megatron_flags, flags.iteration)
+        continuations = model.generate(
+            prompts, flags.num_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed
+        )
     iteration = getattr(model, "iteration", None)
     print(f"> from {'' if iteration is None else f'iteration {iteration} of '}{flags.load}", file=sys.stderr)
     for continuation in continuations:

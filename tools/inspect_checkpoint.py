@@ -39,18 +39,18 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Reads and prints."""
-    with one_line_errors(PROGRAM):
-        flags = parse_flags(argv)
-        checkpoint = open_checkpoint(flags.checkpoint, flags.iteration)
-        try:
-            if flags.diff is None:
-                result = describe(checkpoint)
-            else:
-                result = compare(checkpoint, open_checkpoint(flags.diff, flags.diff_iteration))
-        except RecursionError:
-            raise UserError(f"{checkpoint.folder}: has settings within settings without end; take another") from None
+    flags = parse_flags(argv)
+    checkpoint = open_checkpoint(flags.checkpoint, flags.iteration)
+    try:
+        if flags.diff is None:
+            result = describe(checkpoint)
+        else:
+            result = compare(checkpoint, open_checkpoint(flags.diff, flags.diff_iteration))
+    except RecursionError:
+        raise UserError(f"{checkpoint.folder}: has settings within settings without end; take another") from None
     if flags.json:
         print(json.dumps(result, indent=1))
     else:

@@ -394,16 +394,16 @@ def record(report: Report) -> Mapping[str, Any]:
     }
 
 
+@one_line_errors(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> None:
     """Plans, prints."""
-    with one_line_errors(PROGRAM):
-        options = parse(sys.argv[1:] if argv is None else argv)
-        # What this machine does not have says nothing about where the training will run.
-        warnings.filterwarnings("ignore")
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(io.StringIO()):
-            startup.prepare()
-        report = make(options)
+    options = parse(sys.argv[1:] if argv is None else argv)
+    # What this machine does not have says nothing about where the training will run.
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        startup.prepare()
+    report = make(options)
     if options.json:
         print(json.dumps(record(report)))
     else:

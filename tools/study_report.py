@@ -21,28 +21,28 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 PROGRAM = "study_report.py"
 
 
+@one_line_errors(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads, draws and writes; a report that is there is replaced."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULTS_FOLDER", help="a folder with results.jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.md", help="the report")
     flags = parser.parse_args(argv)
-    with one_line_errors(PROGRAM):
-        if flags.out.suffix != ".md":
-            raise UserError(f"--out {flags.out}: the report is markdown; name a file that ends in .md")
-        if flags.out.is_dir():
-            raise UserError(f"--out {flags.out}: is a folder; name a file")
-        from megatron_moa.research.study.evidence import read_evidence
-        from megatron_moa.research.study.report.write import report
+    if flags.out.suffix != ".md":
+        raise UserError(f"--out {flags.out}: the report is markdown; name a file that ends in .md")
+    if flags.out.is_dir():
+        raise UserError(f"--out {flags.out}: is a folder; name a file")
+    from megatron_moa.research.study.evidence import read_evidence
+    from megatron_moa.research.study.report.write import report
 
-        evidence = read_evidence(flags.results)
-        command = shlex.join(["python", "tools/study_report.py", *map(str, flags.results), "--out", str(flags.out)])
-        pictures = flags.out.with_suffix("")
-        with written_folder("--out", pictures, replace="*.png") as folder:
-            text = report(evidence, command, folder, pictures.name)
-            new = folder / flags.out.name  # on the same disk, so that its name can be given at once
-            new.write_text(text, encoding="utf-8")
-            new.replace(flags.out)
+    evidence = read_evidence(flags.results)
+    command = shlex.join(["python", "tools/study_report.py", *map(str, flags.results), "--out", str(flags.out)])
+    pictures = flags.out.with_suffix("")
+    with written_folder("--out", pictures, replace="*.png") as folder:
+        text = report(evidence, command, folder, pictures.name)
+        new = folder / flags.out.name  # on the same disk, so that its name can be given at once
+        new.write_text(text, encoding="utf-8")
+        new.replace(flags.out)
     print(f"{flags.out}, and {len(list(pictures.iterdir()))} pictures in {pictures}")
 
 

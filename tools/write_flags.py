@@ -227,6 +227,7 @@ def _header(path: Path) -> str:
     return "\n".join(comment)
 
 
+@one_line_errors(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Writes, or checks, and returns the exit code."""
     parser = OneLineParser(
@@ -235,18 +236,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if it is not current")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="the file")
     options = parser.parse_args(argv)
-    with one_line_errors(PROGRAM):
-        if not options.output.parent.is_dir():  # before the minute that the parsers take
-            raise UserError(f"--output {options.output}: no such folder; name a file in a folder that is there")
-        text = flags_document()
-        if not options.check:
-            try:
-                options.output.write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise UserError(
-                    f"--output {options.output}: {error.strerror}; name a file in a folder that is there"
-                ) from None
-            return 0
+    if not options.output.parent.is_dir():  # before the minute that the parsers take
+        raise UserError(f"--output {options.output}: no such folder; name a file in a folder that is there")
+    text = flags_document()
+    if not options.check:
+        try:
+            options.output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"--output {options.output}: {error.strerror}; name a file in a folder that is there"
+            ) from None
+        return 0
     there = options.output.read_text(encoding="utf-8").splitlines() if options.output.is_file() else []
     wanted = text.splitlines()
     if there == wanted:

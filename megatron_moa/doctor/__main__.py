@@ -54,17 +54,17 @@ def show(report: Report) -> None:
         print(f"Training can start, on {report.uses['device']}.")
 
 
+@one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> int:
     """Examines this machine, prints the report and returns the exit code."""
     options = _parser().parse_args(argv)
-    with one_line_errors(PROGRAM):
-        if not 0 < options.timeout < 86400:
-            raise UserError(f"--timeout {options.timeout}: give a positive number of seconds, below a day")
-        if options.nccl:
-            return _test_network(options)
-        if options.patches:
-            return _list_patches(options)
-        report = examine(options.timeout, options.save, options.recipe)
+    if not 0 < options.timeout < 86400:
+        raise UserError(f"--timeout {options.timeout}: give a positive number of seconds, below a day")
+    if options.nccl:
+        return _test_network(options)
+    if options.patches:
+        return _list_patches(options)
+    report = examine(options.timeout, options.save, options.recipe)
     if options.smoke and report.can_start:
         report = Report(report.findings, report.uses, smoke())
     if options.json:

@@ -57,15 +57,15 @@ def read_trainings(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@one_line_errors(_PROGRAM)
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes and prints the lines, then a line a way over its seeds."""
     parser = OneLineParser(_PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="OUT of examples/studies/continue_frozen.sh")
-    with one_line_errors(_PROGRAM):
-        folder = parser.parse_args(argv).folder
-        lines = read_trainings(folder)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / LINES).write_text(text)
+    folder = parser.parse_args(argv).folder
+    lines = read_trainings(folder)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / LINES).write_text(text)
     print(text, end="")
     for entry in continued_summary(lines):
         print(json.dumps(entry))

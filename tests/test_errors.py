@@ -1,0 +1,38 @@
+"""Endings of programs: what a reader of a pipe sees who leaves early."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from megatron_moa.errors import one_line_errors
+from tests.support.training import ROOT
+
+TALKS = """
+from megatron_moa.errors import one_line_errors
+
+@one_line_errors("talker")
+def main():
+    for number in range(100_000):
+        print(number)
+    raise SystemExit({code})
+
+main()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_reader_that_leaves_early_ends_the_program_in_silence(code: int) -> None:
+    command = [sys.executable, "-c", TALKS.format(code=code)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141  # as by SIGPIPE
+
+
+def test_another_pipe_that_breaks_is_a_fault() -> None:
+    with pytest.raises(BrokenPipeError), one_line_errors("talker"):
+        raise BrokenPipeError
