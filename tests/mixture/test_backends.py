@@ -50,7 +50,8 @@ def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name
         dtypes = DTYPES[: 2 if mixing_name == "moa" else 1]
     for dtype in dtypes:
         # Kernels compute in float32 whatever they load, so one dtype is enough for the whole dictionary.
-        activations = () if backend == "triton" and dtype == torch.float32 else FEW[: 2 if form == "quadratic" else 4]
+        few = FEW[: 2 if form == "quadratic" or backend == "compile" else 4]
+        activations = () if backend == "triton" and dtype == torch.float32 else few
         mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
         # The interpreter's bfloat16 is cut off, and a bias' gradient adds up what is cut off; GPUs round.
         bias = dtype != torch.bfloat16
