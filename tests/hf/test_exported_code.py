@@ -47,7 +47,7 @@ def test_an_export_uses_a_megatron_moa_of_its_format_version(
 
 COMPILED = [
     pytest.param(kind, "compile", marks=[pytest.mark.slow, pytest.mark.full])
-    for kind in KINDS  # test_graphs.py compiles them
+    for kind in KINDS  # test_graphs.py compiles their forward pass
 ]
 
 BACKENDS = [(kind, backend) for kind in (*KINDS, "one-sided") for backend in ("eager", "triton")]
