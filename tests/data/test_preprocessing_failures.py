@@ -170,6 +170,7 @@ def test_an_interrupted_run_leaves_nothing(stop: signal.Signals, model: str, tmp
     assert errors == ("preprocess_data: interrupted, nothing written\n" if stop == signal.SIGINT else "")
 
 
+@pytest.mark.full
 def test_workers_end_with_a_killed_parent(model: str, tmp_path: Path) -> None:
     """SIGKILL lets nobody clean up, but no worker may stay behind."""
     process = start_long_run(tmp_path / "in.jsonl", tmp_path / "out", model)

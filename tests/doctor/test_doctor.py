@@ -315,6 +315,7 @@ def test_widths_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (finding.state, finding.text) == ("ok", "dense-0.5b: feed-forward width 3456")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_smoke_trains_here() -> None:
     finding = smoke.smoke()
@@ -336,6 +337,7 @@ def test_smoke_shows_what_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "losses 4.1000: not five that go down" in smoke.smoke().text
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="two ranks on one GPU are refused")
 def test_all_reduce_across_two_ranks() -> None:

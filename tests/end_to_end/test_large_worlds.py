@@ -353,6 +353,7 @@ def traffic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return more
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_bytes_of_each_collective_the_mixture_adds(traffic: dict[str, Traffic], exchange: Exchange) -> None:
     assert traffic[str(exchange)] == exchange.added

@@ -68,7 +68,7 @@ _FORM_SPLITS = {
     "tp2-sp-ep2": MOE_SPLITS["tp2-ep2"][1],
     "pp2": SPLITS["pp2"][1],
 }
-_QUICK = {"pp2-virtual", "dp2-distopt", "tp2-pp2", "tp2-sp-etp2", "shared-ep2-overlap"}
+_QUICK = {"dp2-distopt", "tp2-pp2", "tp2-sp-etp2"}
 
 
 _IN_TURN = ("moa", "la", "moa", "moa", "none")  # MoA most often: it has the most to split
@@ -142,10 +142,8 @@ def test_shared_experts(
     _assert_equal(one_process, tmp_path, f"{_BASE} {arm} {' '.join(MOE)} {_SHARED}", processes, flags)
 
 
-@pytest.mark.parametrize(
-    "arm",
-    [pytest.param(arm, marks=() if arm == "quadratic-la" else pytest.mark.full) for arm in FORM_ARMS],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("arm", FORM_ARMS)
 def test_one_sided_and_quadratic_on_every_kind_of_layer(
     one_process: dict[str, tuple[Path, Record]], tmp_path: Path, arm: str
 ) -> None:

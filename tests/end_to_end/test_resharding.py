@@ -103,7 +103,11 @@ def test_tour(tmp_path: Path, flags: str, tour: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("split", "expected"), [("tp2-sp", "--tensor-model-parallel-size 1, not 2"), ("ep2", f"{_EP2[:-1]}1, not 2")]
+    ("split", "expected"),
+    [
+        ("tp2-sp", "--tensor-model-parallel-size 1, not 2"),
+        pytest.param("ep2", f"{_EP2[:-1]}1, not 2", marks=pytest.mark.full),
+    ],
 )
 def test_optimizer_state_for_one_split_is_refused_under_another(tmp_path: Path, split: str, expected: str) -> None:
     base = [*SWIGLU, *MOE, *_LA.split(), *_BASE.split(), "4", "--use-distributed-optimizer"]

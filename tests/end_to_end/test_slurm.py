@@ -234,6 +234,7 @@ def test_chain_needs_the_options_of_its_jobs(slurm: Slurm) -> None:
     assert "SBATCH_ARGS is not set; set it to the options you gave sbatch" in slurm.log
 
 
+@pytest.mark.full
 def test_nodes_in_the_list_are_left_at_once(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("# memory errors\nn1  # since Monday\n")
     job = slurm.train(EXCLUDE_FILE=str(tmp_path / "bad"), PYTHON="true")
@@ -287,6 +288,7 @@ def test_lost_node(slurm: Slurm, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "slurm" / "starts").read_text() == "0 2\n"
 
 
+@pytest.mark.full
 def test_tasks_of_a_sweep_are_requeued_by_themselves(slurm: Slurm, tmp_path: Path) -> None:
     # One of the two is stopped once, and must alone begin again.
     lines = f'[[ "$*" != *"--moa-mixing la"* || -e {tmp_path}/once ]] && exit 0; touch {tmp_path}/once; exit 75'

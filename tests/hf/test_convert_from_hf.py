@@ -117,12 +117,13 @@ def test_settings_become_flags_and_come_back() -> None:
 OFTEN = ("llama, all biases, tied, llama3 rope", "gpt2", "qwen2 moe")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
     [
         pytest.param(OFTEN, id="some"),
-        pytest.param([case for case in test_families.CASES if case not in OFTEN], id="all", marks=pytest.mark.full),
+        pytest.param([case for case in test_families.CASES if case not in OFTEN], id="all"),
     ],
 )
 def test_families_compute_the_same(cases: list[str], tmp_path: Path) -> None:
@@ -158,6 +159,7 @@ class Config: pass
 CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Model", None]}
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_training_goes_on_and_nothing_of_the_folder_is_run(tmp_path: Path) -> None:
     """The loss of the first step, with TP 2, is the one that transformers computes; code in the folder stays unread."""
@@ -328,7 +330,7 @@ TRIPS: dict[str, tuple[list[str], dict[str, int]]] = {
     "MoE, stock, TP 2": ([*SWIGLU, *MOE, *STOCK], {"tp": 2}),
     "moa type1, bf16, TP 2, PP 2": ([*LIKE_GPT2, *MOA, "--bf16"], {"tp": 2, "pp": 2}),
 }
-TRIPS_OFTEN = list(TRIPS)[:2]
+TRIPS_QUICK = list(TRIPS)[1]
 LONG = {
     "tp": "--tensor-model-parallel-size",
     "pp": "--pipeline-model-parallel-size",
@@ -355,7 +357,7 @@ def tensors(folder: Path, rows: int) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.full][case in TRIPS_OFTEN :]) for case in TRIPS]
+    "case", [pytest.param(case, marks=[pytest.mark.full][case == TRIPS_QUICK :]) for case in TRIPS]
 )
 def test_every_parameter_comes_back_to_the_last_bit(case: str, tmp_path: Path) -> None:
     model_flags, split = TRIPS[case]
@@ -366,7 +368,7 @@ def test_every_parameter_comes_back_to_the_last_bit(case: str, tmp_path: Path) -
         flags += [LONG[name], str(size)]
     flags += ["--sequence-parallel"] if "tp" in split else []
     vocabulary = 59
-    if case == TRIPS_OFTEN[0]:  # with a tokenizer, that goes there and back, too
+    if case == TRIPS_QUICK:  # with a tokenizer, that goes there and back, too
         vocabulary = 1200
         train_sentencepiece(tmp_path / "tok.model")
         flags += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(tmp_path / "tok.model")]
@@ -375,7 +377,7 @@ def test_every_parameter_comes_back_to_the_last_bit(case: str, tmp_path: Path) -
     processes = split.get("tp", 1) * split.get("pp", 1) * split.get("ep", 1)
     run(launch.script, str(ROOT / "pretrain_gpt_moa.py"), flags, processes=processes)
     ours = [flag for name, size in split.items() for flag in (f"--{name}", str(size))]
-    if case != TRIPS_OFTEN[0]:
+    if case != TRIPS_QUICK:
         ours.append("--no-verify")
     log = run(there_and_back, str(checkpoint), str(tmp_path / "exported"), str(back), *ours)
 
@@ -391,7 +393,7 @@ def test_every_parameter_comes_back_to_the_last_bit(case: str, tmp_path: Path) -
     for name, size in split.items():
         assert getattr(result.args, LONG[name][2:].replace("-", "_")) == size
 
-    if case == TRIPS_OFTEN[0]:
+    if case == TRIPS_QUICK:
         assert verified(log)[0] < 1e-5
         tokenizer = back / "tokenizer"
         assert result.args.tokenizer_type == "HuggingFaceTokenizer"

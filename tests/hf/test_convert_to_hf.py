@@ -84,10 +84,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
     ),
     "MoE, stock, sigmoid router": ([*SWIGLU, *MOE, *SIGMOID, *STOCK], 1, "GPTMoAForCausalLM"),
 }
-SELECTION = (
-    *("moa bi-sided", "MoE, la one-sided, TP 2, PP 2, EP 2", "stock, GPT-2-like, biases, tied"),
-    "MoE, stock, shared expert with gate, dense layers",
-)
+SELECTION = ("moa bi-sided", "MoE, la one-sided, TP 2, PP 2, EP 2")
 # What a card says of the mixture, by form.
 EQUATIONS = {
     "type1": "`sum_k c_k s_k(y)`",

@@ -77,7 +77,7 @@ def test_compiles_as_one_graph(kind: str) -> None:
     model = build(kind)
     tokens = tokens_of(model, 2, 9)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if kind == "la, experts" else "inductor")
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if kind == "GPT-2-like" else "aot_eager")
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits, **EQUAL)
 
 

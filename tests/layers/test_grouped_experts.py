@@ -377,17 +377,18 @@ def arm(flags: str) -> list[str]:
     return [*SWIGLU, *MOE, *flags.split(), *backend, "--micro-batch-size", "1"]
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "splits"),
     [
         pytest.param(_MOA, [(1, ""), (2, f"{_EP2} {_DISTRIBUTED}")], id="moa"),
-        pytest.param(_LA, [(1, ""), (2, _EP2)], id="la", marks=full),
-        pytest.param(_NONE, [(1, ""), (2, _EP2)], id="none", marks=full),
-        pytest.param(_MOA, [(4, f"{_EP2} --expert-tensor-parallel-size 2")], id="moa-etp", marks=full),
-        pytest.param(_LA, [(4, f"{_EP2} --expert-tensor-parallel-size 2")], id="la-etp", marks=full),
-        pytest.param(_MOA, [(2, "--tensor-model-parallel-size 2 --sequence-parallel")], id="moa-tp", marks=full),
+        pytest.param(_LA, [(1, ""), (2, _EP2)], id="la"),
+        pytest.param(_NONE, [(1, ""), (2, _EP2)], id="none"),
+        pytest.param(_MOA, [(4, f"{_EP2} --expert-tensor-parallel-size 2")], id="moa-etp"),
+        pytest.param(_LA, [(4, f"{_EP2} --expert-tensor-parallel-size 2")], id="la-etp"),
+        pytest.param(_MOA, [(2, "--tensor-model-parallel-size 2 --sequence-parallel")], id="moa-tp"),
     ],
 )
 def test_train_as_sequential_experts_do(tmp_path: Path, flags: str, splits: list[tuple[int, str]]) -> None:

@@ -156,12 +156,13 @@ def test_moe_gradients_are_bit_equal(
         assert_recomputed(True, mixing, modules, counted, times, monkeypatch)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "modules",
-    ["mlp", *(pytest.param(m, marks=pytest.mark.full) for m in ("moe_act", {**FULL, "recompute_method": "uniform"}))],
+    ["mlp", "moe_act", {**FULL, "recompute_method": "uniform"}],
     ids=_name,
 )
-@pytest.mark.parametrize("mixing_name", ["moa", pytest.param("la", marks=pytest.mark.full)])
+@pytest.mark.parametrize("mixing_name", ["moa", "la"])
 def test_compiled_gradients_are_bit_equal(mixing_name: str, modules: str | dict[str, Any]) -> None:
     mixing = MixtureConfig(kind=mixing_name, activations=("silu", "tanh"), backend="compile")
     moe = modules == "moe_act"

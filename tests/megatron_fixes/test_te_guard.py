@@ -38,9 +38,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "first", ["megatron_moa.trained.from_megatron", pytest.param("megatron_moa.cpu.switch", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("first", ["megatron_moa.trained.from_megatron", "megatron_moa.cpu.switch"])
 def test_megatron_runs_without_it(folder: Path, first: str) -> None:
     result = python(folder, ASK.format(first=first))
     assert result.stdout.split() == ["False", "True", "torch.optim.adamw"], result.stderr

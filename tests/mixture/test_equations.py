@@ -99,7 +99,7 @@ def test_megatron_s_layer_is_the_equation(form: str, megatron: None) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("backend", ["compile", "triton"])
+@pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.full), "triton"])
 def test_the_fused_backends_in_float32_are_the_equation(backend: str, form: str) -> None:
     """To what kernel_errors.py allows in float32: twice the error of PyTorch's own functions, and 16 roundings."""
     # torch.compile takes seconds for each dictionary and source of coefficients.

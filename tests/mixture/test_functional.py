@@ -82,6 +82,7 @@ def test_odd_empty_and_strided_inputs(backend: str) -> None:
     assert relative_error(out, mixed_activation(mixing=eager, **contiguous)) < 1e-6
 
 
+@pytest.mark.full
 def test_changing_token_counts_and_evaluation_compile_once() -> None:
     from torch._dynamo.utils import counters
 
@@ -104,7 +105,7 @@ def test_changing_token_counts_and_evaluation_compile_once() -> None:
     assert counters["stats"]["unique_graphs"] == before
 
 
-@pytest.mark.parametrize("backend", ["eager", "compile"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.full)])
 def test_frozen_inputs_get_no_gradient(backend: str) -> None:
     mixing = MixtureConfig(kind="la", activations=("silu", "relu"), backend=backend)
     inputs = make_inputs(mixing, (4,), 3, torch.float32)

@@ -82,8 +82,9 @@ def model_of(flags: list[str], gpus: int = 1) -> Model:
     return Model.from_args(inputs.validated(args), mixing)
 
 
+@pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize("mixing", ["moa", *(pytest.param(name, marks=pytest.mark.full) for name in ("none", "la"))])
+@pytest.mark.parametrize("mixing", ["moa", "none", "la"])
 def test_every_recipes_parameters_are_the_built_models(mixing: str, tmp_path: Path) -> None:
     builds = [Built(name, mixing) for name in model_files()]
     reports = visit([Job(tuple(built.all_flags()), 1, (0,)) for built in builds], tmp_path / "built.json")
@@ -215,13 +216,9 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     Path(results).write_text(json.dumps(found))
 
 
-SELECTED = ("MoE, MoA",)
-
-
+@pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name in SELECTED else pytest.param(name, marks=pytest.mark.full) for name in TRAININGS]
-)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_memory_is_that_of_a_training(name: str, tmp_path: Path) -> None:
     flags, recompute = TRAININGS[name]
     results = tmp_path / "peaks.json"

@@ -298,6 +298,7 @@ def test_suite_without_a_gpu(tmp_path: Path) -> None:
     assert all((out / "logs" / f"{name}.log").exists() for name in steps)
 
 
+@pytest.mark.full
 def test_suite_records_failures_and_goes_on(tmp_path: Path) -> None:
     python = tmp_path / "python"
     # Every tool fails but the report's table, and one never ends.

@@ -65,6 +65,7 @@ def test_fewest_processes(flags: str, processes: int) -> None:
     assert runpy.run_path(str(ROOT / TOOL))["fewest_processes"](flags.split()) == processes
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_tool_finds_a_split_equal() -> None:

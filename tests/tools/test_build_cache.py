@@ -97,6 +97,7 @@ def test_a_run_after_it_builds_nothing(flags: list[object], files: int, place: P
     assert written(place) == before
 
 
+@pytest.mark.full
 def test_other_flags_need_another_cache(place: Path) -> None:
     """So that the words "none built" mean something: each of these changes what Megatron looks for."""
     flags = ["--data-path", "a", "--split", "1,0,0", "--eval-iters", 0]
@@ -169,6 +170,7 @@ def train_with_own_cache(flags: list[str]) -> None:
     launch.script(str(ROOT / "pretrain_gpt_moa.py"), sys.argv[1:])
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_a_cache_that_one_node_does_not_see(place: Path) -> None:
     flags = ["--data-path", "a", "--split", "1,0,0", "--eval-iters", 0]

@@ -124,6 +124,7 @@ def accuracy(model: FolderModel, rows: list[dict[str, Any]]) -> tuple[float, flo
     return right[0] / len(rows), right[1] / len(rows)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_the_harness_agrees_with_what_is_computed_by_hand(export: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
