@@ -3,10 +3,11 @@
     python tools/kernel_resources.py                                        all kernels, bf16, f 8192, for H100 and H200
     python tools/kernel_resources.py --form one-sided --activations identity    SwiGLU as one of our mixtures
 
-Instructions are those of the loop over a row's columns, per element of the output. Beside them stands the least time
-that an element takes on a whole GPU, whatever else goes well: for moving its bytes, for issuing its instructions (128
-lanes a clock and multiprocessor), for those that run at half rate (64: selects, comparisons, integers, conversions),
-and for special functions (16: exp2, rsqrt). Times are bounds computed from counts; nothing is measured. They know
+Instructions are those of the loop over a row's columns, per element of the output; in a column of its own, what a row
+takes besides, spread over its elements. Beside them stands the least time that an element takes on a whole GPU,
+whatever else goes well: for moving its bytes, for issuing its instructions (128 lanes a clock and multiprocessor), for
+those that run at half rate (64: selects, comparisons, integers, conversions), and for special functions (16: exp2,
+reciprocals, tanh). Times are bounds computed from counts; nothing is measured. They know
 nothing of latency, occupancy or caches.
 """
 
@@ -95,17 +96,19 @@ class Resources:
         spilled: bytes of local memory a thread has; 0 if all values stay in registers.
         shared: bytes of shared memory a program has.
         instructions: those of the loop, by name, per output element; empty for gates.
+        row: those outside the loop, per output element.
     """
 
     registers: int
     spilled: int
     shared: int
     instructions: dict[str, float]
+    row: float = 0.0
 
     @property
     def issued(self) -> float:
-        """Instructions per output element."""
-        return sum(self.instructions.values())
+        """Instructions per output element, loop and row together."""
+        return sum(self.instructions.values()) + self.row
 
     def of_kind(self, kind: str) -> float:
         """Instructions of one of KINDS per output element."""
@@ -184,8 +187,12 @@ def require_tools(architecture: int) -> None:
         raise UserError(f"{error}: this Triton lacks NVIDIA's tools; install triton's wheel for Linux") from error
 
 
-def compile_launch(launch: Launch, architecture: int) -> Any:
-    """The compiled kernel, specialised as Triton does at a launch; its tensors are taken to be aligned."""
+def compile_launch(launch: Launch, architecture: int | str) -> Any:
+    """The compiled kernel, specialised as Triton does at a launch; its tensors are taken to be aligned.
+
+    Args:
+        architecture: of NVIDIA's, a compute capability; of AMD's, a name such as gfx942.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -203,7 +210,8 @@ def compile_launch(launch: Launch, architecture: int) -> Any:
         if is_tensor or value % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    target = GPUTarget("cuda", architecture, 32)
+    is_amd = isinstance(architecture, str)
+    target = GPUTarget("hip", architecture, 64) if is_amd else GPUTarget("cuda", architecture, 32)
     try:
         return triton.compile(source, target=target, options={"num_warps": launch.warps})
     except (PTXASError, RuntimeError) as error:
@@ -221,21 +229,34 @@ def resources(launch: Launch, architecture: int, moved: int = 0) -> Resources:
     registers, spilled, shared, code = _read(launch, architecture)
     if not moved:
         return Resources(registers, spilled, shared, {})
-    columns = launch.arguments["BLOCK"] // (32 * launch.warps)
-    found = column_loop(code, moved * columns) if launch.arguments["F"] >= 4 * launch.arguments["BLOCK"] else None
+    threads, f = 32 * launch.warps, launch.arguments["F"]
+    columns = launch.arguments["BLOCK"] // threads
+    found = column_loop(code, moved * columns) if f >= 4 * launch.arguments["BLOCK"] else None
     if found is None:
         # A short loop is unrolled. In a longer row as much of the last tile lies inside as before.
-        longer = {**launch.arguments, "F": launch.arguments["F"] + 64 * launch.arguments["BLOCK"]}
-        found = column_loop(_read(dataclasses.replace(launch, arguments=longer), architecture)[3], moved * columns)
+        longer = {**launch.arguments, "F": f + 64 * launch.arguments["BLOCK"]}
+        code = _read(dataclasses.replace(launch, arguments=longer), architecture)[3]
+        found = column_loop(code, moved * columns)
     if found is None:
         raise UserError(
             f"{launch.name}: no loop in the machine code moves {moved} bytes an element; is Triton 3.6 there?"
         )
     loop, passes = found
-    counts = Counter(opcode.split(".")[0] for opcode in loop)
-    del counts["NOP"]
+    everything, counts = _by_name(_instructions(code)), _by_name(loop)
     per_element = {name: n / (columns * passes) for name, n in counts.most_common()}
-    return Resources(registers, spilled, shared, per_element)
+    # A backward of LA runs what is outside its loop over rows once for all of them; it is counted for each.
+    row = (everything - counts).total() * threads / f
+    return Resources(registers, spilled, shared, per_element, row)
+
+
+def _by_name(opcodes: Sequence[str]) -> Counter[str]:
+    counts = Counter(opcode.split(".")[0] for opcode in opcodes)
+    del counts["NOP"]
+    return counts
+
+
+def _instructions(code: Sequence[str]) -> list[str]:
+    return [match[1] for match in map(_INSTRUCTION.match, code) if match]
 
 
 def _read(launch: Launch, architecture: int) -> tuple[int, int, int, list[str]]:
@@ -388,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 moved = tensors_moved(mixing.form, launch.name) * dtype.itemsize
                 found = resources(launch, options.arch, moved)
                 row = [f"{name} {launch.name}", found.registers, found.spilled, found.shared, f"{found.issued:.1f}"]
-                row += [f"{found.of_kind(kind):.2f}" for kind in KINDS]
+                row += [f"{found.row:.1f}", *(f"{found.of_kind(kind):.2f}" for kind in KINDS)]
                 lines = roofline(found, moved, bandwidths)
                 if lines:
                     row += [f"{time:.2f}" for time in bounds(found).values()]
@@ -399,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     {"name": name, "kernel": launch.name, "form": mixing.form, **common, "f": options.ffn}
                     | {"activations": mixing.activations, "block": launch.arguments["BLOCK"], "warps": launch.warps}
                     | {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
-                    | {"instructions": found.instructions, "bytes": moved}
+                    | {"instructions": found.instructions, "row": found.row, "bytes": moved}
                     | {"ps": {**bounds(found), **{f"memory {tb}": lines[tb][0] for tb in lines}} if lines else None}
                 )
         gates = []
@@ -428,7 +449,7 @@ def _print(
 ) -> None:
     print(f"sm_{options.arch}, {options.mixing}, {options.dtype}, f {options.ffn}: counts of machine code, per output")
     print("element; bytes of shared memory are a program's. ps: the least time by these counts, not a measurement.\n")
-    head = ["", "regs", "spilled", "shared", "issued", *KINDS]
+    head = ["", "regs", "spilled", "shared", "issued", "of row", *KINDS]
     if bandwidths:
         head += ["issue ps", "half ps", "MUFU ps"]
     for bandwidth in bandwidths:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moa.mixture import reference
-from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture import lowering, reference
 from megatron_moa.mixture.autograd import GateInputs, MixtureInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import (
@@ -25,6 +24,7 @@ from megatron_moa.mixture.grouped_products import (
     grouped_linear_weight_gradient,
     grouped_sum,
 )
+from megatron_moa.mixture.lowering import lower, lowered, raised
 
 _OPTIONS = {
     # By default inductor stores what several sums share, a tensor of fc1's size here, to compute it once; to compute
@@ -116,7 +116,8 @@ def _backward_function(
             grad = grad * scale.float()[:, None]
         if need_coefficients:
             # One row per token, no atomics; LA's then summed over tokens in a second step.
-            rows = torch.stack([(grad * term).sum(-1) for term in mixture.terms()], dim=-1)  # [t, n]
+            sums = mixture.raised([(grad * term).sum(-1) for term in mixture.terms()])
+            rows = torch.stack(sums, dim=-1)  # [t, n]
             grad_coefficients = rows if coefficients.dim() > 1 else rows.sum(0)
         if need_z:
             grad_z = torch.cat([grad * partial for partial in mixture.partials()], dim=-1).to(z.dtype)
@@ -132,12 +133,14 @@ class _Evaluated:
     Attributes:
         out: [t, f]
         partials: d out / d z, one [t, f] for each of fc1's halves.
-        terms: d out / d c_i, n tensors [t, f].
+        terms: d out / d c_i, or of what stands for them before :attr:`raised`: tensors [t, f].
+        raised: from sums of products with ``terms`` those with d out / d c_i, n of them.
     """
 
     out: Tensor
     partials: Callable[[], list[Tensor]]
     terms: Callable[[], list[Tensor]]
+    raised: Callable[[list[Tensor]], list[Tensor]]
 
 
 def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) -> _Evaluated:
@@ -146,36 +149,44 @@ def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) ->
         z = z + inputs.bias.float()
     c = [column.unsqueeze(-1) for column in inputs.coefficients.unbind(-1)]
     k = len(activations)
-
-    def values(x: Tensor) -> list[Tensor]:
-        return [ACTIVATIONS[name].value(x) for name in activations]
-
-    def derivatives(x: Tensor) -> list[Tensor]:
-        return [ACTIVATIONS[name].derivative(x) for name in activations]
+    basis = lower(activations)
 
     if form == "type1":
-        terms = values(z)
-        return _Evaluated(_dot(c, terms), lambda: [_dot(c, derivatives(z))], lambda: terms)
-
+        out, derivative = lowering.value_and_derivative(z, lowered(c, basis), basis)
+        return _Evaluated(
+            out,
+            lambda: [derivative],
+            lambda: lowering.terms(z, basis),
+            lambda sums: raised(sums, basis),
+        )
     z1, z2 = z.chunk(2, dim=-1)
-    values2 = values(z2)
     if form == "one-sided":
-        silu, second = ACTIVATIONS["silu"], _dot(c, values2)
-        first = silu.value(z1)
+        silu = lower(("silu",))
+        first, first_derivative = lowering.value_and_derivative(z1, silu.matrix[0], silu)
+        second, second_derivative = lowering.value_and_derivative(z2, lowered(c, basis), basis)
         return _Evaluated(
             first * second,
-            lambda: [silu.derivative(z1) * second, first * _dot(c, derivatives(z2))],
-            lambda: [first * value for value in values2],
+            lambda: [first_derivative * second, first * second_derivative],
+            lambda: [first * term for term in lowering.terms(z2, basis)],
+            lambda sums: raised(sums, basis),
         )
-    values1 = values(z1)
     if form == "bi-sided":
-        first, second = _dot(c[:k], values1), _dot(c[k:], values2)
+        first, first_derivative = lowering.value_and_derivative(z1, lowered(c[:k], basis), basis)
+        second, second_derivative = lowering.value_and_derivative(z2, lowered(c[k:], basis), basis)
         return _Evaluated(
             first * second,
-            lambda: [_dot(c[:k], derivatives(z1)) * second, first * _dot(c[k:], derivatives(z2))],
-            lambda: [value * second for value in values1] + [first * value for value in values2],
+            lambda: [first_derivative * second, first * second_derivative],
+            lambda: (
+                [term * second for term in lowering.terms(z1, basis)]
+                + [first * term for term in lowering.terms(z2, basis)]
+            ),
+            lambda sums: raised(sums[: len(sums) // 2], basis) + raised(sums[len(sums) // 2 :], basis),
         )
-    pairs = [(i, j) for i in range(k) for j in range(i, k)]  # quadratic: c_kl, row-major over k <= l
+    # Quadratic: c_kl, row-major over k <= l, of products of activations.
+    alone = [lower((name,)) for name in activations]
+    values1, derivatives1 = zip(*[lowering.value_and_derivative(z1, b.matrix[0], b) for b in alone], strict=True)
+    values2, derivatives2 = zip(*[lowering.value_and_derivative(z2, b.matrix[0], b) for b in alone], strict=True)
+    pairs = [(i, j) for i in range(k) for j in range(i, k)]
     by_pair = dict(zip(pairs, c, strict=True))
     rows = [[by_pair[i, j] for j in range(i, k)] for i in range(k)]
     columns = [[by_pair[i, j] for i in range(j + 1)] for j in range(k)]
@@ -183,8 +194,9 @@ def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) ->
     by_second = [_dot(column, values1[: j + 1]) for j, column in enumerate(columns)]
     return _Evaluated(
         _dot(by_first, values1),
-        lambda: [_dot(by_first, derivatives(z1)), _dot(by_second, derivatives(z2))],
+        lambda: [_dot(by_first, derivatives1), _dot(by_second, derivatives2)],
         lambda: [values1[i] * values2[j] for i, j in pairs],
+        lambda sums: sums,
     )
 
 

@@ -2,7 +2,9 @@
 
 A program has TOKENS rows of one expert. Which, it finds by counting tiles of the experts before it, so the host need
 not know how many tokens each has; experts that end inside a tile leave at most one tile each without work. TF32 holds
-half-precision numbers exactly, so their products are exact; gradients, float32, are multiplied as three of them.
+half-precision numbers exactly, so their products are exact; the logits' gradients, float32, are rounded to it once, to
+2^-12, where what they give is rounded to half precision's 2^-9 or 2^-12 next. Beside float32 weights they are
+multiplied as three of TF32's numbers.
 
 Backward: a program owns its rows' gradients of x, and writes its share of those of the parameters to a row of partial
 sums, which are added in one further step, always in the same order.
@@ -99,6 +101,13 @@ def _psi(
             powers = tl.exp(branch_logits - tl.max(branch_logits, axis=1)[:, None])
             psi += powers / tl.sum(powers, axis=1)[:, None]
     return psi
+
+
+@triton.jit
+def _rounded_to_tf32(x):
+    """The nearest number that TF32's products take as it is; they would cut x off."""
+    bits = x.to(tl.int32, bitcast=True) + 0x1000
+    return (bits & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -216,6 +225,8 @@ def _gate_backward_kernel(
     if HAS_BIAS:  # noqa: SIM102, known at compile time, unlike the other
         if slab == 0:
             tl.store(bias_sums + program * N + column, tl.sum(g, axis=0), mask=column < N)
+    if GRADIENT_PRECISION == "tf32":
+        g = _rounded_to_tf32(g)
     for start in range(0, SLAB, HIDDEN):
         at = slab * SLAB + start + hidden
         x_inside = has_row[:, None] & (at < H)[None, :]
@@ -272,7 +283,7 @@ def backward(
         x.stride(0),
         NEED_X=need_x,
         NEED_WEIGHT=need_weight,
-        GRADIENT_PRECISION="ieee" if x.dtype == torch.float32 else "tf32x3",
+        GRADIENT_PRECISION=_gradient_precision(x.dtype, weight.dtype),
         SLAB=_SLAB,
         **_shared_arguments(inputs, mixing),
     )
@@ -282,6 +293,12 @@ def backward(
 def _dense(inputs: GateInputs) -> GateInputs:
     x = inputs.x
     return inputs._replace(x=x if x.stride(-1) == 1 else x.contiguous(), weight=inputs.weight.contiguous())
+
+
+def _gradient_precision(x: torch.dtype, weight: torch.dtype) -> str:
+    if x == torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32x3" if weight == torch.float32 else "tf32"
 
 
 def _tiles(inputs: GateInputs) -> int:
@@ -296,6 +313,7 @@ def _groups(inputs: GateInputs) -> int:
 def _shared_arguments(inputs: GateInputs, mixing: MixtureConfig) -> dict[str, object]:
     n, h = inputs.weight.shape[-2:]
     slope, offset = mixing.psi_hat
+    dtypes = inputs.x.dtype, inputs.weight.dtype
     return {
         "SLOPE": slope,
         "OFFSET": offset,
@@ -307,7 +325,7 @@ def _shared_arguments(inputs: GateInputs, mixing: MixtureConfig) -> dict[str, ob
         "GATE": mixing.gate,
         "SOFTMAX": mixing.softmax_size,
         "HAS_BIAS": inputs.bias is not None,
-        "PRECISION": "ieee" if torch.float32 in (inputs.x.dtype, inputs.weight.dtype) else "tf32",
+        "PRECISION": "ieee" if torch.float32 in dtypes or torch.version.hip else "tf32",
         "COLUMNS": max(_FEWEST, triton.next_power_of_2(n)),
         "TOKENS": _TOKENS,
         # With 128 columns of coefficients, whole tiles of x ask for 240 KiB of shared memory; an H100 has 227.

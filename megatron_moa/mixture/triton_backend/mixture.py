@@ -27,17 +27,21 @@ from megatron_moa.mixture.triton_backend.language import (
     VECTOR,
     add_pairs,
     add_terms,
+    alone,
     bilinear,
-    bilinear_gradients,
-    derivatives,
+    each,
     load_all,
     load_branch,
-    silu,
-    silu_derivative,
+    lowered,
+    store_raised,
     store_sums,
+    target_of,
+    terms_of,
     tile_columns,
-    values,
-    weighted_sum,
+    times,
+    value,
+    value_and_derivative,
+    widened,
     zeros,
 )
 from megatron_moa.mixture.triton_backend.tile_sizes import configuration
@@ -55,30 +59,36 @@ def _mixture_forward_kernel(
     z_stride,
     coefficient_stride,
     FORM: tl.constexpr,
-    VALUES: tl.constexpr,
+    TERMS: tl.constexpr,
+    SILU: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
     F: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    NVIDIA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     c = load_all(coefficients + row * coefficient_stride, N)
+    if FORM != "quadratic":
+        a = lowered(c, TERMS, 0)
+    if FORM == "bi-sided":
+        a2 = lowered(c, TERMS, K)
     for start in range(0, F, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < F
-        z1 = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
+        z1 = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS, NVIDIA)
         if FORM == "type1":
-            mixed = weighted_sum(z1, c, VALUES, K, 0)
+            mixed = value(z1, a, TERMS)
         else:
-            z2 = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
+            z2 = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS, NVIDIA)
             if FORM == "one-sided":
-                mixed = silu(z1) * weighted_sum(z2, c, VALUES, K, 0)
+                mixed = alone(z1, SILU, 0, False) * value(z2, a, TERMS)
             elif FORM == "bi-sided":
-                mixed = weighted_sum(z1, c, VALUES, K, 0) * weighted_sum(z2, c, VALUES, K, K)
+                mixed = value(z1, a, TERMS) * value(z2, a2, TERMS)
             else:
-                mixed = bilinear(z1, z2, c, VALUES, K)
+                mixed = bilinear(c, each(z1, TERMS, False), each(z2, TERMS, False), K)
         if HAS_SCALE:
             mixed *= tl.load(scale + row).to(tl.float32)
         tl.store(out + row * F + column, mixed.to(out.dtype.element_ty), mask=inside)
@@ -100,8 +110,8 @@ def _mixture_backward_kernel(
     grad_z_stride,
     coefficient_stride,
     FORM: tl.constexpr,
-    VALUES: tl.constexpr,
-    DERIVATIVES: tl.constexpr,
+    TERMS: tl.constexpr,
+    SILU: tl.constexpr,
     PAIRS: tl.constexpr,
     K: tl.constexpr,
     N: tl.constexpr,
@@ -110,6 +120,7 @@ def _mixture_backward_kernel(
     SUMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    NVIDIA: tl.constexpr,
     NEED_Z: tl.constexpr,
     NEED_COEFFICIENTS: tl.constexpr,
     NEED_SCALE: tl.constexpr,
@@ -122,45 +133,56 @@ def _mixture_backward_kernel(
     for index in range(ROWS):
         row = program * ROWS + index
         c = load_all(coefficients + row * coefficient_stride, N)
+        if FORM != "quadratic":
+            a = lowered(c, TERMS, 0)
+        if FORM == "bi-sided":
+            a2 = lowered(c, TERMS, K)
         s = 1.0
         if HAS_SCALE:
             s = tl.load(scale + row, mask=row < tokens, other=0.0).to(tl.float32)
         out_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
         for start in range(0, F, BLOCK):
             column = tile_columns(start, BLOCK, VECTOR)
-            inside = (column < F) & (row < tokens)
-            g_out = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+            inside = column < F
+            if ROWS > 1:
+                inside &= row < tokens
+            g_out = widened(tl.load(grad + row * grad_stride + column, mask=inside, other=0.0), NVIDIA)
             g = g_out * s
-            z1 = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS)
+            z1 = load_branch(z, bias, row * z_stride, column, inside, HAS_BIAS, NVIDIA)
             if FORM != "type1":
-                z2 = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS)
+                z2 = load_branch(z, bias, row * z_stride, F + column, inside, HAS_BIAS, NVIDIA)
             if FORM == "type1":
-                mixed = weighted_sum(z1, c, VALUES, K, 0)
+                mixed, derivative = value_and_derivative(z1, a, TERMS)
+                g_z1 = g * derivative
                 if NEED_COEFFICIENTS:
-                    sums = add_terms(sums, g, z1, VALUES, K, 0, SUMS)
-                g_z1 = g * weighted_sum(z1, c, DERIVATIVES, K, 0)
-            elif FORM == "one-sided":
-                first = silu(z1)
-                second = weighted_sum(z2, c, VALUES, K, 0)
-                mixed = first * second
+                    sums = add_terms(sums, g, z1, TERMS, 0)
+            elif FORM == "quadratic":
+                values1 = each(z1, TERMS, False)
+                values2 = each(z2, TERMS, False)
+                mixed = bilinear(c, values1, values2, K)
+                g_values1 = times(g, values1)
+                g_z1 = bilinear(c, each(z1, TERMS, True), times(g, values2), K)
+                g_z2 = bilinear(c, g_values1, each(z2, TERMS, True), K)
                 if NEED_COEFFICIENTS:
-                    sums = add_terms(sums, g * first, z2, VALUES, K, 0, SUMS)
-                g_z1 = g * second * silu_derivative(z1)
-                g_z2 = g * first * weighted_sum(z2, c, DERIVATIVES, K, 0)
-            elif FORM == "bi-sided":
-                first = weighted_sum(z1, c, VALUES, K, 0)
-                second = weighted_sum(z2, c, VALUES, K, K)
-                mixed = first * second
-                if NEED_COEFFICIENTS:
-                    sums = add_terms(sums, g * second, z1, VALUES, K, 0, SUMS)
-                    sums = add_terms(sums, g * first, z2, VALUES, K, K, SUMS)
-                g_z1 = g * second * weighted_sum(z1, c, DERIVATIVES, K, 0)
-                g_z2 = g * first * weighted_sum(z2, c, DERIVATIVES, K, K)
+                    sums = add_pairs(sums, g_values1, values2, PAIRS, FIRST)
             else:
-                mixed = bilinear(z1, z2, c, VALUES, K)
-                if NEED_COEFFICIENTS:
-                    sums = add_pairs(sums, g, z1, z2, VALUES, PAIRS, FIRST, SUMS)
-                g_z1, g_z2 = bilinear_gradients(g, z1, z2, c, VALUES, DERIVATIVES, K)
+                if FORM == "one-sided":
+                    first = alone(z1, SILU, 0, False)
+                    first_derivative = alone(z1, SILU, 0, True)
+                    second, second_derivative = value_and_derivative(z2, a, TERMS)
+                else:
+                    first, first_derivative = value_and_derivative(z1, a, TERMS)
+                    second, second_derivative = value_and_derivative(z2, a2, TERMS)
+                mixed = first * second
+                g1 = g * second
+                g2 = g * first
+                g_z1 = g1 * first_derivative
+                g_z2 = g2 * second_derivative
+                if NEED_COEFFICIENTS and FORM == "one-sided":
+                    sums = add_terms(sums, g2, z2, TERMS, 0)
+                elif NEED_COEFFICIENTS:
+                    sums = add_terms(sums, g1, z1, TERMS, 0)
+                    sums = add_terms(sums, g2, z2, TERMS, SUMS // 2)
             if NEED_SCALE:
                 out_sum += tl.sum(g_out * mixed, axis=1)
             if NEED_Z:
@@ -171,12 +193,18 @@ def _mixture_backward_kernel(
         if NEED_SCALE:
             tl.store(grad_scale + row, tl.sum(out_sum, axis=0).to(grad_scale.dtype.element_ty), mask=row < tokens)
     if NEED_COEFFICIENTS:
-        store_sums(grad_coefficients + program * N + FIRST, sums, SUMS)
+        row_sums = grad_coefficients + program * N + FIRST
+        if FORM == "quadratic":
+            store_sums(row_sums, sums)
+        else:
+            store_raised(row_sums, sums, TERMS, 0)
+            if FORM == "bi-sided":
+                store_raised(row_sums + K, sums, TERMS, SUMS // 2)
 
 
 def forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
     """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
-    z, coefficients, bias, scale = inputs
+    z, coefficients = inputs[:2]
     tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
     chosen = configuration("forward", mixing.form, f, z.device)
@@ -185,13 +213,7 @@ def forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
         out,
         z.stride(0),
         coefficients.stride(0) if coefficients.dim() > 1 else 0,
-        FORM=mixing.form,
-        VALUES=values(mixing.activations),
-        K=mixing.num_activations,
-        N=mixing.num_coefficients,
-        F=f,
-        HAS_BIAS=bias is not None,
-        HAS_SCALE=scale is not None,
+        **_constants(inputs, mixing, f),
         BLOCK=chosen.block,
         num_warps=chosen.warps,
     )
@@ -204,7 +226,7 @@ def backward(
     """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over
     programs), of the quadratic form one for every MOST_SUMS coefficients.
     """
-    z, coefficients, bias, scale = inputs
+    z, coefficients, _, scale = inputs
     need_z, need_coefficients, need_scale = needed
     tokens, f = grad.shape
     n = mixing.num_coefficients
@@ -215,9 +237,14 @@ def backward(
     grad_z = (z if mixing.overwrite else torch.empty_like(z)) if need_z else None
     grad_scale = torch.empty_like(scale) if need_scale else None
     sums = torch.empty(programs, n, dtype=torch.float32, device=z.device) if need_coefficients else None
-    most = MOST_SUMS if mixing.form == "quadratic" and need_coefficients else n
-    for first in range(0, n, most):
-        last = first + most >= n  # it may write over z
+    constants = _constants(inputs, mixing, f)
+    if mixing.form == "quadratic":  # sums are the coefficients' gradients themselves
+        most, parts = MOST_SUMS if need_coefficients else n, n
+    else:  # of the terms, by which one launch gives all
+        parts = len(constants["TERMS"].matrix[0]) * (2 if mixing.form == "bi-sided" else 1)
+        most = parts
+    for first in range(0, parts, most):
+        last = first + most >= parts  # it may write over z
         _mixture_backward_kernel[(programs,)](
             grad,
             *inputs,
@@ -229,17 +256,10 @@ def backward(
             z.stride(0),
             grad_z.stride(0) if need_z else 0,
             coefficients.stride(0) if per_token else 0,
-            FORM=mixing.form,
-            VALUES=values(mixing.activations),
-            DERIVATIVES=derivatives(mixing.activations),
+            **constants,
             PAIRS=mixing.pairs,
-            K=mixing.num_activations,
-            N=n,
-            F=f,
             FIRST=first,
-            SUMS=min(most, n - first),
-            HAS_BIAS=bias is not None,
-            HAS_SCALE=scale is not None,
+            SUMS=min(most, parts - first),
             NEED_Z=need_z and last,
             NEED_COEFFICIENTS=need_coefficients,
             NEED_SCALE=need_scale and last,
@@ -251,3 +271,19 @@ def backward(
     if need_coefficients and not per_token:
         sums = sums.sum(0)
     return grad_z, sums, grad_scale
+
+
+def _constants(inputs: MixtureInputs, mixing: MixtureConfig, f: int) -> dict[str, object]:
+    """What both kernels are compiled for."""
+    target = target_of(inputs.z.dtype)
+    return {
+        "FORM": mixing.form,
+        "TERMS": terms_of(mixing.activations, target),
+        "SILU": terms_of(("silu",), target),
+        "K": mixing.num_activations,
+        "N": mixing.num_coefficients,
+        "F": f,
+        "HAS_BIAS": inputs.bias is not None,
+        "HAS_SCALE": inputs.scale is not None,
+        "NVIDIA": target.nvidia,
+    }

@@ -2,6 +2,7 @@
 
 Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures
 candidates on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.
+Its value may also be ``exact``, or begin with ``exact,``: then bfloat16 is computed to float32's accuracy, too.
 """
 
 from __future__ import annotations
@@ -61,9 +62,20 @@ def configuration(kernel: str, form: str, f: int, device: torch.device) -> Confi
         UserError: the file that MEGATRON_MOA_KERNELS names cannot be read.
     """
     key = kernel, form, f
-    return (
-        _in_use.get(key) or _tuned(os.environ.get(VARIABLE), architecture(device)).get(key) or default_configuration(f)
-    )
+    _, path = _setting(os.environ.get(VARIABLE, ""))
+    return _in_use.get(key) or _tuned(path, architecture(device)).get(key) or default_configuration(kernel, f)
+
+
+def exact_everywhere() -> bool:
+    """Whether kernels compute bfloat16 to float32's accuracy, too."""
+    return _setting(os.environ.get(VARIABLE, ""))[0]
+
+
+@functools.cache
+def _setting(value: str) -> tuple[bool, str]:
+    """Whether everything is exact, and the file's path, or nothing."""
+    first, _, rest = value.partition(",")
+    return (True, rest) if first == "exact" else (False, value)
 
 
 _in_use: dict[tuple[str, str, int], Configuration] = {}
@@ -84,8 +96,11 @@ def using(kernel: str, form: str, f: int, chosen: Configuration) -> Iterator[Non
 
 
 @functools.cache
-def default_configuration(f: int) -> Configuration:
+def default_configuration(kernel: str, f: int) -> Configuration:
     """The configuration of what has not been tuned: eight columns a thread, few of them outside a row of f."""
+    if kernel == "backward":
+        # One warp a row: sums need no barrier and no shared memory, and are taken once for many columns of a thread.
+        return Configuration(_BLOCKS[-1], warps=1)
     # Wider tiles leave fewer programs to a multiprocessor, narrower ones waste less of a row.
     for block in _BLOCKS:
         if -f % block <= _WASTE * f:
@@ -102,7 +117,7 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def _tuned(path: str | None, architecture: str) -> dict[tuple[str, str, int], Configuration]:
+def _tuned(path: str, architecture: str) -> dict[tuple[str, str, int], Configuration]:
     if not path:
         return {}
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.triton_backend.tile_sizes import exact_everywhere
 
 ALLOWED = 2.0  # times the error of PyTorch in the same dtype
 
@@ -24,6 +25,10 @@ ALLOWED = 2.0  # times the error of PyTorch in the same dtype
 # few roundings each, sums over a row and over tokens are taken in another order), half a rounding of the others (which
 # round once, from float32).
 FLOORS = {torch.float32: 16 * 2.0**-24, torch.float16: 0.5 * 2.0**-11, torch.bfloat16: 0.5 * 2.0**-8}
+# Of gradients that are float32 although bfloat16 went in (of coefficients and of a token's scale), where the kernels
+# approximate: rounding the gradient that came in to bfloat16 has cost as much already (tests/mixture/
+# test_approximations.py).
+_APPROXIMATED_FLOOR = 2.0**-9
 # Triton's interpreter cuts float32 off to bfloat16, where GPUs round: by up to 2^-7 of an entry.
 _INTERPRETED_FLOOR = 2.0**-7
 # For the result of a gate by Triton's kernel on a GPU: its sum over h, which PyTorch adds in an order that loses less.
@@ -187,6 +192,7 @@ def _compare(
         total = torch.promote_types(rounded.dtype, torch.float32)
         same_dtype["bias"] = rounded.sum(0, dtype=total).to(rounded.dtype)
     actual = _result_and_gradients(function, mixing, inputs, grad)
+    approximated = _backend(mixing, grad.device) == "triton" and grad.dtype == torch.bfloat16 and not exact_everywhere()
     if actual.keys() != exact.keys():
         raise AccuracyError(f"{name}: gradients of {', '.join(actual)}, expected of {', '.join(exact)}")
     return [
@@ -194,7 +200,7 @@ def _compare(
             f"{name} {key}",
             _relative_error(actual[key], expected),
             _relative_error(same_dtype[key], expected),
-            _floor(actual[key]),
+            _floor(actual[key], approximated and key in ("coefficients", "per_token_scale")),
         )
         for key, expected in exact.items()
     ]
@@ -224,7 +230,9 @@ def _relative_error(actual: Tensor, exact: Tensor) -> float:
     return ((actual.double() - exact).abs().max() / largest).item()
 
 
-def _floor(tensor: Tensor) -> float:
+def _floor(tensor: Tensor, approximated: bool) -> float:
+    if approximated and tensor.dtype == torch.float32:
+        return _APPROXIMATED_FLOOR
     if tensor.dtype == torch.bfloat16 and tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         return _INTERPRETED_FLOOR
     return FLOORS[tensor.dtype]
