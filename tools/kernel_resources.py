@@ -57,7 +57,6 @@ KINDS = {
 }
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-_KERNELS = ("_mixture_forward_kernel", "_mixture_backward_kernel", "_gate_forward_kernel", "_gate_backward_kernel")
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -122,19 +121,14 @@ def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) 
     """The launches a launcher of this module makes, none of which happens: so choices are the launcher's own."""
     launches: list[Launch] = []
 
-    class Recorder:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
+    def record(
+        kernel: Any, grid: Sequence[int], arguments: Sequence[Any], constants: dict[str, Any], warps: int
+    ) -> None:
+        del grid
+        by_name = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        launches.append(Launch(kernel, by_name, warps))
 
-        def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
-            def launch(*positional: Any, num_warps: int, **named: Any) -> None:
-                by_name = dict(zip(self.kernel.arg_names, positional, strict=False)) | named
-                launches.append(Launch(self.kernel, by_name, num_warps))
-
-            return launch
-
-    recorders = {name: Recorder(getattr(module, name)) for name in _KERNELS if hasattr(module, name)}
-    with mock.patch.multiple(module, **recorders):
+    with mock.patch.object(module, "launch", record):
         launcher(*arguments)
     return launches
 

@@ -123,7 +123,9 @@ class Coefficients(torch.nn.Module):
         parameter.copy_(values * scale)
 
     def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Identity forward; backward sums the gradient over the tensor-parallel ranks."""
+        """Identity forward; backward sums the gradient over the tensor-parallel ranks. Costs nothing for one rank."""
+        if self.tp_group.size() == 1:
+            return tensor
         return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
 
     def _observe(self, coefficients: Tensor) -> None:

@@ -3,9 +3,9 @@
 A mixture of K activations costs less as one of its terms: identity, relu and leaky_relu are two slopes, gelu and silu
 each x times one function. lowering.py turns a dictionary's coefficients into those of its terms.
 
-The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``,
-``torch.rsqrt``, ``torch.abs``, ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of
-them by reading ``torch`` as ``triton.language``. Tests hold them to PyTorch's own, which reference.py uses.
+The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``, ``torch.abs``,
+``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of them by reading ``torch`` as
+``triton.language``. Tests hold them to PyTorch's own, which reference.py uses.
 
 They are for float32. Each calls what it is made of by name (:func:`_decay`, :func:`_reciprocal`,
 :func:`normal_density`), and both compilers compute that once for all terms of the same x: two exponentials and two
@@ -44,9 +44,8 @@ _TAIL_6 = _SQRT_2PI * -0.08959682045018938
 
 
 def inverse(y: Tensor) -> Tensor:
-    """1 / y for y >= 1. On GPUs this is two instructions, a division several."""
-    root = torch.rsqrt(y)
-    return root * root
+    """1 / y for y >= 1; in Triton one instruction of NVIDIA's GPUs."""
+    return 1.0 / y
 
 
 def _decay(x: Tensor) -> Tensor:

@@ -93,20 +93,16 @@ def mixed_activation(
     backend: Backend, inputs: MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None
 ) -> Tensor:
     """See :func:`megatron_moa.mixture.functional.mixed_activation`; inputs with dimensions [...] in place of t."""
-    z, coefficients, bias, scale = inputs
-    if coefficients.dim() > 1 and group_ends is None:
-        coefficients = coefficients.flatten(0, -2)
-    rows = MixtureInputs(z.flatten(0, -2), coefficients, bias, None if scale is None else scale.flatten())
-    return _Mixture.apply(backend, mixing, group_ends, *rows).unflatten(0, z.shape[:-1])
+    return _Mixture.apply(backend, mixing, group_ends, *inputs)
 
 
 def gate_coefficients(backend: Backend, inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
     """See :func:`megatron_moa.mixture.functional.gate_coefficients`; inputs with dimensions [...] in place of t."""
-    rows = inputs._replace(x=inputs.x.flatten(0, -2))
-    return _Gate.apply(backend, mixing, *rows).unflatten(0, inputs.x.shape[:-1])
+    return _Gate.apply(backend, mixing, *inputs)
 
 
-# Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one.
+# Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. Dimensions become
+# rows in here, not before: each view outside costs the host a node of autograd's, forward and backward.
 
 
 class _Mixture(torch.autograd.Function):
@@ -122,9 +118,10 @@ class _Mixture(torch.autograd.Function):
         ctx.save_for_backward(*inputs, group_ends)
         ctx.settings = backend, mixing
         ctx.overwritten = False
-        if z.shape[0] == 0:
-            return z.new_empty(0, z.shape[1] // (2 if mixing.gated else 1))
-        return backend.mixture_forward(_by_rows(inputs, group_ends), mixing)
+        shape = (*z.shape[:-1], z.shape[-1] // (2 if mixing.gated else 1))
+        if z.numel() == 0:
+            return z.new_empty(shape)
+        return backend.mixture_forward(_by_rows(inputs, group_ends), mixing).view(shape)
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,32 +135,48 @@ class _Mixture(torch.autograd.Function):
                 "--moa-overwrite-preactivation: a second backward through the same mixture, whose input is gone; "
                 "drop the flag"
             )
-        if inputs.z.shape[0] == 0:
+        z, coefficients, bias, scale = inputs
+        if z.numel() == 0:
             zeros = [torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True)]
             return None, None, None, *zeros
         if grad.stride(-1) != 1:
             grad = grad.contiguous()
         ctx.overwritten = mixing.overwrite
         grad_z, grad_coefficients, grad_scale = backend.mixture_backward(
-            _by_rows(inputs, group_ends), mixing, grad, (need_z or need_bias, need_coefficients, need_scale)
+            _by_rows(inputs, group_ends),
+            mixing,
+            _rows(grad),
+            (need_z or need_bias, need_coefficients, need_scale),
         )
-        if need_coefficients and group_ends is not None:
-            grad_coefficients = grouped_sum(grad_coefficients, group_ends)
+        if need_coefficients:
+            if group_ends is not None:
+                grad_coefficients = grouped_sum(grad_coefficients, group_ends)
+            grad_coefficients = grad_coefficients.view(coefficients.shape)
         grad_bias = None
         if need_bias:
-            total = torch.promote_types(inputs.bias.dtype, torch.float32)
-            grad_bias = grad_z.sum(0, dtype=total).to(inputs.bias.dtype)
-        return None, None, None, grad_z if need_z else None, grad_coefficients, grad_bias, grad_scale
+            total = torch.promote_types(bias.dtype, torch.float32)
+            grad_bias = grad_z.sum(0, dtype=total).to(bias.dtype)
+        grad_z = grad_z.view(z.shape) if need_z else None
+        grad_scale = grad_scale.view(scale.shape) if need_scale else None
+        return None, None, None, grad_z, grad_coefficients, grad_bias, grad_scale
 
 
 def _by_rows(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInputs:
-    """Spreads coefficients of groups over their rows, here, so that only [groups, n] is saved; makes scales dense."""
+    """Tokens' dimensions as one; spreads coefficients of groups over their rows, here, so that only [groups, n] is
+    saved; makes scales dense.
+    """
     z, coefficients, bias, scale = inputs
-    if group_ends is None:
-        coefficients = coefficients.contiguous()
-    else:
+    z = _rows(z)
+    if group_ends is not None:
         coefficients = coefficients[group_of_rows(group_ends, z.shape[0])]
-    return MixtureInputs(z, coefficients, bias, None if scale is None else scale.contiguous())
+    elif coefficients.dim() > 1:
+        coefficients = _rows(coefficients)
+    return MixtureInputs(z, coefficients.contiguous(), bias, None if scale is None else scale.reshape(-1).contiguous())
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., n] as [t, n]"""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 class _Gate(torch.autograd.Function):
@@ -172,11 +185,11 @@ class _Gate(torch.autograd.Function):
         inputs = GateInputs(*tensors)
         x, weight = inputs[:2]
         ctx.settings = backend, mixing
-        if x.shape[0] == 0:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            coefficients = x.new_empty(0, weight.shape[-2], dtype=dtype)
+        shape = (*x.shape[:-1], weight.shape[-2])
+        if x.numel() == 0:
+            coefficients = x.new_empty(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
         else:
-            coefficients = backend.gate_forward(inputs, mixing)
+            coefficients = backend.gate_forward(inputs._replace(x=_rows(x)), mixing).view(shape)
         ctx.save_for_backward(*inputs, coefficients)
         return coefficients
 
@@ -185,8 +198,11 @@ class _Gate(torch.autograd.Function):
         *tensors, coefficients = ctx.saved_tensors
         inputs = GateInputs(*tensors)
         backend, mixing = ctx.settings
-        if inputs.x.shape[0] == 0:
+        x = inputs.x
+        if x.numel() == 0:
             grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs[:4]]
-        else:
-            grads = backend.gate_backward(inputs, mixing, grad, coefficients, ctx.needs_input_grad[2:4])
-        return None, None, *grads, None, None
+            return None, None, *grads, None, None
+        needed = ctx.needs_input_grad[2:4]
+        rows = inputs._replace(x=_rows(x))
+        grad_x, *others = backend.gate_backward(rows, mixing, _rows(grad), _rows(coefficients), needed)
+        return None, None, grad_x.view(x.shape) if needed[0] else None, *others, None, None

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from megatron_moa.mixture.grouped_products import (
     grouped_linear_weight_gradient,
     grouped_sum,
 )
-from megatron_moa.mixture.lowering import lower, lowered, raised
+from megatron_moa.mixture.lowering import Basis, lower, lowered, raised
 
 _OPTIONS = {
     # By default inductor stores what several sums share, a tensor of fc1's size here, to compute it once; to compute
@@ -88,9 +89,10 @@ class _Function:
 @functools.cache
 def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _Function:
     del kind  # each has a function of its own
+    bases = _bases(activations)
 
     def forward(inputs: MixtureInputs) -> Tensor:
-        out = _evaluate(form, activations, inputs).out
+        out = _evaluate(form, bases, inputs).out
         if inputs.scale is not None:
             out = out * inputs.scale.float()[:, None]
         return out.to(inputs.z.dtype)
@@ -104,10 +106,11 @@ def _backward_function(
 ) -> _Function:
     del kind  # each has a function of its own
     need_z, need_coefficients, need_scale = needed
+    bases = _bases(activations)
 
     def backward(inputs: MixtureInputs, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         z, coefficients, _, scale = inputs
-        mixture = _evaluate(form, activations, inputs)
+        mixture = _evaluate(form, bases, inputs)
         grad = grad.float()
         grad_z = grad_coefficients = grad_scale = None
         if need_scale:
@@ -143,13 +146,25 @@ class _Evaluated:
     raised: Callable[[list[Tensor]], list[Tensor]]
 
 
-def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) -> _Evaluated:
+class _Bases(NamedTuple):
+    """What activations are lowered to, outside of what is compiled."""
+
+    whole: Basis
+    alone: tuple[Basis, ...]
+    silu: Basis
+
+
+def _bases(activations: tuple[str, ...]) -> _Bases:
+    return _Bases(lower(activations), tuple(lower((name,)) for name in activations), lower(("silu",)))
+
+
+def _evaluate(form: str, bases: _Bases, inputs: MixtureInputs) -> _Evaluated:
     z = inputs.z.float()
     if inputs.bias is not None:
         z = z + inputs.bias.float()
     c = [column.unsqueeze(-1) for column in inputs.coefficients.unbind(-1)]
-    k = len(activations)
-    basis = lower(activations)
+    basis, alone, silu = bases
+    k = len(alone)
 
     if form == "type1":
         out, derivative = lowering.value_and_derivative(z, lowered(c, basis), basis)
@@ -161,7 +176,6 @@ def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) ->
         )
     z1, z2 = z.chunk(2, dim=-1)
     if form == "one-sided":
-        silu = lower(("silu",))
         first, first_derivative = lowering.value_and_derivative(z1, silu.matrix[0], silu)
         second, second_derivative = lowering.value_and_derivative(z2, lowered(c, basis), basis)
         return _Evaluated(
@@ -183,7 +197,6 @@ def _evaluate(form: str, activations: tuple[str, ...], inputs: MixtureInputs) ->
             lambda sums: raised(sums[: len(sums) // 2], basis) + raised(sums[len(sums) // 2 :], basis),
         )
     # Quadratic: c_kl, row-major over k <= l, of products of activations.
-    alone = [lower((name,)) for name in activations]
     values1, derivatives1 = zip(*[lowering.value_and_derivative(z1, b.matrix[0], b) for b in alone], strict=True)
     values2, derivatives2 = zip(*[lowering.value_and_derivative(z2, b.matrix[0], b) for b in alone], strict=True)
     pairs = [(i, j) for i in range(k) for j in range(i, k)]

@@ -236,12 +236,9 @@ class MixtureConfig:
     @property
     def num_coefficients(self) -> int:
         """n, the mixing coefficients of a layer (or of an expert)."""
-        return {
-            "type1": self.num_activations,
-            "one-sided": self.num_activations,
-            "bi-sided": 2 * self.num_activations,
-            "quadratic": len(self.pairs),
-        }[self.form]
+        if self.form == "quadratic":
+            return self.num_activations * (self.num_activations + 1) // 2
+        return self.num_activations * (2 if self.form == "bi-sided" else 1)
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:

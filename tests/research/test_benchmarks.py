@@ -13,7 +13,7 @@ import pytest
 
 from tests.end_to_end.test_large_worlds import recipe
 from tests.support.training import ROOT, Run, run_script
-from tools import benchmark_kernels, benchmark_layer, benchmark_step
+from tools import benchmark_host, benchmark_kernels, benchmark_layer, benchmark_step
 
 CPU = ("--device", "cpu", "--threads", "1", "--rounds", "2")
 TINY_LAYER = ("--hidden", "16", "--ffn", "24", "--tokens", "32", "--backend", "eager")
@@ -266,6 +266,40 @@ def test_a_mistake_is_one_line(tool: Any, flags: list[str], message: str, capsys
     assert line.startswith(f"{tool.PROGRAM}: error: ")
     assert message in line
     assert not printed.out
+
+
+# The host's part.
+
+
+def test_host_records(tmp_path: Path) -> None:
+    """In a process without the interpreter, whose kernels are compiled and never launched."""
+    results = tmp_path / "results.jsonl"
+    flags = ["--form", "one-sided", "--experts", "2", "--rounds", "1", "--repetitions", "1", "--json", str(results)]
+    command = [sys.executable, "-m", "tools.benchmark_host", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {(r["family"], r["arm"]): r for r in read(results)}
+    arms = [("dense", name) for name in ("identity", "SwiGLU", "GELU", "MoA one-sided", "LA one-sided")]
+    assert list(found) == [*arms, *(("experts", name) for name in ("SwiGLU", "MoA one-sided", "LA one-sided"))]
+    assert [found[arm]["parameters"] for arm in arms] == [2, 2, 2, 3, 3]
+    assert found["dense", "identity"]["beyond_identity_us"] == 0
+    assert found["dense", "SwiGLU"]["over_swiglu"] == 1
+    mixture = found["dense", "MoA one-sided"]
+    assert all(us > 0 for us in mixture["us"].values())
+    assert mixture["step_us_a_parameter"] == pytest.approx(mixture["us"]["step"] / 3)
+    assert "| experts, MoA one-sided |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"), [(["--device", "cuda"], "take --device cpu"), (["--experts", "1"], "2 or")]
+)
+def test_host_mistakes(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        benchmark_host.main(flags)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmark_host.py: error: ")
+    assert message in line
 
 
 # The suite.

@@ -12,7 +12,9 @@ sums, which are added in one further step, always in the same order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,10 +24,12 @@ from torch import Tensor
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import grouped_sum
+from megatron_moa.mixture.triton_backend.launch import launch
 
 _TOKENS = 64  # rows a program
 _HIDDEN = 64  # columns of x at a time; half as many beyond 64 coefficients
 _SLAB = 512  # columns of x whose gradients one program gives
+_WARPS = 4
 _FEWEST = 16  # what Triton's product asks for in each direction
 
 
@@ -253,9 +257,8 @@ def forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
     inputs = _dense(inputs)
     x = inputs.x
     coefficients = x.new_empty(x.shape[0], inputs.weight.shape[-2], dtype=torch.float32)
-    _gate_forward_kernel[(_tiles(inputs),)](
-        *inputs, coefficients, x.shape[0], x.stride(0), **_shared_arguments(inputs, mixing)
-    )
+    arguments = (*inputs, coefficients, x.shape[0], x.stride(0))
+    launch(_gate_forward_kernel, (_tiles(inputs),), arguments, _constants(_shape(inputs), mixing), _WARPS)
     return coefficients
 
 
@@ -273,32 +276,15 @@ def backward(
 
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     sums = partial_sums(need_weight, n, h), partial_sums(bias is not None, n), partial_sums(amplitude is not None, n)
-    _gate_backward_kernel[(programs, triton.cdiv(h, _SLAB))](
-        grad.contiguous(),
-        coefficients,
-        *inputs,
-        grad_x,
-        *sums,
-        x.shape[0],
-        x.stride(0),
-        NEED_X=need_x,
-        NEED_WEIGHT=need_weight,
-        GRADIENT_PRECISION=_gradient_precision(x.dtype, weight.dtype),
-        SLAB=_SLAB,
-        **_shared_arguments(inputs, mixing),
-    )
+    arguments = (grad.contiguous(), coefficients, *inputs, grad_x, *sums, x.shape[0], x.stride(0))
+    constants = _backward_constants(_shape(inputs), mixing, tuple(needed))
+    launch(_gate_backward_kernel, (programs, triton.cdiv(h, _SLAB)), arguments, constants, _WARPS)
     return grad_x, *_totals(sums, inputs)
 
 
 def _dense(inputs: GateInputs) -> GateInputs:
     x = inputs.x
     return inputs._replace(x=x if x.stride(-1) == 1 else x.contiguous(), weight=inputs.weight.contiguous())
-
-
-def _gradient_precision(x: torch.dtype, weight: torch.dtype) -> str:
-    if x == torch.float32 or torch.version.hip:
-        return "ieee"
-    return "tf32x3" if weight == torch.float32 else "tf32"
 
 
 def _tiles(inputs: GateInputs) -> int:
@@ -310,28 +296,58 @@ def _groups(inputs: GateInputs) -> int:
     return 0 if inputs.group_ends is None else inputs.group_ends.shape[0]
 
 
-def _shared_arguments(inputs: GateInputs, mixing: MixtureConfig) -> dict[str, object]:
-    n, h = inputs.weight.shape[-2:]
+class _Shape(NamedTuple):
+    """What of a gate's inputs kernels are compiled for."""
+
+    n: int
+    h: int
+    groups: int
+    x: torch.dtype
+    weight: torch.dtype
+    has_bias: bool
+    has_amplitude: bool
+    has_scale: bool
+
+
+def _shape(inputs: GateInputs) -> _Shape:
+    x, weight, bias, amplitude, scale, _ = inputs
+    present = bias is not None, amplitude is not None, scale is not None
+    return _Shape(*weight.shape[-2:], _groups(inputs), x.dtype, weight.dtype, *present)
+
+
+@functools.cache
+def _constants(shape: _Shape, mixing: MixtureConfig) -> dict[str, object]:
+    """What the forward kernel is compiled for."""
     slope, offset = mixing.psi_hat
-    dtypes = inputs.x.dtype, inputs.weight.dtype
+    exact = torch.float32 in (shape.x, shape.weight) or torch.version.hip
     return {
         "SLOPE": slope,
         "OFFSET": offset,
-        "HAS_AMPLITUDE": inputs.amplitude is not None,
-        "HAS_SCALE": inputs.scale is not None,
-        "GROUPS": _groups(inputs),
-        "N": n,
-        "H": h,
+        "HAS_AMPLITUDE": shape.has_amplitude,
+        "HAS_SCALE": shape.has_scale,
+        "GROUPS": shape.groups,
+        "N": shape.n,
+        "H": shape.h,
         "GATE": mixing.gate,
         "SOFTMAX": mixing.softmax_size,
-        "HAS_BIAS": inputs.bias is not None,
-        "PRECISION": "ieee" if torch.float32 in dtypes or torch.version.hip else "tf32",
-        "COLUMNS": max(_FEWEST, triton.next_power_of_2(n)),
+        "HAS_BIAS": shape.has_bias,
+        "PRECISION": "ieee" if exact else "tf32",
+        "COLUMNS": max(_FEWEST, triton.next_power_of_2(shape.n)),
         "TOKENS": _TOKENS,
         # With 128 columns of coefficients, whole tiles of x ask for 240 KiB of shared memory; an H100 has 227.
-        "HIDDEN": _HIDDEN if n <= 64 else _HIDDEN // 2,
-        "num_warps": 4,
+        "HIDDEN": _HIDDEN if shape.n <= 64 else _HIDDEN // 2,
     }
+
+
+@functools.cache
+def _backward_constants(shape: _Shape, mixing: MixtureConfig, needed: tuple[bool, bool]) -> dict[str, object]:
+    """What the backward kernel is compiled for."""
+    precision = "tf32x3" if shape.weight == torch.float32 else "tf32"
+    if shape.x == torch.float32 or torch.version.hip:
+        precision = "ieee"
+    need_x, need_weight = needed
+    further = {"NEED_X": need_x, "NEED_WEIGHT": need_weight, "GRADIENT_PRECISION": precision, "SLAB": _SLAB}
+    return {**_constants(shape, mixing), **further}
 
 
 def _totals(sums: Sequence[Tensor | None], inputs: GateInputs) -> Iterator[Tensor | None]:

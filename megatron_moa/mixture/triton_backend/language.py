@@ -43,6 +43,9 @@ def coarse_tanh(x):
 _INSTRUCTIONS = {activations.inverse: inverse, approximations.coarse_tanh: coarse_tanh}
 
 
+_HAS_INSTRUCTIONS = torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1"
+
+
 class Target(NamedTuple):
     """What activations become Triton functions for.
 
@@ -57,8 +60,7 @@ class Target(NamedTuple):
 
 def target_of(dtype: torch.dtype) -> Target:
     """The target for inputs of this dtype here."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return Target(dtype != torch.bfloat16 or exact_everywhere(), not interpreted and torch.version.hip is None)
+    return Target(dtype != torch.bfloat16 or exact_everywhere(), _HAS_INSTRUCTIONS)
 
 
 @functools.cache

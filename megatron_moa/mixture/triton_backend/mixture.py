@@ -16,6 +16,8 @@ MOST_SUMS of them, and the last one gives the gradient of z, too.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,7 @@ from megatron_moa.mixture.autograd import MixtureInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.triton_backend.language import (
     VECTOR,
+    Target,
     add_pairs,
     add_terms,
     alone,
@@ -44,7 +47,8 @@ from megatron_moa.mixture.triton_backend.language import (
     widened,
     zeros,
 )
-from megatron_moa.mixture.triton_backend.tile_sizes import configuration
+from megatron_moa.mixture.triton_backend.launch import launch
+from megatron_moa.mixture.triton_backend.tile_sizes import Configuration, configuration
 
 MOST_SUMS = 28  # of the quadratic form in one launch: all of seven activations
 
@@ -204,19 +208,13 @@ def _mixture_backward_kernel(
 
 def forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
     """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
-    z, coefficients = inputs[:2]
+    z, coefficients, bias, scale = inputs
     tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
     out = z.new_empty(tokens, f)
     chosen = configuration("forward", mixing.form, f, z.device)
-    _mixture_forward_kernel[(tokens,)](
-        *inputs,
-        out,
-        z.stride(0),
-        coefficients.stride(0) if coefficients.dim() > 1 else 0,
-        **_constants(inputs, mixing, f),
-        BLOCK=chosen.block,
-        num_warps=chosen.warps,
-    )
+    arguments = (*inputs, out, z.stride(0), coefficients.stride(0) if coefficients.dim() > 1 else 0)
+    constants = _forward_constants(mixing, f, target_of(z.dtype), bias is not None, scale is not None, chosen)
+    launch(_mixture_forward_kernel, (tokens,), arguments, constants, chosen.warps)
     return out
 
 
@@ -226,7 +224,7 @@ def backward(
     """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over
     programs), of the quadratic form one for every MOST_SUMS coefficients.
     """
-    z, coefficients, _, scale = inputs
+    z, coefficients, bias, scale = inputs
     need_z, need_coefficients, need_scale = needed
     tokens, f = grad.shape
     n = mixing.num_coefficients
@@ -237,45 +235,33 @@ def backward(
     grad_z = (z if mixing.overwrite else torch.empty_like(z)) if need_z else None
     grad_scale = torch.empty_like(scale) if need_scale else None
     sums = torch.empty(programs, n, dtype=torch.float32, device=z.device) if need_coefficients else None
-    constants = _constants(inputs, mixing, f)
-    if mixing.form == "quadratic":  # sums are the coefficients' gradients themselves
-        most, parts = MOST_SUMS if need_coefficients else n, n
-    else:  # of the terms, by which one launch gives all
-        parts = len(constants["TERMS"].matrix[0]) * (2 if mixing.form == "bi-sided" else 1)
-        most = parts
-    for first in range(0, parts, most):
-        last = first + most >= parts  # it may write over z
-        _mixture_backward_kernel[(programs,)](
-            grad,
-            *inputs,
-            grad_z,
-            sums,
-            grad_scale,
-            tokens,
-            grad.stride(0),
-            z.stride(0),
-            grad_z.stride(0) if need_z else 0,
-            coefficients.stride(0) if per_token else 0,
-            **constants,
-            PAIRS=mixing.pairs,
-            FIRST=first,
-            SUMS=min(most, parts - first),
-            NEED_Z=need_z and last,
-            NEED_COEFFICIENTS=need_coefficients,
-            NEED_SCALE=need_scale and last,
-            ROWS=rows,
-            BLOCK=chosen.block,
-            VECTOR=VECTOR,
-            num_warps=chosen.warps,
-        )
+    arguments = (
+        grad,
+        *inputs,
+        grad_z,
+        sums,
+        grad_scale,
+        tokens,
+        grad.stride(0),
+        z.stride(0),
+        grad_z.stride(0) if need_z else 0,
+        coefficients.stride(0) if per_token else 0,
+    )
+    launches = _backward_constants(
+        mixing, f, target_of(z.dtype), bias is not None, scale is not None, chosen, tuple(needed), rows
+    )
+    for constants in launches:
+        launch(_mixture_backward_kernel, (programs,), arguments, constants, chosen.warps)
     if need_coefficients and not per_token:
         sums = sums.sum(0)
     return grad_z, sums, grad_scale
 
 
-def _constants(inputs: MixtureInputs, mixing: MixtureConfig, f: int) -> dict[str, object]:
-    """What both kernels are compiled for."""
-    target = target_of(inputs.z.dtype)
+@functools.cache
+def _forward_constants(
+    mixing: MixtureConfig, f: int, target: Target, has_bias: bool, has_scale: bool, chosen: Configuration
+) -> dict[str, object]:
+    """What the forward kernel is compiled for."""
     return {
         "FORM": mixing.form,
         "TERMS": terms_of(mixing.activations, target),
@@ -283,7 +269,43 @@ def _constants(inputs: MixtureInputs, mixing: MixtureConfig, f: int) -> dict[str
         "K": mixing.num_activations,
         "N": mixing.num_coefficients,
         "F": f,
-        "HAS_BIAS": inputs.bias is not None,
-        "HAS_SCALE": inputs.scale is not None,
+        "HAS_BIAS": has_bias,
+        "HAS_SCALE": has_scale,
         "NVIDIA": target.nvidia,
+        "BLOCK": chosen.block,
     }
+
+
+@functools.cache
+def _backward_constants(
+    mixing: MixtureConfig,
+    f: int,
+    target: Target,
+    has_bias: bool,
+    has_scale: bool,
+    chosen: Configuration,
+    needed: tuple[bool, bool, bool],
+    rows: int,
+) -> list[dict[str, object]]:
+    """What the backward kernel is compiled for, at each launch; the last may write over z."""
+    need_z, need_coefficients, need_scale = needed
+    common = _forward_constants(mixing, f, target, has_bias, has_scale, chosen)
+    if mixing.form == "quadratic":  # sums are the coefficients' gradients themselves
+        parts = mixing.num_coefficients
+        most = MOST_SUMS if need_coefficients else parts
+    else:  # of the terms, by which one launch gives all
+        most = parts = len(common["TERMS"].matrix[0]) * (2 if mixing.form == "bi-sided" else 1)
+    return [
+        {
+            **common,
+            "PAIRS": mixing.pairs,
+            "FIRST": first,
+            "SUMS": min(most, parts - first),
+            "NEED_Z": need_z and first + most >= parts,
+            "NEED_COEFFICIENTS": need_coefficients,
+            "NEED_SCALE": need_scale and first + most >= parts,
+            "ROWS": rows,
+            "VECTOR": VECTOR,
+        }
+        for first in range(0, parts, most)
+    ]

@@ -1,0 +1,67 @@
+"""Launches kernels by looking the compiled one up; Triton binds and inspects all arguments again, 11 us a launch.
+
+What is looked up is what Triton compiles anew for: constants, warps, device, each tensor's dtype and whether it is
+aligned to 16 bytes, and of each integer whether it is 1, divisible by 16, and beyond 32 bits. The first launch of each
+kind is Triton's own, and every launch is where Triton is another version than the one this was written for, on
+AMD's GPUs (which know more kinds), in the interpreter, and while a profiler has hooked launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+
+_KNOWN = triton.__version__.startswith("3.6.") and torch.version.hip is None and not knobs.runtime.interpret
+
+# By kind: the compiled kernel, its constants in order, and the object they came in, whose address is part of the kind.
+_compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...], dict[str, object]]] = {}
+
+
+def launch(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: Sequence[Tensor | int | None],
+    constants: dict[str, object],
+    warps: int,
+) -> None:
+    """Starts a kernel on the current device and stream.
+
+    Args:
+        kernel: its parameters are ``arguments``, in order, then ``constants``.
+        constants: the same object at every launch of a kind, never changed.
+        warps: of a program.
+    """
+    if not _is_direct():
+        kernel[grid](*arguments, **constants, num_warps=warps)
+        return
+    device = driver.active.get_current_device()
+    kind = (kernel, warps, device, id(constants), *map(_kind, arguments))
+    found = _compiled.get(kind)
+    if found is None:
+        compiled = kernel[grid](*arguments, **constants, num_warps=warps)
+        in_order = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _compiled[kind] = compiled, in_order, constants
+        return
+    compiled, in_order, _ = found
+    stream = driver.active.get_current_stream(device)
+    programs = (*grid, 1, 1)[:3]
+    no_hooks = None, None, None
+    compiled.run(*programs, stream, compiled.function, compiled.packed_metadata, *no_hooks, *arguments, *in_order)
+
+
+def _kind(argument: Tensor | int | None) -> object:
+    if argument is None:
+        return None
+    if isinstance(argument, int):
+        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31
+    return argument.dtype, argument.data_ptr() % 16 == 0
+
+
+def _is_direct() -> bool:
+    return _KNOWN and not knobs.runtime.launch_enter_hook.calls and not knobs.runtime.launch_exit_hook.calls
