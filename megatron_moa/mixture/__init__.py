@@ -1,6 +1,6 @@
 """The mathematics of a mixture of activations: its settings, equations, and backends that compute them fast.
 
 Nothing here needs Megatron. Start with config.py (what a mixture is) and reference.py (the paper's equations).
-functional.py picks a backend, and autograd.py says what is kept for backward. activations.py has each activation's
-value and derivative once, for compile_backend.py and triton_backend/.
+functional.py picks a backend, and autograd.py says what is kept for backward. activations.py has the terms that
+activations are made of, once for compile_backend.py and triton_backend/; lowering.py turns a dictionary into them.
 """
