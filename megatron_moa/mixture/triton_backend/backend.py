@@ -16,7 +16,10 @@ def _on_device_of_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
     # Triton launches on the current device, which need not be that of the tensors.
     @functools.wraps(function)
     def launch(inputs: MixtureInputs | GateInputs, *arguments: Any) -> Any:
-        with torch.cuda.device_of(inputs[0]):
+        tensor = inputs[0]
+        if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+            return function(inputs, *arguments)
+        with torch.cuda.device_of(tensor):
             return function(inputs, *arguments)
 
     return launch
