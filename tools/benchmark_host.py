@@ -38,7 +38,7 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.research.benchmarks import conditions
 from megatron_moa.research.benchmarks.mocked_launches import mocked_launches
-from tools.benchmark_layer import build_layer, layer_config, split_over, start
+from megatron_moa.research.benchmarks.one_layer import build_layer, layer_config, split_over, start
 
 PROGRAM = "benchmark_host.py"
 HIDDEN, FFN, TOKENS = 16, 32, 8

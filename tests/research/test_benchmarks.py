@@ -275,7 +275,7 @@ def test_host_records(tmp_path: Path) -> None:
     """In a process without the interpreter, whose kernels are compiled and never launched."""
     results = tmp_path / "results.jsonl"
     flags = ["--form", "one-sided", "--experts", "2", "--rounds", "1", "--repetitions", "1", "--json", str(results)]
-    command = [sys.executable, "-m", "tools.benchmark_host", *flags]
+    command = [sys.executable, "tools/benchmark_host.py", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {(r["family"], r["arm"]): r for r in read(results)}
