@@ -113,15 +113,21 @@ def test_kernels_for_hopper_keep_their_values_in_registers(counts: dict[str, Cou
         assert record["shared"] <= 227 << 10, (name, kernel)  # what a program may have on an H100
 
 
+def numbers_printed(code: str) -> list[int]:
+    """By this code, in a process of its own: TRITON_INTERPRET is set here without a GPU."""
+    head = "import os, torch; os.environ.pop('TRITON_INTERPRET', None)\nfrom tools import kernel_resources as tool\n"
+    run = subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    return [int(line) for line in run.stdout.split()]
+
+
 @needs_tools
 @pytest.mark.parametrize(
     "architecture", [80, 100, "gfx942", *(pytest.param(name, marks=pytest.mark.full) for name in (86, 89, "gfx90a"))]
 )
 def test_kernels_compile_for_other_gpus(architecture: int | str) -> None:
-    """In a process of its own: TRITON_INTERPRET is set here without a GPU. AMD's take no instruction of NVIDIA's."""
-    code = (
-        "import os, torch; os.environ.pop('TRITON_INTERPRET', None)\n"
-        "from tools import kernel_resources as tool\n"
+    """AMD's take no instruction of NVIDIA's."""
+    sizes = numbers_printed(
         f"architecture = {architecture!r}\n"
         "torch.version.hip = '6.4' if isinstance(architecture, str) else None\n"
         "for form, dtype in (('bi-sided', torch.bfloat16), ('quadratic', torch.float16)):\n"
@@ -130,9 +136,6 @@ def test_kernels_compile_for_other_gpus(architecture: int | str) -> None:
         "        code = tool.compile_launch(launch, architecture).asm\n"
         "        print(len(code['hsaco' if isinstance(architecture, str) else 'cubin']))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    sizes = [int(line) for line in run.stdout.split()]
     assert len(sizes) == 8
     assert min(sizes) > 1000
 
@@ -140,18 +143,13 @@ def test_kernels_compile_for_other_gpus(architecture: int | str) -> None:
 @needs_tools
 @pytest.mark.full
 def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
-    """105 coefficients of 14 activations, in a process of its own: TRITON_INTERPRET is set here without a GPU."""
-    code = (
-        "import os, torch; os.environ.pop('TRITON_INTERPRET', None)\n"
-        "from tools import kernel_resources as tool\n"
+    """105 coefficients of 14 activations."""
+    forward, backward = numbers_printed(
         "from megatron_moa.mixture.activations import ACTIVATIONS\n"
         "mixing = tool.MixtureConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
         "for launch in tool.gate_launches(mixing, torch.bfloat16, 2048):\n"
         "    print(tool.resources(launch, tool.HOPPER).shared)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stderr
-    forward, backward = map(int, run.stdout.split())
     assert max(forward, backward) <= 227 << 10
 
 
