@@ -5,6 +5,10 @@ itself would be missing from every checkpoint. In a half-precision model their p
 the optimizer's float32 copy behind them (Megatron 0.19 cannot save float32 parameters beside bf16 ones: KeyError in
 Float16OptimizerWithFloat16Params.sharded_state_dict); the gates' arithmetic and the coefficients are float32.
 
+Experts that are computed at once (experts.MixedGroupedMLP) have one module, and one parameter where each has a part: so
+many fewer for autograd and the optimizer to walk through. A checkpoint has them one by one, as experts that are
+computed one after the other.
+
 A tensor-parallel rank holds some of the FFN's columns, so the gradient that reaches it for a coefficient is a
 partial sum. Where that sum is completed depends on what the layer's input is on each rank (:class:`InputLayout`).
 """
@@ -14,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -32,7 +35,6 @@ from megatron_moa.layers.init_scale import coefficient_scale
 from megatron_moa.megatron_fixes.gates_by_adam import train_by_adam
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients
-from megatron_moa.mixture.grouped_products import group_sizes
 
 _GATE_STREAM = "moa-gate-rng"
 _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets
@@ -69,7 +71,8 @@ class InputLayout(enum.Enum):
 
 
 class Coefficients(torch.nn.Module):
-    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: one layer's (one expert's) coefficients.
+    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: coefficients of one layer, one expert or all of a
+    rank's experts.
 
     Args:
         mixing: the mixture's settings.
@@ -77,6 +80,7 @@ class Coefficients(torch.nn.Module):
         tp_group: the ranks that share the layer's columns (for an expert, its expert-tensor-parallel group).
         layout: how the layer's input lies over those ranks.
         expert_parameters: whether gradients are reduced over the expert-data-parallel group, as the experts' are.
+        experts: a rank's number of experts, whose tokens come together; None for one layer or one expert.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Coefficients(torch.nn.Module):
         tp_group: torch.distributed.ProcessGroup,
         layout: InputLayout,
         expert_parameters: bool = False,
+        experts: int | None = None,
     ) -> None:
         super().__init__()
         self.mixing = mixing
@@ -93,22 +98,17 @@ class Coefficients(torch.nn.Module):
         self.tp_group = tp_group
         self.layout = layout
         self.expert_parameters = expert_parameters
-        # Called with the coefficients, [..., n] or [n]; set by training/coefficient_monitor.py while it records.
+        self.experts = experts
+        # Called with the coefficients, [..., n]; set by training/coefficient_monitor.py while it records.
         self.observer: Callable[[Tensor], None] | None = None
 
-    @classmethod
-    def of_groups(cls, modules: Sequence[Self], hidden_states: Tensor, group_ends: Tensor) -> Tensor:
-        """The coefficients of several experts at once, as each one's ``forward`` gives them for its own tokens.
+    def _new_vector(self) -> Parameter:
+        """[n], or [experts * n] of experts: Megatron goes by the number of dimensions, a vector has no weight decay."""
+        return self._new_parameter(self.mixing.num_coefficients * (self.experts or 1))
 
-        Args:
-            modules: of this class, one an expert, alike but for their parameters' values.
-            hidden_states: [t, h], sorted by expert.
-            group_ends: [experts] int32, the rows up to and with each (megatron_moa.mixture.grouped_products).
-
-        Returns:
-            [t, n] for gates, [experts, n] for LA; float32, or float64 for float64 parameters.
-        """
-        raise NotImplementedError
+    def _by_expert(self, vector: Tensor | None) -> Tensor | None:
+        """[n] as it is, that of experts as [experts, n]."""
+        return vector if vector is None or self.experts is None else vector.view(self.experts, -1)
 
     def _new_parameter(self, *shape: int) -> Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
@@ -120,7 +120,7 @@ class Coefficients(torch.nn.Module):
     @torch.no_grad()
     def _fill(self, parameter: Parameter, scale: float) -> None:
         values = torch.tensor(list(self.mixing.start_values()), dtype=torch.float32)
-        parameter.copy_(values * scale)
+        parameter.copy_((values * scale).repeat(self.experts or 1))
 
     def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
         """Identity forward; backward sums the gradient over the tensor-parallel ranks. Costs nothing for one rank."""
@@ -149,35 +149,27 @@ class Coefficients(torch.nn.Module):
 
 
 class FreeCoefficients(Coefficients):
-    """LA: the n coefficients are parameters, the same for every token. State: ``value`` [n]."""
+    """LA: the n coefficients are parameters, the same for every token. State: ``value`` [n] ([experts * n])."""
 
     def __init__(self, mixing: MixtureConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
         super().__init__(mixing, config, *args, **kwargs)
-        self.value = self._new_parameter(mixing.num_coefficients)
+        self.value = self._new_vector()
         self._fill(self.value, coefficient_scale(mixing, config))
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """[n] float32, whatever the input; its gradient is summed over the tensor-parallel ranks."""
-        del hidden_states
-        coefficients = _at_least_float32(self.value)
+    def forward(self, hidden_states: Tensor, group_ends: Tensor | None = None) -> Tensor:
+        """[n] ([experts, n]) float32, whatever the input; its gradient is summed over the tensor-parallel ranks."""
+        del hidden_states, group_ends
+        coefficients = _at_least_float32(self._by_expert(self.value))
         self._observe(coefficients)
         return self._summed_over_ranks(coefficients)
-
-    @classmethod
-    def of_groups(cls, modules: Sequence[Self], hidden_states: Tensor, group_ends: Tensor) -> Tensor:
-        """See :meth:`Coefficients.of_groups`; [experts, n], whatever the input."""
-        del hidden_states, group_ends
-        coefficients = _at_least_float32(torch.stack([module.value for module in modules]))
-        for module, own in zip(modules, coefficients, strict=True):
-            module._observe(own)
-        return modules[0]._summed_over_ranks(coefficients)
 
 
 class GateCoefficients(Coefficients):
     """MoA: c(x) = psi(u x + b), or a psi_hat(u x + b) with learned amplitude (reference.gate).
 
     State: ``weight`` u [n, h]; ``bias`` b [n] with ``--moa-gate-bias``; ``amplitude`` a [n] with
-    ``--moa-amplitude learned``; ``scale`` [1], a constant, with ``--moa-init-scale matched`` and fixed amplitude.
+    ``--moa-amplitude learned``; ``scale`` [1], a constant, with ``--moa-init-scale matched`` and fixed amplitude. Of
+    experts: [experts, n, h], [experts * n] and [experts].
     """
 
     def __init__(
@@ -189,20 +181,17 @@ class GateCoefficients(Coefficients):
         **kwargs: object,
     ) -> None:
         super().__init__(mixing, config, *args, **kwargs)
-        n = mixing.num_coefficients
-        self.weight = train_by_adam(self._new_parameter(n, input_size or config.hidden_size))
-        self.bias = self._new_parameter(n) if mixing.gate_bias else None
-        self.amplitude = self._new_parameter(n) if mixing.amplitude == "learned" else None
-        if config.perform_initialization:
-            with gate_random_numbers(config):
-                self.draw(self.weight)
+        shape = (mixing.num_coefficients, input_size or config.hidden_size)
+        self.weight = train_by_adam(self._new_parameter(*shape if self.experts is None else (self.experts, *shape)))
+        self.bias = self._new_vector() if mixing.gate_bias else None
+        self.amplitude = self._new_vector() if mixing.amplitude == "learned" else None
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         scale = coefficient_scale(mixing, config)
         if self.amplitude is not None:
             self._fill(self.amplitude, scale)
         elif mixing.init_scale == "matched":
-            self.register_buffer("scale", torch.tensor([scale], device=self.weight.device))
+            self.register_buffer("scale", torch.full((self.experts or 1,), scale, device=self.weight.device))
         if self.layout is InputLayout.SEQUENCE_SHARD:
             # Each rank sees its tokens only; Megatron sums the gradients of parameters marked so.
             for parameter in self.parameters():
@@ -212,21 +201,24 @@ class GateCoefficients(Coefficients):
         """Fills gate vectors with their initial values, whose standard deviation is ``--moa-gate-init-std``."""
         torch.nn.init.normal_(weight, std=self.mixing.gate_init_std)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, group_ends: Tensor | None = None) -> Tensor:
         """Coefficients of every token fc1 sees.
 
         Args:
             hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
+            group_ends: of experts, by which the tokens are sorted: [experts] int32, the rows up to and with each
+                (megatron_moa.mixture.grouped_products).
 
         Returns:
             [s, b, n] or [tokens, n], float32 (float64 for float64 parameters).
         """
-        weight, bias, amplitude = self.weight, self.bias, self.amplitude
+        weight, bias, amplitude = self.weight, self._by_expert(self.bias), self._by_expert(self.amplitude)
+        scale = self._buffers.get("scale")
+        if scale is not None and self.experts is not None:
+            scale = scale[:1]  # all experts' are the same
         if self.layout is InputLayout.DISPATCHED:
             weight, bias, amplitude = map(self._dispatched, (weight, bias, amplitude))
-        coefficients = gate_coefficients(
-            hidden_states, weight, self.mixing, bias, amplitude, self._buffers.get("scale")
-        )
+        coefficients = gate_coefficients(hidden_states, weight, self.mixing, bias, amplitude, scale, group_ends)
         self._observe(coefficients)
         if self.layout is InputLayout.REPLICATED:
             return self._summed_over_ranks(coefficients)
@@ -237,30 +229,13 @@ class GateCoefficients(Coefficients):
             )
         return coefficients
 
-    @classmethod
-    def of_groups(cls, modules: Sequence[Self], hidden_states: Tensor, group_ends: Tensor) -> Tensor:
-        """See :meth:`Coefficients.of_groups`; [t, n], by one grouped gate over all tokens."""
-        first = modules[0]
-        assert first.layout is InputLayout.DISPATCHED
-
-        def stacked(name: str) -> Tensor | None:
-            if getattr(first, name) is None:
-                return None
-            return first._dispatched(torch.stack([getattr(module, name) for module in modules]))
-
-        weight, bias, amplitude = map(stacked, ("weight", "bias", "amplitude"))
-        scale = first._buffers.get("scale")
-        coefficients = gate_coefficients(hidden_states, weight, first.mixing, bias, amplitude, scale, group_ends)
-        if any(module.observer is not None for module in modules):  # sizes wait for the device
-            for module, own in zip(modules, coefficients.split(group_sizes(group_ends)), strict=True):
-                module._observe(own)
-        return coefficients
-
     def _dispatched(self, parameter: Tensor | None) -> Tensor | None:
         """A parameter where the dispatcher sums the input's gradient over ranks: so that must stay partial, and it is
-        the parameter's own gradient that is summed.
+        the parameter's own gradient that is summed, in float32.
         """
-        return None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
+        if parameter is None or self.tp_group.size() == 1:
+            return parameter
+        return self._summed_over_ranks(_at_least_float32(parameter))
 
 
 def _at_least_float32(parameter: Tensor) -> Tensor:
@@ -284,14 +259,16 @@ def build_coefficients(
     is_expert: bool,
     dispatched: bool,
     input_size: int | None = None,
+    experts: int | None = None,
 ) -> Coefficients:
-    """The coefficients of one feed-forward layer or one expert, parallel as its fc1 is.
+    """The coefficients of one feed-forward layer, one expert or all of a rank's experts, parallel as its fc1 is.
 
     Args:
-        is_expert: a routed expert.
+        is_expert: a routed expert; :func:`draw_gates_of_experts` draws the gates of all.
         dispatched: the input was gathered, and its gradient is summed, outside the layer (routed experts, and
             shared experts overlapped with the dispatcher).
         input_size: h, where it is not the model's.
+        experts: see :class:`Coefficients`.
     """
     if dispatched:
         layout = InputLayout.DISPATCHED
@@ -301,5 +278,33 @@ def build_coefficients(
         layout = InputLayout.REPLICATED
     expert_parameters = is_expert and experts_reduce_apart(config)
     if mixing.kind == "la":
-        return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters)
-    return GateCoefficients(mixing, config, tp_group, layout, expert_parameters, input_size=input_size)
+        return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters, experts)
+    gates = GateCoefficients(mixing, config, tp_group, layout, expert_parameters, experts, input_size=input_size)
+    if config.perform_initialization and not is_expert:
+        with gate_random_numbers(config):
+            gates.draw(gates.weight)
+    return gates
+
+
+@torch.no_grad()
+def draw_gates_of_experts(own: Sequence[Coefficients], ep_group: torch.distributed.ProcessGroup) -> None:
+    """Draws the gate weights of all experts on every rank and keeps those of this rank's.
+
+    The gates' stream is the same on all ranks of the layer, so experts differ from one another, copies on
+    expert-tensor-parallel ranks do not, and each starts alike however the experts are spread and computed.
+
+    Args:
+        own: one a local expert, or one of all local experts.
+        ep_group: the ranks that the experts are spread over.
+    """
+    first = own[0]
+    if not isinstance(first, GateCoefficients) or not first.config.perform_initialization:
+        return
+    kept = [weight for gates in own for weight in gates.weight.view(-1, *gates.weight.shape[-2:])]  # [n, h] each
+    drawn = torch.empty_like(kept[0])
+    start = ep_group.rank() * len(kept)
+    with gate_random_numbers(first.config):
+        for expert in range(ep_group.size() * len(kept)):
+            first.draw(drawn)
+            if start <= expert < start + len(kept):
+                kept[expert - start].copy_(drawn)

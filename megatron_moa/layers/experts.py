@@ -6,18 +6,18 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP, SharedExpertState, overlap_state_check
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.typed_torch import apply_module
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_moa.layers.coefficients import Coefficients, GateCoefficients, build_coefficients, gate_random_numbers
+from megatron_moa.layers.coefficients import build_coefficients, draw_gates_of_experts
 from megatron_moa.layers.grouped_linear import TorchGroupedLinear, draw_expert
 from megatron_moa.layers.mlp import MixedMLP, MixedMLPSubmodules
 from megatron_moa.mixture.config import MixtureConfig
@@ -25,29 +25,7 @@ from megatron_moa.mixture.functional import mixed_activation
 from megatron_moa.mixture.grouped_products import ends_of_groups
 
 
-class _OwnGates:
-    """Routed experts of either kind: ``local_experts``, each with ``coefficients``."""
-
-    @torch.no_grad()
-    def _start_gates(self) -> None:
-        """Draws the gate weights of all experts on every rank and keeps the local ones.
-
-        The gates' stream is the same on all ranks of the layer, so experts differ from one another and copies on
-        expert-tensor-parallel ranks do not, however the experts are spread.
-        """
-        first = self.local_experts[0].coefficients
-        if not isinstance(first, GateCoefficients) or not self.config.perform_initialization:
-            return
-        drawn = torch.empty_like(first.weight)
-        start = self.ep_group.rank() * self.num_local_experts
-        with gate_random_numbers(self.config):
-            for expert in range(self.ep_group.size() * self.num_local_experts):
-                first.draw(drawn)
-                if start <= expert < start + self.num_local_experts:
-                    self.local_experts[expert - start].coefficients.weight.copy_(drawn)
-
-
-class MixedSequentialMLP(_OwnGates, SequentialMLP):
+class MixedSequentialMLP(SequentialMLP):
     """Routed experts, one after the other: Megatron's SequentialMLP built of :class:`MixedMLP`.
 
     State: as SequentialMLP's, with ``coefficients`` in each expert; a checkpoint stacks them over all experts.
@@ -75,7 +53,7 @@ class MixedSequentialMLP(_OwnGates, SequentialMLP):
                     name=f"{name}.local_experts.{index}" if name is not None else None,
                 )
             )
-        self._start_gates()
+        draw_gates_of_experts([expert.coefficients for expert in self.local_experts], self.ep_group)
 
 
 @dataclass(kw_only=True)
@@ -85,23 +63,14 @@ class MixedGroupedMLPSubmodules(GroupedMLPSubmodules):
     mixing: MixtureConfig
 
 
-class _ExpertCoefficients(MegatronModule):
-    """What a grouped expert has of its own beside its part of the grouped linears, under a sequential expert's name."""
-
-    def __init__(self, config: TransformerConfig, coefficients: Coefficients) -> None:
-        super().__init__(config)
-        self.coefficients = coefficients
-
-
-class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
+class MixedGroupedMLP(TEGroupedMLP):
     """Routed experts at once (``--moe-grouped-gemm``): Megatron's TEGroupedMLP with the mixture as activation step.
 
     One grouped gate and one mixture serve all experts' tokens. The grouped linears are Transformer Engine's or those of
     megatron_moa.layers.grouped_linear, as the submodules say.
 
-    State: TEGroupedMLP's ``linear_fc1`` and ``linear_fc2``, and ``local_experts``, which here hold ``coefficients``
-    only. A checkpoint has the keys and the layout of :class:`MixedSequentialMLP`'s, and so have the coefficients in the
-    model: their names decide how they are trained (training/optimizer.py). Arguments are those of TEGroupedMLP.
+    State: TEGroupedMLP's ``linear_fc1`` and ``linear_fc2``, and ``coefficients`` of all of the rank's experts. A
+    checkpoint has the keys and the layout of :class:`MixedSequentialMLP`'s. Arguments are those of TEGroupedMLP.
     """
 
     def __init__(
@@ -116,19 +85,18 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
         self.mixing = submodules.mixing
         self.activation_recompute = self.activation_recompute or self.mixing.recompute
         self.dp_group = pg_collection.expt_dp
-        self.local_experts = torch.nn.ModuleList()
         for expert in range(num_local_experts):
             draw_expert(self, expert)
-            coefficients = build_coefficients(
-                self.mixing,
-                self.config,
-                self.tp_group,
-                is_expert=True,
-                dispatched=True,
-                input_size=self.config.moe_latent_size or self.input_size,
-            )
-            self.local_experts.append(_ExpertCoefficients(self.config, coefficients))
-        self._start_gates()
+        self.coefficients = build_coefficients(
+            self.mixing,
+            self.config,
+            self.tp_group,
+            is_expert=True,
+            dispatched=True,
+            input_size=self.config.moe_latent_size or self.input_size,
+            experts=num_local_experts,
+        )
+        draw_gates_of_experts([self.coefficients], self.ep_group)
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
@@ -157,8 +125,7 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
         preactivation, _ = apply_module(self.linear_fc1)(hidden_states, sizes)  # [t, f/p], gated [t, 2f/p]
         nvtx_range_pop(suffix="linear_fc1")
         nvtx_range_push(suffix="mixture")
-        experts = [expert.coefficients for expert in self.local_experts]
-        coefficients = type(experts[0]).of_groups(experts, hidden_states, group_ends)  # [t, n] or [experts, n]
+        coefficients = self.coefficients(hidden_states, group_ends)  # [t, n] or [experts, n]
         checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
         mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
         activated = mix(preactivation, coefficients, per_token_scale, group_ends)  # [t, f/p]
@@ -178,9 +145,40 @@ class MixedGroupedMLP(_OwnGates, TEGroupedMLP):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The linears as TEGroupedMLP places them, the coefficients as SequentialMLP does: it stacks over experts."""
-        grouped = TEGroupedMLP.sharded_state_dict(self, prefix, sharded_offsets, metadata)
-        return {**grouped, **SequentialMLP.sharded_state_dict(self, prefix, sharded_offsets, metadata)}
+        """The linears as TEGroupedMLP places them; coefficients as SequentialMLP does, one by one and stacked over all
+        experts.
+        """
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for name, tensor in self.coefficients.state_dict(keep_vars=True).items():
+            name = f"coefficients.{name}"
+            entries[f"{prefix}{name}"] = self._split_by_expert(prefix, name, tensor, sharded_offsets, metadata)
+        return entries
+
+    def _split_by_expert(
+        self, prefix: str, name: str, tensor: Tensor, sharded_offsets: tuple, metadata: dict
+    ) -> ShardedTensorFactory:
+        """A tensor of all of the rank's experts as each one's part, for the optimizer's state as for the parameter."""
+        shape, experts = tensor.shape, self.num_local_experts
+        first, every = self.ep_group.rank() * experts, self.ep_group.size() * experts
+        replica_id = (0, self.tp_group.rank(), self.dp_group.rank())
+
+        def split(key: str, data: Tensor, replica_id: ReplicaId, _: slice | None) -> dict[int, ShardedTensor]:
+            parts = {}
+            for local, part in enumerate(data if data.dim() > 1 else data.view(experts, -1)):
+                number = first + local
+                own, offsets = key, (*sharded_offsets, (len(sharded_offsets), number, every))
+                if metadata.get("singleton_local_shards", False):  # each expert's under a name of its own
+                    own, offsets = f"{key.removesuffix(name)}{number}.{name}", sharded_offsets
+                parts[local] = ShardedTensor.from_rank_offsets(
+                    own, part, *offsets, replica_id=replica_id, prepend_axis_num=len(offsets)
+                )
+            return parts
+
+        def join(parts: dict[int, Tensor]) -> Tensor:
+            return torch.stack([parts[local] for local in range(experts)]).view(shape)
+
+        return ShardedTensorFactory(f"{prefix}experts.{name}", tensor, split, join, replica_id)
 
 
 class MixedSharedExpertMLP(SharedExpertMLP, MixedMLP):

@@ -195,5 +195,11 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
     if args.num_experts and grouped != saved_grouped:
         there, here = as_typed("moe_grouped_gemm", saved_grouped), as_typed("moe_grouped_gemm", grouped)
         raise UserError(f"{checkpoint} has the optimizer's state for {there}, not {here}; {remedy}")
+    mixed = getattr(args, "moa_mixing", "none") != "none"
+    if args.num_experts and grouped and mixed and not getattr(saved, "moa_experts_share_parameters", False):
+        raise UserError(
+            f"{checkpoint} has the optimizer's state for one parameter an expert, where grouped experts now share "
+            "theirs; go on with --no-load-optim, or under the megatron_moa that saved it"
+        )
     if not args.use_distributed_optimizer:
         raise UserError(f"{checkpoint} has the optimizer's state for --use-distributed-optimizer; {remedy}")

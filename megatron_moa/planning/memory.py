@@ -210,7 +210,6 @@ def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) ->
     parts["router"] = u * (2 * FLOAT32 * experts.number + 2 * INT64 * experts.topk) + routed * (2 * INT64)
     parts["dispatched tokens"] = routed * h * e
     parts["experts"] = _feed_forward(model, software, routed, routed, experts.ffn, routed=True)
-    parts["experts"] += FLOAT32 * experts.number / split.ep * model.coefficients * h  # float32 gate matrices
     if experts.shared_ffn:
         parts["shared expert"] = _feed_forward(model, software, t, u, experts.shared_ffn / split.tp)
         parts["shared expert"] += u * h * e * experts.shared_gate  # its output, times its gate

@@ -122,6 +122,7 @@ def parse_arguments(
         optimizer.check_saved_schedule(args, saved, checkpoint)
         optimizer_resharding.check_saved_split(args, saved, checkpoint)
     args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
+    args.moa_experts_share_parameters = True  # so that does, see optimizer_resharding
     if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from; has no flag
         args.moa_end_tokens = saved.moa_end_tokens
     random_states.check_saved(args, saved)
@@ -160,6 +161,12 @@ def _settle(args: argparse.Namespace, mixing: MixtureConfig | None) -> None:
         check_overwrite(mixing, resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu"))
         # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False
+        if args.ckpt_format == "fsdp_dtensor" and args.moe_grouped_gemm and args.expert_model_parallel_size > 1:
+            # Megatron 0.19.2 would write each rank's coefficients under one name: it finds experts by theirs.
+            raise UserError(
+                "--ckpt-format fsdp_dtensor: cannot hold the coefficients of grouped experts on "
+                f"{args.expert_model_parallel_size} ranks; drop --moe-grouped-gemm, or --expert-model-parallel-size"
+            )
     if not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
     if not args.eval_interval:

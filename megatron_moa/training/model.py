@@ -196,8 +196,8 @@ def measure_mixture(models: list[MegatronModule]) -> MixtureReport:
     for model in models:
         coefficients = [module for module in model.modules() if isinstance(module, Coefficients)]
         mixture_parameters = {id(parameter) for module in coefficients for parameter in module.parameters()}
-        for module in coefficients:  # one in every layer, and in every expert
-            counts[0] += 1 / _replicas(next(module.parameters()))
+        for module in coefficients:
+            counts[0] += (module.experts or 1) / _replicas(next(module.parameters()))
         for parameter in model.parameters():
             if getattr(parameter, "shared", False):
                 continue  # the last pipeline stage's copy of a tied embedding

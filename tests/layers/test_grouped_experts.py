@@ -46,20 +46,27 @@ def build(grouped: bool, mixing: MixtureConfig | None, **settings: Any) -> Seque
     experts = build_feed_forward(make_config(gated, **settings), mixing).experts
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for module in experts.modules():
-            if isinstance(module, Coefficients):
-                for parameter in module.parameters():
-                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+        for name, tensor in sorted(by_expert(experts).items()):
+            if "coefficients" in name:
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator).to(tensor))
     return experts
 
 
-def by_expert(experts: SequentialMLP | TEGroupedMLP) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the names they have in a sequential expert, ``0.linear_fc1.weight``."""
-    named = {}
+def by_expert(experts: SequentialMLP | TEGroupedMLP, gradients: bool = False) -> dict[str, Tensor | None]:
+    """Parameters (or gradients) by the names they have in a sequential expert, ``0.linear_fc1.weight``; of a grouped
+    layer's coefficients views.
+    """
+    named: dict[str, Tensor | None] = {}
     for name, parameter in experts.named_parameters():
+        tensor = parameter.grad if gradients else parameter
         linear, _, rest = name.partition(".weight")
-        name = f"{rest}.{linear}.weight" if rest.isdigit() else name.removeprefix("local_experts.")
-        named[name] = parameter
+        if rest.isdigit():
+            named[f"{rest}.{linear}.weight"] = tensor
+        elif name.startswith("local_experts."):
+            named[name.removeprefix("local_experts.")] = tensor
+        else:
+            own = [None] * 4 if tensor is None else tensor.view(4, *parameter.shape[1:], -1).squeeze(-1)
+            named |= {f"{expert}.{name}": part for expert, part in enumerate(own)}
     return named
 
 
@@ -77,8 +84,7 @@ def step(experts: SequentialMLP | TEGroupedMLP, sizes: list[int], dtype: torch.d
     output, bias = experts(x, torch.tensor(sizes), probabilities)
     assert bias is None
     output.backward(gradient)
-    gradients = {name: parameter.grad for name, parameter in by_expert(experts).items()}
-    return {"output": output.detach(), "x": x.grad, "probabilities": probabilities.grad, **gradients}
+    return {"output": output.detach(), "x": x.grad, "probabilities": probabilities.grad, **by_expert(experts, gradients=True)}
 
 
 def reference_step(experts: SequentialMLP, mixing: MixtureConfig, sizes: list[int]) -> dict[str, Tensor]:
@@ -164,6 +170,8 @@ def test_start_as_sequential_experts_do(mixing: MixtureConfig | None, initializa
     assert sequential.keys() == grouped.keys()
     for name, parameter in sequential.items():
         assert torch.equal(grouped[name], parameter), name
+        if "coefficients" in name:
+            continue  # one parameter of all experts
         marks = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride", "sequence_parallel")
         assert [getattr(grouped[name], m, None) for m in marks] == [getattr(parameter, m, None) for m in marks], name
     assert torch.equal(*after)
@@ -189,7 +197,7 @@ def test_what_the_grouped_product_refuses(hidden: int, width: int, sizes: list[i
         x = torch.ones(sum(sizes), hidden, dtype=torch.bfloat16, requires_grad=True)
         output, _ = experts(x, torch.tensor(sizes), torch.ones(sum(sizes)))
         output.sum().backward()
-        results[grouped] = {"output": output, "x": x.grad} | {n: p.grad for n, p in by_expert(experts).items()}
+        results[grouped] = {"output": output, "x": x.grad} | by_expert(experts, gradients=True)
     for name, value in results[False].items():
         scale = value.abs().max().clamp_min(1e-30) if value.numel() else 1.0
         # Four roundings to bf16 lie between a token and its output, or back.
@@ -203,7 +211,7 @@ def test_frozen_coefficients_take_no_gradient() -> None:
     assert all((grad is None) == ("coefficients" in name) for name, grad in gradients.items())
 
 
-def test_coefficients_are_observed_expert_by_expert() -> None:
+def test_coefficients_are_observed() -> None:
     """The monitor sees what it sees of sequential experts, and costs nothing while it does not look."""
     sums = {}
     for grouped in (False, True):
@@ -254,11 +262,8 @@ def test_linears_keep_their_input_and_nothing_else() -> None:
 @pytest.mark.parametrize("mixing", [MOA, LA, None], ids=["moa", "la", "none"])
 def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixtureConfig | None) -> None:
     sequential, grouped = build(False, mixing), build(True, mixing)
-    if mixing is MOA:  # all gates, stacked
-        gates = [module for module in grouped.modules() if isinstance(module, GateCoefficients)]
-        copies = sum(parameter.nbytes for gate in gates for parameter in gate.parameters())
-    else:  # the eager backend gives every token its expert's coefficients
-        copies = 10 * 14 * 4 if mixing is LA else 0
+    # The eager backend gives every token its expert's coefficients.
+    copies = 10 * 14 * 4 if mixing is LA else 0
     integers = 10 * 8 + 4 * 8  # which expert a token is of, and where experts end
     assert saved_for_backward(grouped) <= saved_for_backward(sequential) + copies + integers
 
@@ -277,7 +282,7 @@ def test_recomputing_the_activation_step(mixing: MixtureConfig | None) -> None:
         if recompute:
             assert kept[0].untyped_storage().size() == 0
         output.backward(gradient)
-        results.append({"x": x.grad, "p": probabilities.grad} | {n: p.grad for n, p in by_expert(experts).items()})
+        results.append({"x": x.grad, "p": probabilities.grad} | by_expert(experts, gradients=True))
     assert all(torch.equal(results[1][name], value) for name, value in results[0].items())
 
 
@@ -469,9 +474,14 @@ def test_parameters_are_trained_as_sequential_ones(tmp_path: Path, flags: str, p
     for name, values in grouped.items():
         layer, _, rest = name.partition(".experts.linear_fc")
         number, _, expert = rest.partition(".weight")
-        name = f"{layer}.experts.local_experts.{expert}.linear_fc{number}.weight" if rest else name
-        renamed[name] = values
-    assert len(grouped) == len(renamed)
+        if rest:
+            renamed[f"{layer}.experts.local_experts.{expert}.linear_fc{number}.weight"] = values
+        elif ".experts.coefficients." in name:  # one parameter of all local experts
+            experts = 2 if processes > 1 else 4
+            for expert in range(experts):
+                renamed[name.replace(".coefficients.", f".local_experts.{expert}.coefficients.")] = values
+        else:
+            renamed[name] = values
     assert renamed == sequential
 
 
@@ -498,6 +508,13 @@ def test_a_buffer_of_parameters_in_another_order_is_refused(tmp_path: Path) -> N
     check_saved_split(args(True), args(False, dist_ckpt_optim_fully_reshardable=True), checkpoint)
     with pytest.raises(UserError, match=r"the optimizer's state for .*, not --moe-grouped-gemm; go on under that, or"):
         check_saved_split(args(True), args(False), checkpoint)
+    shared = {"moa_mixing": "moa", "moa_experts_share_parameters": True}
+    check_saved_split(args(True, moa_mixing="moa"), args(True, **shared), checkpoint)
+    check_saved_split(args(False, moa_mixing="moa"), args(False, moa_mixing="moa"), checkpoint)
+    old = args(True, moa_mixing="moa", dist_ckpt_optim_fully_reshardable=True)
+    check_saved_split(args(True, moa_mixing="moa"), old, checkpoint)
+    with pytest.raises(UserError, match="for one parameter an expert, where grouped experts now share theirs; go on "):
+        check_saved_split(args(True, moa_mixing="moa"), args(True, moa_mixing="moa"), checkpoint)
     engine = {"transformer_impl": "transformer_engine"}  # its norms have other places among the parameters
     check_saved_split(args(True), args(True, dist_ckpt_optim_fully_reshardable=True, **engine), checkpoint)
     with pytest.raises(UserError, match=r"--transformer-impl transformer_engine, not local; go on under that, or"):

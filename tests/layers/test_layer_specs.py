@@ -177,7 +177,7 @@ def test_gate_vectors_start_with_their_own_standard_deviation(form: str, kind: s
         )
     )
     gates = {name for name in wide if name.endswith("coefficients.weight")}
-    assert len(gates) == (2 if kind == "dense" else 2 * (4 + 1))
+    assert len(gates) == {"dense": 2, "moe with shared expert": 2 * (4 + 1), "moe grouped": 2 * (1 + 1)}[kind]
     for name in gates:
         assert torch.equal(wide[name], narrow[name])
         assert torch.equal(wide[name], uniform[name])
