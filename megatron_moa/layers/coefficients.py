@@ -34,7 +34,8 @@ from torch.nn import Parameter
 from megatron_moa.layers.init_scale import coefficient_scale
 from megatron_moa.megatron_fixes.gates_by_adam import train_by_adam
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.mixture.functional import gate_coefficients
+from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
+from megatron_moa.mixture.autograd import GateInputs
 
 _GATE_STREAM = "moa-gate-rng"
 _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets
@@ -117,6 +118,33 @@ class Coefficients(torch.nn.Module):
         parameter.allreduce = not self.expert_parameters
         return parameter
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody hooks the coefficients, and so needs them as what :meth:`forward` returns."""
+        return bool(self._forward_hooks)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        group_ends: Tensor | None = None,
+        preactivation: Tensor | None = None,
+        bias: Tensor | None = None,
+        per_token_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The coefficients; with ``preactivation`` the mixture itself, which is faster than one after the other.
+
+        Args:
+            hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
+            group_ends: of experts, by which the tokens are sorted: [experts] int32, the rows up to and with each
+                (megatron_moa.mixture.grouped_products).
+            preactivation: fc1's output, with ``bias`` and ``per_token_scale`` as in
+                :func:`megatron_moa.mixture.functional.mixed_activation`.
+
+        Returns:
+            [s, b, n] or [tokens, n], LA [n] or [experts, n], float32 (float64 for float64 parameters); or the mixture.
+        """
+        raise NotImplementedError
+
     @torch.no_grad()
     def _fill(self, parameter: Parameter, scale: float) -> None:
         values = torch.tensor(list(self.mixing.start_values()), dtype=torch.float32)
@@ -156,12 +184,22 @@ class FreeCoefficients(Coefficients):
         self.value = self._new_vector()
         self._fill(self.value, coefficient_scale(mixing, config))
 
-    def forward(self, hidden_states: Tensor, group_ends: Tensor | None = None) -> Tensor:
-        """[n] ([experts, n]) float32, whatever the input; its gradient is summed over the tensor-parallel ranks."""
-        del hidden_states, group_ends
+    def forward(
+        self,
+        hidden_states: Tensor,
+        group_ends: Tensor | None = None,
+        preactivation: Tensor | None = None,
+        bias: Tensor | None = None,
+        per_token_scale: Tensor | None = None,
+    ) -> Tensor:
+        """The same for every input; their gradient is summed over the tensor-parallel ranks."""
+        del hidden_states
         coefficients = _at_least_float32(self._by_expert(self.value))
         self._observe(coefficients)
-        return self._summed_over_ranks(coefficients)
+        coefficients = self._summed_over_ranks(coefficients)
+        if preactivation is None:
+            return coefficients
+        return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale, group_ends)
 
 
 class GateCoefficients(Coefficients):
@@ -201,33 +239,41 @@ class GateCoefficients(Coefficients):
         """Fills gate vectors with their initial values, whose standard deviation is ``--moa-gate-init-std``."""
         torch.nn.init.normal_(weight, std=self.mixing.gate_init_std)
 
-    def forward(self, hidden_states: Tensor, group_ends: Tensor | None = None) -> Tensor:
-        """Coefficients of every token fc1 sees.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        group_ends: Tensor | None = None,
+        preactivation: Tensor | None = None,
+        bias: Tensor | None = None,
+        per_token_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`Coefficients.forward`."""
+        inputs = self._inputs(hidden_states, group_ends)
+        if preactivation is not None and self.tp_group.size() == 1:
+            activated, coefficients = gated_mixture(preactivation, inputs, self.mixing, bias, per_token_scale)
+            self._observe(coefficients)
+            return activated
+        coefficients = gate_coefficients(*inputs[:2], self.mixing, *inputs[2:])
+        self._observe(coefficients)
+        if self.layout is InputLayout.REPLICATED:
+            coefficients = self._summed_over_ranks(coefficients)
+        elif self.layout is InputLayout.SEQUENCE_SHARD:
+            # [s/p, b, n] -> [s, b, n]; backward reduce-scatters, which completes the partial sums.
+            coefficients = gather_from_sequence_parallel_region(
+                coefficients, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        if preactivation is None:
+            return coefficients
+        return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
 
-        Args:
-            hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
-            group_ends: of experts, by which the tokens are sorted: [experts] int32, the rows up to and with each
-                (megatron_moa.mixture.grouped_products).
-
-        Returns:
-            [s, b, n] or [tokens, n], float32 (float64 for float64 parameters).
-        """
+    def _inputs(self, hidden_states: Tensor, group_ends: Tensor | None) -> GateInputs:
         weight, bias, amplitude = self.weight, self._by_expert(self.bias), self._by_expert(self.amplitude)
         scale = self._buffers.get("scale")
         if scale is not None and self.experts is not None:
             scale = scale[:1]  # all experts' are the same
         if self.layout is InputLayout.DISPATCHED:
             weight, bias, amplitude = map(self._dispatched, (weight, bias, amplitude))
-        coefficients = gate_coefficients(hidden_states, weight, self.mixing, bias, amplitude, scale, group_ends)
-        self._observe(coefficients)
-        if self.layout is InputLayout.REPLICATED:
-            return self._summed_over_ranks(coefficients)
-        if self.layout is InputLayout.SEQUENCE_SHARD:
-            # [s/p, b, n] -> [s, b, n]; backward reduce-scatters, which completes the partial sums.
-            return gather_from_sequence_parallel_region(
-                coefficients, tensor_parallel_output_grad=True, group=self.tp_group
-            )
-        return coefficients
+        return GateInputs(hidden_states, weight, bias, amplitude, scale, group_ends)
 
     def _dispatched(self, parameter: Tensor | None) -> Tensor | None:
         """A parameter where the dispatcher sums the input's gradient over ranks: so that must stay partial, and it is

@@ -125,10 +125,13 @@ class MixedGroupedMLP(TEGroupedMLP):
         preactivation, _ = apply_module(self.linear_fc1)(hidden_states, sizes)  # [t, f/p], gated [t, 2f/p]
         nvtx_range_pop(suffix="linear_fc1")
         nvtx_range_push(suffix="mixture")
-        coefficients = self.coefficients(hidden_states, group_ends)  # [t, n] or [experts, n]
         checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
-        mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
-        activated = mix(preactivation, coefficients, per_token_scale, group_ends)  # [t, f/p]
+        if checkpoint is None and not self.coefficients.is_watched:
+            activated = self.coefficients(hidden_states, group_ends, preactivation, None, per_token_scale)  # [t, f/p]
+        else:
+            coefficients = self.coefficients(hidden_states, group_ends)  # [t, n] or [experts, n]
+            mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
+            activated = mix(preactivation, coefficients, per_token_scale, group_ends)
         nvtx_range_pop(suffix="mixture")
         nvtx_range_push(suffix="linear_fc2")
         output, _ = apply_module(self.linear_fc2)(activated, sizes)  # [t, h]

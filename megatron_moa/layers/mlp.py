@@ -106,9 +106,12 @@ class MixedMLP(MLP):
         preactivation, bias = apply_module(self.linear_fc1)(hidden_states)  # [s, b, f/p], gated [s, b, 2f/p]
         nvtx_range_pop(suffix="linear_fc1")
         nvtx_range_push(suffix="mixture")
-        coefficients = self.coefficients(hidden_states)  # [s, b, n] or [n]
-        mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
-        activated = mix(preactivation, coefficients, bias, per_token_scale)
+        if checkpoint is None and not self.coefficients.is_watched:
+            activated = self.coefficients(hidden_states, None, preactivation, bias, per_token_scale)
+        else:
+            coefficients = self.coefficients(hidden_states)  # [s, b, n] or [n]
+            mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
+            activated = mix(preactivation, coefficients, bias, per_token_scale)
         nvtx_range_pop(suffix="mixture")
         return activated
 

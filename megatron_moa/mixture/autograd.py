@@ -101,6 +101,18 @@ def gate_coefficients(backend: Backend, inputs: GateInputs, mixing: MixtureConfi
     return _Gate.apply(backend, mixing, *inputs)
 
 
+def gated_mixture(
+    backend: Backend,
+    gate: GateInputs,
+    z: Tensor,
+    mixing: MixtureConfig,
+    bias: Tensor | None,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`megatron_moa.mixture.functional.gated_mixture`."""
+    return _GatedMixture.apply(backend, mixing, z, bias, scale, *gate)
+
+
 # Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. Dimensions become
 # rows in here, not before: each view outside costs the host a node of autograd's, forward and backward.
 
@@ -110,55 +122,127 @@ class _Mixture(torch.autograd.Function):
     def forward(
         ctx: _Context, backend: Backend, mixing: MixtureConfig, group_ends: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        inputs = MixtureInputs(*tensors)
-        z = inputs.z
-        if z.stride(-1) != 1:
-            z = z.contiguous()
-            inputs = inputs._replace(z=z)
+        inputs = _with_dense_rows(MixtureInputs(*tensors))
         ctx.save_for_backward(*inputs, group_ends)
         ctx.settings = backend, mixing
-        ctx.overwritten = False
-        shape = (*z.shape[:-1], z.shape[-1] // (2 if mixing.gated else 1))
-        if z.numel() == 0:
-            return z.new_empty(shape)
-        return backend.mixture_forward(_by_rows(inputs, group_ends), mixing).view(shape)
+        return _mix(backend, inputs, mixing, group_ends)
 
     @staticmethod
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, group_ends = ctx.saved_tensors
-        inputs = MixtureInputs(*tensors)
         backend, mixing = ctx.settings
-        needed = ctx.needs_input_grad[3:]
-        need_z, need_coefficients, need_bias, need_scale = needed
-        if ctx.overwritten:
-            raise RuntimeError(
-                "--moa-overwrite-preactivation: a second backward through the same mixture, whose input is gone; "
-                "drop the flag"
-            )
-        z, coefficients, bias, scale = inputs
-        if z.numel() == 0:
-            zeros = [torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True)]
-            return None, None, None, *zeros
-        if grad.stride(-1) != 1:
-            grad = grad.contiguous()
-        ctx.overwritten = mixing.overwrite
-        grad_z, grad_coefficients, grad_scale = backend.mixture_backward(
-            _by_rows(inputs, group_ends),
-            mixing,
-            _rows(grad),
-            (need_z or need_bias, need_coefficients, need_scale),
+        _refuse_what_is_overwritten(ctx, mixing)
+        grads = _mix_backward(backend, MixtureInputs(*tensors), mixing, group_ends, grad, ctx.needs_input_grad[3:])
+        return None, None, None, *grads
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: _Context, backend: Backend, mixing: MixtureConfig, *tensors: Tensor | None) -> Tensor:
+        inputs = GateInputs(*tensors)
+        coefficients = _open(backend, inputs, mixing)
+        ctx.save_for_backward(*inputs, coefficients)
+        ctx.settings = backend, mixing
+        return coefficients
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, coefficients = ctx.saved_tensors
+        backend, mixing = ctx.settings
+        needed = ctx.needs_input_grad[2:4]
+        grads = _open_backward(backend, GateInputs(*tensors), mixing, grad, coefficients, needed)
+        return None, None, *grads, None, None
+
+
+class _GatedMixture(torch.autograd.Function):
+    """Both in one, which spares the host a node of autograd's; saves what both save."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        backend: Backend,
+        mixing: MixtureConfig,
+        z: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        gate = GateInputs(*tensors)
+        coefficients = _open(backend, gate, mixing)
+        inputs = _with_dense_rows(MixtureInputs(z, coefficients, bias, scale))
+        ctx.save_for_backward(*gate, *inputs)
+        ctx.settings = backend, mixing
+        ctx.mark_non_differentiable(coefficients)
+        ctx.set_materialize_grads(False)
+        return _mix(backend, inputs, mixing, None), coefficients
+
+    @staticmethod
+    def backward(ctx: _Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
+        tensors = ctx.saved_tensors
+        gate, inputs = GateInputs(*tensors[:6]), MixtureInputs(*tensors[6:])
+        backend, mixing = ctx.settings
+        _refuse_what_is_overwritten(ctx, mixing)
+        _, _, need_z, need_bias, need_scale, *need_gate, _, _ = ctx.needs_input_grad
+        needed = need_z, any(need_gate), need_bias, need_scale
+        grad_z, grad_coefficients, grad_bias, grad_scale = _mix_backward(backend, inputs, mixing, None, grad, needed)
+        grads: tuple[Tensor | None, ...] = (None,) * 4
+        if grad_coefficients is not None:
+            grads = _open_backward(backend, gate, mixing, grad_coefficients, inputs.coefficients, need_gate[:2])
+        return None, None, grad_z, grad_bias, grad_scale, *grads, None, None
+
+
+def _refuse_what_is_overwritten(ctx: _Context, mixing: MixtureConfig) -> None:
+    if getattr(ctx, "overwritten", False):
+        raise RuntimeError(
+            "--moa-overwrite-preactivation: a second backward through the same mixture, whose input is gone; "
+            "drop the flag"
         )
-        if need_coefficients:
-            if group_ends is not None:
-                grad_coefficients = grouped_sum(grad_coefficients, group_ends)
-            grad_coefficients = grad_coefficients.view(coefficients.shape)
-        grad_bias = None
-        if need_bias:
-            total = torch.promote_types(bias.dtype, torch.float32)
-            grad_bias = grad_z.sum(0, dtype=total).to(bias.dtype)
-        grad_z = grad_z.view(z.shape) if need_z else None
-        grad_scale = grad_scale.view(scale.shape) if need_scale else None
-        return None, None, None, grad_z, grad_coefficients, grad_bias, grad_scale
+    ctx.overwritten = mixing.overwrite
+
+
+def _with_dense_rows(inputs: MixtureInputs) -> MixtureInputs:
+    return inputs if inputs.z.stride(-1) == 1 else inputs._replace(z=inputs.z.contiguous())
+
+
+def _mix(backend: Backend, inputs: MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None) -> Tensor:
+    """The mixture [..., f] of inputs [...]."""
+    z = inputs.z
+    shape = (*z.shape[:-1], z.shape[-1] // (2 if mixing.gated else 1))
+    if z.numel() == 0:
+        return z.new_empty(shape)
+    return backend.mixture_forward(_by_rows(inputs, group_ends), mixing).view(shape)
+
+
+def _mix_backward(
+    backend: Backend,
+    inputs: MixtureInputs,
+    mixing: MixtureConfig,
+    group_ends: Tensor | None,
+    grad: Tensor,
+    needed: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the inputs, where ``needed``, from that of the result."""
+    z, coefficients, bias, scale = inputs
+    need_z, need_coefficients, need_bias, need_scale = needed
+    if z.numel() == 0:
+        return tuple(torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True))
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    grad_z, grad_coefficients, grad_scale = backend.mixture_backward(
+        _by_rows(inputs, group_ends), mixing, _rows(grad), (need_z or need_bias, need_coefficients, need_scale)
+    )
+    if need_coefficients:
+        if group_ends is not None:
+            grad_coefficients = grouped_sum(grad_coefficients, group_ends)
+        grad_coefficients = grad_coefficients.view(coefficients.shape)
+    grad_bias = None
+    if need_bias:
+        total = torch.promote_types(bias.dtype, torch.float32)
+        grad_bias = grad_z.sum(0, dtype=total).to(bias.dtype)
+    grad_z = grad_z.view(z.shape) if need_z else None
+    return grad_z, grad_coefficients, grad_bias, grad_scale.view(scale.shape) if need_scale else None
 
 
 def _by_rows(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInputs:
@@ -179,30 +263,27 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-class _Gate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _Context, backend: Backend, mixing: MixtureConfig, *tensors: Tensor | None) -> Tensor:
-        inputs = GateInputs(*tensors)
-        x, weight = inputs[:2]
-        ctx.settings = backend, mixing
-        shape = (*x.shape[:-1], weight.shape[-2])
-        if x.numel() == 0:
-            coefficients = x.new_empty(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-        else:
-            coefficients = backend.gate_forward(inputs._replace(x=_rows(x)), mixing).view(shape)
-        ctx.save_for_backward(*inputs, coefficients)
-        return coefficients
+def _open(backend: Backend, inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
+    """The coefficients [..., n] of inputs [...]."""
+    x, weight = inputs[:2]
+    shape = (*x.shape[:-1], weight.shape[-2])
+    if x.numel() == 0:
+        return x.new_empty(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    return backend.gate_forward(inputs._replace(x=_rows(x)), mixing).view(shape)
 
-    @staticmethod
-    def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, coefficients = ctx.saved_tensors
-        inputs = GateInputs(*tensors)
-        backend, mixing = ctx.settings
-        x = inputs.x
-        if x.numel() == 0:
-            grads = [None if tensor is None else torch.zeros_like(tensor) for tensor in inputs[:4]]
-            return None, None, *grads, None, None
-        needed = ctx.needs_input_grad[2:4]
-        rows = inputs._replace(x=_rows(x))
-        grad_x, *others = backend.gate_backward(rows, mixing, _rows(grad), _rows(coefficients), needed)
-        return None, None, grad_x.view(x.shape) if needed[0] else None, *others, None, None
+
+def _open_backward(
+    backend: Backend,
+    inputs: GateInputs,
+    mixing: MixtureConfig,
+    grad: Tensor,
+    coefficients: Tensor,
+    needed: tuple[bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight (where ``needed``), bias and amplitude, from that of the coefficients."""
+    x = inputs.x
+    if x.numel() == 0:
+        return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs[:4])
+    rows = inputs._replace(x=_rows(x))
+    grad_x, *others = backend.gate_backward(rows, mixing, _rows(grad), _rows(coefficients), tuple(needed))
+    return grad_x.view(x.shape) if needed[0] else None, *others

@@ -1,4 +1,4 @@
-"""Offers ``mixed_activation`` and ``gate_coefficients``: they check shapes, then call the fastest backend."""
+"""Offers ``mixed_activation``, ``gate_coefficients`` and both in one: they check shapes and call the fastest backend."""
 
 from __future__ import annotations
 
@@ -90,6 +90,35 @@ def gate_coefficients(
     return autograd.gate_coefficients(backend, inputs, mixing)
 
 
+def gated_mixture(
+    preactivation: Tensor,
+    gate: autograd.GateInputs,
+    mixing: MixtureConfig,
+    bias: Tensor | None = None,
+    per_token_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`mixed_activation` with the :func:`gate_coefficients` of ``gate``, as one function of autograd's.
+
+    Args:
+        preactivation: [..., f] or [..., 2f]; further arguments are those of the two.
+
+    Returns:
+        The mixture, and the coefficients [..., n], which are for looking at: no gradient flows back through them.
+    """
+    backend = _fused_backend(mixing, preactivation)
+    if backend is None:
+        coefficients = reference.gate_coefficients(*gate[:2], mixing, *gate[2:])
+        out = reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
+        return out, coefficients.detach()
+    if gate.x.shape[:-1] != preactivation.shape[:-1] or gate.weight.shape[-2] != mixing.num_coefficients:
+        raise ValueError(
+            f"gate of {tuple(gate.x.shape)} by {tuple(gate.weight.shape)}: {mixing.form} over {mixing.num_activations} "
+            f"activations needs {mixing.num_coefficients} coefficients for each of {tuple(preactivation.shape)}"
+        )
+    _check_preactivation(preactivation, mixing, bias, per_token_scale)
+    return autograd.gated_mixture(backend, gate, preactivation, mixing, bias, per_token_scale)
+
+
 def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
     """The backend's module; None for eager, and for float64, which is for checks and has the reference only."""
     name = resolve_backend(mixing.backend, tensor.device.type)
@@ -105,9 +134,7 @@ def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | 
 
 def _check_shapes(inputs: autograd.MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None) -> None:
     preactivation, coefficients, bias, per_token_scale = inputs
-    tokens, width = preactivation.shape[:-1], preactivation.shape[-1]
-    if mixing.gated and width % 2:
-        raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixing.form} needs two halves, [..., 2f]")
+    tokens = preactivation.shape[:-1]
     n = mixing.num_coefficients
     if group_ends is not None:
         groups = group_ends.shape[0]
@@ -121,6 +148,15 @@ def _check_shapes(inputs: autograd.MixtureInputs, mixing: MixtureConfig, group_e
             f"coefficients {tuple(coefficients.shape)}: {mixing.form} over {mixing.num_activations} activations "
             f"needs [{n}] or {[*tokens, n]} for preactivation {tuple(preactivation.shape)}"
         )
+    _check_preactivation(preactivation, mixing, bias, per_token_scale)
+
+
+def _check_preactivation(
+    preactivation: Tensor, mixing: MixtureConfig, bias: Tensor | None, per_token_scale: Tensor | None
+) -> None:
+    tokens, width = preactivation.shape[:-1], preactivation.shape[-1]
+    if mixing.gated and width % 2:
+        raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixing.form} needs two halves, [..., 2f]")
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias {tuple(bias.shape)}: needs [{width}], preactivation's last size")
     if per_token_scale is not None and per_token_scale.shape != tokens:

@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 from megatron_moa.errors import UserError
-from megatron_moa.layers import experts as experts_module
-from megatron_moa.layers import mlp as mlp_module
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchRMSNorm
+from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.research.compare_runs import Comparison
 from megatron_moa.training import recompute
@@ -93,10 +92,10 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
         calls["mixture"] += 1
         return original(*args)
 
-    original = mlp_module.mixed_activation
+    original = reference.mixed_activation
     hook = register_module_forward_hook(count)
     with monkeypatch.context() as patch:
-        patch.setattr(mlp_module, "mixed_activation", mixed_activation)
+        patch.setattr(reference, "mixed_activation", mixed_activation)  # all mixtures here are eager
         yield calls
     hook.remove()
 
@@ -199,7 +198,6 @@ def test_moa_recompute_keeps_no_mixture_anywhere(mixing_name: str, kind: str, mo
         tensor_parallel.model_parallel_cuda_manual_seed(12)
         return model
 
-    monkeypatch.setattr(experts_module, "mixed_activation", lambda *args: mlp_module.mixed_activation(*args))
     with counting(monkeypatch) as calls:
         expected = gradients(built(False))
     mixtures = {"dense": 2, "moe": 6, "grouped moe": 4}[kind]
