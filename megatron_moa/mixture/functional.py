@@ -127,6 +127,11 @@ def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | 
         return None
     if name == "compile":
         return compile_backend
+    return _triton_backend()
+
+
+@functools.cache
+def _triton_backend() -> autograd.Backend:
     from megatron_moa.mixture.triton_backend import backend  # here, since it needs Triton
 
     return backend

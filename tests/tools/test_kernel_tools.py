@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_moa.mixture.triton_backend.tile_sizes import (
     configuration,
     default_configuration,
     exact_everywhere,
+    setting,
     using,
 )
 from megatron_moa.research.benchmarks import kernel_errors
@@ -30,6 +32,18 @@ from tests.support.training import ROOT
 from tools import kernel_resources, tune_kernels
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def set_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets MEGATRON_MOA_KERNELS, which is read once."""
+
+    def set_variable(value: str) -> None:
+        monkeypatch.setenv(VARIABLE, value)
+        setting.cache_clear()
+
+    yield set_variable
+    setting.cache_clear()
 
 
 def _lacks_tools() -> bool:
@@ -60,9 +74,10 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
     folder = tmp_path_factory.mktemp("counts")
     runs = [[*flags, "--json", str(folder / name)] for name, flags in RUNS.items()]
     code = (
-        "import os\nfrom tools import kernel_resources\n"
+        "import os\nfrom tools import kernel_resources\nfrom megatron_moa.mixture.triton_backend import tile_sizes\n"
         f"for name, flags in zip({[*RUNS]!r}, {runs!r}, strict=True):\n"
         f"    os.environ[{VARIABLE!r}] = 'exact' if name == 'exact' else ''\n"
+        "    tile_sizes.setting.cache_clear()\n"
         "    kernel_resources.main(flags)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -224,12 +239,12 @@ def test_a_row_is_covered_with_little_waste() -> None:
 ENTRY = {"kernel": "forward", "form": "bi-sided", "f": 704, "block": 2048, "warps": 16, "rows": 4}
 
 
-def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, set_kernels: Callable[[str], None]) -> None:
     file = tmp_path / "kernels.json"
     tune_kernels.write(file, "meta", [ENTRY])
     tune_kernels.write(file, "sm90", [{**ENTRY, "block": 512}])
     tune_kernels.write(file, "meta", [{**ENTRY, "f": 100}, {**ENTRY, "warps": 8}])
-    monkeypatch.setenv(VARIABLE, str(file))
+    set_kernels(str(file))
     mixing, z = MixtureConfig(), torch.empty(3, 1408, device="meta")
     c = torch.empty(3, 14, device="meta")
     (launch,) = kernel_resources.recorded(mixture, mixture.forward, MixtureInputs(z, c), mixing)
@@ -238,10 +253,10 @@ def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, monkeypa
     assert configuration("forward", "bi-sided", 704, meta) == Configuration(2048, 8, 4)
     assert configuration("backward", "bi-sided", 704, meta) == default_configuration("backward", 704)
     assert configuration("forward", "bi-sided", 704, CPU) == default_configuration("forward", 704)  # not in the file
-    for setting, exact in ((f"exact,{file}", True), ("exact", True), (str(file), False)):
-        monkeypatch.setenv(VARIABLE, setting)
+    for value, exact in ((f"exact,{file}", True), ("exact", True), (str(file), False)):
+        set_kernels(value)
         assert exact_everywhere() is exact
-        assert configuration("forward", "bi-sided", 704, meta).warps == (8 if str(file) in setting else 1)
+        assert configuration("forward", "bi-sided", 704, meta).warps == (8 if str(file) in value else 1)
     content = json.loads(file.read_text())
     assert [len(content[name]) for name in ("meta", "sm90")] == [2, 1]
     assert list(tmp_path.iterdir()) == [file]
@@ -259,11 +274,11 @@ def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, monkeypa
     ],
     ids=["cut", "list", "lacking", "block", "text", "absent"],
 )
-def test_a_broken_file_is_one_line(text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_file_is_one_line(text: str | None, tmp_path: Path, set_kernels: Callable[[str], None]) -> None:
     broken = tmp_path / "broken"
     if text:
         broken.write_text(text)
-    monkeypatch.setenv(VARIABLE, str(broken))
+    set_kernels(str(broken))
     with pytest.raises(UserError, match=rf"^{VARIABLE}={broken}: .*tools/tune_kernels.py$"):
         configuration("forward", "bi-sided", 704, CPU)
 

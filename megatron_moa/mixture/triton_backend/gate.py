@@ -7,13 +7,12 @@ half-precision numbers exactly, so their products are exact; the logits' gradien
 multiplied as three of TF32's numbers.
 
 Backward: a program owns its rows' gradients of x, and writes its share of those of the parameters to a row of partial
-sums, which are added in one further step, always in the same order.
+sums, which one further launch for each parameter adds, always in the same order.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.mixture.grouped_products import grouped_sum
 from megatron_moa.mixture.triton_backend.launch import launch
 
 _TOKENS = 64  # rows a program
 _HIDDEN = 64  # columns of x at a time; half as many beyond 64 coefficients
 _SLAB = 512  # columns of x whose gradients one program gives
 _WARPS = 4
+_SUMMED = 32, 128  # partial sums, and columns of them, that a program adds at a time
 _FEWEST = 16  # what Triton's product asks for in each direction
 
 
@@ -252,6 +251,41 @@ def _gate_backward_kernel(
             )
 
 
+@triton.jit
+def _gate_sum_kernel(
+    partial,
+    total,
+    group_ends,
+    programs,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """total[group] = the sum of its programs' rows of partial [programs, SIZE]; 0 for a group without tokens."""
+    group = tl.program_id(1)
+    begin = tl.full([], 0, tl.int32)
+    end = programs
+    if GROUPS > 0:
+        end = tl.full([], 0, tl.int32)
+        start = tl.full([], 0, tl.int32)
+        for index in tl.static_range(GROUPS):
+            stop = tl.load(group_ends + index)
+            begin = tl.where(index == group, end, begin)
+            end += tl.where(index <= group, tl.cdiv(stop - start, TOKENS), 0)
+            start = stop
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([PARTIALS, COLUMNS], tl.float32)
+    while begin < end:  # not range(), whose bounds the interpreter wants as plain numbers
+        row = begin + tl.arange(0, PARTIALS)
+        inside = (row < end)[:, None] & (column < SIZE)[None, :]
+        sums += tl.load(partial + row.to(tl.int64)[:, None] * SIZE + column[None, :], mask=inside, other=0.0)
+        begin += PARTIALS
+    out = total + group.to(tl.int64) * SIZE + column
+    tl.store(out, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=column < SIZE)
+
+
 def forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
     """``gate_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     inputs = _dense(inputs)
@@ -265,7 +299,7 @@ def forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
 def backward(
     inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``gate_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch, and one sum a parameter."""
+    """``gate_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch, and one a parameter."""
     inputs = _dense(inputs)
     x, weight, bias, amplitude = inputs[:4]
     need_x, need_weight = needed
@@ -278,18 +312,19 @@ def backward(
     sums = partial_sums(need_weight, n, h), partial_sums(bias is not None, n), partial_sums(amplitude is not None, n)
     arguments = (grad.contiguous(), coefficients, *inputs, grad_x, *sums, x.shape[0], x.stride(0))
     constants = _backward_constants(_shape(inputs), mixing, tuple(needed))
-    launch(_gate_backward_kernel, (programs, triton.cdiv(h, _SLAB)), arguments, constants, _WARPS)
-    return grad_x, *_totals(sums, inputs)
+    launch(_gate_backward_kernel, (programs, -(-h // _SLAB)), arguments, constants, _WARPS)
+    return grad_x, *[_total(*pair, inputs) for pair in zip(sums, inputs[1:4], strict=True)]
 
 
 def _dense(inputs: GateInputs) -> GateInputs:
-    x = inputs.x
-    return inputs._replace(x=x if x.stride(-1) == 1 else x.contiguous(), weight=inputs.weight.contiguous())
+    if inputs.x.stride(-1) == 1 and inputs.weight.is_contiguous():
+        return inputs
+    return inputs._replace(x=inputs.x.contiguous(), weight=inputs.weight.contiguous())
 
 
 def _tiles(inputs: GateInputs) -> int:
     """Programs that surely suffice, however the tokens are spread over the groups."""
-    return triton.cdiv(inputs.x.shape[0], _TOKENS) + _groups(inputs)
+    return -(-inputs.x.shape[0] // _TOKENS) + _groups(inputs)
 
 
 def _groups(inputs: GateInputs) -> int:
@@ -350,15 +385,19 @@ def _backward_constants(shape: _Shape, mixing: MixtureConfig, needed: tuple[bool
     return {**_constants(shape, mixing), **further}
 
 
-def _totals(sums: Sequence[Tensor | None], inputs: GateInputs) -> Iterator[Tensor | None]:
-    """Gradients of weight, bias and amplitude: the sums of the programs, those of each group's alone."""
-    tile_ends = None
-    if inputs.group_ends is not None:
-        sizes = torch.diff(inputs.group_ends, prepend=inputs.group_ends.new_zeros(1))
-        tile_ends = torch.cumsum((sizes + _TOKENS - 1) // _TOKENS, 0, dtype=torch.int32)
-    for partial, parameter in zip(sums, inputs[1:4], strict=True):
-        if partial is None:
-            yield None
-        else:
-            added = partial.sum(0) if tile_ends is None else grouped_sum(partial.flatten(1), tile_ends)
-            yield added.view_as(parameter).to(parameter.dtype)
+def _total(partial: Tensor | None, parameter: Tensor | None, inputs: GateInputs) -> Tensor | None:
+    """A parameter's gradient: the sum of the programs' parts, of each group its own."""
+    if partial is None:
+        return None
+    groups = _groups(inputs)
+    total = torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    size = total.numel() // (groups or 1)
+    constants = _sum_constants(groups, size)
+    grid = -(-size // _SUMMED[1]), groups or 1
+    launch(_gate_sum_kernel, grid, (partial, total, inputs.group_ends, len(partial)), constants, _WARPS)
+    return total
+
+
+@functools.cache
+def _sum_constants(groups: int, size: int) -> dict[str, object]:
+    return {"GROUPS": groups, "SIZE": size, "TOKENS": _TOKENS, "PARTIALS": _SUMMED[0], "COLUMNS": _SUMMED[1]}

@@ -231,7 +231,7 @@ def backward(
     per_token = coefficients.dim() > 1
     chosen = configuration("backward", mixing.form, f, z.device)
     rows = 1 if per_token else chosen.rows
-    programs = triton.cdiv(tokens, rows)
+    programs = -(-tokens // rows)
     grad_z = (z if mixing.overwrite else torch.empty_like(z)) if need_z else None
     grad_scale = torch.empty_like(scale) if need_scale else None
     sums = torch.empty(programs, n, dtype=torch.float32, device=z.device) if need_coefficients else None

@@ -2,7 +2,8 @@
 
 Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures
 candidates on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.
-Its value may also be ``exact``, or begin with ``exact,``: then bfloat16 is computed to float32's accuracy, too.
+Its value may also be ``exact``, or begin with ``exact,``: then bfloat16 is computed to float32's accuracy, too. It is
+read once, before the first launch.
 """
 
 from __future__ import annotations
@@ -62,18 +63,18 @@ def configuration(kernel: str, form: str, f: int, device: torch.device) -> Confi
         UserError: the file that MEGATRON_MOA_KERNELS names cannot be read.
     """
     key = kernel, form, f
-    _, path = _setting(os.environ.get(VARIABLE, ""))
-    return _in_use.get(key) or _tuned(path, architecture(device)).get(key) or default_configuration(kernel, f)
+    return _in_use.get(key) or _tuned(setting()[1], architecture(device)).get(key) or default_configuration(kernel, f)
 
 
 def exact_everywhere() -> bool:
     """Whether kernels compute bfloat16 to float32's accuracy, too."""
-    return _setting(os.environ.get(VARIABLE, ""))[0]
+    return setting()[0]
 
 
 @functools.cache
-def _setting(value: str) -> tuple[bool, str]:
-    """Whether everything is exact, and the file's path, or nothing."""
+def setting() -> tuple[bool, str]:
+    """What MEGATRON_MOA_KERNELS says: whether everything is exact, and the file's path, or nothing."""
+    value = os.environ.get(VARIABLE, "")
     first, _, rest = value.partition(",")
     return (True, rest) if first == "exact" else (False, value)
 
