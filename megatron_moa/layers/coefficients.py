@@ -108,7 +108,7 @@ class Coefficients(torch.nn.Module):
         return self._new_parameter(self.mixing.num_coefficients * (self.experts or 1))
 
     def _by_expert(self, vector: Tensor | None) -> Tensor | None:
-        """[n] as it is, that of experts as [experts, n]."""
+        """[n] as it is, that of experts as [experts, n]; None as None."""
         return vector if vector is None or self.experts is None else vector.view(self.experts, -1)
 
     def _new_parameter(self, *shape: int) -> Parameter:
@@ -267,11 +267,12 @@ class GateCoefficients(Coefficients):
         return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
 
     def _inputs(self, hidden_states: Tensor, group_ends: Tensor | None) -> GateInputs:
-        weight, bias, amplitude = self.weight, self._by_expert(self.bias), self._by_expert(self.amplitude)
+        weight, bias, amplitude = self.weight, self.bias, self.amplitude
         scale = self._buffers.get("scale")
-        if scale is not None and self.experts is not None:
-            scale = scale[:1]  # all experts' are the same
-        if self.layout is InputLayout.DISPATCHED:
+        if self.experts is not None:
+            bias, amplitude = self._by_expert(bias), self._by_expert(amplitude)
+            scale = None if scale is None else scale[:1]  # all experts' are the same
+        if self.layout is InputLayout.DISPATCHED and self.tp_group.size() > 1:
             weight, bias, amplitude = map(self._dispatched, (weight, bias, amplitude))
         return GateInputs(hidden_states, weight, bias, amplitude, scale, group_ends)
 
@@ -279,9 +280,7 @@ class GateCoefficients(Coefficients):
         """A parameter where the dispatcher sums the input's gradient over ranks: so that must stay partial, and it is
         the parameter's own gradient that is summed, in float32.
         """
-        if parameter is None or self.tp_group.size() == 1:
-            return parameter
-        return self._summed_over_ranks(_at_least_float32(parameter))
+        return None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
 
 
 def _at_least_float32(parameter: Tensor) -> Tensor:

@@ -20,13 +20,16 @@ _Context = torch.autograd.function.FunctionCtx
 
 
 class MixtureInputs(NamedTuple):
-    """What the mixture of ``z + bias`` times ``scale`` is computed from; t tokens, other letters as in docs/mixture.md.
+    """What the mixture of ``z + bias`` times ``scale`` is computed from; letters as in docs/mixture.md.
+
+    Backends get tokens in any dimensions [...], all tensors contiguous, but for z of two dimensions, whose rows may
+    lie at any distance.
 
     Attributes:
-        z: [t, f] (type1) or [t, 2f], fc1's output, rows at any distance.
-        coefficients: [n] or [t, n], float32.
+        z: [..., f] (type1) or [..., 2f], fc1's output.
+        coefficients: [n] or [..., n], float32.
         bias: [f] or [2f], or None.
-        scale: [t], or None.
+        scale: [...], or None.
     """
 
     z: Tensor
@@ -39,7 +42,7 @@ class GateInputs(NamedTuple):
     """What a gate's coefficients are computed from; with groups, each has a weight, bias and amplitude of its own.
 
     Attributes:
-        x: [t, h], fc1's input.
+        x: [..., h], fc1's input, contiguous as z above.
         weight: u [n, h] or [groups, n, h].
         bias: b [n] or [groups, n], or None.
         amplitude: a [n] or [groups, n], or None for fixed amplitude.
@@ -60,7 +63,7 @@ class Backend(Protocol):
 
     @staticmethod
     def mixture_forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
-        """The mixture: [t, f], z's dtype."""
+        """The mixture: [..., f], z's dtype."""
 
     @staticmethod
     def mixture_backward(
@@ -70,12 +73,12 @@ class Backend(Protocol):
 
         Args:
             mixing: with ``overwrite`` z's gradient is written into z itself.
-            grad: that of the result, [t, f], rows at any distance.
+            grad: that of the result, [..., f], contiguous as z.
         """
 
     @staticmethod
     def gate_forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
-        """The coefficients: [t, n], float32."""
+        """The coefficients: [..., n], float32."""
 
     @staticmethod
     def gate_backward(
@@ -84,7 +87,7 @@ class Backend(Protocol):
         """Gradients of x, weight (where ``needed``), bias and amplitude (where they are), in their tensors' dtypes.
 
         Args:
-            grad: that of the coefficients, [t, n].
+            grad: that of the coefficients, [..., n], contiguous.
             coefficients: what ``gate_forward`` gave.
         """
 
@@ -113,8 +116,8 @@ def gated_mixture(
     return _GatedMixture.apply(backend, mixing, z, bias, scale, *gate)
 
 
-# Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. Dimensions become
-# rows in here, not before: each view outside costs the host a node of autograd's, forward and backward.
+# Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. No tensor changes its
+# dimensions on the way: each view costs the host, and outside of here a node of autograd's, too.
 
 
 class _Mixture(torch.autograd.Function):
@@ -122,7 +125,8 @@ class _Mixture(torch.autograd.Function):
     def forward(
         ctx: _Context, backend: Backend, mixing: MixtureConfig, group_ends: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        inputs = _with_dense_rows(MixtureInputs(*tensors))
+        inputs = MixtureInputs(*tensors)
+        inputs = inputs._replace(z=_with_rows(inputs.z))
         ctx.save_for_backward(*inputs, group_ends)
         ctx.settings = backend, mixing
         return _mix(backend, inputs, mixing, group_ends)
@@ -140,6 +144,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, backend: Backend, mixing: MixtureConfig, *tensors: Tensor | None) -> Tensor:
         inputs = GateInputs(*tensors)
+        inputs = inputs._replace(x=_with_rows(inputs.x))
         coefficients = _open(backend, inputs, mixing)
         ctx.save_for_backward(*inputs, coefficients)
         ctx.settings = backend, mixing
@@ -167,9 +172,10 @@ class _GatedMixture(torch.autograd.Function):
         scale: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        gate = GateInputs(*tensors)
+        x, *others = tensors
+        gate = GateInputs(_with_rows(x), *others)
         coefficients = _open(backend, gate, mixing)
-        inputs = _with_dense_rows(MixtureInputs(z, coefficients, bias, scale))
+        inputs = MixtureInputs(_with_rows(z), coefficients, bias, scale)
         ctx.save_for_backward(*gate, *inputs)
         ctx.settings = backend, mixing
         ctx.mark_non_differentiable(coefficients)
@@ -202,17 +208,19 @@ def _refuse_what_is_overwritten(ctx: _Context, mixing: MixtureConfig) -> None:
     ctx.overwritten = mixing.overwrite
 
 
-def _with_dense_rows(inputs: MixtureInputs) -> MixtureInputs:
-    return inputs if inputs.z.stride(-1) == 1 else inputs._replace(z=inputs.z.contiguous())
+def _with_rows(tensor: Tensor) -> Tensor:
+    """The same, as backends want it: rows without gaps in them, and one after the other if there are more dimensions."""
+    if tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1):
+        return tensor
+    return tensor.contiguous()
 
 
 def _mix(backend: Backend, inputs: MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None) -> Tensor:
-    """The mixture [..., f] of inputs [...]."""
+    """The mixture [..., f]."""
     z = inputs.z
-    shape = (*z.shape[:-1], z.shape[-1] // (2 if mixing.gated else 1))
     if z.numel() == 0:
-        return z.new_empty(shape)
-    return backend.mixture_forward(_by_rows(inputs, group_ends), mixing).view(shape)
+        return z.new_empty(*z.shape[:-1], z.shape[-1] // (2 if mixing.gated else 1))
+    return backend.mixture_forward(_for_backend(inputs, group_ends), mixing)
 
 
 def _mix_backward(
@@ -224,52 +232,36 @@ def _mix_backward(
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the inputs, where ``needed``, from that of the result."""
-    z, coefficients, bias, scale = inputs
     need_z, need_coefficients, need_bias, need_scale = needed
-    if z.numel() == 0:
+    if inputs.z.numel() == 0:
         return tuple(torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True))
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
     grad_z, grad_coefficients, grad_scale = backend.mixture_backward(
-        _by_rows(inputs, group_ends), mixing, _rows(grad), (need_z or need_bias, need_coefficients, need_scale)
+        _for_backend(inputs, group_ends), mixing, _with_rows(grad), (need_z or need_bias, need_coefficients, need_scale)
     )
-    if need_coefficients:
-        if group_ends is not None:
-            grad_coefficients = grouped_sum(grad_coefficients, group_ends)
-        grad_coefficients = grad_coefficients.view(coefficients.shape)
+    if need_coefficients and group_ends is not None:
+        grad_coefficients = grouped_sum(grad_coefficients, group_ends)
     grad_bias = None
     if need_bias:
+        bias = inputs.bias
         total = torch.promote_types(bias.dtype, torch.float32)
-        grad_bias = grad_z.sum(0, dtype=total).to(bias.dtype)
-    grad_z = grad_z.view(z.shape) if need_z else None
-    return grad_z, grad_coefficients, grad_bias, grad_scale.view(scale.shape) if need_scale else None
+        grad_bias = grad_z.flatten(0, -2).sum(0, dtype=total).to(bias.dtype)
+    return grad_z if need_z else None, grad_coefficients, grad_bias, grad_scale
 
 
-def _by_rows(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInputs:
-    """Tokens' dimensions as one; spreads coefficients of groups over their rows, here, so that only [groups, n] is
-    saved; makes scales dense.
-    """
+def _for_backend(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInputs:
+    """Spreads coefficients of groups over their rows, here, so that only [groups, n] is saved; fills gaps."""
     z, coefficients, bias, scale = inputs
-    z = _rows(z)
     if group_ends is not None:
         coefficients = coefficients[group_of_rows(group_ends, z.shape[0])]
-    elif coefficients.dim() > 1:
-        coefficients = _rows(coefficients)
-    return MixtureInputs(z, coefficients.contiguous(), bias, None if scale is None else scale.reshape(-1).contiguous())
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[..., n] as [t, n]"""
-    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+    return MixtureInputs(z, coefficients.contiguous(), bias, None if scale is None else scale.contiguous())
 
 
 def _open(backend: Backend, inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
-    """The coefficients [..., n] of inputs [...]."""
+    """The coefficients [..., n]."""
     x, weight = inputs[:2]
-    shape = (*x.shape[:-1], weight.shape[-2])
     if x.numel() == 0:
-        return x.new_empty(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-    return backend.gate_forward(inputs._replace(x=_rows(x)), mixing).view(shape)
+        return x.new_empty(*x.shape[:-1], weight.shape[-2], dtype=torch.promote_types(weight.dtype, torch.float32))
+    return backend.gate_forward(inputs, mixing)
 
 
 def _open_backward(
@@ -281,9 +273,6 @@ def _open_backward(
     needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight (where ``needed``), bias and amplitude, from that of the coefficients."""
-    x = inputs.x
-    if x.numel() == 0:
+    if inputs.x.numel() == 0:
         return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs[:4])
-    rows = inputs._replace(x=_rows(x))
-    grad_x, *others = backend.gate_backward(rows, mixing, _rows(grad), _rows(coefficients), tuple(needed))
-    return grad_x.view(x.shape) if needed[0] else None, *others
+    return backend.gate_backward(inputs, mixing, grad.contiguous(), coefficients, tuple(needed))

@@ -39,29 +39,38 @@ _OPTIONS = {
 
 def mixture_forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
+    *tokens, width = inputs.z.shape
     inputs = _uniform(inputs)
     function = _forward_function(mixing.form, mixing.activations, _kind(inputs))
-    return function(inputs.z.shape[0])(inputs)
+    return function(inputs.z.shape[0])(inputs).view(*tokens, width // 2 if mixing.gated else width)
 
 
 def mixture_backward(
     inputs: MixtureInputs, mixing: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
-    inputs = _uniform(inputs)
+    shaped = (inputs.z, inputs.coefficients, inputs.scale)
+    inputs, grad = _uniform(inputs), _rows(grad)
     function = _backward_function(mixing.form, mixing.activations, _kind(inputs), needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
-    return function(inputs.z.shape[0])(inputs, grad)
+    grads = function(inputs.z.shape[0])(inputs, grad)
+    return tuple(None if own is None else own.view(of.shape) for own, of in zip(grads, shaped, strict=True))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., n] as [t, n]"""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _uniform(inputs: MixtureInputs) -> MixtureInputs:
-    """The inputs such that calls do not differ in what the compiler specialises to, so that it compiles once.
+    """The inputs by rows, and such that calls do not differ in what the compiler specialises to: it compiles once.
 
     The number of tokens changes from call to call in a MoE, whether a gradient is asked for in evaluation, and an
     expert's scales are a view into all experts' with an offset of its own.
     """
     z, coefficients, bias, scale = (None if tensor is None else tensor.detach() for tensor in inputs)
-    scale = None if scale is None else scale.clone()  # [t], small
+    z, coefficients = _rows(z), _rows(coefficients) if coefficients.dim() > 1 else coefficients
+    scale = None if scale is None else scale.flatten().clone()  # [t], small
     for tensor in (z, scale, coefficients if coefficients.dim() > 1 else None):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -231,13 +240,16 @@ def gate_forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     logits = _logits(inputs)
     coefficients = reference.gate(logits, mixing, _per_row(inputs.amplitude, inputs.group_ends, logits))
-    return coefficients if inputs.scale is None else coefficients * inputs.scale
+    coefficients = coefficients if inputs.scale is None else coefficients * inputs.scale
+    return coefficients.view(*inputs.x.shape[:-1], -1)
 
 
 def gate_backward(
     inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
+    shape = inputs.x.shape
+    inputs, grad, coefficients = inputs._replace(x=_rows(inputs.x)), _rows(grad), _rows(coefficients)
     x, weight, bias, amplitude, scale, group_ends = inputs
     grad_x = grad_weight = grad_bias = grad_amplitude = None
     if scale is not None:
@@ -257,7 +269,7 @@ def gate_backward(
     if need_x:
         wide = weight.to(grad.dtype)
         grad_x = grad @ wide if group_ends is None else grouped_linear_input_gradient(grad, wide, group_ends)
-        grad_x = grad_x.to(x.dtype)
+        grad_x = grad_x.to(x.dtype).view(shape)
     if need_weight:
         wide = x.to(grad.dtype)
         grad_weight = grad.t() @ wide if group_ends is None else grouped_linear_weight_gradient(grad, wide, group_ends)
@@ -267,7 +279,7 @@ def gate_backward(
 
 def _logits(inputs: GateInputs) -> Tensor:
     """[t, n], float32"""
-    x, weight, group_ends = inputs.x.float(), inputs.weight.float(), inputs.group_ends
+    x, weight, group_ends = _rows(inputs.x).float(), inputs.weight.float(), inputs.group_ends
     logits = F.linear(x, weight) if group_ends is None else grouped_linear(x, weight, group_ends)
     bias = _per_row(inputs.bias, group_ends, logits)
     return logits if bias is None else logits + bias

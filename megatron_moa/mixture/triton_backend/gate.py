@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.mixture.triton_backend.launch import launch
+from megatron_moa.mixture.triton_backend.launch import launch, row_stride
 
 _TOKENS = 64  # rows a program
 _HIDDEN = 64  # columns of x at a time; half as many beyond 64 coefficients
@@ -290,8 +290,9 @@ def forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
     """``gate_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     inputs = _dense(inputs)
     x = inputs.x
-    coefficients = x.new_empty(x.shape[0], inputs.weight.shape[-2], dtype=torch.float32)
-    arguments = (*inputs, coefficients, x.shape[0], x.stride(0))
+    *tokens, h = x.shape
+    coefficients = x.new_empty(*tokens, inputs.weight.shape[-2], dtype=torch.float32)
+    arguments = (*inputs, coefficients, x.numel() // h, row_stride(x))
     launch(_gate_forward_kernel, (_tiles(inputs),), arguments, _constants(_shape(inputs), mixing), _WARPS)
     return coefficients
 
@@ -310,7 +311,7 @@ def backward(
 
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     sums = partial_sums(need_weight, n, h), partial_sums(bias is not None, n), partial_sums(amplitude is not None, n)
-    arguments = (grad.contiguous(), coefficients, *inputs, grad_x, *sums, x.shape[0], x.stride(0))
+    arguments = (grad, coefficients, *inputs, grad_x, *sums, x.numel() // h, row_stride(x))
     constants = _backward_constants(_shape(inputs), mixing, tuple(needed))
     launch(_gate_backward_kernel, (programs, -(-h // _SLAB)), arguments, constants, _WARPS)
     return grad_x, *[_total(*pair, inputs) for pair in zip(sums, inputs[1:4], strict=True)]
@@ -324,7 +325,8 @@ def _dense(inputs: GateInputs) -> GateInputs:
 
 def _tiles(inputs: GateInputs) -> int:
     """Programs that surely suffice, however the tokens are spread over the groups."""
-    return -(-inputs.x.shape[0] // _TOKENS) + _groups(inputs)
+    x = inputs.x
+    return -(-(x.numel() // x.shape[-1]) // _TOKENS) + _groups(inputs)
 
 
 def _groups(inputs: GateInputs) -> int:

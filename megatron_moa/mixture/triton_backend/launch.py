@@ -55,6 +55,11 @@ def launch(
     compiled.run(*programs, stream, compiled.function, compiled.packed_metadata, *no_hooks, *arguments, *in_order)
 
 
+def row_stride(tensor: Tensor) -> int:
+    """From one token's row to the next; 0 for what all tokens share."""
+    return tensor.stride(-2) if tensor.dim() > 1 else 0
+
+
 def _kinds(arguments: Sequence[Tensor | int | None]) -> tuple[object, ...]:
     kinds: list[object] = []
     for argument in arguments:  # in one loop: a call each would take as long as all else here

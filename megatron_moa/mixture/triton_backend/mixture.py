@@ -47,7 +47,7 @@ from megatron_moa.mixture.triton_backend.language import (
     widened,
     zeros,
 )
-from megatron_moa.mixture.triton_backend.launch import launch
+from megatron_moa.mixture.triton_backend.launch import launch, row_stride
 from megatron_moa.mixture.triton_backend.tile_sizes import Configuration, configuration
 
 MOST_SUMS = 28  # of the quadratic form in one launch: all of seven activations
@@ -209,12 +209,13 @@ def _mixture_backward_kernel(
 def forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
     """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     z, coefficients, bias, scale = inputs
-    tokens, f = z.shape[0], z.shape[1] // (2 if mixing.gated else 1)
-    out = z.new_empty(tokens, f)
+    *tokens, width = z.shape
+    f = width // 2 if mixing.gated else width
+    out = z.new_empty(*tokens, f)
     chosen = configuration("forward", mixing.form, f, z.device)
-    arguments = (*inputs, out, z.stride(0), coefficients.stride(0) if coefficients.dim() > 1 else 0)
+    arguments = (*inputs, out, row_stride(z), row_stride(coefficients))
     constants = _forward_constants(mixing, f, target_of(z.dtype), bias is not None, scale is not None, chosen)
-    launch(_mixture_forward_kernel, (tokens,), arguments, constants, chosen.warps)
+    launch(_mixture_forward_kernel, (out.numel() // f,), arguments, constants, chosen.warps)
     return out
 
 
@@ -226,7 +227,8 @@ def backward(
     """
     z, coefficients, bias, scale = inputs
     need_z, need_coefficients, need_scale = needed
-    tokens, f = grad.shape
+    f = grad.shape[-1]
+    tokens = grad.numel() // f
     n = mixing.num_coefficients
     per_token = coefficients.dim() > 1
     chosen = configuration("backward", mixing.form, f, z.device)
@@ -234,7 +236,9 @@ def backward(
     programs = -(-tokens // rows)
     grad_z = (z if mixing.overwrite else torch.empty_like(z)) if need_z else None
     grad_scale = torch.empty_like(scale) if need_scale else None
-    sums = torch.empty(programs, n, dtype=torch.float32, device=z.device) if need_coefficients else None
+    sums = None
+    if need_coefficients:
+        sums = torch.empty_like(coefficients) if per_token else coefficients.new_empty(programs, n)
     arguments = (
         grad,
         *inputs,
@@ -242,10 +246,10 @@ def backward(
         sums,
         grad_scale,
         tokens,
-        grad.stride(0),
-        z.stride(0),
-        grad_z.stride(0) if need_z else 0,
-        coefficients.stride(0) if per_token else 0,
+        row_stride(grad),
+        row_stride(z),
+        row_stride(grad_z) if need_z else 0,
+        row_stride(coefficients),
     )
     launches = _backward_constants(
         mixing, f, target_of(z.dtype), bias is not None, scale is not None, chosen, tuple(needed), rows
