@@ -105,17 +105,17 @@ def gated_mixture(
     Returns:
         The mixture, and the coefficients [..., n], which are for looking at: no gradient flows back through them.
     """
-    backend = _fused_backend(mixing, preactivation)
-    if backend is None:
-        coefficients = reference.gate_coefficients(*gate[:2], mixing, *gate[2:])
-        out = reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
-        return out, coefficients.detach()
     if gate.x.shape[:-1] != preactivation.shape[:-1] or gate.weight.shape[-2] != mixing.num_coefficients:
         raise ValueError(
             f"gate of {tuple(gate.x.shape)} by {tuple(gate.weight.shape)}: {mixing.form} over {mixing.num_activations} "
             f"activations needs {mixing.num_coefficients} coefficients for each of {tuple(preactivation.shape)}"
         )
     _check_preactivation(preactivation, mixing, bias, per_token_scale)
+    backend = _fused_backend(mixing, preactivation)
+    if backend is None:
+        coefficients = reference.gate_coefficients(*gate[:2], mixing, *gate[2:])
+        out = reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
+        return out, coefficients.detach()
     return autograd.gated_mixture(backend, gate, preactivation, mixing, bias, per_token_scale)
 
 

@@ -19,8 +19,8 @@ from triton.runtime import driver
 
 _KNOWN = triton.__version__.startswith("3.6.") and torch.version.hip is None and not knobs.runtime.interpret
 
-# By kind: the compiled kernel, its constants in order, and the object they came in, whose address is part of the kind.
-_compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...], dict[str, object]]] = {}
+# By kind: the compiled kernel, its constants in order, and the objects whose addresses are part of the kind.
+_compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...], dict[str, object], triton.JITFunction]] = {}
 
 
 def launch(
@@ -41,14 +41,14 @@ def launch(
         kernel[grid](*arguments, **constants, num_warps=warps)
         return
     device = driver.active.get_current_device()
-    kind = kernel, warps, device, id(constants), _kinds(arguments)
+    kind = id(kernel), warps, device, id(constants), _kinds(arguments)
     found = _compiled.get(kind)
     if found is None:
         compiled = kernel[grid](*arguments, **constants, num_warps=warps)
         in_order = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-        _compiled[kind] = compiled, in_order, constants
+        _compiled[kind] = compiled, in_order, constants, kernel
         return
-    compiled, in_order, _ = found
+    compiled, in_order, *_ = found
     stream = driver.active.get_current_stream(device)
     programs = (*grid, 1, 1)[:3]
     no_hooks = None, None, None

@@ -1,0 +1,147 @@
+"""Gate and mixture as one function of autograd's: to the bit what they are one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_moa.mixture.autograd import GateInputs
+from megatron_moa.mixture.config import FORMS, MixtureConfig
+from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOKENS, F, H = (5, 2), 6, 7
+ENDS = [3, 3, 10]  # the second expert has no tokens
+
+
+def settings(form: str, backend: str, **others: object) -> MixtureConfig:
+    return MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend, **others)
+
+
+def inputs(mixing: MixtureConfig, dtype: torch.dtype, grouped: bool = False) -> dict[str, Tensor]:
+    """All that the two take, with gradients; for experts the tokens in one dimension."""
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int, own: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, own).requires_grad_()
+
+    tokens, experts = ((10,), (3,)) if grouped else (TOKENS, ())
+    n, width = mixing.num_coefficients, 2 * F if mixing.gated else F
+    found = {
+        "z": normal(*tokens, width), "x": normal(*tokens, H), "u": normal(*experts, n, H), "s": normal(*tokens),
+    }  # fmt: skip
+    if mixing.gate_bias:
+        found |= {"b": normal(*experts, n), "fc1_bias": normal(width)}
+    if mixing.amplitude == "learned":
+        found["a"] = normal(*experts, n)
+    return found
+
+
+def step(mixing: MixtureConfig, given: dict[str, Tensor], together: bool, ends: Tensor | None = None) -> list[Tensor]:
+    """Mixture, coefficients and all gradients; fc1's output is a result, as it is in a layer."""
+    z = given["z"] * 1
+    constant = torch.full((1,), 0.5, device=DEVICE)
+    gate = GateInputs(given["x"], given["u"], given.get("b"), given.get("a"), constant, ends)
+    if together:
+        out, coefficients = gated_mixture(z, gate, mixing, given.get("fc1_bias"), given["s"])
+    else:
+        coefficients = gate_coefficients(*gate[:2], mixing, *gate[2:])
+        out = mixed_activation(z, coefficients, mixing, given.get("fc1_bias"), given["s"])
+    wanted = [tensor for tensor in given.values() if tensor.requires_grad]
+    weights = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
+    return [out, coefficients, *torch.autograd.grad((out * weights).sum(), wanted)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("form", "backend", "others"),
+    [
+        *((form, "eager", {}) for form in FORMS),
+        ("bi-sided", "eager", {"gate_bias": True, "amplitude": "learned"}),
+        ("bi-sided", "triton", {}),
+        ("one-sided", "triton", {"gate_bias": True, "amplitude": "learned", "gate": "tanh"}),
+        ("bi-sided", "triton", {"overwrite": True}),
+        pytest.param("type1", "triton", {"gate": "softmax"}, marks=pytest.mark.full),
+        pytest.param("bi-sided", "compile", {"gate_bias": True}, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_equals_one_after_the_other(form: str, backend: str, others: dict, dtype: torch.dtype) -> None:
+    mixing = settings(form, backend, **others)
+    apart, together = (step(mixing, inputs(mixing, dtype), fused) for fused in (False, True))
+    assert len(apart) == len(together)
+    for one, other in zip(apart, together, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", pytest.param("compile", marks=pytest.mark.full)])
+def test_equals_one_after_the_other_for_experts(backend: str) -> None:
+    mixing = settings("one-sided", backend, gate_bias=True, amplitude="learned")
+    ends = torch.tensor(ENDS, dtype=torch.int32, device=DEVICE)
+    apart, together = (step(mixing, inputs(mixing, torch.float32, True), f, ends) for f in (False, True))
+    for one, other in zip(apart, together, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_what_is_frozen_takes_no_gradient(backend: str) -> None:
+    """Gates alone, fc1's output alone, x alone: the others' gradients are what they were."""
+    mixing = settings("bi-sided", backend)
+    whole = dict(zip("zxus", step(mixing, inputs(mixing, torch.float32), True)[2:], strict=True))
+    for trained in ("z", "x", "u", "s"):
+        given = inputs(mixing, torch.float32)
+        for name, tensor in given.items():
+            tensor.requires_grad = name == trained
+        *_, grad = step(mixing, given, True)
+        assert torch.equal(grad, whole[trained]), trained
+
+
+def test_coefficients_are_for_looking_at() -> None:
+    for backend in ("eager", "triton"):
+        mixing = settings("bi-sided", backend)
+        given = inputs(mixing, torch.float32)
+        out, coefficients = gated_mixture(given["z"], GateInputs(given["x"], given["u"]), mixing)
+        assert out.requires_grad
+        assert not coefficients.requires_grad
+        assert coefficients.shape == (*TOKENS, mixing.num_coefficients)
+
+
+def test_no_tokens() -> None:
+    mixing = settings("bi-sided", "triton")
+    given = {
+        name: t.detach()[:0].requires_grad_() if name != "u" else t
+        for name, t in inputs(mixing, torch.float32).items()
+    }  # fmt: skip
+    out, coefficients, *grads = step(mixing, given, True)
+    assert out.shape == (0, 2, F)
+    assert coefficients.shape == (0, 2, mixing.num_coefficients)
+    assert not any(grad.any() for grad in grads)
+
+
+def test_a_second_backward_through_what_was_overwritten() -> None:
+    mixing = settings("bi-sided", "triton", overwrite=True)
+    given = inputs(mixing, torch.float32)
+    out, _ = gated_mixture(given["z"] * 1, GateInputs(given["x"], given["u"]), mixing)
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="--moa-overwrite-preactivation: a second backward"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda given: given | {"x": given["x"][:3]}, r"gate of \(3, 2, 7\) by \(4, 7\): bi-sided over 2 activations"),
+        (lambda given: given | {"u": given["u"][:3]}, r"by \(3, 7\): .* needs 4 coefficients for each of \(5, 2, 12\)"),
+        (lambda given: given | {"z": given["z"][..., :5]}, r"preactivation \(5, 2, 5\): bi-sided needs two halves"),
+        (lambda given: given | {"s": given["s"][:3]}, r"per_token_scale \(3, 2\): needs \[5, 2\]"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_shapes_that_do_not_fit(backend: str, change: Callable[[dict], dict], message: str) -> None:
+    mixing = settings("bi-sided", backend)
+    given = change(inputs(mixing, torch.float32))
+    with pytest.raises(ValueError, match=message):
+        gated_mixture(given["z"], GateInputs(given["x"], given["u"]), mixing, None, given["s"])
