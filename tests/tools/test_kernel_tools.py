@@ -151,7 +151,7 @@ def test_kernels_compile_for_other_gpus(architecture: int | str) -> None:
         "        code = tool.compile_launch(launch, architecture).asm\n"
         "        print(len(code['hsaco' if isinstance(architecture, str) else 'cubin']))\n"
     )
-    assert len(sizes) == 8
+    assert len(sizes) == 10
     assert min(sizes) > 1000
 
 
