@@ -33,9 +33,9 @@ from torch.nn import Parameter
 
 from megatron_moa.layers.init_scale import coefficient_scale
 from megatron_moa.megatron_fixes.gates_by_adam import train_by_adam
+from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
-from megatron_moa.mixture.autograd import GateInputs
 
 _GATE_STREAM = "moa-gate-rng"
 _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at small offsets
@@ -72,8 +72,7 @@ class InputLayout(enum.Enum):
 
 
 class Coefficients(torch.nn.Module):
-    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: coefficients of one layer, one expert or all of a
-    rank's experts.
+    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: of a layer, an expert, or all of a rank's experts.
 
     Args:
         mixing: the mixture's settings.

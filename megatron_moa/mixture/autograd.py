@@ -116,8 +116,8 @@ def gated_mixture(
     return _GatedMixture.apply(backend, mixing, z, bias, scale, *gate)
 
 
-# Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. No tensor changes its
-# dimensions on the way: each view costs the host, and outside of here a node of autograd's, too.
+# Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. No tensor changes
+# its dimensions on the way: each view costs the host, and outside of here a node of autograd's, too.
 
 
 class _Mixture(torch.autograd.Function):
@@ -186,16 +186,21 @@ class _GatedMixture(torch.autograd.Function):
     def backward(ctx: _Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 11
-        tensors = ctx.saved_tensors
-        gate, inputs = GateInputs(*tensors[:6]), MixtureInputs(*tensors[6:])
         backend, mixing = ctx.settings
         _refuse_what_is_overwritten(ctx, mixing)
+        tensors = ctx.saved_tensors
+        gate, inputs = GateInputs(*tensors[:6]), MixtureInputs(*tensors[6:])
+        # fc1's output is let go before the gate's gradients are made, as it is where the two are nodes of their own;
+        # not if the graph is kept.
+        ctx.maybe_clear_saved_tensors()
         _, _, need_z, need_bias, need_scale, *need_gate, _, _ = ctx.needs_input_grad
         needed = need_z, any(need_gate), need_bias, need_scale
         grad_z, grad_coefficients, grad_bias, grad_scale = _mix_backward(backend, inputs, mixing, None, grad, needed)
+        coefficients = inputs.coefficients
+        del tensors, inputs, grad
         grads: tuple[Tensor | None, ...] = (None,) * 4
         if grad_coefficients is not None:
-            grads = _open_backward(backend, gate, mixing, grad_coefficients, inputs.coefficients, need_gate[:2])
+            grads = _open_backward(backend, gate, mixing, grad_coefficients, coefficients, need_gate[:2])
         return None, None, grad_z, grad_bias, grad_scale, *grads, None, None
 
 
@@ -209,7 +214,7 @@ def _refuse_what_is_overwritten(ctx: _Context, mixing: MixtureConfig) -> None:
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
-    """The same, as backends want it: rows without gaps in them, and one after the other if there are more dimensions."""
+    """The same, as backends want it: rows without gaps, and one after the other if there are more dimensions than two."""
     if tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1):
         return tensor
     return tensor.contiguous()

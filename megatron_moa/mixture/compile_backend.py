@@ -32,6 +32,8 @@ _OPTIONS = {
     # it again in the one loop is cheaper, and keeps memory at SwiGLU's (docs/design/log.md).
     "realize_opcount_threshold": 1_000_000,
     "realize_reads_threshold": 1_000_000,
+    # Products and sums in one instruction, rounded once; by default inductor forbids the compiler that.
+    "cpp.enable_floating_point_contract_flag": "fast",
     # Otherwise each process first compiles and starts programs to see whether vector instructions work: seconds.
     "cpp.vec_isa_ok": True,
 }

@@ -1,4 +1,4 @@
-"""Offers ``mixed_activation``, ``gate_coefficients`` and both in one: they check shapes and call the fastest backend."""
+"""Offers ``mixed_activation``, ``gate_coefficients`` and both in one: check shapes, then call the fastest backend."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.errors import UserError
 from megatron_moa.layers import grouped_linear
-from megatron_moa.layers.coefficients import Coefficients, GateCoefficients
 from megatron_moa.layers.grouped_linear import TorchColumnParallelGroupedLinear, stacked
 from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
@@ -84,7 +83,12 @@ def step(experts: SequentialMLP | TEGroupedMLP, sizes: list[int], dtype: torch.d
     output, bias = experts(x, torch.tensor(sizes), probabilities)
     assert bias is None
     output.backward(gradient)
-    return {"output": output.detach(), "x": x.grad, "probabilities": probabilities.grad, **by_expert(experts, gradients=True)}
+    return {
+        "output": output.detach(),
+        "x": x.grad,
+        "probabilities": probabilities.grad,
+        **by_expert(experts, gradients=True),
+    }
 
 
 def reference_step(experts: SequentialMLP, mixing: MixtureConfig, sizes: list[int]) -> dict[str, Tensor]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from megatron_moa.mixture import autograd
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
@@ -128,6 +131,34 @@ def test_a_second_backward_through_what_was_overwritten() -> None:
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="--moa-overwrite-preactivation: a second backward"):
         out.sum().backward()
+
+
+def test_what_the_mixture_saved_is_let_go_before_the_gates_gradients() -> None:
+    """As it is where the two are nodes of their own: no more memory at the peak of a backward."""
+    alive = []
+
+    class Still(SimpleNamespace):
+        """A backend that computes nothing."""
+
+        def gate_backward(self, gate: GateInputs, *_: object) -> tuple[Tensor | None, ...]:
+            alive.append(not storage.expired())
+            return torch.zeros_like(gate.x), torch.zeros_like(gate.weight), None, None
+
+    mixing = settings("bi-sided", "eager")
+    given = inputs(mixing, torch.float32)
+    n = mixing.num_coefficients
+    backend = Still(
+        gate_forward=lambda gate, _: gate.x.new_zeros(*TOKENS, n),
+        mixture_forward=lambda inputs, _: inputs.z.new_zeros(*TOKENS, F),
+        mixture_backward=lambda inputs, *_: (torch.zeros_like(inputs.z), torch.zeros_like(inputs.coefficients), None),
+    )
+    z = given["z"] * 1
+    storage = StorageWeakRef(z.untyped_storage())
+    out, _ = autograd.gated_mixture(backend, GateInputs(given["x"], given["u"]), z, mixing, None, None)
+    del z
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    assert alive == [True, False]
 
 
 @pytest.mark.parametrize(
