@@ -1,13 +1,17 @@
-"""Times the whole training step of a recipe's model with a mixture and with SwiGLU, in alternation, in one process.
+"""Times the whole training step of a recipe's model with a mixture and without, in alternation, in one process.
 
-    python tools/benchmark_step.py examples/models/dense-0.5b.sh --micro-batch-size 4
-    python tools/benchmark_step.py examples/models/moe-2b.sh --layers 4 -- --moe-grouped-gemm --moa-backend compile
-    torchrun --nproc-per-node 2 tools/benchmark_step.py examples/models/dense-2b.sh -- --tensor-model-parallel-size 2
+    python tools/benchmark_step.py dense-0.5b --arms moa compiled --micro-batch-size 4
+    python tools/benchmark_step.py dense-0.5b --type1 --arms moa compiled --micro-batch-size 4
+    python tools/benchmark_step.py moe-2b --layers 4 -- --moe-grouped-gemm --moa-backend compile
+    torchrun --nproc-per-node 2 tools/benchmark_step.py dense-2b -- --tensor-model-parallel-size 2
 
 A step is Megatron's own train_step: forward, backward, reduction of gradients by its DDP, clipping, Adam, schedule.
-Tokens are random and on the device already. RECIPE is a bash file with an array MODEL_ARGS; flags after ``--`` are
-pretrain_gpt_moa.py's and hold for all arms. Every arm's model and optimizer are held at once: where two do not fit,
---layers cuts the depth, and the output says so. bf16 on a GPU, float32 on a CPU, unless --dtype says otherwise.
+Tokens are random and on the device already. RECIPE is a model of examples/models, or a bash file with an array
+MODEL_ARGS; flags after ``--`` are pretrain_gpt_moa.py's and hold for all arms. The stock arm, to which all are
+compared, has the recipe's baseline: SwiGLU, with --type1 squared ReLU. The arm "compiled" is MoA's equations by plain
+torch.compile, as the paper timed them (megatron_moa/research/benchmarks/plain_compile.py). Every arm's model and
+optimizer are held at once: where two do not fit, --layers cuts the depth, and the output says so. bf16 on a GPU,
+float32 on a CPU, unless --dtype says otherwise.
 
 Results of the mixture are compared with float64 first; a wrong one ends the program, exit code 1. TFLOP/s are the
 model's, as Megatron counts them for the stock model; "state" is what model, gradients and optimizer hold, "peak"
@@ -19,6 +23,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -33,11 +38,12 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
 from megatron_moa.research.benchmarks import conditions, peak_memory, timing
+from megatron_moa.research.benchmarks.plain_compile import compiled_reference
 from megatron_moa.research.benchmarks.train_step import build, random_batches
 from megatron_moa.runs.recipes import read_recipe
 
 PROGRAM = "benchmark_step.py"
-LABELS = {"none": "SwiGLU", "la": "LA", "moa": "MoA"}
+LABELS = {"la": "LA", "moa": "MoA", "compiled": "MoA by plain torch.compile"}
 
 # What a recipe's shape leaves to a run.
 RUN = (
@@ -48,7 +54,7 @@ RUN = (
 
 def stock_arguments(options: argparse.Namespace) -> list[str]:
     """All flags of the stock arm."""
-    flags = [*RUN, *read_recipe(options.recipe), "--micro-batch-size", options.micro_batch_size]
+    flags = [*RUN, *read_recipe(options.recipe, baseline=True), "--micro-batch-size", options.micro_batch_size]
     if options.global_batch_size:
         flags += ["--global-batch-size", options.global_batch_size]
     if options.layers:
@@ -83,8 +89,10 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
     stock, _ = parse_arguments()
     found: dict[str, tuple[argparse.Namespace, MixtureConfig | None]] = {"none": (stock, None)}
     for name in options.arms:
-        own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", name])
+        kind = ["moa", "--moa-backend", "eager"] if name == "compiled" else [name]
+        own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", *kind])
         args = copy.deepcopy(stock)
+        args.squared_relu = False
         vars(args).update({key: value for key, value in vars(own).items() if key.startswith("moa_")})
         mixing = mixing_from_args(args)
         resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
@@ -122,11 +130,13 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
     check(options, parsed)
     stock_args = parsed["none"][0]
     batches = random_batches(stock_args)
+    activation = "SwiGLU" if stock_args.swiglu else "ReLU²" if stock_args.squared_relu else "GELU"
     arms = []
     try:
         for name, (args, mixing) in parsed.items():
+            context = compiled_reference if name == "compiled" else contextlib.nullcontext
             with contextlib.redirect_stdout(sys.stderr):
-                arms.append(build(LABELS[name], args, mixing, batches))
+                arms.append(build(LABELS.get(name, activation), args, mixing, batches, context))
         barrier = torch.distributed.barrier if torch.distributed.get_world_size() > 1 else lambda: None
         runs = {arm.name: arm.run for arm in arms}
         timings = timing.time_alternately(runs, device, options.rounds, warmup=2, before_each=barrier)
@@ -142,14 +152,17 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
     records = []
     for arm in arms:
         seconds = timings.median(arm.name, "step") / 1000
+        backend = arm.mixing and resolve_backend(arm.mixing.backend, device.type)
+        if arm.name == LABELS["compiled"]:
+            backend = "none: the reference by torch.compile"
         records.append(
             {
                 "arm": arm.name,
-                "recipe": options.recipe.stem,
+                "recipe": recipe_name(options),
                 "layers": stock_args.num_layers,
                 "cut": bool(options.layers),
                 "mixing": arm.mixing and arm.mixing.describe(),
-                "backend": arm.mixing and resolve_backend(arm.mixing.backend, device.type),
+                "backend": backend,
                 "dtype": options.dtype,
                 "parameters": arm.parameters,
                 "micro_batch_size": stock_args.micro_batch_size,
@@ -168,10 +181,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
     return records
 
 
+def recipe_name(options: argparse.Namespace) -> str:
+    """The model, and whether its layers are of Type I by flag."""
+    return options.recipe.name.removesuffix(".sh") + (", Type I" if options.type1 else "")
+
+
 def print_table(records: list[dict[str, Any]]) -> None:
     """One line an arm."""
-    header = ("", "parameters", "ms a step (quartiles)", "to SwiGLU", "tokens/s", "model TFLOP/s")
-    header += ("state MB", "peak MB", "to SwiGLU")
+    header = ("", "parameters", "ms a step (quartiles)", "to stock", "tokens/s", "model TFLOP/s")
+    header += ("state MB", "peak MB", "to stock")
     rows = []
     for record in records:
         first, third = record["ms_quartiles"]["step"]
@@ -199,8 +217,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         argv, megatron = argv[:split], argv[split + 1 :]
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = {"type": positive, "metavar": "N"}
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a bash file with the array MODEL_ARGS")
-    parser.add_argument("--arms", nargs="+", choices=("la", "moa"), default=["la", "moa"], help="beside SwiGLU")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a model of examples/models, or a bash file")
+    parser.add_argument("--arms", nargs="+", choices=tuple(LABELS), default=["la", "moa"], help="beside stock")
+    parser.add_argument("--type1", action="store_true", help="the recipe with Type I layers (its FFN=type1)")
     parser.add_argument("--layers", **size, help="cut the model to so many layers")
     parser.add_argument("--micro-batch-size", **size, default=1, help="sequences (default: %(default)s)")
     parser.add_argument("--global-batch-size", **size, help="default: one micro-batch a data-parallel rank")
@@ -216,6 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     """Checks, times, reports."""
     with one_line_errors(PROGRAM):
         options = parse(sys.argv[1:] if argv is None else argv)
+        if options.type1:
+            os.environ["FFN"] = "type1"
         read_recipe(options.recipe)
         device, _ = conditions.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
@@ -227,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         first = records[0]
         cut = f", CUT TO {first['layers']} LAYERS" if first["cut"] else f", {first['layers']} layers"
         batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
-        print(f"\n{options.recipe.stem}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
+        print(f"\n{recipe_name(options)}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
         print_table(records)
         conditions.append_records(options.json, "step", surroundings, records)
     torch.distributed.destroy_process_group()

@@ -183,8 +183,8 @@ def _layers(records: list[Record]) -> Iterator[str]:
 
 
 def _steps(records: list[Record]) -> Iterator[str]:
-    header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "quartiles", "to SwiGLU")
-    header += ("tokens/s", "model TFLOP/s", "state MB", "peak MB", "to SwiGLU")
+    header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "quartiles", "to stock")
+    header += ("tokens/s", "model TFLOP/s", "state MB", "peak MB", "to stock")
     yield markdown_table(
         header,
         (

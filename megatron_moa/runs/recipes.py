@@ -48,14 +48,16 @@ def model_path(model: str) -> Path:
     return names[model]
 
 
-def read_recipe(path: Path) -> list[str]:
-    """The array MODEL_ARGS of a bash file, as bash reads it.
+def read_recipe(path: Path, baseline: bool = False) -> list[str]:
+    """The array MODEL_ARGS of a bash file, as bash reads it; with ``baseline`` BASELINE_ARGS, too, where there are any.
 
     Raises:
         UserError: no such file, or no such array.
     """
     path = model_path(str(path))
     script = 'set -eu; source "$1"; : "${MODEL_ARGS[0]}"; printf "%s\\0" "${MODEL_ARGS[@]}"'
+    if baseline:
+        script += ' ${BASELINE_ARGS[@]+"${BASELINE_ARGS[@]}"}'
     done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,14 @@ class TrainStep:
     state_bytes: int | None
 
 
-def build(name: str, args: argparse.Namespace, mixing: MixtureConfig | None, batches: Iterator[dict]) -> TrainStep:
-    """Model, optimizer and schedule as Megatron sets them up; the run is one training step."""
+def build(
+    name: str,
+    args: argparse.Namespace,
+    mixing: MixtureConfig | None,
+    batches: Iterator[dict],
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> TrainStep:
+    """Model, optimizer and schedule as Megatron sets them up; the run is one training step inside ``context``."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -59,7 +66,9 @@ def build(name: str, args: argparse.Namespace, mixing: MixtureConfig | None, bat
     iterator = RerunDataIterator(batches)
 
     def run(lap: timing.Lap) -> None:
-        train_step(forward_step, iterator, model, optimizer, schedule, config, get_forward_backward_func(), iteration=0)
+        passes = get_forward_backward_func()
+        with context():
+            train_step(forward_step, iterator, model, optimizer, schedule, config, passes, iteration=0)
         lap("step")
 
     run(timing.no_lap)  # the optimizer makes its state in its first step
