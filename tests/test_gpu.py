@@ -1,6 +1,7 @@
 """What only a GPU can show: accuracy at larger sizes, CUDA graphs, training. Skipped without one.
 
-In this order, should time run out: what has not run on a GPU yet first, what compiles longest last.
+In this order, should time run out: what has not run on a GPU yet first, then what compiles longest; at the end
+tanh.approx of every float32. tools/gpu_suite.sh runs the three apart.
 """
 
 from __future__ import annotations
@@ -20,33 +21,6 @@ from tests.support.training import MOE, SWIGLU, train
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def test_tanh_has_eleven_bits_everywhere() -> None:
-    """``tanh.approx.f32`` of every float32, in 64 parts: what tests/mixture/test_approximations.py emulates."""
-    import triton
-    import triton.language as tl
-
-    from megatron_moa.mixture.triton_backend.language import coarse_tanh
-
-    @triton.jit
-    def kernel(x, out, BLOCK: tl.constexpr):
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out + at, coarse_tanh(tl.load(x + at)))
-
-    count = 2**26
-    worst = 0.0
-    for part in range(-32, 32):
-        bits = torch.arange(part * count, (part + 1) * count, dtype=torch.int64, device="cuda")
-        x = bits.to(torch.int32).view(torch.float32)
-        out = torch.empty_like(x)
-        kernel[(count // 1024,)](x, out, BLOCK=1024)
-        normal = x.isfinite() & (x.abs() >= torch.finfo(torch.float32).tiny)
-        right = torch.tanh(x[normal].double())
-        worst = max(worst, ((out[normal].double() - right) / right).abs().max().item() if len(right) else 0.0)
-        assert out[x.isnan()].isnan().all()
-    print(f"tanh.approx.f32: relative error at most 2^{math.log2(worst):.3f}")
-    assert worst <= 2.0**-10.98
 
 
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
@@ -114,3 +88,30 @@ def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: t
     mixing = MixtureConfig(kind=mixing_name, form=form, backend=backend)
     for tokens, width in ((257, 512), (4097, 1408), (3, 127)):
         kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))
+
+
+def test_tanh_has_eleven_bits_everywhere() -> None:
+    """``tanh.approx.f32`` of every float32, in 64 parts: what tests/mixture/test_approximations.py emulates."""
+    import triton
+    import triton.language as tl
+
+    from megatron_moa.mixture.triton_backend.language import coarse_tanh
+
+    @triton.jit
+    def kernel(x, out, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + at, coarse_tanh(tl.load(x + at)))
+
+    count = 2**26
+    worst = 0.0
+    for part in range(-32, 32):
+        bits = torch.arange(part * count, (part + 1) * count, dtype=torch.int64, device="cuda")
+        x = bits.to(torch.int32).view(torch.float32)
+        out = torch.empty_like(x)
+        kernel[(count // 1024,)](x, out, BLOCK=1024)
+        normal = x.isfinite() & (x.abs() >= torch.finfo(torch.float32).tiny)
+        right = torch.tanh(x[normal].double())
+        worst = max(worst, ((out[normal].double() - right) / right).abs().max().item() if len(right) else 0.0)
+        assert out[x.isnan()].isnan().all()
+    print(f"tanh.approx.f32: relative error at most 2^{math.log2(worst):.3f}")
+    assert worst <= 2.0**-10.98

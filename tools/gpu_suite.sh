@@ -8,6 +8,7 @@
 # Hardware: one GPU of 80 GB (H100 or H200), 16 CPU cores. Duration: under 10 minutes (SUITE_SECONDS, 570): what no time
 # is left for is recorded as out of time. Needs torch, triton and megatron-core; no network, nothing installed; with
 # pytest and pytest-xdist tests/test_gpu.py runs, too.
+# Order: tests that never ran on a GPU, kernels, steps of four recipes, tanh.approx of all inputs; then the rest.
 # Results: results.jsonl (every figure with its environment), results.md (the same as tables), logs/ (one a step).
 # Every step has a time limit; one that fails is recorded and the others go on. Exit code 1 if any failed.
 set -u
@@ -63,9 +64,13 @@ run() {
 kernels() { run "$1" "$2" "$PYTHON" tools/benchmark_kernels.py --device "$SUITE_DEVICE" --json "$JSON" "${@:3}"; }
 layer() { run "$1" "$2" "$PYTHON" tools/benchmark_layer.py --device "$SUITE_DEVICE" --json "$JSON" "${@:3}"; }
 
-# step RECIPE LIMIT ARGUMENTS...
-step() {
-    run "step-$1" "$2" "$PYTHON" tools/benchmark_step.py "examples/models/$1.sh" --json "$JSON" "${@:3}" "${SHRINK[@]}"
+# step NAME LIMIT RECIPE ARGUMENTS...
+step() { run "step-$1" "$2" "$PYTHON" tools/benchmark_step.py --json "$JSON" "${@:3}" "${SHRINK[@]}"; }
+
+# tests NAME LIMIT WHICH WORKERS  those of tests/test_gpu.py that pytest's expression names; none without a GPU.
+tests() {
+    [ "$SUITE_DEVICE" = cuda ] && "$PYTHON" -c 'import pytest, xdist' 2>/dev/null || return 0
+    run "$1" "$2" "$PYTHON" -m pytest -v -s -n "$4" -p no:cacheprovider tests/test_gpu.py -k "$3"
 }
 
 # train MIXING ARM LIMIT FLAGS...
@@ -80,16 +85,10 @@ train() {
             --json "$JSON"
 }
 
-# check LIMIT DTYPE-BACKEND...  all forms of these, and the tests, at once: only times must not share the GPU.
+# check LIMIT DTYPE-BACKEND...  all forms of these at once: only times must not share the GPU.
 check() {
     local start=$SECONDS limit=$1 name code checked form names=() pids=()
     shift
-    if [ "$SUITE_DEVICE" = cuda ] && "$PYTHON" -c 'import pytest, xdist' 2>/dev/null; then
-        timeout -k 5 "$limit" "$PYTHON" -m pytest -v -n 8 -p no:cacheprovider tests/test_gpu.py \
-            >"$OUT/logs/tests.log" 2>&1 &
-        pids+=($!)
-        names+=(tests)
-    fi
     for checked in "$@"; do
         for form in "${FORMS[@]}"; do
             name=accuracy-$checked-$form
@@ -116,27 +115,33 @@ if [ "$SUITE_SCALE" = full ]; then
     SHRINK=()
     TRAINING=(--bf16 --micro-batch-size 16 --global-batch-size 16 --train-iters 300 --lr-warmup-iters 30
         --log-interval 10 --eval-interval 300 --eval-iters 10)
+    ACCURACY=test_mixture_is_accurate TANH=test_tanh_has_eleven_bits_everywhere
+    tests tests-first 150 "not $ACCURACY and not $TANH" 14
+    # Each of these first compares its own results with float64, so no wrong kernel is timed.
+    kernels kernels-2b 90 --tokens 8192 --ffn 8192 --form type1 bi-sided                                          # 62
+    kernels kernels-others 60 --tokens 8192 --ffn 8192 --backend triton --form one-sided quadratic
+    step dense-0.12b 60 dense-0.12b --micro-batch-size 16 --arms moa compiled
+    step dense-0.5b 60 dense-0.5b --micro-batch-size 8 --arms moa compiled
+    step dense-0.5b-type1 60 dense-0.5b --type1 --micro-batch-size 8 --arms moa compiled
+    step dense-2b 60 dense-2b --layers 8 --micro-batch-size 4 --arms moa compiled                 # 33 with la, moa
+    step moe-2b 60 moe-2b --layers 6 --micro-batch-size 8 --arms moa -- --moe-grouped-gemm
+    tests tests-tanh 60 "$TANH" 0
     # 135 for twelve processes of Triton's beside 16 other busy ones on 16 cores. The compiler takes several times as
     # long: the tests check it in the other dtypes. The reference is what all are held to.
     check 220 fp32-triton bf16-triton fp16-triton bf16-compile
-    kernels kernels-2b 90 --tokens 8192 --ffn 8192 --form type1 bi-sided                                          # 62
-    step dense-2b 60 --layers 8 --micro-batch-size 4                                                              # 33
     layer layer-dense-2b 60 --hidden 2048 --ffn 8192 --tokens 8192 --form type1 bi-sided --recompute              # 40
     run corpus 40 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus"                                              # 12
     train moa MoA 70
     train none SwiGLU 70
-    step dense-0.12b 50 --micro-batch-size 16
-    step moe-2b 50 --layers 6 --micro-batch-size 8 --arms moa -- --moe-grouped-gemm
     layer layer-moe-2b 60 --hidden 1280 --ffn 853 --tokens 8192 --experts 32 --topk 4 --form one-sided --mixing moa
-    kernels kernels-others 60 --tokens 8192 --ffn 8192 --backend triton --form one-sided quadratic
     kernels kernels-by-k 50 --grow activations --values 1 2 4 7 12 --tokens 8192 --ffn 8192 --backend triton \
         --form bi-sided --mixing moa
-    step dense-0.5b 50 --micro-batch-size 8 --arms moa
-    step moe-0.5b 50 --micro-batch-size 8 --arms moa -- --moe-grouped-gemm
+    step moe-0.5b 50 moe-0.5b --micro-batch-size 8 --arms moa -- --moe-grouped-gemm
     kernels kernels-smaller 50 --grow ffn --values 2048 3413 --tokens 8192 --backend triton
     layer layer-dense-0.5b 40 --hidden 1280 --ffn 3413 --tokens 16384 --form bi-sided quadratic --mixing moa
     layer layer-dense-0.12b 40 --hidden 768 --ffn 2048 --tokens 16384 --form bi-sided quadratic --mixing moa
     layer layer-moe-0.5b 50 --hidden 768 --ffn 512 --tokens 8192 --experts 32 --topk 4 --form one-sided --mixing moa
+    tests tests-accuracy 220 "$ACCURACY" 14
 else
     FORMS=(type1 bi-sided)
     SHRINK=(-- --num-layers 1 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 64
@@ -148,7 +153,7 @@ else
     kernels kernels 120 --grow ffn --values 32 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-dense 120 --hidden 32 --ffn 48 --tokens 64 --backend eager --rounds 2 --form type1 bi-sided
     layer layer-moe 120 --hidden 32 --ffn 48 --tokens 64 --experts 4 --backend eager --rounds 2 --form one-sided
-    step dense-0.12b 120 --micro-batch-size 2 --rounds 2
+    step dense-0.12b 120 dense-0.12b --micro-batch-size 2 --rounds 2
     run corpus 120 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus" --glob 'asyncio/*.py'
     train moa MoA 120 --moa-backend eager
     train none SwiGLU 120

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+from megatron_moa.mixture import functional, reference
+from megatron_moa.mixture.autograd import GateInputs
+from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.research.benchmarks.plain_compile import compiled_reference
 from tests.end_to_end.test_large_worlds import recipe
 from tests.support.training import ROOT, Run, run_script
 from tools import benchmark_host, benchmark_kernels, benchmark_layer, benchmark_step
@@ -166,8 +172,6 @@ def test_kernels_records(tmp_path: Path) -> None:
 
 
 def test_type1_counts_fewer_bytes() -> None:
-    import torch
-
     maker = benchmark_kernels.Maker(benchmark_kernels.Sizes(16, 8, 4), torch.device("cpu"), torch.bfloat16)
     assert maker.activation_bytes(False) == {"forward": 2 * 16 * 8 * 2, "backward": 3 * 16 * 8 * 2}
 
@@ -212,16 +216,21 @@ def tiny_recipe(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_step_records(tmp_path: Path, tiny_recipe: Path) -> None:
     results = tmp_path / "results.jsonl"
-    flags = ("--layers", "1", "--micro-batch-size", "2", "--json", str(results), "--", "--moa-backend", "eager")
+    flags = ("--arms", "la", "moa", "compiled", "--layers", "1", "--micro-batch-size", "2", "--json", str(results))
+    flags += ("--", "--moa-backend", "eager")
     run = run_script("tools/benchmark_step.py", [str(tiny_recipe), *CPU, *flags])
     assert "CUT TO 1 LAYERS" in run.log
-    swiglu, la, moa = read(results)
+    swiglu, la, moa, compiled = read(results)
     assert [record["arm"] for record in (swiglu, la, moa)] == ["SwiGLU", "LA", "MoA"]
+    assert compiled["arm"] == "MoA by plain torch.compile"
+    assert compiled["parameters"] == moa["parameters"]
+    assert compiled["backend"] == "none: the reference by torch.compile"
+    assert swiglu["recipe"] == "tiny"
     assert swiglu["mixing"] is None
     assert (la["parameters"] - swiglu["parameters"], moa["parameters"] - swiglu["parameters"]) == (14, 14 * 32)
     assert moa["backend"] == "eager"
     assert swiglu["ratio"] == 1
-    for record in (swiglu, la, moa):
+    for record in (swiglu, la, moa, compiled):
         assert record["tokens_per_s"] == pytest.approx(2 * 32 / record["ms"]["step"] * 1000)
         assert record["peak_bytes"] > 0
 
@@ -230,6 +239,44 @@ def test_recipe_is_read_as_bash_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "recipe.sh"
     path.write_text("SIZE=${SIZE:-32}\nMODEL_ARGS=(\n    --hidden-size $SIZE  # comment\n    --name 'two words'\n)\n")
     assert benchmark_step.read_recipe(path) == ["--hidden-size", "32", "--name", "two words"]
+
+
+@pytest.mark.parametrize("name", ["dense-0.12b", "dense-0.5b", "dense-2b", "moe-2b"])
+def test_recipes_are_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = benchmark_step.parse([name, "--type1"])
+    assert benchmark_step.recipe_name(options) == f"{name}, Type I"
+    assert "--swiglu" in benchmark_step.read_recipe(options.recipe, baseline=True)
+    monkeypatch.setenv("FFN", "type1")
+    assert benchmark_step.read_recipe(options.recipe, baseline=True)[-1] == "--squared-relu"
+    assert "--squared-relu" not in benchmark_step.read_recipe(options.recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["type1", "bi-sided"])
+def test_plain_compile_computes_the_reference(form: str) -> None:
+    """Gate and mixture, in bfloat16 and float32, also with a gate a group; the reference stands again afterwards."""
+    mixing = MixtureConfig(form=form, backend="eager")
+    plain = reference.mixed_activation
+    for dtype, groups in ((torch.bfloat16, None), (torch.float32, None), (torch.float32, [3, 3, 12])):
+        generator = torch.Generator().manual_seed(0)
+        weight = (mixing.num_coefficients, 8) if groups is None else (3, mixing.num_coefficients, 8)
+        shapes = ((12, 8), weight, (12, 16))
+        x, u, z = (torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+        ends = groups and torch.tensor(groups, dtype=torch.int32)
+
+        def results(
+            x: Tensor = x, u: Tensor = u, z: Tensor = z, ends: Tensor | None = ends, mixing: MixtureConfig = mixing
+        ) -> tuple[Tensor, ...]:
+            out, _ = functional.gated_mixture(z, GateInputs(x, u, group_ends=ends), mixing)
+            return (out, *torch.autograd.grad(out.float().square().sum(), (x, u, z)))
+
+        expected = results()
+        with compiled_reference():
+            assert reference.mixed_activation is not plain
+            for actual, right in zip(results(), expected, strict=True):
+                error = (actual - right).abs().max() / right.abs().max()
+                assert error <= 8 * torch.finfo(dtype).eps
+    assert reference.mixed_activation is plain
 
 
 def test_the_stock_arm_gets_none_of_the_mixtures_flags() -> None:
