@@ -2,7 +2,7 @@
 
     python -m megatron_moa.doctor                     what is here; exit code 0 if training can start, else 1
     python -m megatron_moa.doctor --smoke             and trains a tiny mixture for five steps
-    python -m megatron_moa.doctor --recipe moe-2b     and whether GPUs take the widths of that recipe well
+    python -m megatron_moa.doctor --recipe moe-2b     and whether GPUs take that recipe's widths well, or wait for Python
     python -m megatron_moa.doctor --patches           what is changed in Megatron and torch in place, and why
     python -m megatron_moa.launch --nproc-per-node 8 -m megatron_moa.doctor --nccl     an all-reduce across these ranks
 
@@ -91,7 +91,9 @@ def _parser() -> OneLineParser:
         action="store_true",
         help="only list what is changed in Megatron and torch in place: where, why, for which version, until when",
     )
-    parser.add_argument("--recipe", metavar="MODEL", help="also look at the widths of a recipe of examples/models")
+    parser.add_argument(
+        "--recipe", metavar="MODEL", help="also look at widths and host time of a recipe of examples/models"
+    )
     parser.add_argument("--save", metavar="FOLDER", help="also look at the disk that training's --save will name")
     parser.add_argument(
         "--timeout", type=float, default=120, metavar="S", help="seconds an import may take, or with --nccl a rank"

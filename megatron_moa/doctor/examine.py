@@ -8,6 +8,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_moa.doctor.finding import CHECK, MISSING, OK, Finding, Report
+from megatron_moa.doctor.host import judge_host
 from megatron_moa.doctor.judgements import (
     judge_apex,
     judge_cuda,
@@ -35,7 +36,7 @@ def examine(seconds: float, save: str | None = None, recipe: str | None = None) 
     python = judge_python(sys.version_info, sys.executable)
     if python.state == MISSING:
         return Report([python], {})
-    recipe_findings = [check_recipe(recipe)] if recipe else []
+    recipe_findings = [check_recipe(recipe), check_host(recipe)] if recipe else []
     with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
         found = dict(zip(PROBES, pool.map(lambda name: probe(name, seconds), PROBES), strict=True))
     environment = dict(os.environ)
@@ -76,3 +77,10 @@ def check_recipe(model: str) -> Finding:
         found, _, remedy = awkward.partition("; ")
         return Finding("recipe", CHECK, f"{model}: {found}", remedy)
     return Finding("recipe", OK, f"{model}: {text}")
+
+
+def check_host(model: str) -> Finding:
+    """Looks at whether GPUs would wait for Python while they train a recipe's mixture, its variables as they are set."""
+    from megatron_moa.runs.recipes import recipe_flags
+
+    return judge_host(recipe_flags(model, "moa", ["--mock-data"]))
