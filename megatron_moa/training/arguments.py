@@ -115,6 +115,8 @@ def parse_arguments(
     check_output_folders(args)
     with megatron_checks(args):
         validate_args(args)
+    if mixing is not None:
+        check_graphs(args)
     optimizer.check_validated_arguments(args)
     if saved is not None:
         check_saved_settings(args, saved, checkpoint)
@@ -130,6 +132,31 @@ def parse_arguments(
         with progress.wandb_errors(args):
             set_global_variables(args)
     return args, mixing
+
+
+def check_graphs(args: argparse.Namespace) -> None:
+    """Refuses to log coefficients that are computed inside a CUDA graph: a replay runs no Python, so none is seen.
+
+    Args:
+        args: validated by Megatron, which turns older flags for graphs into these.
+
+    Raises:
+        UserError: such a graph covers mixtures, and ``--moa-log-interval`` asks for their coefficients.
+    """
+    if args.moa_log_interval and _graphs_cover_mixtures(args):
+        raise UserError(
+            f"--moa-log-interval {args.moa_log_interval}: a replayed graph of --cuda-graph-impl {args.cuda_graph_impl} "
+            "shows no coefficients; take --moa-log-interval 0, or --cuda-graph-modules attn"
+            + (" with --cuda-graph-impl local" if args.cuda_graph_impl == "full_iteration" else "")
+        )
+
+
+def _graphs_cover_mixtures(args: argparse.Namespace) -> bool:
+    if args.cuda_graph_impl == "none":
+        return False
+    modules = {module.name for module in args.cuda_graph_modules}  # empty: whole layers, or the whole iteration
+    with_router = bool(args.moe_shared_expert_intermediate_size) and not args.moe_shared_expert_overlap
+    return not modules or bool(modules & {"mlp", "moe"}) or ("moe_router" in modules and with_router)
 
 
 def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argparse.Namespace | None) -> None:

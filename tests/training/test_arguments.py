@@ -16,7 +16,7 @@ from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, m
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
-from megatron_moa.training.arguments import restore_model_flags
+from megatron_moa.training.arguments import check_graphs, restore_model_flags
 from megatron_moa.training.parser import add_all_arguments
 from tests.support import launch
 from tests.support.training import ROOT, SWIGLU, TINY, Run
@@ -90,6 +90,37 @@ def test_settings_come_back_from_a_checkpoints_args() -> None:
     assert mixing_from_args(stock) is None
     restore_model_flags(args, stock)
     assert mixing_from_args(args) is None
+
+
+SHARED = ("--num-experts", "4", "--moe-shared-expert-intermediate-size", "64")
+GRAPHS_BESIDE_MIXTURES = [
+    (),
+    ("--cuda-graph-impl", "local", "--cuda-graph-modules", "attn"),
+    ("--cuda-graph-impl", "local", "--cuda-graph-modules", "moe_router"),
+    (*SHARED, "--moe-shared-expert-overlap", "--cuda-graph-impl", "local", "--cuda-graph-modules", "moe_router"),
+]
+GRAPHS_OF_MIXTURES = [
+    ("--cuda-graph-impl", "local"),
+    ("--cuda-graph-impl", "transformer_engine", "--cuda-graph-modules", "attn", "mlp"),
+    ("--cuda-graph-impl", "full_iteration"),
+    (*SHARED, "--cuda-graph-impl", "local", "--cuda-graph-modules", "moe_router"),
+]
+
+
+@pytest.mark.parametrize("flags", GRAPHS_OF_MIXTURES, ids=" ".join)
+def test_logging_coefficients_inside_a_cuda_graph_is_refused(flags: tuple[str, ...]) -> None:
+    check_graphs(parse(*flags, "--moa-log-interval", "0"))
+    with pytest.raises(UserError) as refused:
+        check_graphs(parse(*flags, "--moa-log-interval", "100"))
+    text = str(refused.value)
+    assert text.startswith("--moa-log-interval 100: ") and "\n" not in text
+    assert flags[flags.index("--cuda-graph-impl") + 1] in text
+    assert "take --moa-log-interval 0" in text
+
+
+@pytest.mark.parametrize("flags", GRAPHS_BESIDE_MIXTURES, ids=" ".join)
+def test_coefficients_outside_a_cuda_graph_are_logged(flags: tuple[str, ...]) -> None:
+    check_graphs(parse(*flags, "--moa-log-interval", "100"))
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:
