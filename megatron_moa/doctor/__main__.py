@@ -2,7 +2,7 @@
 
     python -m megatron_moa.doctor                     what is here; exit code 0 if training can start, else 1
     python -m megatron_moa.doctor --smoke             and trains a tiny mixture for five steps
-    python -m megatron_moa.doctor --recipe moe-2b     and whether GPUs take that recipe's widths well, or wait for Python
+    python -m megatron_moa.doctor --recipe moe-2b     and how GPUs take its widths, and whether they wait for Python
     python -m megatron_moa.doctor --patches           what is changed in Megatron and torch in place, and why
     python -m megatron_moa.launch --nproc-per-node 8 -m megatron_moa.doctor --nccl     an all-reduce across these ranks
 

@@ -113,7 +113,8 @@ def test_logging_coefficients_inside_a_cuda_graph_is_refused(flags: tuple[str, .
     with pytest.raises(UserError) as refused:
         check_graphs(parse(*flags, "--moa-log-interval", "100"))
     text = str(refused.value)
-    assert text.startswith("--moa-log-interval 100: ") and "\n" not in text
+    assert text.startswith("--moa-log-interval 100: ")
+    assert "\n" not in text
     assert flags[flags.index("--cuda-graph-impl") + 1] in text
     assert "take --moa-log-interval 0" in text
 
