@@ -146,7 +146,7 @@ def check_graphs(args: argparse.Namespace) -> None:
     if args.moa_log_interval and _graphs_cover_mixtures(args):
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: a replayed graph of --cuda-graph-impl {args.cuda_graph_impl} "
-            "shows no coefficients; take --moa-log-interval 0, or --cuda-graph-modules attn"
+            "runs no Python to see coefficients; take --moa-log-interval 0, or --cuda-graph-modules attn"
             + (" with --cuda-graph-impl local" if args.cuda_graph_impl == "full_iteration" else "")
         )
 
