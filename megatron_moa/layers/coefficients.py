@@ -72,7 +72,7 @@ class InputLayout(enum.Enum):
 
 
 class Coefficients(torch.nn.Module):
-    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: of a layer, an expert, or all of a rank's experts.
+    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: for a layer, an expert, or a rank's experts.
 
     Args:
         mixing: the mixture's settings.

@@ -214,7 +214,7 @@ def _refuse_what_is_overwritten(ctx: _Context, mixing: MixtureConfig) -> None:
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
-    """The same, as backends want it: rows without gaps, and one after the other if there are more dimensions than two."""
+    """The same, as backends want it: rows without gaps, and beyond two dimensions one after the other."""
     if tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1):
         return tensor
     return tensor.contiguous()
