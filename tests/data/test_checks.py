@@ -263,7 +263,7 @@ def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
     start = time.process_time()
     dataset.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
     dataset.check_token_ids(str(tmp_path / "d"), 100)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < 4  # reading 20 GB would take longer on any machine
 
 
 def test_good_arguments_pass(model: str, tmp_path: Path) -> None:
