@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
@@ -69,6 +70,14 @@ class InputLayout(enum.Enum):
     SEQUENCE_SHARD = "sequence shard"
     # Every rank has all tokens, and the dispatcher sums the input's gradient over ranks: an expert.
     DISPATCHED = "dispatched"
+
+
+class Preactivation(NamedTuple):
+    """What coefficients mix: fc1's output and its companions, as in functional.mixed_activation."""
+
+    z: Tensor
+    bias: Tensor | None = None
+    per_token_scale: Tensor | None = None
 
 
 class Coefficients(torch.nn.Module):
@@ -123,21 +132,15 @@ class Coefficients(torch.nn.Module):
         return bool(self._forward_hooks)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        group_ends: Tensor | None = None,
-        preactivation: Tensor | None = None,
-        bias: Tensor | None = None,
-        per_token_scale: Tensor | None = None,
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
     ) -> Tensor:
-        """The coefficients; with ``preactivation`` the mixture itself, which is faster than one after the other.
+        """The coefficients; with ``mixed`` the mixture of it, which is faster than one after the other.
 
         Args:
             hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
             group_ends: of experts, by which the tokens are sorted: [experts] int32, the rows up to and with each
                 (megatron_moa.mixture.grouped_products).
-            preactivation: fc1's output, with ``bias`` and ``per_token_scale`` as in
-                :func:`megatron_moa.mixture.functional.mixed_activation`.
+            mixed: what the coefficients are for, or None for them alone.
 
         Returns:
             [s, b, n] or [tokens, n], LA [n] or [experts, n], float32 (float64 for float64 parameters); or the mixture.
@@ -154,6 +157,12 @@ class Coefficients(torch.nn.Module):
         if self.tp_group.size() == 1:
             return tensor
         return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
+
+    def _mixture(self, coefficients: Tensor, mixed: Preactivation | None, group_ends: Tensor | None = None) -> Tensor:
+        """What :meth:`forward` returns; ``group_ends`` where each expert has one row of coefficients."""
+        if mixed is None:
+            return coefficients
+        return mixed_activation(mixed.z, coefficients, self.mixing, mixed.bias, mixed.per_token_scale, group_ends)
 
     def _observe(self, coefficients: Tensor) -> None:
         # A forward inside backward is one that is recomputed: these tokens have been observed.
@@ -184,21 +193,13 @@ class FreeCoefficients(Coefficients):
         self._fill(self.value, coefficient_scale(mixing, config))
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        group_ends: Tensor | None = None,
-        preactivation: Tensor | None = None,
-        bias: Tensor | None = None,
-        per_token_scale: Tensor | None = None,
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
     ) -> Tensor:
         """The same for every input; their gradient is summed over the tensor-parallel ranks."""
         del hidden_states
         coefficients = _at_least_float32(self._by_expert(self.value))
         self._observe(coefficients)
-        coefficients = self._summed_over_ranks(coefficients)
-        if preactivation is None:
-            return coefficients
-        return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale, group_ends)
+        return self._mixture(self._summed_over_ranks(coefficients), mixed, group_ends)
 
 
 class GateCoefficients(Coefficients):
@@ -239,17 +240,12 @@ class GateCoefficients(Coefficients):
         torch.nn.init.normal_(weight, std=self.mixing.gate_init_std)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        group_ends: Tensor | None = None,
-        preactivation: Tensor | None = None,
-        bias: Tensor | None = None,
-        per_token_scale: Tensor | None = None,
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
     ) -> Tensor:
         """See :meth:`Coefficients.forward`."""
         inputs = self._inputs(hidden_states, group_ends)
-        if preactivation is not None and self.tp_group.size() == 1:
-            activated, coefficients = gated_mixture(preactivation, inputs, self.mixing, bias, per_token_scale)
+        if mixed is not None and self.tp_group.size() == 1:
+            activated, coefficients = gated_mixture(mixed.z, inputs, self.mixing, mixed.bias, mixed.per_token_scale)
             self._observe(coefficients)
             return activated
         coefficients = gate_coefficients(*inputs[:2], self.mixing, *inputs[2:])
@@ -261,9 +257,7 @@ class GateCoefficients(Coefficients):
             coefficients = gather_from_sequence_parallel_region(
                 coefficients, tensor_parallel_output_grad=True, group=self.tp_group
             )
-        if preactivation is None:
-            return coefficients
-        return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
+        return self._mixture(coefficients, mixed)
 
     def _inputs(self, hidden_states: Tensor, group_ends: Tensor | None) -> GateInputs:
         weight, bias, amplitude = self.weight, self.bias, self.amplitude

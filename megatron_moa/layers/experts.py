@@ -17,7 +17,7 @@ from megatron.core.typed_torch import apply_module
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_moa.layers.coefficients import build_coefficients, draw_gates_of_experts
+from megatron_moa.layers.coefficients import Preactivation, build_coefficients, draw_gates_of_experts
 from megatron_moa.layers.grouped_linear import TorchGroupedLinear, draw_expert
 from megatron_moa.layers.mlp import MixedMLP, MixedMLPSubmodules
 from megatron_moa.mixture.config import MixtureConfig
@@ -127,7 +127,8 @@ class MixedGroupedMLP(TEGroupedMLP):
         nvtx_range_push(suffix="mixture")
         checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
         if checkpoint is None and not self.coefficients.is_watched:
-            activated = self.coefficients(hidden_states, group_ends, preactivation, None, per_token_scale)  # [t, f/p]
+            mixed = Preactivation(preactivation, None, per_token_scale)
+            activated = self.coefficients(hidden_states, group_ends, mixed)  # [t, f/p]
         else:
             coefficients = self.coefficients(hidden_states, group_ends)  # [t, n] or [experts, n]
             mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)

@@ -14,7 +14,7 @@ from megatron.core.typed_torch import apply_module
 from megatron.core.utils import nvtx_range_pop, nvtx_range_push
 from torch import Tensor
 
-from megatron_moa.layers.coefficients import build_coefficients
+from megatron_moa.layers.coefficients import Preactivation, build_coefficients
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import mixed_activation
 
@@ -107,7 +107,7 @@ class MixedMLP(MLP):
         nvtx_range_pop(suffix="linear_fc1")
         nvtx_range_push(suffix="mixture")
         if checkpoint is None and not self.coefficients.is_watched:
-            activated = self.coefficients(hidden_states, None, preactivation, bias, per_token_scale)
+            activated = self.coefficients(hidden_states, None, Preactivation(preactivation, bias, per_token_scale))
         else:
             coefficients = self.coefficients(hidden_states)  # [s, b, n] or [n]
             mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)

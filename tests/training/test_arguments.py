@@ -16,7 +16,7 @@ from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, m
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
-from megatron_moa.training.arguments import check_graphs, restore_model_flags
+from megatron_moa.training.arguments import _settle, check_graphs, restore_model_flags
 from megatron_moa.training.parser import add_all_arguments
 from tests.support import launch
 from tests.support.training import ROOT, SWIGLU, TINY, Run
@@ -122,6 +122,15 @@ def test_logging_coefficients_inside_a_cuda_graph_is_refused(flags: tuple[str, .
 @pytest.mark.parametrize("flags", GRAPHS_BESIDE_MIXTURES, ids=" ".join)
 def test_coefficients_outside_a_cuda_graph_are_logged(flags: tuple[str, ...]) -> None:
     check_graphs(parse(*flags, "--moa-log-interval", "100"))
+
+
+def test_ranks_experts_that_would_be_saved_under_one_name_are_refused() -> None:
+    flags = "--num-experts 4 --moe-grouped-gemm --ckpt-format fsdp_dtensor --moa-backend eager".split()
+    args = parse(*flags, "--expert-model-parallel-size", "2")
+    with pytest.raises(UserError, match=r"--ckpt-format fsdp_dtensor: cannot hold .* on 2 ranks; drop --moe-grouped"):
+        _settle(args, mixing_from_args(args))
+    args = parse(*flags)
+    _settle(args, mixing_from_args(args))
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:

@@ -312,15 +312,14 @@ def backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     sums = partial_sums(need_weight, n, h), partial_sums(bias is not None, n), partial_sums(amplitude is not None, n)
     arguments = (grad, coefficients, *inputs, grad_x, *sums, x.numel() // h, row_stride(x))
-    constants = _backward_constants(_shape(inputs), mixing, tuple(needed))
+    constants = _backward_constants(_shape(inputs), mixing, needed)
     launch(_gate_backward_kernel, (programs, -(-h // _SLAB)), arguments, constants, _WARPS)
     return grad_x, *[_total(*pair, inputs) for pair in zip(sums, inputs[1:4], strict=True)]
 
 
 def _dense(inputs: GateInputs) -> GateInputs:
-    if inputs.x.stride(-1) == 1 and inputs.weight.is_contiguous():
-        return inputs
-    return inputs._replace(x=inputs.x.contiguous(), weight=inputs.weight.contiguous())
+    """The same with a contiguous weight; x comes so (autograd._with_rows)."""
+    return inputs if inputs.weight.is_contiguous() else inputs._replace(weight=inputs.weight.contiguous())
 
 
 def _tiles(inputs: GateInputs) -> int:
