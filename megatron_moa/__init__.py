@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_moa.mixture.config import MixtureConfig
     from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
     from megatron_moa.pytorch.feed_forward import MixedFeedForward
-    from megatron_moa.pytorch.replacement import replace_feed_forward
+    from megatron_moa.pytorch.replacement import load_replaced, replace_feed_forward
 
 __version__ = "0.2.0"
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "from_checkpoint",
     "gate_coefficients",
+    "load_replaced",
     "mixed_activation",
     "replace_feed_forward",
 ]
@@ -39,6 +40,7 @@ _HOMES = {
     "MixtureConfig": "mixture.config",
     "from_checkpoint": "load",
     "gate_coefficients": "mixture.functional",
+    "load_replaced": "pytorch.replacement",
     "mixed_activation": "mixture.functional",
     "replace_feed_forward": "pytorch.replacement",
 }

@@ -8,6 +8,8 @@ import logging
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ def mixed_activation(
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
+    if _breaks_graph(mixing):
+        return _outside(mixed_activation)(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
     inputs = autograd.MixtureInputs(preactivation, coefficients, bias, per_token_scale)
     _check_shapes(inputs, mixing, group_ends)
     backend = _fused_backend(mixing, preactivation)
@@ -83,6 +87,8 @@ def gate_coefficients(
     Raises:
         UserError: a backend that is not there.
     """
+    if _breaks_graph(mixing):
+        return _outside(gate_coefficients)(x, weight, mixing, bias, amplitude, scale, group_ends)
     backend = _fused_backend(mixing, x)
     if backend is None:
         return reference.gate_coefficients(x, weight, mixing, bias, amplitude, scale, group_ends)
@@ -105,6 +111,8 @@ def gated_mixture(
     Returns:
         The mixture, and the coefficients [..., n], which are for looking at: no gradient flows back through them.
     """
+    if _breaks_graph(mixing):
+        return _outside(gated_mixture)(preactivation, gate, mixing, bias, per_token_scale)
     if gate.x.shape[:-1] != preactivation.shape[:-1] or gate.weight.shape[-2] != mixing.num_coefficients:
         raise ValueError(
             f"gate of {tuple(gate.x.shape)} by {tuple(gate.weight.shape)}: {mixing.form} over {mixing.num_activations} "
@@ -119,13 +127,25 @@ def gated_mixture(
     return autograd.gated_mixture(backend, gate, preactivation, mixing, bias, per_token_scale)
 
 
-def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
-    """The backend's module; None for eager, and for float64, which is for checks and has the reference only.
+# torch.compile and torch.export can trace no backend but the reference, which torch.compile fuses. So where no backend
+# is named that computes a mixture in a graph; one that is named ends the graph and begins another.
 
-    None, too, where torch.compile or torch.export traces a layer for which no backend is named: a kernel would break
-    the graph, and the compiler fuses the reference.
+
+def _breaks_graph(mixing: MixtureConfig) -> bool:
+    return torch.compiler.is_compiling() and mixing.backend in ("triton", "compile")
+
+
+@functools.cache
+def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
+    reason = 'a backend is named that cannot be traced; with backend="auto" the mixture is part of the graph'
+    return torch.compiler.disable(function, reason=reason)
+
+
+def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
+    """The backend's module; None for eager, inside a graph, and for float64, which is for checks and has the reference
+    only.
     """
-    if mixing.backend == "auto" and torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         check_overwrite(mixing, "eager")
         return None
     name = resolve_backend(mixing.backend, tensor.device.type)

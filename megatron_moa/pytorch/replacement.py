@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,26 +29,57 @@ def replace_feed_forward(
 
     Args:
         model: any; of transformers' Llama, Qwen, Gemma, Phi, GPT-2, ViT and others are known to work.
-        mixture: of all layers. Default: what an earlier replacement noted in ``model.config``, else MoA, bi-sided for
-            gated layers and type1 for others.
+        mixture: of all layers; default: MoA, bi-sided for gated layers and type1 for others. MoA gets gates of learned
+            amplitude, since no others can start at 1 and 0.
         match: which layers; default: all that compute a feed-forward layer's function.
 
     Returns:
-        The layers that were replaced, by name. Put back with ``model.set_submodule(name, layer)``.
+        The layers that were replaced, by name; ``model.set_submodule(name, layer)`` puts one back. A model of
+        transformers notes the mixtures in its config, for :func:`load_replaced`.
 
     Raises:
         UserError: nothing to replace, or a layer that matches and cannot be; the model is as it was.
     """
-    noted = getattr(getattr(model, "config", None), _RECORD, None)
-    if mixture is None and match is None and noted:
-        chosen = _noted(model, noted)
-    else:
-        chosen = {name: (layer, mixture) for name, layer in _matching(model, match).items()}
-    new = {name: MixedFeedForward.from_recognised(layer, its) for name, (layer, its) in chosen.items()}
+    found = _matching(model, match)
+    new = {name: MixedFeedForward.from_recognised(layer, mixture) for name, layer in found.items()}
     old = {name: model.get_submodule(name) for name in new}
-    _swap(model, {id(old[name]): layer for name, layer in new.items()})
-    _note(model, {name: layer.mixture for name, layer in new.items()})
+    _swap(model, new)
+    _note(model, new)
     return old
+
+
+def load_replaced(folder: str | Path, model_class: type | None = None, **settings: Any) -> nn.Module:
+    """Loads a model of transformers whose layers :func:`replace_feed_forward` replaced, saved by ``save_pretrained``.
+
+    The stock class alone would build its own feed-forward layers and leave them as they start.
+
+    Args:
+        folder: local, or a name on the Hugging Face Hub.
+        model_class: whose ``from_pretrained`` loads; default: transformers' class that config.json names.
+        settings: further arguments of it, such as ``dtype`` or ``device_map``.
+
+    Raises:
+        UserError: config.json notes no replacement, names no class of transformers', or does not fit the model.
+    """
+    import transformers  # here, since nothing else needs it
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if not getattr(config, _RECORD, None):
+        raise UserError(f"{folder}: its config.json notes no {_RECORD}; load it by transformers' from_pretrained")
+    if model_class is None:
+        named = (config.architectures or ["no class"])[0]
+        model_class = getattr(transformers, named, None)
+        if model_class is None:
+            raise UserError(f"{folder}: its config.json names {named}, which transformers has not; give model_class")
+
+    def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        _swap(self, _noted(self, getattr(self.config, _RECORD)))
+
+    replaced = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    model = replaced.from_pretrained(folder, **settings)
+    model.__class__ = model_class
+    return model
 
 
 def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
@@ -83,36 +115,56 @@ def _shown(match: Match) -> str:
     return f'match="{match}"' if isinstance(match, str) else f"match={getattr(match, '__name__', match)}"
 
 
-def _swap(model: nn.Module, new: dict[int, nn.Module]) -> None:
-    """Puts layers in the place of others, by the others' ids: everywhere, since layers may be shared."""
+def _swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Puts layers in the place of those of their names, and wherever else these are, since layers may be shared."""
+    new_of = {id(model.get_submodule(name)): layer for name, layer in new.items()}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if id(child) in new:
-                setattr(parent, name, new[id(child)])
+            if id(child) in new_of:
+                setattr(parent, name, new_of[id(child)])
 
 
-def _note(model: nn.Module, mixtures: dict[str, MixtureConfig]) -> None:
-    """Notes the replacement in a transformers config, so that config.json says what the saved weights are for."""
+# What config.json says of the layers: all that it takes to build them for the weights beside it.
+
+
+def _note(model: nn.Module, new: Mapping[str, MixedFeedForward]) -> None:
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
-        return
-    noted = [] if getattr(config, _RECORD, None) is None else list(getattr(config, _RECORD))
-    for mixture in dict.fromkeys(mixtures.values()):
-        layers = [name for name, its in mixtures.items() if its == mixture]
-        noted.append({"layers": layers, "mixture": mixture.to_json()})
+        return  # it is none of transformers'
+    noted = list(getattr(config, _RECORD, None) or [])
+    for name, layer in new.items():
+        settings = {
+            "mixture": layer.mixture.to_json(),
+            "hidden_size": layer.fc1.in_features,
+            "ffn_hidden_size": layer.fc2.in_features,
+            "fc1_bias": layer.fc1.bias is not None,
+            "fc2_bias": layer.fc2.bias is not None,
+            "dropout": layer.dropout.p,
+        }
+        alike = next((entry for entry in noted if settings.items() <= entry.items()), None)
+        if alike is None:
+            noted.append({"layers": [name], **settings})
+        else:
+            alike["layers"].append(name)
     setattr(config, _RECORD, noted)
 
 
-def _noted(model: nn.Module, noted: list[dict[str, Any]]) -> dict[str, tuple[Recognised, MixtureConfig]]:
-    """The layers that a config's note speaks of, each with its mixture."""
+def _noted(model: nn.Module, noted: list[dict[str, Any]]) -> dict[str, MixedFeedForward]:
+    """New layers by name, without their weights."""
     named = dict(model.named_modules())
-    chosen = {}
+    layers = {}
     for entry in noted:
-        mixture = MixtureConfig.from_json(entry["mixture"])
         for name in entry["layers"]:
             if name not in named:
                 raise UserError(f"{type(model).__name__}: has no {name}, which config.{_RECORD} says was replaced")
-            if isinstance(named[name], MixedFeedForward):
-                raise UserError(f"{name}: is a mixture already, as config.{_RECORD} says; nothing was replaced")
-            chosen[name] = recognise(named[name], name), mixture
-    return chosen
+            layer = MixedFeedForward(
+                entry["hidden_size"],
+                entry["ffn_hidden_size"],
+                MixtureConfig.from_json(entry["mixture"]),
+                bias=entry["fc1_bias"] or entry["fc2_bias"],
+                dropout=entry["dropout"],
+            )
+            for linear, has_bias in ((layer.fc1, entry["fc1_bias"]), (layer.fc2, entry["fc2_bias"])):
+                linear.bias = linear.bias if has_bias else None
+            layers[name] = layer
+    return layers
