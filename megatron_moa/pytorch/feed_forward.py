@@ -211,25 +211,28 @@ class MixedFeedForward(nn.Module):
     @torch.no_grad()
     def from_recognised(cls, layer: Recognised, mixture: MixtureConfig | None) -> Self:
         """See :meth:`from_swiglu`."""
+        module, reading = layer.module, layer.reading
         mixture = starting_as(layer, mixture)
-        fc1_weight, fc1_bias = layer.fc1
-        fc2_weight, fc2_bias = layer.fc2
+        fc1, fc2 = reading.fc1(module), reading.fc2(module)
+        hidden_size, ffn_hidden_size = fc2[0].shape
         new = cls(
-            fc1_weight.shape[1],
-            fc2_weight.shape[1],
+            hidden_size,
+            ffn_hidden_size,
             mixture,
-            bias=fc1_bias is not None or fc2_bias is not None,
+            bias=True,
             dropout=layer.dropout,
-            device=fc1_weight.device,
-            dtype=layer.dtype,
-        )
-        for linear, weight, bias in ((new.fc1, fc1_weight, fc1_bias), (new.fc2, fc2_weight, fc2_bias)):
-            linear.weight.copy_(weight).requires_grad_(layer.trains)
-            if bias is not None:
-                linear.bias.copy_(bias).requires_grad_(layer.trains)
-            else:
+            device="meta",
+            dtype=fc1[0].dtype,
+        ).to_empty(device=fc1[0].device)
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        for linear, (weight, bias) in ((new.fc1, fc1), (new.fc2, fc2)):
+            linear.weight.copy_(weight).requires_grad_(trains)
+            if bias is None:
                 linear.bias = None
+            else:
+                linear.bias.copy_(bias).requires_grad_(trains)
+        new.coefficients.reset_parameters()
         if mixture.kind == "moa":
             # Where every psi_hat is 1, so that the coefficients are the amplitudes.
             nn.init.zeros_(new.coefficients.weight)
-        return new.train(layer.training)
+        return new.train(module.training)

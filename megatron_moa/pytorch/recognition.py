@@ -6,6 +6,7 @@ layer that its shapes allow, with every activation of the dictionary, is compute
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterator, Mapping
@@ -32,31 +33,57 @@ class NotFeedForwardError(UserError):
 _Weights = tuple[Tensor, Tensor | None]  # [out, in], and the bias [out]
 
 
+class Reading(NamedTuple):
+    """One way to read a layer.
+
+    Attributes:
+        first: the names of the linear layers that make fc1: one, or gate and up.
+        down: the name of fc2.
+        gated: whether fc1 holds two branches.
+        swapped: whether the linear branch comes first in a layer that holds both.
+    """
+
+    first: tuple[str, ...]
+    down: str
+    gated: bool
+    swapped: bool = False
+
+    def fc1(self, module: nn.Module) -> _Weights:
+        """[f, h], gated [2f, h] with the activated branch first, and the bias; one that only one branch has is 0 for
+        the other.
+        """
+        parts = [_weights(module.get_submodule(name)) for name in self.first]
+        if self.swapped:
+            parts = list(zip(*(_halves(tensor) for tensor in parts[0]), strict=True))[::-1]
+        if len(parts) == 1:
+            return parts[0]
+        weight = torch.cat([weight for weight, _ in parts])
+        if all(bias is None for _, bias in parts):
+            return weight, None
+        return weight, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+
+    def fc2(self, module: nn.Module) -> _Weights:
+        """[h, f], and the bias."""
+        return _weights(module.get_submodule(self.down))
+
+
 @dataclass(frozen=True)
 class Recognised:
     """A feed-forward layer as what it computes: down(σ(up(x))), or down(σ(gate(x)) ⊙ up(x)).
 
     Attributes:
         name: the layer's, for messages.
+        module: the layer.
+        reading: what its linear layers are.
         activation: σ, a name of the dictionary.
-        gated: whether fc1 holds two branches, the activated one first.
-        fc1: weight [f, h], gated [2f, h], and bias or None; at least float32.
-        fc2: weight [h, f], and bias or None.
-        dtype: the layer's.
         dropout: the probability of dropout on the output.
-        trains: whether the layer's weights want gradients.
-        training: whether the layer is in training mode.
     """
 
     name: str
+    module: nn.Module
+    reading: Reading
     activation: str
-    gated: bool
-    fc1: _Weights
-    fc2: _Weights
-    dtype: torch.dtype
     dropout: float
-    trains: bool
-    training: bool
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -78,52 +105,31 @@ def _weights(linear: nn.Module) -> _Weights:
     return weight.detach(), None if linear.bias is None else linear.bias.detach()
 
 
-class _Reading(NamedTuple):
-    """One way to read a layer: what its linear layers are."""
-
-    fc1: _Weights
-    fc2: _Weights
-    gated: bool
-
-
-def readings(module: nn.Module, names: Mapping[str, str | None] | None = None) -> Iterator[_Reading]:
-    """The ways in which the shapes of a module's linear layers make it a feed-forward layer; none for other modules.
-
-    With ``names`` of roles, those ways in which each role that is named is played by the layer of that name.
-    """
-    linears = linear_layers(module)
-    roles = {3: ("gate", "up", "down"), 2: ("up", "down")}.get(len(linears), ())
-    fixed = {role: name for role, name in (names or {}).items() if name is not None}
-    for order in itertools.permutations(linears) if roles else ():
-        if not fixed.items() <= dict(zip(roles, order, strict=True)).items():
-            continue
-        *first, down = (_weights(linears[name]) for name in order)
-        h, f = down[0].shape
-        if any(weight.shape[1] != h for weight, _ in first):
-            continue
-        widths = [weight.shape[0] for weight, _ in first]
-        if widths == [f, f]:
-            yield _Reading(_joined(*first), down, gated=True)
-        elif widths == [f]:
-            yield _Reading(first[0], down, gated=False)
-        elif widths == [2 * f]:  # either branch may come first
-            yield _Reading(first[0], down, gated=True)
-            second, activated = zip(*(_halves(tensor) for tensor in first[0]), strict=True)
-            yield _Reading(_joined(activated, second), down, gated=True)
-
-
 def _halves(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if tensor is None else tensor.chunk(2)
 
 
-def _joined(activated: _Weights, linear: _Weights) -> _Weights:
-    """The two branches as one, in which a bias that only one of them has is 0 for the other."""
-    weight = torch.cat((activated[0], linear[0]))
-    if activated[1] is None and linear[1] is None:
-        return weight, None
-    return weight, torch.cat(
-        [part.new_zeros(len(part)) if bias is None else bias for part, bias in (activated, linear)]
-    )
+def readings(module: nn.Module, names: Mapping[str, str | None] | None = None) -> list[Reading]:
+    """The ways in which the shapes of a module's linear layers make it a feed-forward layer; none for other modules.
+
+    With ``names`` of roles, those ways in which each role that is named is played by the layer of that name.
+    """
+    shapes = {name: tuple(_weights(linear)[0].shape) for name, linear in linear_layers(module).items()}
+    roles = {3: ("gate", "up", "down"), 2: ("up", "down")}.get(len(shapes), ())
+    fixed = {role: name for role, name in (names or {}).items() if name is not None}
+    found = []
+    for order in itertools.permutations(shapes) if roles else ():
+        *first, down = order
+        h, f = shapes[down]
+        if not fixed.items() <= dict(zip(roles, order, strict=True)).items():
+            continue
+        if [shapes[name] for name in first] == [(f, h), (f, h)]:
+            found.append(Reading(tuple(first), down, gated=True))
+        elif shapes[first[0]] == (f, h) and len(first) == 1:
+            found.append(Reading(tuple(first), down, gated=False))
+        elif shapes[first[0]] == (2 * f, h) and len(first) == 1:  # either branch may come first
+            found += [Reading(tuple(first), down, gated=True, swapped=swapped) for swapped in (False, True)]
+    return found
 
 
 def recognise(
@@ -149,44 +155,53 @@ def recognise(
             raise UserError(f'{what}: {role}="{given}" is no linear layer of it; {have}')
     if any(parameter.is_meta for parameter in module.parameters()):
         raise UserError(f"{what}: is on the meta device, where nothing can be computed; load its weights first")
-    dtype = next(module.parameters()).dtype if linears else torch.float32
-    with torch.no_grad():
-        tried = copy.deepcopy(module).to(torch.promote_types(dtype, torch.float32))
-        ways = [way for way in readings(tried, names) if gated in (None, way.gated)]
-        if not ways:
-            kind = {
-                True: "gated feed-forward layer (gate and up from h to f, down from f to h)",
-                False: "MLP (up from h to f, down from f to h)",
-                None: "feed-forward layer (two or three linear layers, from h to f and back)",
-            }
-            raise UserError(f"{what}: is no {kind[gated]}; {have}")
+    ways = [way for way in readings(module, names) if gated in (None, way.gated)]
+    if not ways:
+        kind = {
+            True: "gated feed-forward layer (gate and up from h to f, down from f to h)",
+            False: "MLP (up from h to f, down from f to h)",
+            None: "feed-forward layer (two or three linear layers, from h to f and back)",
+        }
+        raise UserError(f"{what}: is no {kind[gated]}; {have}")
+    weight = next(module.parameters())
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _exact_products():
+        tried = copy.deepcopy(module).to(torch.promote_types(weight.dtype, torch.float32))
         x, output = _tried(tried.eval(), ways, what)
-        ways = [way for way in ways if way.fc1[0].shape[1] == x.shape[-1]]
-        error, activation, way = min(_attempts(ways, x, output), key=lambda attempt: attempt[0])
+        error, activation, way = min(_attempts(tried, ways, x, output), key=lambda attempt: attempt[0])
         if not error <= _TOLERANCE:
             raise UserError(
                 f"{what}: computes neither down(σ(up(x))) nor down(σ(gate(x)) * up(x)) with σ one of "
                 f"{', '.join(DEFINITIONS)}; the nearest, {activation}, is off by {error:.1e} of the largest output"
             )
         dropout = _output_dropout(tried, x, output, what)
-    trains = any(parameter.requires_grad for parameter in module.parameters())
-    return Recognised(what, activation, way.gated, way.fc1, way.fc2, dtype, dropout, trains, module.training)
+    return Recognised(what, module, way, activation, dropout)
 
 
-def _tokens_for(way: _Reading) -> Tensor:
+@contextlib.contextmanager
+def _exact_products() -> Iterator[None]:
+    """Inside, products of float32 are not rounded to fewer bits, whatever was allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _tokens_for(way: Reading, module: nn.Module) -> Tensor:
     """Input [1, rows, h] on which the activation sees numbers of :data:`_STANDARD_DEVIATION`."""
-    weight, _ = way.fc1
+    weight, _ = way.fc1(module)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, _ROWS, weight.shape[1], generator=generator).to(weight)
     std = F.linear(x, weight).std()
     return x * (_STANDARD_DEVIATION / std) if std > 0 else x
 
 
-def _tried(module: nn.Module, ways: list[_Reading], what: str) -> tuple[Tensor, Tensor]:
+def _tried(module: nn.Module, ways: list[Reading], what: str) -> tuple[Tensor, Tensor]:
     """An input, and the module's output; of two linear layers either may be the first, so h may have two values."""
     why = ""
     for way in ways:
-        x = _tokens_for(way)
+        x = _tokens_for(way, module)
         try:
             output = module(x)
         except Exception as error:  # whatever somebody else's module raises
@@ -198,18 +213,22 @@ def _tried(module: nn.Module, ways: list[_Reading], what: str) -> tuple[Tensor, 
     raise NotFeedForwardError(f"{what}: is called with a tensor [1, {_ROWS}, h] to get another, and does not do: {why}")
 
 
-def _attempts(ways: list[_Reading], x: Tensor, output: Tensor) -> Iterator[tuple[float, str, _Reading]]:
+def _attempts(
+    module: nn.Module, ways: list[Reading], x: Tensor, output: Tensor
+) -> Iterator[tuple[float, str, Reading]]:
     """How far the output is from every activation in every reading, in parts of what fc2 gives at most."""
     for way in ways:
-        first = F.linear(x, *way.fc1)
+        fc1, fc2 = way.fc1(module), way.fc2(module)
+        if fc1[0].shape[1] != x.shape[-1]:
+            continue
+        first = F.linear(x, *fc1)
         activated, linear = first.chunk(2, dim=-1) if way.gated else (first, None)
-        bias = 0 if way.fc2[1] is None else way.fc2[1]
-        largest = (output - bias).abs().max()
-        for name, function in DEFINITIONS.items():
-            inner = function(activated)
-            error = (F.linear(inner if linear is None else inner * linear, *way.fc2) - output).abs().max()
-            # An output that is its bias alone says nothing: not a number, which no tolerance allows.
-            yield (error / largest).nan_to_num(nan=torch.inf).item(), name, way
+        inner = torch.stack([function(activated) for function in DEFINITIONS.values()])
+        errors = (F.linear(inner if linear is None else inner * linear, *fc2) - output).abs().flatten(1).amax(1)
+        # An output that is its bias alone says nothing: not a number, which no tolerance allows.
+        errors /= (output - (0 if fc2[1] is None else fc2[1])).abs().max()
+        for name, error in zip(DEFINITIONS, errors.nan_to_num(nan=torch.inf).tolist(), strict=True):
+            yield error, name, way
 
 
 def _output_dropout(tried: nn.Module, x: Tensor, output: Tensor, what: str) -> float:
@@ -245,11 +264,11 @@ def starting_as(layer: Recognised, mixture: MixtureConfig | None) -> MixtureConf
     Raises:
         UserError: no coefficients of this form and dictionary do.
     """
-    activation = layer.activation
+    activation, gated = layer.activation, layer.reading.gated
     if mixture is None:
-        mixture = MixtureConfig(form="bi-sided" if layer.gated else "type1")
-    if mixture.gated != layer.gated:
-        has, form = ("two branches", "bi-sided") if layer.gated else ("one branch", "type1")
+        mixture = MixtureConfig(form="bi-sided" if gated else "type1")
+    if mixture.gated != gated:
+        has, form = ("two branches", "bi-sided") if gated else ("one branch", "type1")
         raise UserError(f'{layer.name}: has {has}, which form="{mixture.form}" has not; take form="{form}"')
     names = mixture.activations
     if activation == "gelu_tanh" and names == DICTIONARIES[mixture.form]:
@@ -278,6 +297,6 @@ def starting_as(layer: Recognised, mixture: MixtureConfig | None) -> MixtureConf
         raise UserError(
             f"{layer.name}: is {', '.join(sorted(ones))}, and the mixture has no {', '.join(sorted(missing))}; name "
             f"activations with {activation}{wanted if activation != 'identity' else ''}"
-            f"{' and identity' if layer.gated else ''}"
+            f"{' and identity' if gated else ''}"
         )
     return replace(mixture, initial_coefficients=tuple(float(name in ones) for name in mixture.coefficient_names))

@@ -85,7 +85,7 @@ def load_replaced(folder: str | Path, model_class: type | None = None, **setting
 def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
     """The layers to replace, by name."""
     named = {name: module for name, module in model.named_modules() if name}
-    candidates = [name for name, module in named.items() if next(readings(module), None) is not None]
+    candidates = [name for name, module in named.items() if readings(module)]
     found = {}
     for name in candidates if match is None else [name for name, module in named.items() if _fits(match, name, module)]:
         try:

@@ -222,7 +222,7 @@ def test_every_activation_is_recognised(name: str) -> None:
     plain, gated = mlp(Activation(name)), Gated(DEFINITIONS[name])
     assert recognise(plain).activation == name
     found = recognise(gated, names={"gate": "a"})
-    assert (found.activation, found.gated) == (name, True)
+    assert (found.activation, found.reading.gated) == (name, True)
     names = tuple(dict.fromkeys((name, "identity")))
     assert_same(plain, MixedFeedForward.from_mlp(plain, MixtureConfig(form="type1", activations=(name, "one"))))
     for form in ("bi-sided", "quadratic"):
@@ -262,6 +262,17 @@ def test_dtype_gradients_and_mode_are_the_layers(dtype: torch.dtype) -> None:
     assert torch.equal(new.fc1.weight, torch.cat((layer.a.weight, layer.b.weight)))
     assert torch.equal(new.fc2.weight, layer.out.weight)
     assert new.fc2.weight.data_ptr() != layer.out.weight.data_ptr()
+
+
+def test_rounded_products_around_it_do_not_matter() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            new = MixedFeedForward.from_swiglu(layer := Gated())
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_same(layer, new)
 
 
 def test_dropout_of_the_output_is_kept() -> None:
