@@ -135,20 +135,33 @@ def parse_arguments(
 
 
 def check_graphs(args: argparse.Namespace) -> None:
-    """Refuses to log coefficients that are computed inside a CUDA graph: a replay runs no Python, so none is seen.
+    """Refuses what a CUDA graph cannot record, or hides: a replay runs no Python.
 
     Args:
         args: validated by Megatron, which turns older flags for graphs into these.
 
     Raises:
-        UserError: such a graph covers mixtures, and ``--moa-log-interval`` asks for their coefficients.
+        UserError: a graph covers mixtures whose coefficients ``--moa-log-interval`` asks for, or experts that read
+            their numbers of tokens on the host (layers/experts.py).
     """
+    if _graphs_cover_experts(args) and not (args.moe_grouped_gemm and args.transformer_impl == "local"):
+        raise UserError(
+            f"--cuda-graph-impl {args.cuda_graph_impl}: records routed experts, which read their numbers of tokens on "
+            "the host; take --cuda-graph-impl local --cuda-graph-modules attn, or experts that do not: "
+            "--moe-grouped-gemm --transformer-impl local"
+        )
     if args.moa_log_interval and _graphs_cover_mixtures(args):
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: a replayed graph of --cuda-graph-impl {args.cuda_graph_impl} "
             "runs no Python to see coefficients; take --moa-log-interval 0, or --cuda-graph-modules attn"
             + (" with --cuda-graph-impl local" if args.cuda_graph_impl == "full_iteration" else "")
         )
+
+
+def _graphs_cover_experts(args: argparse.Namespace) -> bool:
+    if args.cuda_graph_impl == "none" or not args.num_experts:
+        return False
+    return not args.cuda_graph_modules or any(module.name == "moe" for module in args.cuda_graph_modules)
 
 
 def _graphs_cover_mixtures(args: argparse.Namespace) -> bool:

@@ -124,6 +124,23 @@ def test_coefficients_outside_a_cuda_graph_are_logged(flags: tuple[str, ...]) ->
     check_graphs(parse(*flags, "--moa-log-interval", "100"))
 
 
+EXPERTS = ("--num-experts", "4", "--moa-log-interval", "0", "--cuda-graph-impl", "local")
+GROUPED_ON_THE_GPU = ("--moe-grouped-gemm", "--transformer-impl", "local")
+
+
+@pytest.mark.parametrize(
+    "flags", [(), ("--moe-grouped-gemm", "--transformer-impl", "transformer_engine")], ids=" ".join
+)
+@pytest.mark.parametrize("modules", [(), ("--cuda-graph-modules", "moe")], ids=" ".join)
+def test_experts_that_read_numbers_on_the_host_are_in_no_cuda_graph(
+    modules: tuple[str, ...], flags: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=r"--cuda-graph-impl local: records routed experts.* take .*-modules attn, or"):
+        check_graphs(parse(*EXPERTS, *modules, *flags))
+    check_graphs(parse(*EXPERTS, "--cuda-graph-modules", "attn", *flags))
+    check_graphs(parse(*EXPERTS, *modules, *GROUPED_ON_THE_GPU))
+
+
 def test_ranks_experts_that_would_be_saved_under_one_name_are_refused() -> None:
     flags = "--num-experts 4 --moe-grouped-gemm --ckpt-format fsdp_dtensor --moa-backend eager".split()
     args = parse(*flags, "--expert-model-parallel-size", "2")
