@@ -33,8 +33,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, ffn_width: int, init_std: float) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 2 * ffn_width, bias=False)
-        self.fc2 = nn.Linear(ffn_width, width, bias=False)
+        # Not drawn by torch first: as in a mixture, fc1 and then fc2 take the first numbers of the generator.
+        self.fc1 = nn.utils.skip_init(nn.Linear, width, 2 * ffn_width, bias=False)
+        self.fc2 = nn.utils.skip_init(nn.Linear, ffn_width, width, bias=False)
         for linear in (self.fc1, self.fc2):
             nn.init.normal_(linear.weight, std=init_std)
 

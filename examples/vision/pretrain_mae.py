@@ -287,11 +287,11 @@ def train(options: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
-def load_model(folder: Path) -> ViTMAEForPreTraining:
+def load_model(folder: Path, backend: str = "auto") -> ViTMAEForPreTraining:
     """The model that a run in this folder saved last, on the CPU."""
     run = RunFolder(folder)
     settings = json.loads(run.settings.read_text())
-    mixture = make_mixture(settings["--moa-mixing"], settings["--moa-form"])
+    mixture = make_mixture(settings["--moa-mixing"], settings["--moa-form"], backend)
     model = build_model(SIZES[settings["--size"]].shape, mixture, settings["--seed"])
     model.load_state_dict(run.read_checkpoint()["model"])
     return model
