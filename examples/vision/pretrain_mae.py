@@ -1,5 +1,6 @@
 """Pretrains a masked autoencoder whose feed-forward layers mix activations: the paper's vision experiment.
 
+    pip install -c constraints.txt '.[vision]' scikit-learn              # make does it, too
     python examples/vision/pretrain_mae.py                               # tiny, on three pictures: 1 minute on 2 cores
     torchrun --nproc-per-node 8 examples/vision/pretrain_mae.py --size base --bf16 \\
         --data imagenet/train --val-data imagenet/val --out runs/mae-quadratic
@@ -11,15 +12,18 @@
   feed-forward layers of encoder and decoder are SwiGLU of width int(8d/3), or a quadratic mixture in their place.
 - Training, the paper's: AdamW, betas 0.9 and 0.999, decay 0.05, warm-up over 40 of 800 epochs, then a cosine.
 - Training, MAE's where the paper is silent: batch 4096, peak rate 1.5e-4 for each 256 of the batch, crops of 20 to
-  100 % of a picture, flips, an end of the cosine at 0.
+  100 % of a picture, flips, an end of the cosine at 0, no clipping of gradients.
 - Training, ours: sigmoid gates; weights drawn with 0.02; gate vectors decay as other matrices; biases, norms, tokens,
   LA coefficients and all else of one dimension do not. The patches' projection does, as a matrix.
 - Peak rates: the text at hand names no grid for vision. Tune each arm; mixtures bore 1.25 to 2 times the baseline's
-  rate in language models. We would try --lr 1.2e-3 2.4e-3 3.6e-3 4.8e-3 at batch 4096.
+  rate in language models. We would try --lr 1.2e-3, 2.4e-3, 3.6e-3 and 4.8e-3 at batch 4096.
+- Memory: --micro-batch-size computes the same batch in parts.
 - Sample n of a run has its picture, crop, flip and mask from (--seed, n) alone.
   So both arms see the same, and so do 1 process and 8.
 - --out gets losses.jsonl, tensorboard/, reconstructions.png (picture, what the model sees, what it makes of it) and
-  checkpoint.pt, which :func:`load_model` reads. The same command goes on from there: on a CPU, bit for bit.
+  checkpoint.pt, which load_model below reads. The same command goes on from there: on a CPU, bit for bit.
+
+Read masked_autoencoder.py (the model), pictures.py (the data), then optimizer and loop here, then run_folder.py.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ from megatron_moa import MixtureConfig
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 from megatron_moa.mixture.config import BACKENDS, MIXINGS
+from megatron_moa.mixture.functional import resolve_backend
 
 FORMS = ("one-sided", "bi-sided", "quadratic")  # those of SwiGLU's shape
 SHOWN = 8  # reconstructions in the picture
@@ -124,9 +129,9 @@ class Plan:
     training: Pictures
     held_out: Pictures
     batch: int
-    micro_batch: int
+    micro_batch: int  # of a rank
     steps: int
-    peak: float
+    peak: float  # rate
     rank: int
     world: int
     device: torch.device
@@ -145,6 +150,9 @@ class Plan:
         epochs = options.epochs or (None if options.steps else size.epochs)
         steps = max(1, epochs * len(training.files) // batch) if epochs else options.steps or size.steps
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if mixture:
+            resolve_backend(mixture.backend, device.type)  # raises for one that is not here
         return cls(
             size,
             mixture,
@@ -156,7 +164,7 @@ class Plan:
             peak=options.lr or size.rate_per_256 * batch / 256,
             rank=int(os.environ.get("RANK", "0")),
             world=world,
-            device=torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu"),
+            device=device,
         )
 
     def settings(self, options: argparse.Namespace) -> dict[str, object]:
@@ -244,8 +252,8 @@ def train(options: argparse.Namespace) -> None:
         distributed.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
         distributed.barrier()  # all have looked at the folder before the first writes to it
 
-    model = build_model(plan.size.shape, plan.mixture, options.seed).to(plan.device)
     shape = plan.size.shape
+    model = build_model(shape, plan.mixture, options.seed).to(plan.device)
     crops, held_out = (
         Crops(pictures, shape.pixels, shape.patches, options.seed, stream)
         for stream, pictures in enumerate((plan.training, plan.held_out))

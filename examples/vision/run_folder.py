@@ -108,8 +108,12 @@ class Journal:
         self.bar.n = self.bar.initial = done
 
     def _note(self, **values: float) -> None:
-        self.log.write(json.dumps(values) + "\n")
-        self.log.flush()
+        try:
+            self.log.write(json.dumps(values) + "\n")
+            self.log.flush()
+        except OSError as error:
+            reason = one_line(error, typed=True)
+            raise UserError(f"--out: {self.log.name} cannot be written ({reason}); free space, then go on") from None
 
     def add_step(self, step: int, loss: float, rate: float, speed: float) -> None:
         """Notes a step's loss and rate, and how many images a second it took."""

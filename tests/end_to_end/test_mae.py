@@ -332,6 +332,15 @@ class TestMistakes:
         line = main_fails(capsys, "--batch-size", "16", "--out", str(tmp_path / "run"))
         assert line == "--batch-size 16: not divisible by 3 processes; give a multiple of 3"
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="has what is missing here")
+    def test_backend_that_is_not_here(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        line = main_fails(capsys, "--moa-backend", "triton", "--out", str(tmp_path / "run"))
+        assert line.startswith("--moa-backend triton: no GPU; take --moa-backend compile, or ")
+        assert not any(tmp_path.iterdir())
+
     def test_folder_without_pictures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "notes.txt").touch()
         line = main_fails(capsys, "--data", str(tmp_path), "--out", str(tmp_path / "run"))
