@@ -66,7 +66,7 @@ class Size:
     batch: int
     rate_per_256: float  # the peak rate for each 256 crops of a batch
     save_interval: int
-    validation: int  # crops
+    val_crops: int
     workers: int
     backend: str
     steps: int | None = None
@@ -79,7 +79,7 @@ SIZES = {
         batch=32,
         rate_per_256=1.6e-2,
         save_interval=50,
-        validation=96,
+        val_crops=96,
         workers=0,
         backend="eager",
         steps=400,
@@ -89,7 +89,7 @@ SIZES = {
         batch=4096,
         rate_per_256=1.5e-4,
         save_interval=1000,
-        validation=8192,
+        val_crops=8192,
         workers=8,
         backend="auto",
         epochs=800,
@@ -130,6 +130,7 @@ class Plan:
     held_out: Pictures
     batch: int
     micro_batch: int  # of a rank
+    val_crops: int
     steps: int
     peak: float  # rate
     rank: int
@@ -147,6 +148,8 @@ class Plan:
         batch = options.batch_size or size.batch
         if batch % world:
             raise UserError(f"--batch-size {batch}: not divisible by {world} processes; give a multiple of {world}")
+        if (options.val_crops or world) < world:
+            raise UserError(f"--val-crops {options.val_crops}: fewer than the {world} processes; give {world} or more")
         epochs = options.epochs or (None if options.steps else size.epochs)
         steps = max(1, epochs * len(training.files) // batch) if epochs else options.steps or size.steps
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -160,6 +163,7 @@ class Plan:
             held_out,
             batch,
             micro_batch=min(options.micro_batch_size or batch, batch // world),
+            val_crops=options.val_crops or size.val_crops,
             steps=steps,
             peak=options.lr or size.rate_per_256 * batch / 256,
             rank=int(os.environ.get("RANK", "0")),
@@ -174,6 +178,7 @@ class Plan:
             "--moa-form": self.mixture.form if self.mixture else None,
             "--data": self.training.describe(),
             "--val-data": self.held_out.describe(),
+            "--val-crops": self.val_crops,
             "--batch-size": self.batch,
             "--steps": self.steps,
             "--lr": self.peak,
@@ -187,7 +192,7 @@ class Plan:
 
     def validation_numbers(self) -> list[range]:
         """The held-out samples of this rank, by batch; the same at every validation."""
-        mine = range(self.rank, self.size.validation, self.world)
+        mine = range(self.rank, self.val_crops, self.world)
         return [mine[start : start + self.micro_batch] for start in range(0, len(mine), self.micro_batch)]
 
     def describe(self, model: nn.Module) -> str:
@@ -340,6 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--moa-backend", choices=BACKENDS, help="what computes the mixture; default: eager (tiny), auto (base)")
     add("--data", type=Path, metavar="FOLDER", help="of pictures, at any depth; default: three of installed packages")
     add("--val-data", type=Path, metavar="FOLDER", help=f"default: 1 of {FEW} pictures, or of few the right quarter")
+    add(
+        "--val-crops",
+        type=positive,
+        metavar="N",
+        help="to validate on, the same each time; default: 96 (tiny), 8192 (base)",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, metavar="N", help="default: 400 (tiny)")
     length.add_argument("--epochs", type=positive, metavar="N", help="default: 800 (base)")

@@ -325,12 +325,24 @@ class TestMistakes:
         assert line.startswith(message)
         assert not any(tmp_path.iterdir())
 
-    def test_batch_that_no_ranks_share(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            ("--batch-size 16", "--batch-size 16: not divisible by 3 processes; give a multiple of 3"),
+            ("--batch-size 18 --val-crops 2", "--val-crops 2: fewer than the 3 processes; give 3 or more"),
+        ],
+    )
+    def test_numbers_that_processes_cannot_share(
+        self,
+        flags: str,
+        message: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setenv("WORLD_SIZE", "3")
-        line = main_fails(capsys, "--batch-size", "16", "--out", str(tmp_path / "run"))
-        assert line == "--batch-size 16: not divisible by 3 processes; give a multiple of 3"
+        assert main_fails(capsys, *flags.split(), "--out", str(tmp_path / "run")) == message
+        assert not any(tmp_path.iterdir())
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has what is missing here")
     def test_backend_that_is_not_here(
