@@ -11,8 +11,13 @@ import torch
 if not torch.cuda.is_available():
     # Triton decides when it is imported whether its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# A pool of compiling processes, each of which imports torch, costs more than it gives here.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from megatron_moa.cpu.switch import enable
+from tests.support.instructions import load_once
+
+load_once()
 
 
 @pytest.fixture(autouse=True)
