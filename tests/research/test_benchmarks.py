@@ -252,7 +252,7 @@ def test_recipes_are_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["type1", "bi-sided"])
+@pytest.mark.parametrize("form", [pytest.param("type1", marks=pytest.mark.full), "bi-sided"])
 def test_plain_compile_computes_the_reference(form: str) -> None:
     """Gate and mixture, in bfloat16 and float32, also with a gate a group; the reference stands again afterwards."""
     mixing = MixtureConfig(form=form, backend="eager")
