@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import signal
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import pytest
 import sentencepiece
 
 from megatron_moa.data import dataset_writer, pieces, workers
+from tests.support import launch
 from tests.support.datasets import (
     ENVIRONMENT,
     command,
@@ -22,6 +22,7 @@ from tests.support.datasets import (
     same_files,
     write_json_lines,
 )
+from tests.support.training import ROOT
 from tools import merge_data
 
 # The test process has other threads by then; a tool that was just started has none.
@@ -70,14 +71,16 @@ def test_two_nodes_write_what_one_process_does(model: str, tmp_path: Path) -> No
     write_json_lines(tmp_path, 400)
     inputs = ["--input", *(tmp_path / f"{i}.jsonl" for i in range(3)), "--shuffle-documents", 2]
     flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model, "--workers", 2]
-    started = [
-        subprocess.Popen(
-            command("preprocess_data", *inputs, *flags, "--output-prefix", tmp_path / "d", "--part", "slurm"),
-            env={**ENVIRONMENT, "SLURM_PROCID": str(node), "SLURM_STEP_NUM_TASKS": "2"},
-        )
-        for node in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    made = command("preprocess_data", *inputs, *flags, "--output-prefix", tmp_path / "d", "--part", "slurm")
+    with (tmp_path / "log").open("w") as log:
+        started = [
+            launch.Forked(
+                made, cwd=ROOT, env={**ENVIRONMENT, "SLURM_PROCID": str(node), "SLURM_STEP_NUM_TASKS": "2"}, stdout=log
+            )
+            for node in range(2)
+        ]
+    codes = [process.wait(timeout=120) for process in started]
+    assert codes == [0, 0], (tmp_path / "log").read_text()
     merge(tmp_path / "d", "--remove-parts")
     preprocess(model, tmp_path / "whole", *inputs, "--workers", 1)
     same_files(tmp_path / "whole", tmp_path / "d")
