@@ -119,8 +119,16 @@ def coefficient_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Paramet
     }
 
 
-@pytest.mark.parametrize("distributed", [False, True], ids=["", "distributed optimizer"])
-@pytest.mark.parametrize("precision", HALF)
+@pytest.mark.parametrize(
+    ("precision", "distributed"),
+    [
+        pytest.param("bf16", False, marks=pytest.mark.full),
+        ("bf16", True),
+        ("fp16", False),
+        pytest.param("fp16", True, marks=pytest.mark.full),
+    ],
+    ids=["bf16", "bf16-distributed optimizer", "fp16", "fp16-distributed optimizer"],
+)
 @pytest.mark.parametrize("mixing_name", [pytest.param("la", marks=pytest.mark.full), "moa"])
 def test_steps_below_half_precision_add_up_in_the_master_copy(
     mixing_name: str, precision: str, distributed: bool

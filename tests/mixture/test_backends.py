@@ -154,7 +154,7 @@ def test_any_width(backend: str, size: int, form: str) -> None:
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
 
 
-@pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided"])
+@pytest.mark.parametrize("form", ["type1", pytest.param("one-sided", marks=FULL), "bi-sided"])
 def test_every_activation_as_a_kernel(form: str) -> None:
     mixing = MixtureConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
     kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=300))
