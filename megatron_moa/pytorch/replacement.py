@@ -121,7 +121,7 @@ def _swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if id(child) in new_of:
-                setattr(parent, name, new_of[id(child)])
+                parent.register_module(name, new_of[id(child)])
 
 
 # What config.json says of the layers: all that it takes to build them for the weights beside it.
@@ -146,7 +146,7 @@ def _note(model: nn.Module, new: Mapping[str, MixedFeedForward]) -> None:
             noted.append({"layers": [name], **settings})
         else:
             alike["layers"].append(name)
-    setattr(config, _RECORD, noted)
+    config.update({_RECORD: noted})
 
 
 def _noted(model: nn.Module, noted: list[dict[str, Any]]) -> dict[str, MixedFeedForward]:
