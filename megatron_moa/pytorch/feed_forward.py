@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
+from megatron_moa.errors import UserError
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
@@ -103,7 +104,7 @@ class MixedFeedForward(nn.Module):
         device, dtype: of the parameters, as for torch.nn.Linear.
 
     Raises:
-        UserError: a setting of the mixture that is not valid here.
+        UserError: a width below 1.
     """
 
     def __init__(
@@ -120,6 +121,9 @@ class MixedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if min(hidden_size, ffn_hidden_size) < 1:
+            raise UserError(f"MixedFeedForward({hidden_size}, {ffn_hidden_size}): widths start at 1")
+        self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
         self.init_stds = init_std, init_std if output_init_std is None else output_init_std
         width = ffn_hidden_size * (2 if mixture.gated else 1)
@@ -142,7 +146,11 @@ class MixedFeedForward(nn.Module):
         self.coefficients.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]"""
+        """[..., h] -> [..., h]; ValueError for another width."""
+        if x.shape[-1:] != (self.hidden_size,):
+            raise ValueError(
+                f"input {list(x.shape)}: the layer's hidden_size is {self.hidden_size}, of the last dimension"
+            )
         preactivation = self.fc1(x)  # [..., f], gated [..., 2f]
         if self.mixture.recompute and torch.is_grad_enabled():
             # Computes the mixture's output again in backward, where fc2 would keep it.

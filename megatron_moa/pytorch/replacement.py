@@ -35,7 +35,8 @@ def replace_feed_forward(
 
     Returns:
         The layers that were replaced, by name; ``model.set_submodule(name, layer)`` puts one back. A model of
-        transformers notes the mixtures in its config, for :func:`load_replaced`.
+        transformers notes the mixtures in its config, for :func:`load_replaced`: ``config.mixed_feed_forward``, to be
+        deleted if all layers are put back.
 
     Raises:
         UserError: nothing to replace, or a layer that matches and cannot be; the model is as it was.
@@ -59,7 +60,8 @@ def load_replaced(folder: str | Path, model_class: type | None = None, **setting
         settings: further arguments of it, such as ``dtype`` or ``device_map``.
 
     Raises:
-        UserError: config.json notes no replacement, names no class of transformers', or does not fit the model.
+        UserError: config.json notes no replacement, names no class of transformers', or does not fit the model or the
+            weights.
     """
     import transformers  # here, since nothing else needs it
 
@@ -77,8 +79,15 @@ def load_replaced(folder: str | Path, model_class: type | None = None, **setting
         _swap(self, _noted(self, getattr(self.config, _RECORD)))
 
     replaced = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
-    model = replaced.from_pretrained(folder, **settings)
+    model, report = replaced.from_pretrained(folder, output_loading_info=True, **settings)
     model.__class__ = model_class
+    names = tuple(f"{name}." for entry in getattr(config, _RECORD) for name in entry["layers"])
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(names))
+    if missing:
+        raise UserError(
+            f"{folder}: lacks {missing[0]}, though its config.json notes a mixture there; delete what is wrong of "
+            f"{_RECORD}"
+        )
     return model
 
 
@@ -93,16 +102,20 @@ def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
         except NotFeedForwardError:
             if match is not None:
                 raise
-    if not found:
+    if found:
+        return found
+    what = type(model).__name__
+    if match is not None:
         shown = ", ".join(candidates[:_NAMED]) + (" and others" if len(candidates) > _NAMED else "")
         raise UserError(
-            f"{type(model).__name__}: no feed-forward layer; those that are quantized, wrapped or spread over several "
-            "modules, and experts in one tensor, cannot be replaced"
-            if match is None
-            else f"{type(model).__name__}: no layer matches {_shown(match)}; feed-forward layers by their shapes: "
-            f"{shown or 'none'}"
+            f"{what}: no layer matches {_shown(match)}; feed-forward layers by their shapes: {shown or 'none'}"
         )
-    return found
+    if any(isinstance(module, MixedFeedForward) for module in named.values()):
+        raise UserError(f"{what}: no feed-forward layer that is no mixture already")
+    raise UserError(
+        f"{what}: no feed-forward layer; those that are quantized, wrapped or spread over several modules, and experts "
+        "in one tensor, cannot be replaced"
+    )
 
 
 def _fits(match: Match, name: str, module: nn.Module) -> bool:
@@ -131,7 +144,9 @@ def _note(model: nn.Module, new: Mapping[str, MixedFeedForward]) -> None:
     config = getattr(model, "config", None)
     if not hasattr(config, "save_pretrained"):
         return  # it is none of transformers'
-    noted = list(getattr(config, _RECORD, None) or [])
+    earlier = getattr(config, _RECORD, None) or []
+    noted = [{**entry, "layers": [name for name in entry["layers"] if name not in new]} for entry in earlier]
+    noted = [entry for entry in noted if entry["layers"]]
     for name, layer in new.items():
         settings = {
             "mixture": layer.mixture.to_json(),

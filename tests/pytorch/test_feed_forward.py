@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moa import MixedFeedForward
+from megatron_moa.errors import UserError
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MIXINGS, MixtureConfig
 from megatron_moa.mixture.start_scale import matching_scale
@@ -170,6 +171,13 @@ def test_frozen_coefficients_want_no_gradients() -> None:
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"fc1.weight", "fc2.weight"}
     layer(torch.randn(3, 16)).sum().backward()
     assert layer.coefficients.weight.grad is None
+
+
+def test_widths_that_do_not_fit_are_said() -> None:
+    with pytest.raises(UserError, match=r"MixedFeedForward\(8, 0\): widths start at 1"):
+        MixedFeedForward(8, 0)
+    with pytest.raises(ValueError, match=r"input \[3, 15\]: the layer's hidden_size is 16"):
+        MixedFeedForward(16, 24)(torch.randn(3, 15))
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

@@ -120,7 +120,7 @@ def test_new_parameters_train_and_come_back(name: str, kind: str, tmp_path: Path
     assert type(again) is type(model)
     assert again.state_dict().keys() == model.state_dict().keys()
     torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-6 * trained.abs().max().item())
-    with pytest.raises(UserError, match="no feed-forward layer"):
+    with pytest.raises(UserError, match="no feed-forward layer that is no mixture already"):
         replace_feed_forward(again)
 
 
@@ -372,6 +372,18 @@ def test_mistakes_are_one_line_and_the_model_stays(case: str) -> None:
     assert "\n" not in str(refusal.value)
     assert dict(model.named_modules()) == before
     assert model.config.to_dict() == config
+
+
+def test_a_note_follows_its_layers(tmp_path: Path) -> None:
+    model = built("Llama")
+    for name, layer in replace_feed_forward(model).items():
+        model.set_submodule(name, layer)
+    replace_feed_forward(model, MixtureConfig("la"), match="layers.1.mlp")
+    noted = {tuple(entry["layers"]): entry["mixture"]["mixing"] for entry in model.config.mixed_feed_forward}
+    assert noted == {("model.layers.0.mlp",): "moa", ("model.layers.1.mlp",): "la"}
+    model.save_pretrained(tmp_path)  # layer 0 is the old one, whatever the note says
+    with pytest.raises(UserError, match=r"lacks model.layers.0.mlp.coefficients.amplitude, .* notes a mixture there"):
+        load_replaced(tmp_path)
 
 
 def test_a_folder_without_replaced_layers_is_refused(tmp_path: Path) -> None:
