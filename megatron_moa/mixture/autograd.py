@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.grouped_products import group_of_rows, grouped_sum
@@ -132,6 +133,7 @@ class _Mixture(torch.autograd.Function):
         return _mix(backend, inputs, mixing, group_ends)
 
     @staticmethod
+    @once_differentiable  # a second derivative would take the first one's parts for constants
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, group_ends = ctx.saved_tensors
         backend, mixing = ctx.settings
@@ -151,6 +153,7 @@ class _Gate(torch.autograd.Function):
         return coefficients
 
     @staticmethod
+    @once_differentiable  # a second derivative would take the first one's parts for constants
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, coefficients = ctx.saved_tensors
         backend, mixing = ctx.settings
@@ -183,6 +186,7 @@ class _GatedMixture(torch.autograd.Function):
         return _mix(backend, inputs, mixing, None), coefficients
 
     @staticmethod
+    @once_differentiable  # a second derivative would take the first one's parts for constants
     def backward(ctx: _Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 11

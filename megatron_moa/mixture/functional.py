@@ -132,13 +132,17 @@ def gated_mixture(
 
 
 def _breaks_graph(mixing: MixtureConfig) -> bool:
-    return torch.compiler.is_compiling() and mixing.backend in ("triton", "compile")
+    if not torch.compiler.is_compiling() or mixing.backend not in ("triton", "compile"):
+        return False
+    if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
+        raise UserError(f"--moa-backend {mixing.backend}: cannot be exported as a graph; take auto or eager")
+    return True
 
 
 @functools.cache
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
-    reason = 'a backend is named that cannot be traced; with backend="auto" the mixture is part of the graph'
-    return torch.compiler.disable(function, reason=reason)
+    # Not at import: it imports the compiler.
+    return torch.compiler.disable(function, reason="a backend is named, which cannot be traced")
 
 
 def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:

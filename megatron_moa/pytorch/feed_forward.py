@@ -59,8 +59,10 @@ class MixtureCoefficients(nn.Module):
         for vector in (self.value, self.amplitude):
             if vector is not None:
                 vector.copy_(values)
-        if self.weight is not None:
+        if self.weight is not None and self.mixture.gate_init_std:
             nn.init.normal_(self.weight, std=self.mixture.gate_init_std)
+        elif self.weight is not None:
+            nn.init.zeros_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if self.scale is not None:
@@ -70,13 +72,19 @@ class MixtureCoefficients(nn.Module):
         """What the coefficients of MoA for x [..., h] are computed from."""
         return GateInputs(x, self.weight, self.bias, self.amplitude, self.scale)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody hooks this module, and so needs it to be called."""
+        return any((self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks))
+
     def forward(self, x: Tensor) -> Tensor:
         """The coefficients [..., n] of x [..., h]; for LA [n], whatever x is. Float32 (of float64 parameters float64).
 
         Under autocast too: a gate's logits are a small product and decide over all hidden units.
         """
         if self.value is not None:
-            return self.value.to(torch.promote_types(self.value.dtype, torch.float32))
+            # A copy: who shards the parameter may free its memory after this.
+            return self.value.to(torch.promote_types(self.value.dtype, torch.float32), copy=True)
         with torch.autocast(x.device.type, enabled=False):
             inputs = self.gate_inputs(x)
             return gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
@@ -97,7 +105,7 @@ class MixedFeedForward(nn.Module):
         hidden_size: h.
         ffn_hidden_size: f, the width inside; of a gated form that of each branch.
         mixture: default MoA, bi-sided, the paper's dictionary.
-        bias: whether fc1 and fc2 have biases.
+        bias: whether fc1 and fc2 have biases; two values, where they differ.
         dropout: probability with which an entry of the output is dropped in training.
         init_std: standard deviation of the initial weights.
         output_init_std: fc2's, where it is another (often init_std / sqrt(2 layers)).
@@ -112,7 +120,7 @@ class MixedFeedForward(nn.Module):
         hidden_size: int,
         ffn_hidden_size: int,
         mixture: MixtureConfig | None = None,
-        bias: bool = False,
+        bias: bool | tuple[bool, bool] = False,
         *,
         dropout: float = 0.0,
         init_std: float = DEFAULT_INIT_STD,
@@ -121,17 +129,18 @@ class MixedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(hidden_size, ffn_hidden_size) < 1:
-            raise UserError(f"MixedFeedForward({hidden_size}, {ffn_hidden_size}): widths start at 1")
+        if not all(isinstance(width, int) and width > 0 for width in (hidden_size, ffn_hidden_size)):
+            raise UserError(f"MixedFeedForward({hidden_size}, {ffn_hidden_size}): widths are whole numbers from 1")
+        biases = bias if isinstance(bias, tuple) else (bias, bias)
         self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
         self.init_stds = init_std, init_std if output_init_std is None else output_init_std
         width = ffn_hidden_size * (2 if mixture.gated else 1)
         # On no device until all are there: else each would be drawn once here, and gates before the others.
         where = {"device": "meta", "dtype": dtype}
-        self.fc1 = nn.Linear(hidden_size, width, bias, **where)
+        self.fc1 = nn.Linear(hidden_size, width, biases[0], **where)
         self.coefficients = MixtureCoefficients(hidden_size, mixture, init_std, **where)
-        self.fc2 = nn.Linear(ffn_hidden_size, hidden_size, bias, **where)
+        self.fc2 = nn.Linear(ffn_hidden_size, hidden_size, biases[1], **where)
         self.dropout = nn.Dropout(dropout)
         self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
@@ -164,7 +173,7 @@ class MixedFeedForward(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             coefficients = self.coefficients
             # One function of autograd's for both, but where somebody hooks the coefficients to look at them.
-            if coefficients.weight is not None and not coefficients._forward_hooks:
+            if coefficients.weight is not None and not coefficients.is_watched:
                 activated, _ = gated_mixture(preactivation, coefficients.gate_inputs(x), self.mixture)
             else:
                 activated = mixed_activation(preactivation, coefficients(x), self.mixture)
@@ -222,25 +231,13 @@ class MixedFeedForward(nn.Module):
         module, reading = layer.module, layer.reading
         mixture = starting_as(layer, mixture)
         fc1, fc2 = reading.fc1(module), reading.fc2(module)
-        hidden_size, ffn_hidden_size = fc2[0].shape
-        new = cls(
-            hidden_size,
-            ffn_hidden_size,
-            mixture,
-            bias=True,
-            dropout=layer.dropout,
-            device="meta",
-            dtype=fc1[0].dtype,
-        ).to_empty(device=fc1[0].device)
-        trains = any(parameter.requires_grad for parameter in module.parameters())
-        for linear, (weight, bias) in ((new.fc1, fc1), (new.fc2, fc2)):
-            linear.weight.copy_(weight).requires_grad_(trains)
-            if bias is None:
-                linear.bias = None
-            else:
-                linear.bias.copy_(bias).requires_grad_(trains)
-        new.coefficients.reset_parameters()
-        if mixture.kind == "moa":
-            # Where every psi_hat is 1, so that the coefficients are the amplitudes.
-            nn.init.zeros_(new.coefficients.weight)
+        hidden_size, ffn_hidden_size = fc2.weight.shape
+        biases = fc1.bias is not None, fc2.bias is not None
+        where, dtype = fc1.weight.device, fc1.weight.dtype
+        new = cls(hidden_size, ffn_hidden_size, mixture, biases, dropout=layer.dropout, device="meta", dtype=dtype)
+        new.to_empty(device=where).coefficients.reset_parameters()
+        for linear, old in ((new.fc1, fc1), (new.fc2, fc2)):
+            linear.weight.copy_(old.weight).requires_grad_(old.trains)
+            if old.bias is not None:
+                linear.bias.copy_(old.bias).requires_grad_(old.trains)
         return new.train(module.training)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,21 +17,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from megatron_moa.errors import UserError, one_line
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from megatron_moa.mixture.reference import DEFINITIONS
 
-_ROWS = 16  # tokens that a layer is tried on
-_STANDARD_DEVIATION = 2.0  # of what the activation sees: smaller numbers do not tell GELU from its approximation
-_TOLERANCE = 1e-5  # of the largest output, in float32; GELU and its approximation are 1e-4 apart
+# What a layer is tried on: texts of tokens on which the activation sees numbers of these standard deviations. Small
+# ones do not tell GELU from its approximation, and large ones tell an activation that is clipped.
+_STANDARD_DEVIATIONS = (0.5, 2.0, 8.0, 40.0)
+_TOKENS = 4  # in a text
+_TOLERANCE = 1e-5  # of a token's largest output, in float32; GELU and its approximation are 1e-4 apart
+_DROPOUT_TRIALS = 8
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class NotFeedForwardError(UserError):
     """A module that does not map one tensor [b, s, h] to another, whatever linear layers it has."""
 
 
-_Weights = tuple[Tensor, Tensor | None]  # [out, in], and the bias [out]
+class Weights(NamedTuple):
+    """A linear layer's weight [out, in], its bias [out] or None, and whether they want gradients."""
+
+    weight: Tensor
+    bias: Tensor | None
+    trains: bool
 
 
 class Reading(NamedTuple):
@@ -48,22 +59,22 @@ class Reading(NamedTuple):
     gated: bool
     swapped: bool = False
 
-    def fc1(self, module: nn.Module) -> _Weights:
-        """[f, h], gated [2f, h] with the activated branch first, and the bias; one that only one branch has is 0 for
-        the other.
-        """
+    def fc1(self, module: nn.Module) -> Weights:
+        """Of [f, h], gated [2f, h] with the activated branch first; a bias of only one branch is 0 for the other."""
         parts = [_weights(module.get_submodule(name)) for name in self.first]
         if self.swapped:
-            parts = list(zip(*(_halves(tensor) for tensor in parts[0]), strict=True))[::-1]
+            linear, activated = _halves(parts[0])
+            parts = [activated, linear]
         if len(parts) == 1:
             return parts[0]
-        weight = torch.cat([weight for weight, _ in parts])
-        if all(bias is None for _, bias in parts):
-            return weight, None
-        return weight, torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts])
+        weight = torch.cat([part.weight for part in parts])
+        bias = None
+        if any(part.bias is not None for part in parts):
+            bias = torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias, _ in parts])
+        return Weights(weight, bias, any(part.trains for part in parts))
 
-    def fc2(self, module: nn.Module) -> _Weights:
-        """[h, f], and the bias."""
+    def fc2(self, module: nn.Module) -> Weights:
+        """Of [h, f]."""
         return _weights(module.get_submodule(self.down))
 
 
@@ -94,19 +105,22 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is nn.Linear, or transformers' Conv1D of GPT-2, with a matrix of numbers: not a quantized one."""
+    """Whether it is nn.Linear, or transformers' Conv1D of GPT-2, and not quantized."""
     if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
         return False
-    return module.weight.dim() == 2 and module.weight.is_floating_point()
+    return module.weight.dim() == 2 and module.weight.dtype in _DTYPES
 
 
-def _weights(linear: nn.Module) -> _Weights:
+def _weights(linear: nn.Module) -> Weights:
     weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
-    return weight.detach(), None if linear.bias is None else linear.bias.detach()
+    trains = any(parameter.requires_grad for parameter in linear.parameters())
+    return Weights(weight.detach(), None if linear.bias is None else linear.bias.detach(), trains)
 
 
-def _halves(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if tensor is None else tensor.chunk(2)
+def _halves(both: Weights) -> tuple[Weights, Weights]:
+    weights = both.weight.chunk(2)
+    biases = (None, None) if both.bias is None else both.bias.chunk(2)
+    return tuple(Weights(weight, bias, both.trains) for weight, bias in zip(weights, biases, strict=True))
 
 
 def readings(module: nn.Module, names: Mapping[str, str | None] | None = None) -> list[Reading]:
@@ -114,7 +128,7 @@ def readings(module: nn.Module, names: Mapping[str, str | None] | None = None) -
 
     With ``names`` of roles, those ways in which each role that is named is played by the layer of that name.
     """
-    shapes = {name: tuple(_weights(linear)[0].shape) for name, linear in linear_layers(module).items()}
+    shapes = {name: tuple(_weights(linear).weight.shape) for name, linear in linear_layers(module).items()}
     roles = {3: ("gate", "up", "down"), 2: ("up", "down")}.get(len(shapes), ())
     fixed = {role: name for role, name in (names or {}).items() if name is not None}
     found = []
@@ -148,13 +162,12 @@ def recognise(
     """
     what = f"{name} ({type(module).__name__})"
     linears = linear_layers(module)
-    have = ", ".join(f"{key} {list(_weights(linear)[0].shape)}" for key, linear in linears.items())
+    have = ", ".join(f"{key} {list(_weights(linear).weight.shape)}" for key, linear in linears.items())
     have = f"linear layers [out, in]: {have or 'none, or other parameters beside them'}"
     for role, given in (names or {}).items():
         if given is not None and given not in linears:
             raise UserError(f'{what}: {role}="{given}" is no linear layer of it; {have}')
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise UserError(f"{what}: is on the meta device, where nothing can be computed; load its weights first")
+    _refuse_what_would_be_lost(module, linears, what)
     ways = [way for way in readings(module, names) if gated in (None, way.gated)]
     if not ways:
         kind = {
@@ -165,16 +178,42 @@ def recognise(
         raise UserError(f"{what}: is no {kind[gated]}; {have}")
     weight = next(module.parameters())
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), _exact_products():
-        tried = copy.deepcopy(module).to(torch.promote_types(weight.dtype, torch.float32))
-        x, output = _tried(tried.eval(), ways, what)
-        error, activation, way = min(_attempts(tried, ways, x, output), key=lambda attempt: attempt[0])
+        twin = _twin(module, torch.promote_types(weight.dtype, torch.float32), what)
+        x, output = _run(twin.eval(), ways, what)
+        error, activation, way = min(_errors(twin, ways, x, output), key=lambda attempt: attempt[0])
         if not error <= _TOLERANCE:
             raise UserError(
                 f"{what}: computes neither down(σ(up(x))) nor down(σ(gate(x)) * up(x)) with σ one of "
                 f"{', '.join(DEFINITIONS)}; the nearest, {activation}, is off by {error:.1e} of the largest output"
             )
-        dropout = _output_dropout(tried, x, output, what)
+        dropout = _output_dropout(twin.train(), x, output, what)
     return Recognised(what, module, way, activation, dropout)
+
+
+def _refuse_what_would_be_lost(module: nn.Module, linears: Mapping[str, nn.Module], what: str) -> None:
+    """Raises UserError for what a MixedFeedForward of the same weights would not have."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise UserError(f"{what}: is on the meta device, where nothing can be computed; load its weights first")
+    dtypes = {parameter.dtype for parameter in module.parameters()}
+    if len(dtypes) > 1:
+        raise UserError(
+            f"{what}: has weights of {' and '.join(sorted(map(str, dtypes)))}; cast them to one dtype first"
+        )
+    for name, part in {"": module, **linears}.items():
+        where = f"{what}: its {name}" if name else what
+        if parametrize.is_parametrized(part):
+            raise UserError(f"{where} is parametrized, which would be lost; remove its parametrizations first")
+        if any((part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)):
+            raise UserError(f"{where} has hooks, which would be lost; remove them first")
+    if len({id(linear.weight) for linear in linears.values()}) < len(linears):
+        raise UserError(f"{what}: two of its linear layers share their weight, which a mixture's cannot")
+
+
+def _twin(module: nn.Module, dtype: torch.dtype, what: str) -> nn.Module:
+    try:
+        return copy.deepcopy(module).to(dtype)
+    except Exception as error:  # as those of FSDP, and of modules that keep what they computed
+        raise UserError(f"{what}: cannot be copied, to be tried: {one_line(error, typed=True)}") from None
 
 
 @contextlib.contextmanager
@@ -188,20 +227,21 @@ def _exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _tokens_for(way: Reading, module: nn.Module) -> Tensor:
-    """Input [1, rows, h] on which the activation sees numbers of :data:`_STANDARD_DEVIATION`."""
-    weight, _ = way.fc1(module)
+def _texts_for(way: Reading, module: nn.Module) -> Tensor:
+    """Input [texts, tokens, h] for :data:`_STANDARD_DEVIATIONS`."""
+    weight = way.fc1(module).weight
+    stds = torch.tensor(_STANDARD_DEVIATIONS, device="cpu")
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, _ROWS, weight.shape[1], generator=generator).to(weight)
+    x = torch.randn(len(stds), _TOKENS, weight.shape[1], generator=generator, device="cpu").to(weight)
     std = F.linear(x, weight).std()
-    return x * (_STANDARD_DEVIATION / std) if std > 0 else x
+    return x * (stds.to(weight) / std)[:, None, None] if std > 0 else x
 
 
-def _tried(module: nn.Module, ways: list[Reading], what: str) -> tuple[Tensor, Tensor]:
+def _run(module: nn.Module, ways: list[Reading], what: str) -> tuple[Tensor, Tensor]:
     """An input, and the module's output; of two linear layers either may be the first, so h may have two values."""
     why = ""
     for way in ways:
-        x = _tokens_for(way, module)
+        x = _texts_for(way, module)
         try:
             output = module(x)
         except Exception as error:  # whatever somebody else's module raises
@@ -210,45 +250,53 @@ def _tried(module: nn.Module, ways: list[Reading], what: str) -> tuple[Tensor, T
         if isinstance(output, Tensor) and output.shape == x.shape:
             return x, output
         why = f"gives {list(output.shape) if isinstance(output, Tensor) else type(output).__name__}"
-    raise NotFeedForwardError(f"{what}: is called with a tensor [1, {_ROWS}, h] to get another, and does not do: {why}")
+    raise NotFeedForwardError(f"{what}: is called with one tensor [b, s, h] to get another, and does not do: {why}")
 
 
-def _attempts(
-    module: nn.Module, ways: list[Reading], x: Tensor, output: Tensor
-) -> Iterator[tuple[float, str, Reading]]:
-    """How far the output is from every activation in every reading, in parts of what fc2 gives at most."""
+def _errors(module: nn.Module, ways: list[Reading], x: Tensor, output: Tensor) -> Iterator[tuple[float, str, Reading]]:
+    """How far the output is from every activation in every reading, in parts of what fc2 gives a token at most."""
     for way in ways:
         fc1, fc2 = way.fc1(module), way.fc2(module)
-        if fc1[0].shape[1] != x.shape[-1]:
+        if fc1.weight.shape[1] != x.shape[-1]:
             continue
-        first = F.linear(x, *fc1)
+        first = F.linear(x, fc1.weight, fc1.bias)
         activated, linear = first.chunk(2, dim=-1) if way.gated else (first, None)
         inner = torch.stack([function(activated) for function in DEFINITIONS.values()])
-        errors = (F.linear(inner if linear is None else inner * linear, *fc2) - output).abs().flatten(1).amax(1)
-        # An output that is its bias alone says nothing: not a number, which no tolerance allows.
-        errors /= (output - (0 if fc2[1] is None else fc2[1])).abs().max()
-        for name, error in zip(DEFINITIONS, errors.nan_to_num(nan=torch.inf).tolist(), strict=True):
+        outputs = F.linear(inner if linear is None else inner * linear, fc2.weight, fc2.bias)
+        largest = (output - (0 if fc2.bias is None else fc2.bias)).abs().amax(-1)
+        # Where all is 0 but the bias nothing can be said: not a number, which no tolerance allows.
+        errors = ((outputs - output).abs().amax(-1) / largest).flatten(1).nan_to_num(nan=torch.inf).amax(1)
+        for name, error in zip(DEFINITIONS, errors.tolist(), strict=True):
             yield error, name, way
 
 
-def _output_dropout(tried: nn.Module, x: Tensor, output: Tensor, what: str) -> float:
-    """The probability of dropout on the output in training, 0 for none.
+def _output_dropout(module: nn.Module, x: Tensor, output: Tensor, what: str) -> float:
+    """The probability of dropout on the output of a module in training mode, 0 for none.
 
     Raises:
-        UserError: training differs by something else, such as dropout inside.
+        UserError: training differs by something else: dropout inside, or of whole tokens or texts.
     """
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        trained = tried.train()(x)
-    kept = trained != 0
-    if torch.equal(trained, output) or not kept.any():
+        torch.manual_seed(1)
+        trained = torch.stack([module(x) for _ in range(_DROPOUT_TRIALS)])
+    if torch.equal(trained, output.expand_as(trained)):
         return 0.0
-    factor = (trained[kept] / output[kept]).median()
-    if factor < 1 or not torch.allclose(trained[kept], output[kept] * factor, rtol=1e-5, atol=0):
+    kept = trained != 0
+    expected = output.expand_as(trained)
+    # Each entry is dropped on its own, so no token is without any; and as many are as the factor on the others says.
+    factor = (trained[kept] / expected[kept]).median() if kept.any() else output.new_zeros(())
+    p = 1 - 1 / factor.item() if factor >= 1 else math.nan
+    spread = math.sqrt(max(p * (1 - p), 0) / kept.numel()) if p == p else 0.0
+    if (
+        not kept.any(-1).all()
+        or not abs((~kept).float().mean().item() - p) <= 6 * spread
+        or not torch.allclose(trained[kept], expected[kept] * factor, rtol=1e-5, atol=0)
+    ):
         raise UserError(
-            f"{what}: computes something else in training than in evaluation, which is no dropout of its output; set "
-            "the probability of dropout inside it to 0"
+            f"{what}: computes something else in training than in evaluation, which is no dropout of its output's "
+            "entries; set the probability of dropout in it to 0"
         )
-    return round(1 - 1 / factor.item(), 6)
+    return round(p, 6)
 
 
 def starting_as(layer: Recognised, mixture: MixtureConfig | None) -> MixtureConfig:
@@ -277,26 +325,27 @@ def starting_as(layer: Recognised, mixture: MixtureConfig | None) -> MixtureConf
         mixture,
         activations=names,
         amplitude="learned" if mixture.kind == "moa" else "fixed",
+        gate_init_std=0.0 if mixture.kind == "moa" else mixture.gate_init_std,  # where psi_hat is 1
         initial_coefficients=(1.0,),
         init_scale="paper",
     )
-    ones = {
-        "type1": {activation},
-        "one-sided": {"linear.identity"},
-        "bi-sided": {activation, "linear.identity"},
-        "quadratic": {f"{activation}*identity"},
-    }[mixture.form]
     if mixture.form == "one-sided" and activation != "silu":
         raise UserError(
             f'{layer.name}: has {activation} on its first branch, where form="one-sided" has silu; take '
             'form="bi-sided" or "quadratic"'
         )
-    missing = ones.difference(mixture.coefficient_names)
+    ones = {
+        "type1": (activation,),
+        "one-sided": ("linear.identity",),
+        "bi-sided": (activation, "linear.identity"),
+        "quadratic": (f"{activation}*identity",),
+    }[mixture.form]
+    missing = [name for name in ones if name not in mixture.coefficient_names]
     if missing:
-        wanted = " before identity" if mixture.form == "quadratic" else ""
+        needed = dict.fromkeys((activation, "identity") if gated else (activation,))
+        order = ", in this order" if mixture.form == "quadratic" and len(needed) > 1 else ""
         raise UserError(
-            f"{layer.name}: is {', '.join(sorted(ones))}, and the mixture has no {', '.join(sorted(missing))}; name "
-            f"activations with {activation}{wanted if activation != 'identity' else ''}"
-            f"{' and identity' if gated else ''}"
+            f"{layer.name}: is {' and '.join(ones)}, and the mixture has no {' and '.join(missing)}; name "
+            f"{' and '.join(needed)} among the activations{order}"
         )
     return replace(mixture, initial_coefficients=tuple(float(name in ones) for name in mixture.coefficient_names))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.pytorch.feed_forward import MixedFeedForward
 from megatron_moa.pytorch.recognition import NotFeedForwardError, Recognised, readings, recognise
 
-# What chooses layers: a name, "mlp" for every "….mlp" or a pattern such as "encoder.*.mlp"; a class; or a function of
-# name and module.
-Match = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+# What chooses layers: a name, "mlp" for every "….mlp" or a pattern such as "encoder.*.mlp"; a class; a function of name
+# and module; or several of these.
+Match = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["Match"]
 
 _RECORD = "mixed_feed_forward"  # in a transformers model's config
+_OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 _NAMED = 4  # layers that a message names
 
 
@@ -49,7 +50,9 @@ def replace_feed_forward(
     return old
 
 
-def load_replaced(folder: str | Path, model_class: type | None = None, **settings: Any) -> nn.Module:
+def load_replaced(
+    folder: str | Path, model_class: type | None = None, backend: str = "auto", **settings: Any
+) -> nn.Module:
     """Loads a model of transformers whose layers :func:`replace_feed_forward` replaced, saved by ``save_pretrained``.
 
     The stock class alone would build its own feed-forward layers and leave them as they start.
@@ -57,6 +60,7 @@ def load_replaced(folder: str | Path, model_class: type | None = None, **setting
     Args:
         folder: local, or a name on the Hugging Face Hub.
         model_class: whose ``from_pretrained`` loads; default: transformers' class that config.json names.
+        backend: of the mixtures (:class:`MixtureConfig`).
         settings: further arguments of it, such as ``dtype`` or ``device_map``.
 
     Raises:
@@ -65,7 +69,10 @@ def load_replaced(folder: str | Path, model_class: type | None = None, **setting
     """
     import transformers  # here, since nothing else needs it
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = settings.pop("config", None)
+    if config is None:
+        of_hub = {name: value for name, value in settings.items() if name in _OF_HUB}
+        config = transformers.AutoConfig.from_pretrained(folder, **of_hub)
     if not getattr(config, _RECORD, None):
         raise UserError(f"{folder}: its config.json notes no {_RECORD}; load it by transformers' from_pretrained")
     if model_class is None:
@@ -73,35 +80,51 @@ def load_replaced(folder: str | Path, model_class: type | None = None, **setting
         model_class = getattr(transformers, named, None)
         if model_class is None:
             raise UserError(f"{folder}: its config.json names {named}, which transformers has not; give model_class")
+    if not issubclass(model_class, transformers.PreTrainedModel):
+        raise UserError(f"model_class {model_class.__name__}: is no model; give one such as LlamaForCausalLM")
+    layers: dict[str, MixedFeedForward] = {}
 
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
-        _swap(self, _noted(self, getattr(self.config, _RECORD)))
+        layers.update(_noted(self, getattr(config, _RECORD), backend))
+        _swap(self, layers)
 
     replaced = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
-    model, report = replaced.from_pretrained(folder, output_loading_info=True, **settings)
+    model, report = replaced.from_pretrained(folder, config=config, output_loading_info=True, **settings)
     model.__class__ = model_class
-    names = tuple(f"{name}." for entry in getattr(config, _RECORD) for name in entry["layers"])
-    missing = sorted(key for key in report["missing_keys"] if key.startswith(names))
-    if missing:
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *(key[0] for key in report["mismatched_keys"])]
+    wrong = sorted(key for key in wrong if key.startswith(tuple(f"{name}." for name in layers)))
+    if wrong:
         raise UserError(
-            f"{folder}: lacks {missing[0]}, though its config.json notes a mixture there; delete what is wrong of "
-            f"{_RECORD}"
+            f"{folder}: {wrong[0]} is not there, or not as {_RECORD} in its config.json says; if that layer was put "
+            "back, delete it there"
         )
+    for layer in layers.values():
+        if layer.mixture.freeze:  # transformers makes loaded weights train
+            layer.coefficients.requires_grad_(False)
     return model
 
 
 def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
-    """The layers to replace, by name."""
-    named = {name: module for name, module in model.named_modules() if name}
+    """The layers to replace, by name; one that lies in several places by the first that matches."""
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     candidates = [name for name, module in named.items() if readings(module)]
-    found = {}
+    found: dict[int, tuple[str, Recognised]] = {}
     for name in candidates if match is None else [name for name, module in named.items() if _fits(match, name, module)]:
+        module = named[name]
+        if id(module) in found:
+            continue
         try:
-            found[name] = recognise(named[name], name)
+            found[id(module)] = name, recognise(module, name)
         except NotFeedForwardError:
             if match is not None:
                 raise
+        except UserError as error:
+            raise (
+                error if match is not None else UserError(f"{error}; match= names the layers that are meant")
+            ) from None
+    found = dict(found.values())
+    _refuse_shared_weights(model, found)
     if found:
         return found
     what = type(model).__name__
@@ -110,6 +133,8 @@ def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
         raise UserError(
             f"{what}: no layer matches {_shown(match)}; feed-forward layers by their shapes: {shown or 'none'}"
         )
+    if readings(model):
+        raise UserError(f"{what}: is a feed-forward layer itself; take MixedFeedForward.from_mlp or from_swiglu")
     if any(isinstance(module, MixedFeedForward) for module in named.values()):
         raise UserError(f"{what}: no feed-forward layer that is no mixture already")
     raise UserError(
@@ -118,7 +143,21 @@ def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
     )
 
 
+def _refuse_shared_weights(model: nn.Module, found: Mapping[str, Recognised]) -> None:
+    """Raises UserError if a weight of a layer is another module's, too: they would no longer be one."""
+    own = {id(part): name for name, layer in found.items() for part in layer.module.modules()}
+    owner: dict[int, str] = {}
+    for part_name, part in model.named_modules():
+        for parameter in part.parameters(recurse=False):
+            layer = own.get(id(part), part_name)
+            first = owner.setdefault(id(parameter), layer)
+            if first != layer and (first in found or layer in found):
+                raise UserError(f"{layer}: shares a weight with {first}, which would be lost; untie them first")
+
+
 def _fits(match: Match, name: str, module: nn.Module) -> bool:
+    if isinstance(match, list | tuple):
+        return any(_fits(one, name, module) for one in match)
     if isinstance(match, str):
         return fnmatchcase(name, match) or fnmatchcase(name, f"*.{match}")
     return isinstance(module, match) if isinstance(match, type) else match(name, module)
@@ -132,7 +171,7 @@ def _swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     """Puts layers in the place of those of their names, and wherever else these are, since layers may be shared."""
     new_of = {id(model.get_submodule(name)): layer for name, layer in new.items()}
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children leaves out what was there before
             if id(child) in new_of:
                 parent.register_module(name, new_of[id(child)])
 
@@ -152,9 +191,10 @@ def _note(model: nn.Module, new: Mapping[str, MixedFeedForward]) -> None:
             "mixture": layer.mixture.to_json(),
             "hidden_size": layer.fc1.in_features,
             "ffn_hidden_size": layer.fc2.in_features,
-            "fc1_bias": layer.fc1.bias is not None,
-            "fc2_bias": layer.fc2.bias is not None,
+            "biases": [layer.fc1.bias is not None, layer.fc2.bias is not None],
             "dropout": layer.dropout.p,
+            "freeze": layer.mixture.freeze,
+            "recompute": layer.mixture.recompute,
         }
         alike = next((entry for entry in noted if settings.items() <= entry.items()), None)
         if alike is None:
@@ -164,22 +204,36 @@ def _note(model: nn.Module, new: Mapping[str, MixedFeedForward]) -> None:
     config.update({_RECORD: noted})
 
 
-def _noted(model: nn.Module, noted: list[dict[str, Any]]) -> dict[str, MixedFeedForward]:
+def _noted(model: nn.Module, noted: list[dict[str, Any]], backend: str) -> dict[str, MixedFeedForward]:
     """New layers by name, without their weights."""
     named = dict(model.named_modules())
     layers = {}
     for entry in noted:
-        for name in entry["layers"]:
-            if name not in named:
-                raise UserError(f"{type(model).__name__}: has no {name}, which config.{_RECORD} says was replaced")
-            layer = MixedFeedForward(
-                entry["hidden_size"],
-                entry["ffn_hidden_size"],
-                MixtureConfig.from_json(entry["mixture"]),
-                bias=entry["fc1_bias"] or entry["fc2_bias"],
-                dropout=entry["dropout"],
+        try:
+            execution = {"freeze": entry["freeze"], "recompute": entry["recompute"], "backend": backend}
+            mixture = MixtureConfig.from_json(entry["mixture"], **execution)
+            widths, biases, dropout = (
+                (entry["hidden_size"], entry["ffn_hidden_size"]),
+                entry["biases"],
+                entry["dropout"],
             )
-            for linear, has_bias in ((layer.fc1, entry["fc1_bias"]), (layer.fc2, entry["fc2_bias"])):
-                linear.bias = linear.bias if has_bias else None
-            layers[name] = layer
+            names = entry["layers"]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"config.{_RECORD}: is not what replace_feed_forward writes: {one_line(error, typed=True)}"
+            ) from None
+        for name in names:
+            layers[_name_here(named, name)] = MixedFeedForward(*widths, mixture, tuple(biases), dropout=dropout)
     return layers
+
+
+def _name_here(named: Mapping[str, nn.Module], noted: str) -> str:
+    """The module that a note speaks of; the replaced model may have been a part of this one, or this one of that."""
+    if noted in named:
+        return noted
+    alike = [name for name in named if name and (name.endswith(f".{noted}") or noted.endswith(f".{name}"))]
+    longest = max(map(len, alike), default=0)
+    alike = [name for name in alike if len(name) == longest]
+    if len(alike) != 1:
+        raise UserError(f"config.{_RECORD}: {noted} is no module of this model, or several")
+    return alike[0]

@@ -174,7 +174,7 @@ def test_frozen_coefficients_want_no_gradients() -> None:
 
 
 def test_widths_that_do_not_fit_are_said() -> None:
-    with pytest.raises(UserError, match=r"MixedFeedForward\(8, 0\): widths start at 1"):
+    with pytest.raises(UserError, match=r"MixedFeedForward\(8, 0\): widths are whole numbers from 1"):
         MixedFeedForward(8, 0)
     with pytest.raises(ValueError, match=r"input \[3, 15\]: the layer's hidden_size is 16"):
         MixedFeedForward(16, 24)(torch.randn(3, 15))
@@ -189,6 +189,10 @@ def test_somebody_may_look_at_the_coefficients(backend: str) -> None:
     handle = layer.coefficients.register_forward_hook(lambda module, args, output: seen.append(output))
     torch.testing.assert_close(layer(x), expected)
     handle.remove()
+    handle = layer.coefficients.register_forward_pre_hook(lambda module, args: seen.append(None))
+    layer(x)
+    handle.remove()
+    assert seen.pop() is None
     assert [tuple(coefficients.shape) for coefficients in seen] == [(2, 3, 14)]
     torch.testing.assert_close(seen[0], layer.coefficients(x))
 
@@ -263,6 +267,23 @@ def test_a_named_backend_stays_outside_of_graphs(kind: str) -> None:
         torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
 
 
+def test_a_named_backend_is_not_exported() -> None:
+    layer = MixedFeedForward(16, 24, MixtureConfig(backend="triton"))
+    with pytest.raises(UserError, match="--moa-backend triton: cannot be exported as a graph; take auto or eager"):
+        torch.export.export(layer, (torch.randn(3, 16),), strict=False)
+
+
+@pytest.mark.parametrize("kind", MIXINGS)
+def test_a_second_derivative_is_refused_or_right(kind: str) -> None:
+    x = torch.randn(3, 16, requires_grad=True)
+    layer = MixedFeedForward(16, 24, MixtureConfig(kind, "bi-sided", backend="triton"))
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+    exact = MixedFeedForward(4, 6, MixtureConfig(kind, "bi-sided", backend="eager")).double()
+    assert torch.autograd.gradgradcheck(exact, randn64(2, 4).requires_grad_())
+
+
 @pytest.mark.usefixtures("megatron")
 def test_megatrons_layer_compiles() -> None:
     layer = build_feed_forward(make_config(), MixtureConfig())
@@ -293,6 +314,7 @@ def train_on_two_ranks(wrapper: str, folder: str) -> None:
     else:
         mesh = torch.distributed.init_device_mesh("cpu", (size,))
         for layer in model:
+            fully_shard(layer.coefficients, mesh=mesh)
             fully_shard(layer, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.01)

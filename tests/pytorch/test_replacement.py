@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from megatron_moa import MixedFeedForward, MixtureConfig, load_replaced, replace_feed_forward
 from megatron_moa.errors import UserError
@@ -159,10 +160,52 @@ def test_layers_can_be_put_back() -> None:
 
 def test_shared_layers_stay_shared() -> None:
     shared = mlp()
-    model = nn.Sequential(shared, nn.Sequential(shared))
-    assert list(replace_feed_forward(model)) == ["0"]
-    assert model[0] is model[1][0]
+    model = nn.ModuleList([shared, shared, nn.ModuleList([shared])])
+    assert list(replace_feed_forward(model, match="2.0")) == ["2.0"]
+    assert model[0] is model[1] is model[2][0]
     assert isinstance(model[0], MixedFeedForward)
+
+
+def test_weights_that_others_share_are_not_torn_apart() -> None:
+    model = nn.ModuleList([mlp(), mlp(), nn.Linear(16, 32)])
+    model[1][0].weight = model[0][0].weight
+    with pytest.raises(UserError, match="1: shares a weight with 0, which would be lost; untie them first"):
+        replace_feed_forward(model)
+    model[1][0].weight = nn.Parameter(model[0][0].weight.clone())
+    model[2].weight = model[1][0].weight
+    with pytest.raises(UserError, match="2: shares a weight with 1"):
+        replace_feed_forward(model)
+    assert list(replace_feed_forward(model, match=lambda name, module: name == "0")) == ["0"]
+
+
+def test_a_layer_that_is_partly_frozen_stays_so() -> None:
+    layer = mlp()
+    layer[2].requires_grad_(False)
+    new = MixedFeedForward.from_mlp(layer)
+    assert new.fc1.weight.requires_grad
+    assert new.fc1.bias.requires_grad
+    assert not new.fc2.weight.requires_grad
+    assert not new.fc2.bias.requires_grad
+
+
+def test_random_numbers_stay_where_they_were() -> None:
+    model = built("Llama")
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    replace_feed_forward(model)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_one_module_that_is_something_else_names_the_remedy() -> None:
+    model = nn.ModuleDict(
+        {"mlp": mlp(), "bottleneck": nn.Sequential(nn.Linear(16, 4), nn.Hardswish(), nn.Linear(4, 16))}
+    )
+    with pytest.raises(UserError, match=r"bottleneck .* computes neither .*; match= names the layers that are meant"):
+        replace_feed_forward(model)
+    assert list(replace_feed_forward(model, match=["mlp"])) == ["mlp"]
+    with pytest.raises(UserError, match=r"is a feed-forward layer itself; take MixedFeedForward.from_mlp"):
+        replace_feed_forward(mlp())
 
 
 # Layers alone.
@@ -299,7 +342,13 @@ class Odd(nn.Module):
         return self._forward(self, x)
 
 
-# What is no feed-forward layer of the dictionary, with what is said of it.
+def _keeping() -> nn.Module:
+    layer = Odd(lambda m, x: m.down(F.gelu(m.up(x))))
+    layer.last = layer.up(torch.randn(2, 16))
+    return layer
+
+
+# What is no feed-forward layer of the dictionary, or would lose something, with what is said of it.
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "quick GELU": (
         lambda: Odd(lambda m, x: m.down(m.up(x) * torch.sigmoid(1.702 * m.up(x)))),
@@ -320,7 +369,40 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an error": (lambda: Odd(lambda m, x: 1 / 0), "ZeroDivisionError: division by zero"),
     "weights of 0": (lambda: nn.Sequential(*mlp()).apply(_zero), "computes neither"),
     "the meta device": (lambda: mlp().to("meta"), "meta device"),
+    "a clipped activation": (lambda: mlp(nn.ReLU6()), r"nearest, \w+, is off by"),
+    "an activation clipped far out": (lambda: Odd(lambda m, x: m.down(m.up(x).clamp(-40, 40))), "nearest, identity"),
+    "dropout of whole texts": (lambda: Odd(lambda m, x: _drop_texts(m.down(F.gelu(m.up(x))), m)), "in training than"),
+    "dropout of whole tokens": (lambda: nn.Sequential(*mlp(), nn.Dropout1d(0.3)), "in training than"),
+    "dropout of everything": (lambda: nn.Sequential(*mlp(), nn.Dropout(1.0)), "in training than"),
+    "two dtypes": (lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16).half()), "one dtype"),
+    "one weight twice": (lambda: _tied(mlp(width=16)), "share their weight"),
+    "hooks": (lambda: _hooked(mlp()), "has hooks"),
+    "hooks inside": (
+        lambda: nn.Sequential(_hooked(nn.Linear(16, 32)), nn.GELU(), nn.Linear(32, 16)),
+        "its 0 has hooks",
+    ),
+    "parametrizations": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(16, 32)), nn.GELU(), nn.Linear(32, 16)),
+        "its 0 is parametrized",
+    ),
+    "a layer that keeps what it computed": (_keeping, "cannot be copied"),
 }
+
+
+def _drop_texts(x: Tensor, module: nn.Module) -> Tensor:
+    if not module.training:
+        return x
+    return x * (torch.rand(x.shape[0], 1, 1) > 0.1) / 0.9
+
+
+def _tied(layer: nn.Sequential) -> nn.Sequential:
+    layer[2].weight = layer[0].weight
+    return layer
+
+
+def _hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
 
 
 def _zero(module: nn.Module) -> None:
@@ -350,12 +432,12 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a dictionary without identity": (
         "Llama",
         {"mixture": MixtureConfig(activations=("silu", "relu"))},
-        "no linear.identity; name activations with silu and identity",
+        "no linear.identity; name silu and identity among the activations",
     ),
     "a pair in the wrong order": (
         "Llama",
         {"mixture": MixtureConfig(form="quadratic", activations=("identity", "silu"))},
-        "name activations with silu before identity",
+        "name silu and identity among the activations, in this order",
     ),
     "attention": ("Llama", {"match": "self_attn"}, "self_attn .*: is no feed-forward layer .* q_proj"),
     "nothing": ("Llama", {"match": "ffn"}, 'no layer matches match="ffn"; feed-forward layers by their shapes: model.'),
@@ -374,6 +456,36 @@ def test_mistakes_are_one_line_and_the_model_stays(case: str) -> None:
     assert model.config.to_dict() == config
 
 
+def test_frozen_coefficients_and_parts_of_models_come_back(tmp_path: Path) -> None:
+    model = built("Llama")
+    replace_feed_forward(model.model, MixtureConfig(freeze=True, recompute=True))  # names of the part, one config
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "part")
+    again = load_replaced(tmp_path / "whole", backend="eager")
+    assert torch.equal(logits(again.eval()), expected)
+    mixture = again.model.layers[0].mlp.mixture
+    assert (mixture.freeze, mixture.recompute, mixture.backend) == (True, True, "eager")
+    assert not again.model.layers[0].mlp.coefficients.amplitude.requires_grad
+    part = load_replaced(tmp_path / "part", backend="eager")
+    assert torch.equal(part.layers[1].mlp.fc1.weight, model.model.layers[1].mlp.fc1.weight)
+
+
+def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
+    model = built("Llama")
+    replace_feed_forward(model)
+    kept = {key: value for key, value in model.state_dict().items() if not key.endswith("1.mlp.fc2.weight")}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.fc2.weight is not there"):
+        load_replaced(tmp_path)
+    del model.config.mixed_feed_forward[0]["dropout"]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is not what replace_feed_forward writes: KeyError: 'dropout'"):
+        load_replaced(tmp_path)
+    with pytest.raises(UserError, match="model_class AutoModelForCausalLM: is no model"):
+        load_replaced(tmp_path, transformers.AutoModelForCausalLM)
+
+
 def test_a_note_follows_its_layers(tmp_path: Path) -> None:
     model = built("Llama")
     for name, layer in replace_feed_forward(model).items():
@@ -382,7 +494,7 @@ def test_a_note_follows_its_layers(tmp_path: Path) -> None:
     noted = {tuple(entry["layers"]): entry["mixture"]["mixing"] for entry in model.config.mixed_feed_forward}
     assert noted == {("model.layers.0.mlp",): "moa", ("model.layers.1.mlp",): "la"}
     model.save_pretrained(tmp_path)  # layer 0 is the old one, whatever the note says
-    with pytest.raises(UserError, match=r"lacks model.layers.0.mlp.coefficients.amplitude, .* notes a mixture there"):
+    with pytest.raises(UserError, match=r"model.layers.0.mlp.coefficients.amplitude is not there"):
         load_replaced(tmp_path)
 
 
