@@ -34,6 +34,8 @@ CURVES: dict[tuple[str, int], dict[str, float]] = {
     ("moe-1b", 100): {ONE_SIDED: -0.006, QUADRATIC: -0.008},
     ("moe-2b", 100): {ONE_SIDED: -0.010, QUADRATIC: -0.007},
 }
+# Peak learning rates that mixtures bear, as multiples of the baseline's best.
+RATES_BORNE = (1.25, 2.0)
 # The rows of tables 1 and 2, the baselines before what is compared with them.
 ROWS = (
     "relu2",

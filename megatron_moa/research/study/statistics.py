@@ -184,7 +184,7 @@ class Results:
         All flags but those of the size itself (a dense model and a MoE are not two sizes of one model), and the weights
         at step 0: where their standard deviation is not everywhere the same, pre-activations as large, to two digits.
         """
-        flags = {setting: self._flags(setting) for setting in settings}
+        flags = {setting: self.flags(setting) for setting in settings}
         deviations = {values.get("--init-method-std") for values in flags.values()}
         kinds = {}
         for setting, values in flags.items():
@@ -196,8 +196,8 @@ class Results:
             kinds[setting] = (scale, *sorted(pair for pair in shared.items() if not pair[0].startswith("--moa-")))
         return kinds
 
-    def _flags(self, setting: Setting) -> dict[str, tuple[str, ...]]:
-        """The first run's, each with its values."""
+    def flags(self, setting: Setting) -> dict[str, tuple[str, ...]]:
+        """Those of a setting's first run, each with its values."""
         line = next(line for cell, line in self.lines.items() if cell.setting == setting)
         flags: dict[str, tuple[str, ...]] = {}
         name = ""

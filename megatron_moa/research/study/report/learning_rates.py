@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+from megatron_moa.research.study.paper import RATES_BORNE
 from megatron_moa.research.study.pictures import arm_title, setting_title
 from megatron_moa.research.study.report.material import BI_SIDED, Lines, Material
 from megatron_moa.research.study.report.words import difference_text, lost_text, table
@@ -75,12 +76,12 @@ def _bears_more(study: Material, arm: str) -> Lines:
     pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
     if mixed is None or fixed is None or not pairs:
         return
-    factor = mixed.rate / fixed.rate
+    factor, (least, most) = mixed.rate / fixed.rate, RATES_BORNE
     known = Interval.of(pairs) if all(map(math.isfinite, pairs)) else None
     flatter = statistics.fmean(pairs) < 0
-    if factor >= 1.5 and flatter:
+    if factor >= least and flatter:
         claim = "seen"
-    elif factor >= 1.5 or flatter:
+    elif factor >= least or flatter:
         claim = "seen in part"
     else:
         claim = "not seen"
@@ -88,7 +89,7 @@ def _bears_more(study: Material, arm: str) -> Lines:
     interval = "" if known is None or known.count == 1 else f", {difference_text(known)}: {known.verdict}"
     best = "SwiGLU's too" if factor == 1 else f"{factor:g} times SwiGLU's"
     yield (
-        f"That MoA bears 1.5 to 2 times the baseline's rate is **{claim}** for {arm_title(arm)}: its best rate is "
-        f"{best}, and at twice that it loses {lost_text(mine)} where SwiGLU loses {lost_text(theirs)} "
+        f"That MoA bears {least:g} to {most:g} times the baseline's rate is **{claim}** for {arm_title(arm)}: "
+        f"its best rate is {best}, and at twice that it loses {lost_text(mine)} where SwiGLU loses {lost_text(theirs)} "
         f"({how}{interval}).\n"
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_moa.research.study.evidence import Evidence
 from megatron_moa.research.study.pictures import setting_title
+from megatron_moa.research.study.report.claims import papers_claims
 from megatron_moa.research.study.report.effects import due_to_what, settings_beside_one_another
 from megatron_moa.research.study.report.gates import trained_gates
 from megatron_moa.research.study.report.growth import against_parameters, against_tokens_and_time
@@ -34,6 +35,7 @@ def _chapters(study: Material, command: str) -> Lines:
     yield "# Does it pay? Mixtures of activations against tuned baselines\n"
     yield f"Written by `{command}` from the lines of finished runs; edit nothing here.\n"
     yield from in_short(study)
+    yield from papers_claims(study)
     yield from beside_the_paper(study)
     yield from what_was_run(study)
     yield from not_shown(study)

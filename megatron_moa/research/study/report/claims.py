@@ -1,0 +1,114 @@
+"""Writes the paper's claims, each with its verdict here and the comparison that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_moa.research.study.claims import (
+    CLAIMS,
+    Claim,
+    Verdict,
+    judge,
+    paper_figure,
+)
+from megatron_moa.research.study.findings import CONFIRMED, CONTRADICTED, LEAST_MOE_GAIN, Finding, Pair
+from megatron_moa.research.study.paper import CURVES, RATES_BORNE
+from megatron_moa.research.study.pictures import arm_title, setting_title
+from megatron_moa.research.study.report.material import Lines, Material
+from megatron_moa.research.study.report.words import counted, difference_text, listed, table
+from megatron_moa.research.study.statistics import UNDECIDED
+
+_CURVES = {  # between which of the paper's models a claim of growth goes
+    "6a": ((("dense-0.12b", 20), ("dense-0.25b", 20)), (("moe-0.25b", 100), ("moe-2b", 100))),
+    "6b": ((("dense-0.12b", 20), ("dense-0.12b", 100)),),
+}
+
+
+def papers_claims(study: Material) -> Lines:
+    """Writes a row for each claim as the paper starts its mixtures, and one for ours where they were run."""
+    papers, ours = ([(claim, judge(study.results, claim, own)) for claim in CLAIMS] for own in (False, True))
+    run = [(claim, verdict) for claim, verdict in ours if verdict.deciding]
+    yield "## The paper's claims\n"
+    yield f"As the paper starts its mixtures: **{tally(papers)}**."
+    yield f"With mixtures that start at SwiGLU's scale, which are ours: **{tally(run)}**.\n"
+    rows = [
+        ["claim", "the paper's figures", "start", "here", "deciding comparison", "setting", "all settings, and why"]
+    ]
+    for claim, verdict in papers:
+        rows.append([claim.title, _reported(claim), "the paper's", *_cells(claim, verdict, claim.studies)])
+        rows += [[_number(claim), "", "ours", *_cells(claim, own)] for other, own in run if other == claim]
+    yield from table(rows)
+    yield "A rule gives each verdict. A setting decides where the 95 % interval over paired seeds excludes 0 and no"
+    yield "rate beyond those tried could turn that round. A claim is confirmed where every form of it has a setting"
+    yield "that decides so and none decides otherwise. What is contradicted is so in these settings alone, which are"
+    yield "not the paper's. 4 compares what a larger rate costs the mixture with what it costs SwiGLU. 5b is confirmed"
+    yield f"where the interval holds no gain of {LEAST_MOE_GAIN:g}, the paper's least of other forms in MoE. 6 needs a"
+    yield "decided gain in the smaller setting. No interval is widened for their number."
+    yield "A file is run by `python tools/study.py --study examples/studies/FILE`.\n"
+
+
+def tally(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
+    """Counts verdicts; whatever is neither confirmed nor contradicted is undecided."""
+    words = [verdict.word for _, verdict in verdicts]
+    yes, no = (words.count(word) for word in (CONFIRMED, CONTRADICTED))
+    return f"of {counted(len(words), 'claim')} {yes} confirmed, {no} contradicted, {len(words) - yes - no} undecided"
+
+
+def _number(claim: Claim) -> str:
+    return claim.title.split(".")[0]
+
+
+def _cells(claim: Claim, verdict: Verdict, studies: Sequence[str] = ()) -> list[str]:
+    """Returns the verdict, what decides it, in which setting, and what all settings say together."""
+    word = f"**{verdict.word}**" if verdict.word in (CONFIRMED, CONTRADICTED) else verdict.word
+    settings = listed((setting_title(found.setting) for found in verdict.deciding), "; ")
+    return [word, "; ".join(map(_comparison, verdict.deciding)), settings, _why(claim, verdict, studies)]
+
+
+def _comparison(found: Finding) -> str:
+    note = f" ({found.note})" if found.note else ""
+    text = f"{pair_title(found.pair, with_fixed=True)}{note}"
+    return f"{text}: {difference_text(found.known)}, {counted(found.known.count, 'seed')}" if found.known else text
+
+
+def _why(claim: Claim, verdict: Verdict, studies: Sequence[str]) -> str:
+    files = f" ({listed(f'`{name}`' for name in studies)})" if studies else ""
+    if not verdict.deciding:
+        return f"not run{files}"
+    words = zip(verdict.counts, (CONFIRMED, CONTRADICTED), strict=True)
+    parts = [f"{count} {word}" for count, word in words if count]
+    parts += [f"{count} undecided ({reason})" for reason, count in verdict.reasons.items()]
+    if verdict.shown and verdict.word == UNDECIDED:
+        parts.append(f"confirmed for {listed(map(pair_title, verdict.shown))} alone")
+    if verdict.missing:
+        parts.append(f"not run: {listed(map(pair_title, verdict.missing))}{files}")
+    return "; ".join(parts)
+
+
+def pair_title(pair: Pair, with_fixed: bool = False) -> str:
+    """Names what is compared, without its start; the fixed layer, or LA, on request."""
+    arm, to = (arm_title(name.removesuffix("-matched")) for name in pair)
+    if to.startswith(f"{arm}, "):
+        return f"{arm}, sigmoid less {to.removeprefix(f'{arm}, ')}"
+    return f"{arm} less {to}" if with_fixed else arm
+
+
+def _reported(claim: Claim) -> str:
+    """Returns the paper's figures, and of which model and where."""
+    if _number(claim) == "4":
+        return "best rates {:g} to {:g} times the baseline's".format(*RATES_BORNE)
+    if _number(claim) in _CURVES:
+        return "; ".join(_growth(*ends) for ends in _CURVES[_number(claim)])
+    found: dict[str, list[str]] = {}
+    for pair in (pair for part in claim.parts for pair in part):
+        value, where = paper_figure(pair, claim.model)
+        found.setdefault(where, []).append(f"{pair_title(pair)} {value:+.3f}")
+    return "; ".join(f"{listed(texts, '; ')} ({where})" for where, texts in found.items())
+
+
+def _growth(small: tuple[str, int], large: tuple[str, int]) -> str:
+    arms = [arm for arm in CURVES[small] if arm in CURVES[large] and arm != "relu2"]
+    texts = [f"{arm_title(arm)} {CURVES[small][arm]:+.3f} to {CURVES[large][arm]:+.3f}" for arm in arms]
+    tokens = f", {small[1]} to {large[1]} tokens a parameter" if small[1] != large[1] else ""
+    to = f" to {large[0]}" if small[0] != large[0] else ""
+    return f"{listed(texts)} ({small[0]}{to}{tokens}, curves)"
