@@ -15,8 +15,12 @@ import numpy as np
 import pytest
 
 from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.claims import CLAIMS, MIXED, judge
+from megatron_moa.research.study.evidence import read_evidence
 from megatron_moa.research.study.paper import reported
-from megatron_moa.research.study.statistics import UNTUNED
+from megatron_moa.research.study.report.claims import tally
+from megatron_moa.research.study.report.words import difference_text
+from megatron_moa.research.study.statistics import BETTER, UNDECIDED, UNTUNED, WORSE
 from tests.research.test_study_statistics import SETTING, line, seeds
 from tests.support.training import ROOT
 from tools import study_report
@@ -88,6 +92,48 @@ def test_the_committed_report_is_what_its_command_writes(tmp_path: Path, monkeyp
         assert pixels[0].shape == pixels[1].shape, one.name
         # Fonts come with matplotlib; what is left is how a CPU rounds the edges of lines.
         assert (np.abs(pixels[0] - pixels[1]) > 0.1).mean() < 1e-4, one.name
+
+
+def test_the_readmes_short_form_is_what_the_committed_lines_say() -> None:
+    text = (ROOT / "README.md").read_text().split("## What it gives")[1].split("\n## ")[0]
+    bold = set(re.findall(r"\*\*([-+]\d\.\d+)\*\*", text))
+    text = text.replace("**", "").replace("| |", "|  |")
+    results = read_evidence([ROOT / folder for folder in COMMAND[:2]]).results
+    shown = {}  # the figures of the section, by what they are of
+    for title, setting in {
+        "Python source, 2M tokens, AdamW": ("python", "0_4M", 2_000_000, "adamw", "cosine"),
+        "English, 1M tokens, AdamW": ("english", "0_4M", 1_000_000, "adamw", "cosine"),
+        "Python source, 1M tokens, Muon": ("python", "0_4M", 1_000_000, "muon", "cosine"),
+    }.items():
+        known = [results.difference(setting, f"{arm}-bi-sided-matched", "swiglu") for arm in ("la", "moa")]
+        there = [difference for difference in known if difference is not None]
+        shown[title] = " ".join(map(difference_text, there))
+        cells = [difference_text(difference) if difference else "" for difference in known]
+        assert row(text, title) == [title, *cells, str(known[1].count)]
+        assert {difference.count for difference in there} == {known[1].count}
+        for difference in there:
+            assert (f"{difference.mean:+.4f}" in bold) == (difference.verdict in (BETTER, WORSE))
+    first = results.settings[0]
+    as_in_paper = results.difference(first, "moa-bi-sided", "swiglu")
+    shown["as the paper starts it"] = f"{difference_text(as_in_paper)}, {as_in_paper.count} seeds"
+    value, _ = reported("moa-bi-sided", "dense-0.12b", 2_400_000_000)
+    shown["the paper's"] = f"reports {value:+.3f} at 0.12B"
+    assert all(figures in text for title, figures in shown.items() if title.startswith(("as the", "the paper")))
+    # No other figure is there.
+    signed = r"[-+]\d+\.\d+"
+    assert set(re.findall(signed, text)) == set(re.findall(signed, " ".join(shown.values())))
+    assert as_in_paper.verdict == results.difference(first, "swiglu-scaled", "swiglu").verdict == WORSE
+    of_moa = [results.difference(setting, "moa-bi-sided-matched", "swiglu") for setting in results.settings]
+    several = [known.verdict for known in of_moa if known is not None and known.count > 1]
+    words = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    better, worse, undecided = (words[several.count(verdict)] for verdict in (BETTER, WORSE, UNDECIDED))
+    counts = f"better in {better}, worse in {worse}, and undecided in {undecided}"
+    assert f"of {words[len(several)]} settings with several seeds MoA was {counts}." in text
+    assert f"writes it from {len(results.lines)} runs" in text
+    verdicts = [(claim, judge(results, claim)) for claim in CLAIMS]
+    assert f"{tally(verdicts)}, most of them for want of runs;" in text
+    open_ones = [verdict for _, verdict in verdicts if verdict.word in (UNDECIDED, MIXED)]
+    assert sum(not verdict.deciding for verdict in open_ones) > len(open_ones) / 2
 
 
 def test_what_is_due_to_what(tmp_path: Path) -> None:
