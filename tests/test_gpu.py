@@ -6,12 +6,14 @@ tanh.approx of every float32. tools/gpu_suite.sh runs the three apart.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
 import pytest
 import torch
 
+from megatron_moa import MixedFeedForward
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
@@ -53,6 +55,28 @@ def test_capture_in_a_cuda_graph(form: str, mixing_name: str) -> None:
     graph.replay()
     for actual, expected in zip(captured, step(), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["moa", "la"])
+@pytest.mark.parametrize("form", FORMS)
+def test_plain_layer_by_kernels_and_compiled(form: str, kind: str) -> None:
+    """MixedFeedForward in bfloat16: kernels, torch.compile and autocast are as near to float64 as eager PyTorch is."""
+    layer = MixedFeedForward(256, 512, MixtureConfig(kind, form), init_std=0.06, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+
+    def results(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+        out = layer(x)
+        return [out.double(), *(g.double() for g in torch.autograd.grad(out.double().sum(), list(layer.parameters())))]
+
+    eager = MixedFeedForward(256, 512, MixtureConfig(kind, form, backend="eager"), device="cuda", dtype=torch.bfloat16)
+    eager.load_state_dict(layer.state_dict())
+    exact = results(copy.deepcopy(layer).double(), x.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        autocast = results(copy.deepcopy(layer).float(), x.float())
+    for found in (results(layer, x), results(torch.compile(layer, fullgraph=True), x), autocast):
+        for value, plain, expected in zip(found, results(eager, x), exact, strict=True):
+            tolerance = 2 * (plain - expected).abs().max() + 1e-3 * expected.abs().max()
+            assert (value - expected).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("mixing", ["none", "la", "moa"])
