@@ -277,7 +277,6 @@ def _output_dropout(module: nn.Module, x: Tensor, output: Tensor, what: str) -> 
         UserError: training differs by something else: dropout inside, or of whole tokens or texts.
     """
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        torch.manual_seed(1)
         trained = torch.stack([module(x) for _ in range(_DROPOUT_TRIALS)])
     if torch.equal(trained, output.expand_as(trained)):
         return 0.0
