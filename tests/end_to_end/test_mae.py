@@ -18,6 +18,7 @@ from torch import nn
 
 from megatron_moa import MixtureConfig
 from megatron_moa.errors import UserError
+from megatron_moa.mixture import functional
 from tests.support import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -349,6 +350,8 @@ class TestMistakes:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        resolve = functional.resolve_backend.__wrapped__  # what other tests have found here is remembered
+        monkeypatch.setattr(pretrain_mae, "resolve_backend", resolve)
         line = main_fails(capsys, "--moa-backend", "triton", "--out", str(tmp_path / "run"))
         assert line.startswith("--moa-backend triton: no GPU; take --moa-backend compile, or ")
         assert not any(tmp_path.iterdir())
