@@ -1,4 +1,4 @@
-"""pytorch: trained layers are recognised by what they compute, taken over exactly, and replaced in whole models."""
+"""pytorch: layers are replaced in whole models, which compute what they did, train, and come back from a folder."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
 
 from megatron_moa import MixedFeedForward, MixtureConfig, load_replaced, replace_feed_forward
 from megatron_moa.errors import UserError
-from megatron_moa.mixture import functional
-from megatron_moa.mixture.config import ACTIVATION_NAMES, GATES, MIXINGS
-from megatron_moa.mixture.reference import DEFINITIONS
-from megatron_moa.pytorch.recognition import recognise
+from megatron_moa.mixture.config import GATES, MIXINGS
+from tests.support.plain_layers import mlp
+
+pytestmark = pytest.mark.usefixtures("eager_default")
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 DECODER = {**SIZES, "intermediate_size": 80, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -38,17 +36,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 GATED = ("Llama", "Qwen2", "Gemma", "Phi3")
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default backend is the eager one: which it is says nothing about what is replaced, and takes its time."""
-    resolve = functional.resolve_backend
-    monkeypatch.setattr(
-        functional,
-        "resolve_backend",
-        lambda backend, device: resolve("eager" if backend == "auto" else backend, device),
-    )
-
-
 def built(name: str) -> nn.Module:
     """A tiny model of random weights, the same every time; biases are drawn, too."""
     torch.manual_seed(1)
@@ -63,7 +50,7 @@ def built(name: str) -> nn.Module:
 def logits(model: nn.Module) -> Tensor:
     """A model's output for fixed tokens or images."""
     generator = torch.Generator().manual_seed(2)
-    if "pixel_values" in model.forward.__code__.co_varnames or "ViT" in type(model).__name__:
+    if "ViT" in type(model).__name__:
         return model(pixel_values=torch.randn(2, 3, 16, 16, generator=generator)).logits
     return model(input_ids=torch.randint(0, 100, (2, 7), generator=generator)).logits
 
@@ -150,6 +137,12 @@ def test_two_kinds_of_mixtures_in_one_model_come_back(tmp_path: Path) -> None:
     assert again.state_dict().keys() == model.state_dict().keys()
 
 
+def test_dropout_of_the_output_is_kept() -> None:
+    model = built("GPT-2")  # whose configuration has 0.1
+    replace_feed_forward(model)
+    assert model.transformer.h[0].mlp.dropout.p == pytest.approx(0.1)
+
+
 def test_layers_can_be_put_back() -> None:
     model = built("GPT-2")
     expected = logits(model)
@@ -178,16 +171,6 @@ def test_weights_that_others_share_are_not_torn_apart() -> None:
     assert list(replace_feed_forward(model, match=lambda name, module: name == "0")) == ["0"]
 
 
-def test_a_layer_that_is_partly_frozen_stays_so() -> None:
-    layer = mlp()
-    layer[2].requires_grad_(False)
-    new = MixedFeedForward.from_mlp(layer)
-    assert new.fc1.weight.requires_grad
-    assert new.fc1.bias.requires_grad
-    assert not new.fc2.weight.requires_grad
-    assert not new.fc2.bias.requires_grad
-
-
 def test_random_numbers_stay_where_they_were() -> None:
     model = built("Llama")
     torch.manual_seed(3)
@@ -206,222 +189,6 @@ def test_one_module_that_is_something_else_names_the_remedy() -> None:
     assert list(replace_feed_forward(model, match=["mlp"])) == ["mlp"]
     with pytest.raises(UserError, match=r"is a feed-forward layer itself; take MixedFeedForward.from_mlp"):
         replace_feed_forward(mlp())
-
-
-# Layers alone.
-
-
-class Gated(nn.Module):
-    """A gated layer with names of its own."""
-
-    def __init__(self, activation: Callable[[Tensor], Tensor] = F.silu, bias: bool = False, width: int = 24) -> None:
-        super().__init__()
-        # In an order in which neither is first.
-        self.out = nn.Linear(width, 16, bias=bias)
-        self.b = nn.Linear(16, width, bias=bias)
-        self.a = nn.Linear(16, width, bias=False)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.activation(self.a(x)) * self.b(x))
-
-
-class Fused(nn.Module):
-    """A gated layer whose first matrix holds both branches, the linear one first."""
-
-    def __init__(self, gate_first: bool) -> None:
-        super().__init__()
-        self.both = nn.Linear(16, 48)
-        self.out = nn.Linear(24, 16)
-        self.gate_first = gate_first
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, second = self.both(x).chunk(2, dim=-1)
-        return self.out(F.silu(first) * second if self.gate_first else first * F.silu(second))
-
-
-def mlp(activation: nn.Module | None = None, bias: bool = True, width: int = 32) -> nn.Sequential:
-    """A plain MLP of three modules."""
-    return nn.Sequential(nn.Linear(16, width, bias), activation or nn.GELU(), nn.Linear(width, 16, bias))
-
-
-def assert_same(layer: nn.Module, new: MixedFeedForward) -> None:
-    x = torch.randn(3, 5, 16)
-    expected = layer.eval()(x)
-    torch.testing.assert_close(new.eval()(x), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
-
-
-class Activation(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.forward = DEFINITIONS[name]
-
-
-@pytest.mark.parametrize("name", [name for name in ACTIVATION_NAMES if name != "one"])
-def test_every_activation_is_recognised(name: str) -> None:
-    torch.manual_seed(3)
-    plain, gated = mlp(Activation(name)), Gated(DEFINITIONS[name])
-    assert recognise(plain).activation == name
-    found = recognise(gated, names={"gate": "a"})
-    assert (found.activation, found.reading.gated) == (name, True)
-    names = tuple(dict.fromkeys((name, "identity")))
-    assert_same(plain, MixedFeedForward.from_mlp(plain, MixtureConfig(form="type1", activations=(name, "one"))))
-    for form in ("bi-sided", "quadratic"):
-        mixture = MixtureConfig(form=form, activations=names)
-        assert_same(gated, MixedFeedForward.from_swiglu(gated, mixture))
-
-
-@pytest.mark.parametrize("width", [24, 16, 8])
-@pytest.mark.parametrize("bias", [False, True])
-def test_roles_are_found_by_what_is_computed(width: int, bias: bool) -> None:
-    torch.manual_seed(4)
-    for layer in (Gated(bias=bias, width=width), Fused(True), Fused(False)):
-        assert_same(layer, MixedFeedForward.from_swiglu(layer))
-    for layer in (mlp(bias=bias, width=width), mlp(nn.ReLU(), width=width)):
-        assert_same(layer, MixedFeedForward.from_mlp(layer))
-
-
-def test_names_choose_the_roles() -> None:
-    layer = Gated()
-    assert_same(layer, MixedFeedForward.from_swiglu(layer, gate="a", up="b", down="out"))
-    with pytest.raises(UserError, match=r"computes neither .* the nearest, \w+, is off by"):
-        MixedFeedForward.from_swiglu(layer, gate="b")
-    with pytest.raises(UserError, match=r'gate="c" is no linear layer of it; linear layers .*: out .*, b .*, a '):
-        MixedFeedForward.from_swiglu(layer, gate="c")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtype_gradients_and_mode_are_the_layers(dtype: torch.dtype) -> None:
-    layer = Gated().to(dtype).requires_grad_(False).train()
-    new = MixedFeedForward.from_swiglu(layer)
-    assert all(parameter.dtype == dtype for parameter in new.parameters())
-    assert {name for name, p in new.named_parameters() if p.requires_grad} == {
-        "coefficients.weight",
-        "coefficients.amplitude",
-    }
-    assert new.training
-    assert torch.equal(new.fc1.weight, torch.cat((layer.a.weight, layer.b.weight)))
-    assert torch.equal(new.fc2.weight, layer.out.weight)
-    assert new.fc2.weight.data_ptr() != layer.out.weight.data_ptr()
-
-
-def test_rounded_products_around_it_do_not_matter() -> None:
-    torch.set_float32_matmul_precision("medium")
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            new = MixedFeedForward.from_swiglu(layer := Gated())
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert_same(layer, new)
-
-
-def test_dropout_of_the_output_is_kept() -> None:
-    layer = nn.Sequential(*mlp(), nn.Dropout(0.3))
-    new = MixedFeedForward.from_mlp(layer)
-    assert new.dropout.p == pytest.approx(0.3)
-    assert_same(layer, new)
-    replaced = built("GPT-2")  # whose configuration has 0.1
-    replace_feed_forward(replaced)
-    assert replaced.transformer.h[0].mlp.dropout.p == pytest.approx(0.1)
-
-
-class Odd(nn.Module):
-    """A layer that is nearly a feed-forward layer."""
-
-    def __init__(self, forward: Callable[[Odd, Tensor], Any], **children: nn.Module) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-        for name, child in children.items():
-            self.add_module(name, child)
-        self._forward = forward
-
-    def forward(self, x: Tensor) -> Any:
-        return self._forward(self, x)
-
-
-def _keeping() -> nn.Module:
-    layer = Odd(lambda m, x: m.down(F.gelu(m.up(x))))
-    layer.last = layer.up(torch.randn(2, 16))
-    return layer
-
-
-# What is no feed-forward layer of the dictionary, or would lose something, with what is said of it.
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "quick GELU": (
-        lambda: Odd(lambda m, x: m.down(m.up(x) * torch.sigmoid(1.702 * m.up(x)))),
-        "computes neither .* the nearest, gelu, is off by",
-    ),
-    "a factor": (lambda: Odd(lambda m, x: 0.9 * m.down(F.gelu(m.up(x)))), "computes neither"),
-    "a residual": (lambda: Odd(lambda m, x: x + m.down(F.gelu(m.up(x)))), "computes neither"),
-    "a tuple": (lambda: Odd(lambda m, x: (m.down(F.gelu(m.up(x))), None)), "gives tuple"),
-    "dropout inside": (
-        lambda: Odd(lambda m, x: m.down(F.dropout(F.gelu(m.up(x)), 0.1, m.training))),
-        "in training than in evaluation",
-    ),
-    "a norm": (lambda: Odd(lambda m, x: m.down(m.norm(m.up(x))), norm=nn.LayerNorm(32)), "no MLP .* other parameters"),
-    "no linear layers": (lambda: nn.LayerNorm(16), "no MLP .* none, or other parameters"),
-    "one linear layer": (lambda: nn.Sequential(nn.Linear(16, 16), nn.GELU()), r"no MLP .* 0 \[16, 16\]"),
-    "not back to h": (lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8)), "no MLP"),
-    "widths that differ": (lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(24, 16)), "no MLP"),
-    "an error": (lambda: Odd(lambda m, x: 1 / 0), "ZeroDivisionError: division by zero"),
-    "weights of 0": (lambda: nn.Sequential(*mlp()).apply(_zero), "computes neither"),
-    "the meta device": (lambda: mlp().to("meta"), "meta device"),
-    "a clipped activation": (lambda: mlp(nn.ReLU6()), r"nearest, \w+, is off by"),
-    "an activation clipped far out": (lambda: Odd(lambda m, x: m.down(m.up(x).clamp(-40, 40))), "nearest, identity"),
-    "dropout of whole texts": (lambda: Odd(lambda m, x: _drop_texts(m.down(F.gelu(m.up(x))), m)), "in training than"),
-    "dropout of whole tokens": (lambda: nn.Sequential(*mlp(), nn.Dropout1d(0.3)), "in training than"),
-    "dropout of everything": (lambda: nn.Sequential(*mlp(), nn.Dropout(1.0)), "in training than"),
-    "two dtypes": (lambda: nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16).half()), "one dtype"),
-    "one weight twice": (lambda: _tied(mlp(width=16)), "share their weight"),
-    "hooks": (lambda: _hooked(mlp()), "has hooks"),
-    "hooks inside": (
-        lambda: nn.Sequential(_hooked(nn.Linear(16, 32)), nn.GELU(), nn.Linear(32, 16)),
-        "its 0 has hooks",
-    ),
-    "parametrizations": (
-        lambda: nn.Sequential(weight_norm(nn.Linear(16, 32)), nn.GELU(), nn.Linear(32, 16)),
-        "its 0 is parametrized",
-    ),
-    "a layer that keeps what it computed": (_keeping, "cannot be copied"),
-}
-
-
-def _drop_texts(x: Tensor, module: nn.Module) -> Tensor:
-    if not module.training:
-        return x
-    return x * (torch.rand(x.shape[0], 1, 1) > 0.1) / 0.9
-
-
-def _tied(layer: nn.Sequential) -> nn.Sequential:
-    layer[2].weight = layer[0].weight
-    return layer
-
-
-def _hooked(module: nn.Module) -> nn.Module:
-    module.register_forward_hook(lambda *_: None)
-    return module
-
-
-def _zero(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.weight)
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_feed_forward_layer_is_refused_and_the_model_stays(case: str) -> None:
-    make, said = REFUSED[case]
-    layer = make()
-    with pytest.raises(UserError, match=said) as refusal:
-        MixedFeedForward.from_mlp(layer)
-    assert "\n" not in str(refusal.value)
-    model = nn.ModuleDict({"good": mlp(), "odd": layer})
-    before = dict(model.named_modules())
-    with pytest.raises(UserError, match=r"^odd "):
-        replace_feed_forward(model, match=lambda name, module: name in ("good", "odd"))
-    assert dict(model.named_modules()) == before
 
 
 # Mixtures that have no start with the layer's function, and matches that match nothing.
