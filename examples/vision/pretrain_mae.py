@@ -17,7 +17,8 @@
   LA coefficients and all else of one dimension do not. The patches' projection does, as a matrix.
 - Peak rates: the text at hand names no grid for vision. Tune each arm; mixtures bore 1.25 to 2 times the baseline's
   rate in language models. We would try --lr 1.2e-3, 2.4e-3, 3.6e-3 and 4.8e-3 at batch 4096.
-- Memory: --micro-batch-size computes the same batch in parts.
+- Memory: --micro-batch-size computes the same batch in parts. On a CPU two processes that compute a part each have
+  the losses of one that computes both, bit for bit; other sums differ by rounding, which grows over some ten steps.
 - Sample n of a run has its picture, crop, flip and mask from (--seed, n) alone.
   So both arms see the same, and so do 1 process and 8.
 - --out gets losses.jsonl, tensorboard/, reconstructions.png (picture, what the model sees, what it makes of it) and
@@ -64,6 +65,7 @@ class Size:
 
     shape: Shape
     batch: int
+    micro_batch: int | None  # None: a process' whole share
     rate_per_256: float  # the peak rate for each 256 crops of a batch
     save_interval: int
     val_crops: int
@@ -77,6 +79,7 @@ SIZES = {
     "tiny": Size(
         Shape(pixels=48, patch=8, encoder=(96, 3, 3), decoder=(64, 2, 2)),
         batch=32,
+        micro_batch=16,  # two processes then add the very numbers that one adds
         rate_per_256=1.6e-2,
         save_interval=50,
         val_crops=96,
@@ -87,6 +90,7 @@ SIZES = {
     "base": Size(
         Shape(pixels=224, patch=16, encoder=(768, 12, 12), decoder=(512, 8, 16)),
         batch=4096,
+        micro_batch=None,
         rate_per_256=1.5e-4,
         save_interval=1000,
         val_crops=8192,
@@ -162,7 +166,7 @@ class Plan:
             training,
             held_out,
             batch,
-            micro_batch=min(options.micro_batch_size or batch, batch // world),
+            micro_batch=min(options.micro_batch_size or size.micro_batch or batch, batch // world),
             val_crops=options.val_crops or size.val_crops,
             steps=steps,
             peak=options.lr or size.rate_per_256 * batch / 256,
@@ -355,7 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     length.add_argument("--steps", type=positive, metavar="N", help="default: 400 (tiny)")
     length.add_argument("--epochs", type=positive, metavar="N", help="default: 800 (base)")
     add("--batch-size", type=positive, metavar="N", help="over all processes; default: 32 (tiny), 4096 (base)")
-    add("--micro-batch-size", type=positive, metavar="N", help="a process' crops at a time; default: its whole share")
+    add(
+        "--micro-batch-size",
+        type=positive,
+        metavar="N",
+        help="a process' crops at a time; default: 16 (tiny), its share (base)",
+    )
     add(
         "--lr",
         type=within(float, 1e-9, 10),
