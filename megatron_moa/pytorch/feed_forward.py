@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -54,7 +55,7 @@ class MixtureCoefficients(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fills in the initial values: the paper's, unless ``mixture`` says otherwise (its section 5)."""
+        """Fills in the initial values: the paper's (section 5), unless ``mixture`` says otherwise."""
         values = torch.tensor(list(self.mixture.start_values()), dtype=torch.float32, device="cpu") * self.start
         for vector in (self.value, self.amplitude):
             if vector is not None:
@@ -98,8 +99,8 @@ class MixedFeedForward(nn.Module):
     :class:`MixtureCoefficients` has it. All are the same as in the Megatron layer, but that there they are called
     linear_fc1 and linear_fc2.
 
-    Under torch.compile and torch.export plain PyTorch computes the mixture and the compiler fuses it, unless a backend
-    is named.
+    Under torch.compile and torch.export plain PyTorch computes the mixture and the compiler fuses it, unless the
+    backend ``triton`` or ``compile`` is named.
 
     Args:
         hidden_size: h.
@@ -120,7 +121,7 @@ class MixedFeedForward(nn.Module):
         hidden_size: int,
         ffn_hidden_size: int,
         mixture: MixtureConfig | None = None,
-        bias: bool | tuple[bool, bool] = False,
+        bias: bool | Sequence[bool] = False,
         *,
         dropout: float = 0.0,
         init_std: float = DEFAULT_INIT_STD,
@@ -131,7 +132,7 @@ class MixedFeedForward(nn.Module):
         super().__init__()
         if not all(isinstance(width, int) and width > 0 for width in (hidden_size, ffn_hidden_size)):
             raise UserError(f"MixedFeedForward({hidden_size}, {ffn_hidden_size}): widths are whole numbers from 1")
-        biases = bias if isinstance(bias, tuple) else (bias, bias)
+        biases = (bias, bias) if isinstance(bias, bool) else bias
         self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
         self.init_stds = init_std, init_std if output_init_std is None else output_init_std

@@ -61,7 +61,7 @@ def load_replaced(
         folder: local, or a name on the Hugging Face Hub.
         model_class: whose ``from_pretrained`` loads; default: transformers' class that config.json names.
         backend: of the mixtures (:class:`MixtureConfig`).
-        settings: further arguments of it, such as ``dtype`` or ``device_map``.
+        settings: further arguments of ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
     Raises:
         UserError: config.json notes no replacement, names no class of transformers', or does not fit the model or the
@@ -223,7 +223,7 @@ def _noted(model: nn.Module, noted: list[dict[str, Any]], backend: str) -> dict[
                 f"config.{_RECORD}: is not what replace_feed_forward writes: {one_line(error, typed=True)}"
             ) from None
         for name in names:
-            layers[_name_here(named, name)] = MixedFeedForward(*widths, mixture, tuple(biases), dropout=dropout)
+            layers[_name_here(named, name)] = MixedFeedForward(*widths, mixture, biases, dropout=dropout)
     return layers
 
 

@@ -144,7 +144,11 @@ def check_graphs(args: argparse.Namespace) -> None:
         UserError: a graph covers mixtures whose coefficients ``--moa-log-interval`` asks for, or experts that read
             their numbers of tokens on the host (layers/experts.py).
     """
-    if _graphs_cover_experts(args) and not (args.moe_grouped_gemm and args.transformer_impl == "local"):
+    if (
+        args.num_experts
+        and _graphs_cover(args, "moe")
+        and not (args.moe_grouped_gemm and args.transformer_impl == "local")
+    ):
         raise UserError(
             f"--cuda-graph-impl {args.cuda_graph_impl}: records routed experts, which read their numbers of tokens on "
             "the host; take --cuda-graph-impl local --cuda-graph-modules attn, or experts that do not: "
@@ -158,18 +162,15 @@ def check_graphs(args: argparse.Namespace) -> None:
         )
 
 
-def _graphs_cover_experts(args: argparse.Namespace) -> bool:
-    if args.cuda_graph_impl == "none" or not args.num_experts:
-        return False
-    return not args.cuda_graph_modules or any(module.name == "moe" for module in args.cuda_graph_modules)
+def _graphs_cover(args: argparse.Namespace, *names: str) -> bool:
+    """Whether a graph is recorded of one of these modules, or of whole layers or the whole iteration."""
+    modules = {module.name for module in args.cuda_graph_modules}
+    return args.cuda_graph_impl != "none" and (not modules or not modules.isdisjoint(names))
 
 
 def _graphs_cover_mixtures(args: argparse.Namespace) -> bool:
-    if args.cuda_graph_impl == "none":
-        return False
-    modules = {module.name for module in args.cuda_graph_modules}  # empty: whole layers, or the whole iteration
     with_router = bool(args.moe_shared_expert_intermediate_size) and not args.moe_shared_expert_overlap
-    return not modules or bool(modules & {"mlp", "moe"}) or ("moe_router" in modules and with_router)
+    return _graphs_cover(args, "mlp", "moe", *(["moe_router"] if with_router else []))
 
 
 def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argparse.Namespace | None) -> None:
