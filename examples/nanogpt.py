@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megatron_moa import MixedFeedForward, MixtureConfig
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import positive, seed
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--feed-forward", choices=("swiglu", "la", "moa"), default="moa", help="default: moa")
     parser.add_argument("--form", choices=("type1", "one-sided", "bi-sided", "quadratic"), help="default: bi-sided")
     parser.add_argument("--steps", type=positive, default=600, metavar="N", help="of 2048 bytes; default: 600")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of weights, data and sample; default: 1")
+    parser.add_argument("--seed", type=seed, default=1, metavar="S", help="of weights, data and sample; default: 1")
     options = parser.parse_args(arguments)
     with one_line_ending("nanogpt.py", "nothing is kept"):
         torch.manual_seed(options.seed)

@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import positive, seed
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.command_line.tool_flags import add_iteration_flag
@@ -54,7 +54,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     parser.add_argument("--part", choices=(TRAIN, VALIDATION), help=f"of a dataset; default: {VALIDATION}")
     parser.add_argument("--tokens", type=positive, default=65_536, metavar="N", help="at most; default: 65536")
     parser.add_argument(
-        "--seed", type=int, default=1, metavar="N", help="of documents' order, tokens drawn, permutations"
+        "--seed", type=seed, default=1, metavar="N", help="of documents' order, tokens drawn, permutations"
     )
     parser.add_argument(
         "--fewest", type=positive, default=20, metavar="N", help="occurrences a named token has; default: 20"

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_moa.command_line.numbers import seed
 from megatron_moa.errors import OneLineParser, one_line_errors
 from megatron_moa.research.fault_drill.poison import run_poisoned
 from megatron_moa.research.fault_drill.run import run_drill
@@ -35,7 +36,7 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill the run (default: 20)")
     parser.add_argument("--only", metavar="NAME,...", help="kill, or single faults by name; default: all")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments (default: 1)")
+    parser.add_argument("--seed", type=seed, default=1, metavar="N", help="of the moments (default: 1)")
     parser.add_argument(
         "--processes", type=int, default=min(gpus, 2) or 2, metavar="N", help="ranks (default: 2, or 1 on a single GPU)"
     )

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moa.command_line import output_files
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import positive, seed
 from megatron_moa.data import corpus
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
@@ -82,7 +82,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="train on at most so much text, drawn evenly from all files (default 200 MB)",
     )
     group.add_argument("--max-sentences", type=positive, metavar="N", help="train on at most so many lines")
-    group.add_argument("--seed", type=int, default=1234, metavar="N", help="which part of a larger corpus is drawn")
+    group.add_argument("--seed", type=seed, default=1234, metavar="N", help="which part of a larger corpus is drawn")
     group.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N")
     args = parser.parse_args(argv)
     if not 0.98 <= args.character_coverage <= 1:  # sentencepiece's own bounds

@@ -41,6 +41,7 @@ from scipy.optimize import least_squares
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_moa.command_line.numbers import seed
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
@@ -465,7 +466,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new; gets containment.png and containment.json")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, metavar="M", help="default: 1 4 16")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the starts; default: 1")
+    parser.add_argument("--seed", type=seed, default=1, metavar="N", help="of the starts; default: 1")
     options = parser.parse_args(argv)
     with one_line_errors(PROGRAM):
         widths = sorted(set(options.widths))

@@ -50,7 +50,7 @@ from torchvision.utils import save_image
 from transformers import ViTMAEForPreTraining
 
 from megatron_moa import MixtureConfig
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import positive, seed
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 from megatron_moa.mixture.config import BACKENDS, MIXINGS
 from megatron_moa.mixture.functional import resolve_backend
@@ -147,6 +147,10 @@ class Plan:
         size, world = SIZES[options.size], int(os.environ.get("WORLD_SIZE", "1"))
         if options.size != "tiny" and not options.data:
             raise UserError(f"--size {options.size}: needs pictures; name their folder by --data")
+        if options.moa_mixing == "none" and options.moa_backend:
+            raise UserError(
+                f"--moa-backend {options.moa_backend}: has no effect with --moa-mixing none; drop one of them"
+            )
         mixture = make_mixture(options.moa_mixing, options.moa_form, options.moa_backend or size.backend)
         training, held_out = split_pictures(options.data, options.val_data)
         batch = options.batch_size or size.batch
@@ -373,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add("--warmup", type=within(float, 0, 1), default=0.05, metavar="SHARE", help="of the steps; default: 0.05")
     add("--bf16", action="store_true", help="autocast to bfloat16")
-    add("--seed", type=positive, default=1, metavar="N", help="of weights, crops and masks; default: 1")
+    add("--seed", type=seed, default=1, metavar="N", help="of weights, crops and masks; default: 1")
     add(
         "--workers",
         type=within(int, 0, 1024),

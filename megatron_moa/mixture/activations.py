@@ -7,9 +7,9 @@ The functions use only words that mean the same in ``torch`` and in ``triton.lan
 ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of them by reading ``torch`` as
 ``triton.language``. Tests hold them to PyTorch's own, which reference.py uses.
 
-They are for float32. Each calls what it is made of by name (:func:`_decay`, :func:`_reciprocal`,
-:func:`normal_density`), and both compilers compute that once for all terms of the same x: two exponentials and two
-reciprocals serve sigmoid, tanh, Phi and elu, value and derivative, and one comparison. NaN stays NaN.
+They are for float32. Each calls what it is made of by name (:func:`_power`, :func:`sigmoid`, :func:`normal_density`),
+and both compilers compute that once for all terms of the same x: two exponentials and three reciprocals serve sigmoid,
+tanh and Phi, value and derivative. NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def inverse(y: Tensor) -> Tensor:
     return 1.0 / y
 
 
+def _power(x: Tensor) -> Tensor:
+    # exp(-x); infinite below -88, of which the reciprocal is 0 as it should be
+    return torch.exp2(-_LOG2_E * x)
+
+
 def _decay(x: Tensor) -> Tensor:
+    # exp(-|x|), for what exp(-x) may not be infinite in
     return torch.exp2(-_LOG2_E * torch.abs(x))
-
-
-def _reciprocal(x: Tensor) -> Tensor:
-    # One for sigmoid and tanh: 1 / ((1 + e) (1 + e^2)), e = exp(-|x|)
-    e = _decay(x)
-    return inverse((1.0 + e) * (1.0 + e * e))
 
 
 def normal_density(x: Tensor) -> Tensor:
@@ -80,29 +80,25 @@ def one_derivative(x: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x))"""
-    e = _decay(x)
-    return torch.where(x > 0.0, 1.0, e) * ((1.0 + e * e) * _reciprocal(x))
+    return inverse(1.0 + _power(x))
 
 
 def sigmoid_derivative(x: Tensor) -> Tensor:
-    """s (1 - s) = e / (1 + e)^2, e = exp(-|x|)"""
-    e = _decay(x)
-    s = (1.0 + e * e) * _reciprocal(x)
-    return e * s * s
+    """s (1 - s)"""
+    s = sigmoid(x)
+    return s * (1.0 - s)
 
 
 def tanh(x: Tensor) -> Tensor:
-    """(1 - exp(-2x)) / (1 + exp(-2x))"""
-    e = _decay(x)
-    t = (1.0 - e * e) * ((1.0 + e) * _reciprocal(x))
-    return torch.where(x > 0.0, t, -t)
+    """2 / (1 + exp(-2x)) - 1, by sigmoid's exponential"""
+    e = _power(x)
+    return 2.0 * inverse(1.0 + e * e) - 1.0
 
 
 def tanh_derivative(x: Tensor) -> Tensor:
-    """1 - t^2 = 4 e^2 / (1 + e^2)^2, e = exp(-|x|)"""
-    e = _decay(x)
-    s = (1.0 + e) * _reciprocal(x)
-    return 4.0 * (e * s) * (e * s)
+    """1 - t^2"""
+    t = tanh(x)
+    return 1.0 - t * t
 
 
 def normal_distribution(x: Tensor) -> Tensor:
@@ -119,13 +115,17 @@ def _gelu_tanh_argument(x: Tensor) -> Tensor:
 
 def gelu_tanh_factor(x: Tensor) -> Tensor:
     """(1 + tanh(u)) / 2 = s(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)"""
-    return sigmoid(_gelu_tanh_argument(x))
+    argument = _gelu_tanh_argument(x)
+    e = _decay(argument)
+    return torch.where(argument > 0.0, 1.0, e) * inverse(1.0 + e)
 
 
 def gelu_tanh_factor_derivative(x: Tensor) -> Tensor:
-    """s(2u) (1 - s(2u)) 2u'"""
+    """s(2u) (1 - s(2u)) 2u' = e / (1 + e)^2 2u', e = exp(-|2u|): u' is large where 1 - s is tiny"""
+    e = _decay(_gelu_tanh_argument(x))
+    s = inverse(1.0 + e)
     slope = 2.0 * _GELU_TANH_SCALE * (1.0 + 3.0 * _GELU_TANH_CUBIC * x * x)
-    return sigmoid_derivative(_gelu_tanh_argument(x)) * slope
+    return e * s * s * slope
 
 
 def expm1_below(x: Tensor) -> Tensor:

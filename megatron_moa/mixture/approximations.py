@@ -1,8 +1,8 @@
 """Defines cheaper functions that stand in for those of activations.py where bfloat16 goes in, in the same words.
 
-Sigmoid and tanh keep float32's accuracy near 1 and lose it, relatively, where they or their derivatives are tiny. Phi
-is a fit whose tanh is one instruction of NVIDIA's GPUs. All errors lie below bfloat16's rounding of the results
-(docs/design/performance.md has the table; tests/mixture/test_approximations.py holds it).
+Sigmoid's derivative is one multiply-add. Phi is a fit whose tanh is one instruction of NVIDIA's GPUs. All errors lie
+below bfloat16's rounding of the results (docs/design/performance.md has the table; tests/mixture/test_approximations.py
+holds it).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa.mixture import activations
-from megatron_moa.mixture.activations import inverse
+from megatron_moa.mixture.activations import inverse, sigmoid
 
 _LOG2_E = 1.4426950408889634
 # Phi(x) = (1 + tanh(x (PHI_1 + PHI_3 x^2))) / 2, to 1.4e-4: a minimax fit of this project's.
@@ -19,28 +19,9 @@ _PHI_1 = 0.79880128
 _PHI_3 = 0.035282152
 
 
-def _power(x: Tensor) -> Tensor:
-    # exp(-x); infinite below -88, of which the reciprocal is 0 as it should be
-    return torch.exp2(-_LOG2_E * x)
-
-
-def _sigmoid(x: Tensor) -> Tensor:
-    return inverse(1.0 + _power(x))
-
-
 def _sigmoid_derivative(x: Tensor) -> Tensor:
-    s = _sigmoid(x)
+    s = sigmoid(x)
     return s - s * s
-
-
-def _tanh(x: Tensor) -> Tensor:
-    e = _power(x)
-    return 2.0 * inverse(1.0 + e * e) - 1.0
-
-
-def _tanh_derivative(x: Tensor) -> Tensor:
-    t = _tanh(x)
-    return 1.0 - t * t
 
 
 def coarse_tanh(x: Tensor) -> Tensor:
@@ -53,10 +34,7 @@ def _normal_distribution(x: Tensor) -> Tensor:
 
 
 APPROXIMATIONS = {
-    activations.sigmoid: _sigmoid,
     activations.sigmoid_derivative: _sigmoid_derivative,
-    activations.tanh: _tanh,
-    activations.tanh_derivative: _tanh_derivative,
     activations.normal_distribution: _normal_distribution,
 }
 """What stands in for what."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from megatron_moa.errors import UserError
@@ -75,6 +77,25 @@ def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(f"{flag} {value}: unknown; choose one of {', '.join(choices)}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _are(is_right: Callable[[object], bool], values: object) -> bool:
+    return isinstance(values, tuple) and all(map(is_right, values))
+
+
+# Of each setting that is no choice: whether a value is of its type, and what to give instead.
+_TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "activations": (partial(_are, lambda value: isinstance(value, str)), "several names, such as ('silu', 'tanh')"),
+    "initial_coefficients": (partial(_are, _is_number), "one number, or several"),
+    "gate_init_std": (_is_number, "a number"),
+    **dict.fromkeys(
+        ("gate_bias", "freeze", "recompute", "overwrite"), (lambda value: isinstance(value, bool), "True or False")
+    ),
+}
+
+
 @dataclass(frozen=True)
 class MixtureConfig:
     """How the feed-forward layers of a model mix activations (docs/mixture.md has the equations).
@@ -115,6 +136,7 @@ class MixtureConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        self._check_types()
         _require_choice("--moa-mixing", self.kind, MIXINGS)
         _require_choice("--moa-form", self.form, FORMS)
         _require_choice("--moa-gate", self.gate, GATES)
@@ -137,6 +159,16 @@ class MixtureConfig:
                 f"--moa-gate softmax: over the single activation {self.activations[0]} it is the constant 1; "
                 "name two or more --moa-activations, or take --moa-gate sigmoid"
             )
+
+    def _check_types(self) -> None:
+        if _is_number(self.initial_coefficients):
+            object.__setattr__(self, "initial_coefficients", (self.initial_coefficients,))
+        for name in ("activations", "initial_coefficients"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, (is_right, right) in _TYPES.items():
+            if not is_right(getattr(self, name)):
+                raise UserError(f"MixtureConfig({name}={getattr(self, name)!r}): give {right}")
 
     def _check_activations(self) -> None:
         for position, name in enumerate(self.activations):

@@ -16,7 +16,8 @@ from megatron_moa.pytorch.recognition import NotFeedForwardError, Recognised, re
 
 # What chooses layers: a name, "mlp" for every "….mlp" or a pattern such as "encoder.*.mlp"; a class; a function of name
 # and module; or several of these.
-Match = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence["Match"]
+OneMatch = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Match = OneMatch | Sequence[OneMatch]
 
 _RECORD = "mixed_feed_forward"  # in a transformers model's config
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -72,7 +73,13 @@ def load_replaced(
     config = settings.pop("config", None)
     if config is None:
         of_hub = {name: value for name, value in settings.items() if name in _OF_HUB}
-        config = transformers.AutoConfig.from_pretrained(folder, **of_hub)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, **of_hub)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{folder}: no model that can be read, name a folder that save_pretrained wrote, or a model on the "
+                f"Hugging Face Hub: {one_line(error, typed=True)}"
+            ) from None
     if not getattr(config, _RECORD, None):
         raise UserError(f"{folder}: its config.json notes no {_RECORD}; load it by transformers' from_pretrained")
     if model_class is None:
@@ -80,8 +87,8 @@ def load_replaced(
         model_class = getattr(transformers, named, None)
         if model_class is None:
             raise UserError(f"{folder}: its config.json names {named}, which transformers has not; give model_class")
-    if not issubclass(model_class, transformers.PreTrainedModel):
-        raise UserError(f"model_class {model_class.__name__}: is no model; give one such as LlamaForCausalLM")
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise UserError(f"model_class={model_class!r}: is no model's class; give one such as LlamaForCausalLM")
     layers: dict[str, MixedFeedForward] = {}
 
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -110,7 +117,7 @@ def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     candidates = [name for name, module in named.items() if readings(module)]
     found: dict[int, tuple[str, Recognised]] = {}
-    for name in candidates if match is None else [name for name, module in named.items() if _fits(match, name, module)]:
+    for name in candidates if match is None else _matches(match, named, candidates, type(model).__name__):
         module = named[name]
         if id(module) in found:
             continue
@@ -128,11 +135,6 @@ def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:
     if found:
         return found
     what = type(model).__name__
-    if match is not None:
-        shown = ", ".join(candidates[:_NAMED]) + (" and others" if len(candidates) > _NAMED else "")
-        raise UserError(
-            f"{what}: no layer matches {_shown(match)}; feed-forward layers by their shapes: {shown or 'none'}"
-        )
     if readings(model):
         raise UserError(f"{what}: is a feed-forward layer itself; take MixedFeedForward.from_mlp or from_swiglu")
     if any(isinstance(module, MixedFeedForward) for module in named.values()):
@@ -155,15 +157,29 @@ def _refuse_shared_weights(model: nn.Module, found: Mapping[str, Recognised]) ->
                 raise UserError(f"{layer}: shares a weight with {first}, which would be lost; untie them first")
 
 
-def _fits(match: Match, name: str, module: nn.Module) -> bool:
-    if isinstance(match, list | tuple):
-        return any(_fits(one, name, module) for one in match)
+def _matches(match: Match, named: Mapping[str, nn.Module], candidates: Sequence[str], what: str) -> list[str]:
+    """The names of what matches; each of several ways to match has to find something."""
+    matches: set[str] = set()
+    for way in match if isinstance(match, list | tuple) and match else [match]:
+        if not (isinstance(way, str) or callable(way)):
+            raise UserError(f"match={way!r}: give a name, a class, a function of name and module, or several of these")
+        fitting = {name for name, module in named.items() if _fits(way, name, module)}
+        if not fitting:
+            shown = ", ".join(candidates[:_NAMED]) + (" and others" if len(candidates) > _NAMED else "")
+            raise UserError(
+                f"{what}: no layer matches {_shown(way)}; feed-forward layers by their shapes: {shown or 'none'}"
+            )
+        matches |= fitting
+    return [name for name in named if name in matches]
+
+
+def _fits(match: OneMatch, name: str, module: nn.Module) -> bool:
     if isinstance(match, str):
         return fnmatchcase(name, match) or fnmatchcase(name, f"*.{match}")
     return isinstance(module, match) if isinstance(match, type) else match(name, module)
 
 
-def _shown(match: Match) -> str:
+def _shown(match: OneMatch) -> str:
     return f'match="{match}"' if isinstance(match, str) else f"match={getattr(match, '__name__', match)}"
 
 

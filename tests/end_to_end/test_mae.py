@@ -319,6 +319,14 @@ class TestMistakes:
                 "--moa-mixing none --moa-form quadratic",
                 "--moa-form quadratic: has no effect with --moa-mixing none; drop one of them",
             ),
+            (
+                "--moa-mixing none --moa-backend eager",
+                "--moa-backend eager: has no effect with --moa-mixing none; drop one of them",
+            ),
+            (
+                "--seed -1",
+                "argument --seed: a number from 0 to 4294967295 is wanted, not -1; see pretrain_mae.py --help",
+            ),
             ("--moa-form type1", "argument --moa-form: invalid choice: 'type1'"),
             ("--steps 5 --epochs 5", "argument --epochs: not allowed with argument --steps"),
         ],

@@ -62,6 +62,13 @@ def test_coefficients_are_named_in_their_order(form: str, names: str) -> None:
     assert MixtureConfig(form=form, activations=("silu", "relu2", "identity")).coefficient_names == tuple(names.split())
 
 
+def test_lists_and_a_single_number_are_sequences_too() -> None:
+    tuples = MixtureConfig("la", activations=("silu", "relu"), initial_coefficients=(0.5,))
+    others = MixtureConfig("la", activations=["silu", "relu"], initial_coefficients=0.5)
+    assert others == tuples
+    assert hash(others) == hash(tuples)
+
+
 def test_any_subset_in_any_order() -> None:
     assert MixtureConfig(activations=("tanh", "one", "relu3")).activations == ("tanh", "one", "relu3")
 
@@ -87,6 +94,21 @@ def test_any_subset_in_any_order() -> None:
         ({"kind": "la", "gate_init_std": 0.1}, ["--moa-gate-init-std 0.1", "--moa-mixing moa"]),
         ({"gate_init_std": -0.1}, ["--moa-gate-init-std -0.1", "positive"]),
         ({"gate_init_std": float("inf")}, ["--moa-gate-init-std inf", "positive"]),
+        ({"gate_init_std": "0.02"}, ["gate_init_std='0.02'", "a number"]),
+        ({"gate_init_std": True}, ["gate_init_std=True", "a number"]),
+        ({"activations": "silu"}, ["activations='silu'", "several names, such as ('silu', 'tanh')"]),
+        ({"activations": None}, ["activations=None", "several names"]),
+        ({"activations": ("silu", 1)}, ["activations=('silu', 1)", "several names"]),
+        ({"kind": "la", "initial_coefficients": "1"}, ["initial_coefficients='1'", "one number, or several"]),
+        (
+            {"kind": "la", "initial_coefficients": [1, None]},
+            ["initial_coefficients=(1, None)", "one number, or several"],
+        ),
+        ({"form": None}, ["--moa-form None", "bi-sided"]),
+        *(
+            ({name: "no"}, [f"{name}='no'", "True or False"])
+            for name in ("gate_bias", "freeze", "recompute", "overwrite")
+        ),
     ],
 )
 def test_illegal_settings_are_one_line(settings: dict, parts: list[str]) -> None:

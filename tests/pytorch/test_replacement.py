@@ -207,6 +207,13 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
         "name silu and identity among the activations, in this order",
     ),
     "attention": ("Llama", {"match": "self_attn"}, "self_attn .*: is no feed-forward layer .* q_proj"),
+    "one of two finds nothing": (
+        "Llama",
+        {"match": ["mlp", "ffn"]},
+        'no layer matches match="ffn"; feed-forward layers',
+    ),
+    "an empty list": ("Llama", {"match": []}, r"match=\[\]: give a name, a class, a function"),
+    "a number": ("Llama", {"match": 1}, "match=1: give a name, a class, a function of name and module, or several"),
     "nothing": ("Llama", {"match": "ffn"}, 'no layer matches match="ffn"; feed-forward layers by their shapes: model.'),
 }
 
@@ -249,8 +256,14 @@ def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not what replace_feed_forward writes: KeyError: 'dropout'"):
         load_replaced(tmp_path)
-    with pytest.raises(UserError, match="model_class AutoModelForCausalLM: is no model"):
-        load_replaced(tmp_path, transformers.AutoModelForCausalLM)
+    for model_class in (transformers.AutoModelForCausalLM, "LlamaForCausalLM"):
+        with pytest.raises(UserError, match=r"model_class=.*: is no model's class; give one such as"):
+            load_replaced(tmp_path, model_class)
+    for folder in (tmp_path / "nowhere", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=rf"{folder}: no model that can be read, name a folder") as refusal:
+            load_replaced(folder)
+        assert "\n" not in str(refusal.value)
 
 
 def test_a_note_follows_its_layers(tmp_path: Path) -> None:

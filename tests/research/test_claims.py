@@ -200,7 +200,7 @@ def test_the_section_has_a_row_for_each_claim_and_one_for_ours(tmp_path: Any) ->
     cells = row(text, CLAIM["1a"].title)
     assert "bi-sided MoA -0.029 (dense-0.12b, table 2)" in cells[1]
     assert cells[2:4] == ["the paper's", "**contradicted**"]
-    assert cells[4].startswith("bi-sided MoA less SwiGLU: +0.1000 [")
+    assert cells[4].startswith("bi-sided MoA minus SwiGLU: +0.1000 [")
     assert cells[4].endswith("], 3 seeds")
     assert cells[5] == "python, size 0.4M, 2M tokens, AdamW, cosine"
     assert cells[6].endswith("not run: one-sided MoA, quadratic MoA (`paper-dense.toml`, `paper-table1.toml`)")

@@ -104,7 +104,7 @@ def paper_figure(pair: Pair, model: str = DENSE) -> tuple[float, str] | None:
     if None in values:
         return None
     (arm, where), (to, beside) = values
-    return arm - to, where if beside in ("", where) else f"{where} less {beside.removeprefix(f'{model}, ')}"
+    return arm - to, where if beside in ("", where) else f"{where} minus {beside.removeprefix(f'{model}, ')}"
 
 
 def _claimed(pairs: Sequence[Sequence[Pair]]) -> tuple[tuple[Pair, ...], ...]:

@@ -1,4 +1,4 @@
-"""Holds what arXiv 2605.26647 reports: loss less the baseline's, in nats a token, to stand beside results."""
+"""Holds what arXiv 2605.26647 reports: loss minus the baseline's, in nats a token, to stand beside results."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def style(arm: str) -> dict[str, str]:
 
 
 def draw_differences(results: Results, file: Path, setting: Setting) -> None:
-    """Loss less the baseline's, of every arm, with its interval; the best arm on top."""
+    """Loss minus the baseline's, of every arm, with its interval; the best arm on top."""
     found = {arm: results.difference(setting, arm, BASELINE) for arm in results.arms(setting) if arm != BASELINE}
     rows = sorted(((arm, known) for arm, known in found.items() if known is not None), key=lambda row: -row[1].mean)
     with _figure(1, (8, 1.4 + 0.3 * len(rows)), file) as ((axes,),):
@@ -103,7 +103,7 @@ def draw_differences(results: Results, file: Path, setting: Setting) -> None:
                 axes.plot([known.low, known.high], [height, height], color=colour, linewidth=2)
         axes.set_yticks(range(len(rows)), [arm_title(arm) for arm, _ in rows])
         axes.set(
-            xlabel="validation loss less SwiGLU's (nats per token); hollow: one seed", title=setting_title(setting)
+            xlabel="validation loss minus SwiGLU's (nats per token); hollow: one seed", title=setting_title(setting)
         )
 
 
@@ -172,7 +172,7 @@ def draw_curves(
                 below.plot(x0[inside], np.mean(gaps, 0), **drawn, label=arm_title(arm))
         above.set(ylabel="training loss", title=setting_title(setting))
         unit = "million tokens" if milliseconds is None else "seconds of training, as timed for the arm alone"
-        below.set(xlabel=unit, ylabel="less SwiGLU's, same seeds")
+        below.set(xlabel=unit, ylabel="minus SwiGLU's, same seeds")
         _frame(above, above.lines, 0.1)
         _frame(below, below.lines[1:], 0.2, with_zero=True)
 
@@ -234,7 +234,7 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
         corpus, size, tokens, optimizer, schedule = settings[0]
         fixed = f"size {size_title(size)}" if against_tokens else f"{tokens / 1e6:g}M tokens"
         above.set(ylabel="validation loss", title=f"{corpus}, {fixed}, {plan_title(optimizer, schedule)}")
-        below.set(ylabel="less SwiGLU's, paired")
+        below.set(ylabel="minus SwiGLU's, paired")
         below.set_xlabel("million tokens" if against_tokens else "million parameters without embeddings")
         below.set_xscale("log")
         below.xaxis.set_major_formatter("{x:g}")

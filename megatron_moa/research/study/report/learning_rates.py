@@ -15,7 +15,7 @@ from megatron_moa.research.study.statistics import AT_LEAST, AT_MOST, BASELINE, 
 def larger_rates(study: Material) -> Lines:
     """Writes what arms lose at twice and four times their best rates."""
     yield "## Larger learning rates\n"
-    rows = [["arm", "best rate", "lost at twice", "lost at four times", "less what SwiGLU loses at twice", "is"]]
+    rows = [["arm", "best rate", "lost at twice", "lost at four times", "minus what SwiGLU loses at twice", "is"]]
     baseline = study.results.lost(study.main, BASELINE, 2)
     for tuned in study.tuned(study.main):
         twice, four = (study.results.lost(study.main, tuned.arm, factor) for factor in (2, 4))
@@ -54,7 +54,7 @@ def _best_rates(study: Material) -> Lines:
         yield from table([["setting", *map(arm_title, arms)], *rows])
         seed = study.results.tuning_seed
         yield f"With seed {seed}; ≤, ≥: at the lower, upper end of what was tried, a better one may lie beyond;"
-        yield "(?): the only one tried. In brackets: the loss at twice that rate, less that at it.\n"
+        yield "(?): the only one tried. In brackets: the loss at twice that rate minus that at it.\n"
 
 
 def _rate(study: Material, setting: Setting, tuned: Tuned | None) -> str:

@@ -14,7 +14,7 @@ def one_setting(study: Material, setting: Setting, title: str, steps: bool = Fal
     yield f"## {title}\n"
     if study.results.tuned(setting, BASELINE) is None:
         yield "SwiGLU has no finished run here: nothing to take differences to.\n"
-    rows = [["arm", "best rate", "rates tried: loss", "seeds", "loss", "less SwiGLU's", "is"]]
+    rows = [["arm", "best rate", "rates tried: loss", "seeds", "loss", "minus SwiGLU's", "is"]]
     for arm in study.results.arms(setting):
         tuned = study.results.tuned(setting, arm)
         if tuned is None:
