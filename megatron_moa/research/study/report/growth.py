@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
+
+import numpy as np
 
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.pictures import (
@@ -14,12 +17,15 @@ from megatron_moa.research.study.pictures import (
     draw_curves,
     draw_growth,
     plan_title,
+    setting_title,
     size_title,
 )
 from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.words import counted, listed, table
-from megatron_moa.research.study.statistics import BASELINE, LEAST_SIZES, Setting, fit_power_law
+from megatron_moa.research.study.statistics import BASELINE, LEAST_SIZES, Interval, Setting, Tuned, fit_power_law
 from megatron_moa.research.study.timing import TIMING
+
+_PARTS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of a training's steps
 
 
 def against_tokens_and_time(study: Material) -> Lines:
@@ -65,6 +71,40 @@ def _step_times(study: Material) -> Lines:
             if arm in ARMS
         ]
         yield from table(rows)
+
+
+def against_steps(study: Material) -> Lines:
+    """Writes how far arms are from their baselines as training goes on: what the start alone does, fades."""
+    rows = [["setting", "difference", *(f"at {part:g} of steps" for part in _PARTS), "seeds"]]
+    for setting in study.results.settings:
+        for tuned in study.tuned(setting):
+            to = ARMS[tuned.arm].baseline
+            known = study.results.difference(setting, tuned.arm, to) if tuned.arm != to else None
+            if known is None or known.bound or known.count < 2:
+                continue
+            names = f"{arm_title(tuned.arm)} minus {arm_title(to)}"
+            gaps = [_gap(tuned, study.results.tuned(setting, to), part) for part in _PARTS]
+            rows.append([setting_title(setting), names, *gaps, str(known.count)])
+    if len(rows) > 1:
+        yield "## Against steps: what fades\n"
+        yield "Training loss minus the baseline's, of seeds in pairs, each arm at its own best rate: the mean over the"
+        yield "eighth of all steps that ends there, and half its 95 % interval. Before the end an arm whose best rate"
+        yield "is lower looks better than it is.\n"
+        yield from table(rows)
+
+
+def _gap(tuned: Tuned, fixed: Tuned, part: float) -> str:
+    """Returns the difference over the last eighth of all steps before this part of them; empty without any."""
+
+    def losses(line: Mapping[str, Any]) -> np.ndarray:
+        tokens, values = np.array(line["loss"], float).T
+        return values[(tokens > (part - 1 / 8) * tokens[-1]) & (tokens <= part * tokens[-1])]
+
+    pairs = [(losses(line), losses(fixed.lines[seed])) for seed, line in tuned.lines.items() if seed in fixed.lines]
+    if not all(len(values) and np.isfinite(values).all() for pair in pairs for values in pair):
+        return ""
+    gap = Interval.of([float(one.mean() - other.mean()) for one, other in pairs])
+    return f"{gap.mean:+.3f} ± {gap.half:.3f}"
 
 
 def against_parameters(study: Material) -> Lines:

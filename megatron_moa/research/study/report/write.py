@@ -9,7 +9,7 @@ from megatron_moa.research.study.pictures import setting_title
 from megatron_moa.research.study.report.claims import papers_claims
 from megatron_moa.research.study.report.effects import due_to_what, settings_beside_one_another
 from megatron_moa.research.study.report.gates import trained_gates
-from megatron_moa.research.study.report.growth import against_parameters, against_tokens_and_time
+from megatron_moa.research.study.report.growth import against_parameters, against_steps, against_tokens_and_time
 from megatron_moa.research.study.report.learning_rates import larger_rates
 from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.scope import not_shown, what_was_run
@@ -44,6 +44,7 @@ def _chapters(study: Material, command: str) -> Lines:
     yield from one_setting(study, study.main, "The main setting, arm by arm")
     yield from larger_rates(study)
     yield from against_tokens_and_time(study)
+    yield from against_steps(study)
     yield from against_parameters(study)
     yield from trained_gates(study)
     others = [setting for setting in study.results.settings if setting != study.main]
