@@ -78,7 +78,7 @@ def against_steps(study: Material) -> Lines:
     rows = [["setting", "difference", *(f"at {part:g} of steps" for part in _PARTS), "seeds"]]
     for setting in study.results.settings:
         for tuned in study.tuned(setting):
-            to = ARMS[tuned.arm].baseline
+            to = ARMS[tuned.arm].baseline if tuned.arm in ARMS else BASELINE
             known = study.results.difference(setting, tuned.arm, to) if tuned.arm != to else None
             if known is None or known.bound or known.count < 2:
                 continue
