@@ -188,13 +188,13 @@ def test_what_fades_over_steps(tmp_path: Path) -> None:
             del content["loss"][:-1]
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Against steps")[1].split("\n## ")[0]
     setting = "python, size 0.4M, 2M tokens, AdamW, cosine"
-    cells = row(text, setting, "Type I MoA minus ReLU2")[2:]
-    means, halves = zip(*(map(float, cell.split(" ± ")) for cell in cells[:-1]), strict=True)
+    cells = row(text, setting, "Type I MoA minus ReLU2, 3 seeds")[2:]
+    means, halves = zip(*(map(float, cell.split(" ± ")) for cell in cells), strict=True)
     # The mean of the two points in each eighth, of which the loss itself is the same in both arms.
     expected = [0.1 + 0.7 * (1 - part + 1 / 32) for part in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)]
     assert means == pytest.approx(expected, abs=6e-4)
     assert set(halves) == {0.025}  # Student's t of three, 4.303, times 0.01 / sqrt(3)
-    assert row(text, setting, "SwiGLU, half as wide minus SwiGLU")[2:6] == [""] * 4
+    assert row(text, setting, "SwiGLU, half as wide minus SwiGLU, 3 seeds")[2:6] == [""] * 4
     assert "Type I LA" not in text
 
 

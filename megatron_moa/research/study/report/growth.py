@@ -75,16 +75,16 @@ def _step_times(study: Material) -> Lines:
 
 def against_steps(study: Material) -> Lines:
     """Writes how far arms are from their baselines as training goes on: what the start alone does, fades."""
-    rows = [["setting", "difference", *(f"at {part:g} of steps" for part in _PARTS), "seeds"]]
+    rows = [["setting", "difference", *(f"at {part:g} of steps" for part in _PARTS)]]
     for setting in study.results.settings:
         for tuned in study.tuned(setting):
             to = ARMS[tuned.arm].baseline if tuned.arm in ARMS else BASELINE
             known = study.results.difference(setting, tuned.arm, to) if tuned.arm != to else None
             if known is None or known.bound or known.count < 2:
                 continue
-            names = f"{arm_title(tuned.arm)} minus {arm_title(to)}"
+            names = f"{arm_title(tuned.arm)} minus {arm_title(to)}, {known.count} seeds"
             gaps = [_gap(tuned, study.results.tuned(setting, to), part) for part in _PARTS]
-            rows.append([setting_title(setting), names, *gaps, str(known.count)])
+            rows.append([setting_title(setting), names, *gaps])
     if len(rows) > 1:
         yield "## Against steps: what fades\n"
         yield "Training loss minus the baseline's, of seeds in pairs, each arm at its own best rate: the mean over the"
