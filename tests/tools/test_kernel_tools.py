@@ -173,14 +173,15 @@ def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
 def test_activations_share_their_special_functions(counts: dict[str, Counts]) -> None:
     whole, two, one = (counts[name] for name in ("whole", "two", "one"))
     # An exponential and a reciprocal serve sigmoid, silu and their derivatives, a second reciprocal tanh; Phi takes a
-    # tanh, its derivative another exponential. Exactly, two exponentials and two reciprocals serve all of them.
+    # tanh, its derivative another exponential. Exactly, Phi and its derivative share a second exponential and take a
+    # third reciprocal.
     special = {"type1": (3, 4), "one-sided": (2 + 4, 2 + 5), "bi-sided": (8, 10), "quadratic": (6, 8)}
     special |= {"GELU": (1, 2), "SwiGLU": (2, 2)}
     for name, numbers in special.items():
         for kernel, number in zip(("forward", "backward"), numbers, strict=True):
             assert whole[name, kernel]["instructions"]["MUFU"] == number, (name, kernel)
     for kernel in ("forward", "backward"):
-        assert counts["exact"]["bi-sided", kernel]["instructions"]["MUFU"] == 8
+        assert counts["exact"]["bi-sided", kernel]["instructions"]["MUFU"] == 2 * 5
     for kernel in ("forward", "backward"):  # counted: 0.66 and 0.63 times
         assert issued(whole["one-sided", kernel]) < 0.75 * issued(whole["bi-sided", kernel])
     for kernel, most_of_two, most_of_one in (("forward", 1.55, 3.3), ("backward", 1.9, 3.6)):
