@@ -54,7 +54,7 @@ def _power(x: Tensor) -> Tensor:
 
 
 def _decay(x: Tensor) -> Tensor:
-    # exp(-|x|), for what exp(-x) may not be infinite in
+    # exp(-|x|), at most 1
     return torch.exp2(-_LOG2_E * torch.abs(x))
 
 
