@@ -4,11 +4,13 @@
 #   tools/gpu_suite.sh [RESULTS]              results folder, default runs/gpu_suite; made anew
 #   PYTHON=/path/to/python3 tools/gpu_suite.sh
 #   SUITE_DEVICE=cpu SUITE_SCALE=tiny tools/gpu_suite.sh     the same flow in about 2 minutes without a GPU
+#   SUITE_STUDY=examples/studies/gpu-dense.toml tools/gpu_suite.sh    what time is left trains a study's runs
 #
 # Hardware: one GPU of 80 GB (H100 or H200), 16 CPU cores. Duration: under 10 minutes (SUITE_SECONDS, 570): what no time
 # is left for is recorded as out of time. Needs torch, triton and megatron-core; no network, nothing installed; with
 # pytest and pytest-xdist tests/test_gpu.py runs, too.
 # Order: tests that never ran on a GPU, kernels, steps of four recipes, tanh.approx of all inputs; then the rest.
+# A study (SUITE_STUDY) keeps its folder, runs/study-NAME: the next call goes on from its runs' last checkpoints.
 # Results: results.jsonl (every figure with its environment), results.md (the same as tables), logs/ (one a step).
 # Every step has a time limit; one that fails is recorded and the others go on. Exit code 1 if any failed.
 set -u
@@ -108,6 +110,16 @@ check() {
     done
 }
 
+# study FLAGS...  trains SUITE_STUDY's runs until the suite's time is over, which is no fault: they go on the next time.
+study() {
+    local left=$((SUITE_SECONDS - SECONDS)) start=$SECONDS code
+    [ -n "${SUITE_STUDY:-}" ] && [ "$left" -ge 60 ] || return 0
+    timeout -k 5 "$left" "$PYTHON" tools/study.py --study "$SUITE_STUDY" "$@" >"$OUT/logs/study.log" 2>&1
+    code=$?
+    [ "$code" -eq 124 ] && code=0
+    record study "$code" $((SECONDS - start)) "$left"
+}
+
 # In the order of what matters most, should time run out; the comments are seconds that a step took on an H200, where
 # one of the same shape has run there.
 if [ "$SUITE_SCALE" = full ]; then
@@ -142,6 +154,7 @@ if [ "$SUITE_SCALE" = full ]; then
     layer layer-dense-0.12b 40 --hidden 768 --ffn 2048 --tokens 16384 --form bi-sided quadratic --mixing moa
     layer layer-moe-0.5b 50 --hidden 768 --ffn 512 --tokens 8192 --experts 32 --topk 4 --form one-sided --mixing moa
     tests tests-accuracy 220 "$ACCURACY" 14
+    study
 else
     FORMS=(type1 bi-sided)
     SHRINK=(-- --num-layers 1 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 64
@@ -157,6 +170,7 @@ else
     run corpus 120 "$PYTHON" tools/gpu_report.py corpus "$OUT/corpus" --glob 'asyncio/*.py'
     train moa MoA 120 --moa-backend eager
     train none SwiGLU 120
+    study --scale smoke
 fi
 
 "$PYTHON" tools/gpu_report.py table "$JSON" >"$OUT/results.md" 2>"$OUT/logs/report.log" || failed=1

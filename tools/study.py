@@ -7,8 +7,9 @@
 
 A study's file says what is compared (examples/studies/paper-table1.toml explains the keys; docs/reproduction.md has
 all of the paper's). Every run is one of pretrain_gpt_moa.py; a finished one is a line of OUT/results.jsonl. Killed at
-any moment and started again the study goes on: finished runs stay, cut-off ones are run anew. Learning rates come
-first, with one seed, further seeds at each arm's best; a grid that says so goes on where the best lies at its end.
+any moment and started again the study goes on: finished runs stay, cut-off ones start from their last checkpoint where
+the file has save_interval, else anew. Learning rates come first, with one seed, further seeds at each arm's best; a
+grid that says so goes on where the best lies at its end.
 Before all that the arms' steps are timed in turn, if the file asks for it (OUT/timing.jsonl): leave the machine alone
 while it says so.
 """

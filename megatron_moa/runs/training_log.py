@@ -151,3 +151,10 @@ class TrainingLog:
         """Median time of an iteration over the log's lines, its first fifth (warm-up) left out; NaN without lines."""
         steady = [step.milliseconds for step in self.iterations[len(self.iterations) // 5 :]]
         return statistics.median(steady) if steady else math.nan
+
+    @property
+    def seconds(self) -> float:
+        """Of all iterations that the lines stand for; a start's time before its first one is no part of it."""
+        before = [0, *(step.iteration for step in self.iterations)]
+        each = zip(self.iterations, before, strict=False)
+        return sum((step.iteration - last) * step.milliseconds for step, last in each) / 1000

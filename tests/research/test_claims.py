@@ -196,7 +196,9 @@ def test_every_claim_names_studies_that_run_its_arms() -> None:
 def test_the_section_has_a_row_for_each_claim_and_one_for_ours(tmp_path: Any) -> None:
     lines = arms(("swiglu", 3.0), ("moa-bi-sided", 3.1), ("moa-bi-sided-matched", 2.9))
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## The paper's claims")[1].split("\n## ")[0]
-    assert "As the paper starts its mixtures: **of 9 claims 0 confirmed, 1 contradicted, 8 undecided**." in text
+    assert (
+        "With the paper's coefficients at the start: **of 9 claims 0 confirmed, 1 contradicted, 8 undecided**." in text
+    )
     cells = row(text, CLAIM["1a"].title)
     assert "bi-sided MoA -0.029 (dense-0.12b, table 2)" in cells[1]
     assert cells[2:4] == ["the paper's", "**contradicted**"]

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import time
 import tomllib
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,7 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
         (("rates = [1e-2, 2e-2]", 'rates = [1e-2, "x"]'), "grid 1: rates 'x': must be a number"),
         (("tokens = [1e5]", "tokens = []"), "grid 1: a list is empty"),
         (("evaluation", "evaluatoin"), "evaluatoin: unknown key"),
+        (("timing = 0", "save_interval = -1"), "save_interval -1: give a number of iterations"),
         (("[[grid]]", "[[grid]"), "is not TOML"),
     ],
 )
@@ -216,7 +218,7 @@ def test_a_scale_has_the_arms_of_the_study(path):
         study = read_study(path, scale)
         assert {cell.arm for cell in pending(study, {})} == arms
         assert not any(size.recipe for size in study.sizes.values())
-    assert ("smoke" in scales) == path.stem.startswith("paper-")
+    assert ("smoke" in scales) == path.stem.startswith(("paper-", "gpu-"))
 
 
 def test_the_studies_of_tables_1_and_2_have_their_rows_and_rates():
@@ -289,6 +291,7 @@ def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
 
     folder = ROOT / "examples" / "studies"
     full, small = read_study(folder / "paper-table2.toml"), read_study(folder / "paper-table1.toml", "smoke")
+    night = read_study(folder / "gpu-dense.toml")  # 6 arms: 3 rates, and 2 further seeds, which are not pending yet
     monkeypatch.setattr(subprocess, "run", plan)
     assert list(planned(full))[-1].startswith("\nAll: 56 runs, 154 GPU hours")  # 7 rates of 2 baselines and 6 mixtures
     assert sorted(asked) == [
@@ -297,6 +300,8 @@ def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
     ]
     with pytest.raises(UserError, match="--plan: size tiny is of no recipe"):
         list(planned(small))
+    assert len(pending(night, {})) == 18
+    assert list(planned(night))[-1].startswith("\nAll: 30 runs, 80 GPU hours, and more where")
 
 
 # Results.
@@ -406,6 +411,8 @@ def test_a_corpus_from_a_debian_package(tmp_path):
     before = corpus.data.with_suffix(".bin").stat().st_mtime_ns
     make_corpus("words", settings, tmp_path / "corpus")
     assert corpus.data.with_suffix(".bin").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match=r"corpora\.words: .* was made with .*300.*; take another --out"):
+        make_corpus("words", settings | {"vocabulary": 400}, tmp_path / "corpus")
     with pytest.raises(UserError, match="is not the file of that sha256"):
         make_corpus("words", settings | {"sha256": "0" * 64}, tmp_path / "other")
     with pytest.raises(UserError, match="cannot be fetched"):
@@ -499,6 +506,69 @@ def killed_study(out, text, kills):
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     return killed_study(tmp_path_factory.mktemp("smoke"), SMOKE, (1, 7))
+
+
+def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path):
+    text = STUDY.replace("timing = 0", "timing = 0\nsave_interval = 10").replace(
+        '["swiglu", "moa-bi-sided"]', '["swiglu"]'
+    )
+    text = text.replace("[1e-2, 2e-2]", "[1e-2]").replace("json", "asyncio")  # 49 iterations
+    (tmp_path / "study.toml").write_text(text)
+    flags = ("--study", str(tmp_path / "study.toml"), "--out")
+
+    def run_folder(out):
+        return out / "runs" / pending(read_study(tmp_path / "study.toml"), {})[0].name
+
+    cut = tmp_path / "cut"
+    process = start_study(*flags, str(cut))
+    tracker = run_folder(cut) / "checkpoint" / "latest_checkpointed_iteration.txt"
+    limit = time.monotonic() + 300
+    while not (tracker.exists() and tracker.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert read_results(cut / RESULTS) == []
+    finish(start_study(*flags, str(cut)))
+    finish(start_study(*flags, str(tmp_path / "whole")))
+    (line,), (expected,) = (read_results(out / RESULTS) for out in (cut, tmp_path / "whole"))
+    # Megatron's second line after a start averages the first one's loss in, so one point of the curve differs.
+    assert len(line["loss"]) == len(expected["loss"]) == 49
+    assert sum(own != other for own, other in zip(line["loss"], expected["loss"], strict=True)) == 1
+    measured = ("seconds", "milliseconds", "date", "loss")
+    assert {key: line[key] for key in line if key not in measured} == {
+        key: expected[key] for key in expected if key not in measured
+    }
+    log = (run_folder(cut) / "train.log").read_text()
+    assert log.count("number of parameters on") == 2  # two starts
+    assert "successfully loaded checkpoint" in log
+    assert not (run_folder(cut) / "checkpoint").exists()  # nobody asked to keep it
+
+
+def test_a_run_of_another_command_does_not_go_on(tmp_path, monkeypatch):
+    """A checkpoint is taken up by the command that wrote it alone."""
+    study = study_of(STUDY.replace("timing = 0", "timing = 0\nsave_interval = 10"), tmp_path)
+    started = []
+    corpus = types.SimpleNamespace(flags=lambda: ["--data-path", "text"])
+    monkeypatch.setattr(Runner, "_corpus", lambda self, name: corpus)
+    monkeypatch.setattr(subprocess, "Popen", lambda words, **_: started.append(words))
+    cell = pending(study, {})[0]
+
+    def start(of):
+        Runner(of, tmp_path, 1, 1)._start(cell)
+        return "--load" in started[-1]
+
+    assert not start(study)
+    folder = tmp_path / "runs" / cell.name
+    (folder / "train.log").write_text("of the first start\n")
+    assert not start(study)  # it left no checkpoint
+    assert (folder / "train.log").read_text() == ""
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("10")
+    assert start(study)
+    assert not start(replace(study, warmup=0.5))
+    assert not (folder / "checkpoint").exists()
 
 
 @pytest.mark.full

@@ -54,7 +54,7 @@ class Corpus:
 
 
 def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
-    """Makes a corpus, once; a folder that is complete is left alone.
+    """Makes a corpus, once; a folder that is complete, and of these settings, is left alone.
 
     Args:
         name: for messages.
@@ -64,13 +64,17 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
         folder: to write into.
 
     Raises:
-        UserError: settings that are unknown, or a text that cannot be had.
+        UserError: settings that are unknown, or not those that a complete folder was made with; or a text that cannot
+            be had.
     """
     if "data" in settings:
         return Corpus(*(_own_path(name, key, settings) for key in ("data", "tokenizer")))
     corpus = Corpus(folder / "data", folder / "tokenizer.model")
     done = folder / "complete"
     if done.exists():
+        made = done.read_text()  # empty: version 0.1's
+        if made and json.loads(made) != settings:
+            raise UserError(f"corpora.{name}: {folder} was made with {made}; take another --out, or delete that folder")
         return corpus
     folder.mkdir(parents=True, exist_ok=True)
     if settings["source"] == "python":
@@ -96,7 +100,7 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
     dataset = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(corpus.tokenizer)]
     dataset += ["--shuffle-documents", "0", "--output-prefix", str(corpus.data), "--overwrite"]
     _run("preprocess_data.py", [*text, *dataset], folder)
-    done.touch()
+    done.write_text(json.dumps(settings))
     return corpus
 
 

@@ -93,6 +93,7 @@ class Study:
         warmup: part of a run's iterations in which the learning rate rises.
         timing: rounds in which the arms' steps are timed, alone on the machine, before anything is trained; 0: never.
         keep: arms whose last checkpoint of every run is kept.
+        save_interval: iterations between checkpoints, from which a run that was cut off goes on; 0: it starts anew.
         tuning_seed: the seed of the runs that choose learning rates.
         most_extensions: of a grid of rates, at either end.
     """
@@ -105,6 +106,7 @@ class Study:
     warmup: float = 0.05
     timing: int = 15
     keep: tuple[str, ...] = ()
+    save_interval: int = 0
     tuning_seed: int = 1
     most_extensions: int = 3
 
@@ -150,6 +152,8 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
     unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
+    if study.save_interval < 0:
+        raise UserError(f"{path}: save_interval {study.save_interval}: give a number of iterations, or 0 for none")
     return study
 
 

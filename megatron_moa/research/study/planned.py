@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
-from megatron_moa.research.study.grid import Study, pending
+from megatron_moa.research.study.grid import Cell, Study, pending
 
 _PLAN = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 GPU, MFU = "h100", 0.25
@@ -21,7 +21,7 @@ GPU, MFU = "h100", 0.25
 def planned(study: Study) -> Iterator[str]:
     """Lines of markdown: runs and hours of each model and layer, one GPU a run, and their sum.
 
-    A widened SwiGLU is planned as SwiGLU.
+    A widened SwiGLU is planned as SwiGLU. Rates that a grid goes on to are not known yet, and not counted.
 
     Raises:
         UserError: a size that is of no recipe, or a plan that fails.
@@ -29,7 +29,7 @@ def planned(study: Study) -> Iterator[str]:
     yield f"| model | tokens | layer | runs | hours of one {GPU.upper()} a run | GPU hours |"
     yield "| --- | --- | --- | --- | --- | --- |"
     runs: Counter[tuple[str, int, str, str, bool, str]] = Counter()
-    for cell in pending(study, {}):
+    for cell in _at_least(study):
         recipe, arm = study.sizes[cell.size].recipe, ARMS[cell.arm]
         if not recipe:
             raise UserError(f"--plan: size {cell.size} is of no recipe; leave out --scale, or plan a study of recipes")
@@ -49,7 +49,25 @@ def planned(study: Study) -> Iterator[str]:
         total += count * hours
         layer = ("SwiGLU" if gated else "ReLU2") if mixing == "none" else mixing
         yield f"| {recipe} | {tokens / 1e9:g}e9 | {layer} | {count} | {hours:.1f} | {count * hours:.0f} |"
-    yield f"\nAll: {sum(runs.values())} runs, {total:.0f} GPU hours; kernels at {MFU:.0%} of the peak, an assumption."
+    more = (
+        ", and more where an arm's best rate is the last of those tried" if any(g.extend for g in study.grids) else ""
+    )
+    count = sum(runs.values())
+    yield f"\nAll: {count} runs, {total:.0f} GPU hours{more}; kernels at {MFU:.0%} of the peak, an assumption."
+
+
+def _at_least(study: Study) -> dict[Cell, None]:
+    """The runs of rates that the file names, and of further seeds at best rates, which are not known yet (0 here)."""
+    seeds = (
+        Cell(*setting, arm, 0.0, seed)
+        for grid in study.grids
+        if not grid.rates
+        for setting in grid.settings()
+        for arm in grid.arms
+        for seed in grid.seeds
+        if seed != study.tuning_seed  # its run at the best rate is among those of rates
+    )
+    return dict.fromkeys([*pending(study, {}), *seeds])
 
 
 def _hours(recipe: str, mixing: str, variables: dict[str, str]) -> float:

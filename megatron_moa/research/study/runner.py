@@ -21,6 +21,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_moa.checkpoints.files import TRACKER
 from megatron_moa.command_line.processes import end_processes
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
@@ -30,6 +31,7 @@ from megatron_moa.research.study.timing import TIMING, WIDER, step_times, width_
 from megatron_moa.runs.training_log import TrainingLog
 
 RESULTS = "results.jsonl"
+_COMMAND = "command.json"  # of a run, in its folder
 _SCRIPT = Path(__file__).resolve().parents[3] / "pretrain_gpt_moa.py"
 _POINTS = 64  # of a loss curve in a line of results
 _DIVERGED = 17  # exit code of a run whose loss is not finite (megatron_moa.training.nan_guard)
@@ -182,6 +184,7 @@ class _Running:
     output: TextIO
     folder: Path
     start: float
+    seconds_before: float  # of earlier starts' iterations
 
     def follow(self) -> None:
         """Takes in what the run has printed since."""
@@ -232,7 +235,7 @@ class Runner:
                 )
 
     def run(self) -> None:
-        """Runs all cells; what was running when it is interrupted is ended, and run anew the next time.
+        """Runs all cells; what was running when it is interrupted is ended, and goes on (:meth:`_start`) the next time.
 
         Raises:
             UserError: another process works on the study; a run failed.
@@ -321,18 +324,29 @@ class Runner:
         return [*command(self.study, cell), *self._corpus(corpus).flags()]
 
     def _start(self, cell: Cell) -> _Running:
+        """Starts a run: from the last checkpoint that the same command left in its folder, else anew."""
         corpus = self._corpus(cell.corpus)
         flags = command(self.study, cell, time_widths(self.timings).get((cell.size, cell.optimizer)))
         folder = self.out / "runs" / cell.name
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-        folder.mkdir(parents=True)
+        checkpoint = folder / "checkpoint"
         own = ["--data-cache-path", str(folder / "cache")]  # one each: runs at a time would write the same files
-        if cell.arm in self.study.keep:
-            own += ["--save", str(folder / "checkpoint"), "--save-interval", str(10**9)]  # after the last iteration
+        if self.study.save_interval or cell.arm in self.study.keep:
+            interval = self.study.save_interval or 10**9  # after the last iteration alone
+            own += ["--save", str(checkpoint), "--save-interval", str(interval), "--moa-keep-last", "1"]
+        words = [*flags, *corpus.flags(), *own]
+        if _command_of(folder) != words or not (checkpoint / TRACKER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / _COMMAND).write_text(json.dumps(words))
+        else:
+            words += ["--load", str(checkpoint)]
+            shutil.rmtree(folder / "cache", ignore_errors=True)  # the kill may have come while it was written
         slot = min(set(range(self.at_a_time)) - {run.slot for run in self.running})
-        with (folder / "train.log").open("w") as log:
+        log_file = folder / "train.log"
+        before = TrainingLog.read(log_file).seconds if log_file.exists() else 0.0
+        with log_file.open("a") as log:
             process = subprocess.Popen(
-                [sys.executable, str(_SCRIPT), *flags, *corpus.flags(), *own],
+                [sys.executable, str(_SCRIPT), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -340,8 +354,8 @@ class Runner:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
-        output = (folder / "train.log").open(errors="replace")
-        return _Running(cell, slot, flags, process, TrainingLog(), output, folder, time.monotonic())
+        output = log_file.open(errors="replace")
+        return _Running(cell, slot, flags, process, TrainingLog(), output, folder, time.monotonic(), before)
 
     def _take(self, run: _Running) -> None:
         """Writes the line of a run that has ended."""
@@ -351,10 +365,13 @@ class Runner:
             last = (run.folder / "train.log").read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"{run.folder}: ended with exit code {code} ({' '.join(last)}); see train.log there")
         vocabulary = self.corpora[run.cell.corpus].padded_vocabulary
-        line = result_of(run.cell, run.flags, run.log, vocabulary, time.monotonic() - run.start, code)
+        seconds = run.seconds_before + time.monotonic() - run.start
+        line = result_of(run.cell, run.flags, run.log, vocabulary, seconds, code)
         _append(self.out / RESULTS, line)
         self.results.append(line)
-        shutil.rmtree(run.folder / "cache", ignore_errors=True)
+        kept = run.cell.arm in self.study.keep
+        for name in ("cache",) if kept else ("cache", "checkpoint"):
+            shutil.rmtree(run.folder / name, ignore_errors=True)
         final = "diverged" if line["final"] is None else f"validation loss {line['final']:.4f}"
         waiting = [cell for cell in self.pending() if cell not in {other.cell for other in self.running}]
         self._line(f"{run.cell.name}: {final} in {line['seconds'] / 60:.1f} min; {self._progress(waiting)}")
@@ -399,6 +416,14 @@ def _cut_last_line(path: Path) -> None:
         content = path.read_bytes()
         if not content.endswith(b"\n"):  # a kill came while it was written
             path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
+def _command_of(folder: Path) -> list[str] | None:
+    """The command that a run's folder is of; None if it is of none, or a kill came while it was written."""
+    try:
+        return json.loads((folder / _COMMAND).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
 
 
 @contextmanager

@@ -29,8 +29,8 @@ OWN_SCALE = (
     Step("swiglu-scaled", "swiglu", "scale at the start", "making SwiGLU's output as large as MoA's at step 0"),
     Step("la-bi-sided-half", "swiglu-scaled", "dictionary", "learned constants (LA from 0.5), as large,"),
     Step("moa-bi-sided", "la-bi-sided-half", "token adaptivity", "letting gates set the coefficients token by token"),
-    Step("moa-bi-sided", "swiglu", "all three", "bi-sided MoA as the paper starts it, in place of SwiGLU,"),
-    Step("la-bi-sided", "swiglu", "the paper's LA", "bi-sided LA as the paper starts it, in place of SwiGLU,"),
+    Step("moa-bi-sided", "swiglu", "all three", "bi-sided MoA with the paper's coefficients, in place of SwiGLU,"),
+    Step("la-bi-sided", "swiglu", "the paper's LA", "bi-sided LA with the paper's coefficients, in place of SwiGLU,"),
     Step("la-bi-sided", "la-bi-sided-half", "LA's start", "starting LA at 1, as the paper does, rather than at 0.5"),
 )
 MATCHED = (
@@ -95,7 +95,7 @@ NOT_GATED = (
     Step("la-type1-half", "relu2-scaled", "dictionary", "learned constants (LA from 0.5), as large,"),
     Step("moa-type1", "la-type1-half", "token adaptivity", "letting gates set the coefficients token by token"),
     Step("moa-type1", "relu2", "all three", "Type I MoA in place of ReLU2"),
-    Step("la-type1", "relu2", "the paper's LA", "Type I LA as the paper starts it, in place of ReLU2,"),
+    Step("la-type1", "relu2", "the paper's LA", "Type I LA with the paper's coefficients, in place of ReLU2,"),
     Step("relu2", "swiglu", "ReLU2 for SwiGLU", "ReLU2 in place of SwiGLU"),
     Step("gelu", "relu2", "GELU for ReLU2", "GELU in place of ReLU2"),
     Step("polyrelu", "relu2", "PolyReLU", "PolyReLU in place of ReLU2"),
@@ -106,7 +106,7 @@ CONTROLS = (
     Step("swiglu-half", "swiglu", "half the width", "halving SwiGLU's width", WORSE),
 )
 CHAINS = (
-    ("From SwiGLU to bi-sided MoA as the paper starts it", OWN_SCALE),
+    ("From SwiGLU to bi-sided MoA with the paper's coefficients", OWN_SCALE),
     ("The same with all started at SwiGLU's scale", MATCHED),
     ("The other forms", OTHER_FORMS),
     ("What the gates do", GATES),

@@ -87,7 +87,7 @@ def _comparisons(study: Material) -> Lines:
 
 def settings_beside_one_another(study: Material) -> Lines:
     """Writes the same steps in every setting, side by side."""
-    for name, chain in (("as the paper starts it", OWN_SCALE), ("at SwiGLU's scale", MATCHED)):
+    for name, chain in (("with the paper's coefficients", OWN_SCALE), ("at SwiGLU's scale", MATCHED)):
         rows = []
         for setting in study.results.settings:
             known = [study.results.difference(setting, step.arm, step.to) for step in chain]

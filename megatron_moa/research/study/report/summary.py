@@ -32,7 +32,7 @@ def in_short(study: Material) -> Lines:
         known = study.difference(arm, BASELINE)
         if known is not None:
             yield f"- {arm_title(arm)}, against SwiGLU: {_with_percent(study, known)}: {verdict_text(known.verdict)}."
-    for name, chain in (("as the paper starts it", OWN_SCALE[:3]), ("at SwiGLU's scale", MATCHED[:2])):
+    for name, chain in (("with the paper's coefficients", OWN_SCALE[:3]), ("at SwiGLU's scale", MATCHED[:2])):
         parts = [(step, study.difference(step.arm, step.to)) for step in chain]
         if all(known for _, known in parts):
             text = "; ".join(f"{step.what} {difference_text(known)} ({known.verdict})" for step, known in parts)
