@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -531,6 +532,7 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path):
     process.communicate()
     assert read_results(cut / RESULTS) == []
     finish(start_study(*flags, str(cut)))
+    shutil.copytree(cut / "corpora", tmp_path / "whole" / "corpora")
     finish(start_study(*flags, str(tmp_path / "whole")))
     (line,), (expected,) = (read_results(out / RESULTS) for out in (cut, tmp_path / "whole"))
     # Megatron's second line after a start averages the first one's loss in, so one point of the curve differs.
