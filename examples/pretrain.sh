@@ -20,13 +20,14 @@
 #   SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE (as the model's file says)
 #   TP PP CP EP (1)  DISTRIBUTED_OPTIMIZER (1): tools/plan.py says which splits fit and are fast
 #   RUN_DIR (runs/MODEL-MIXING, with FFN=type1 runs/MODEL-type1-MIXING)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
+#   EVAL_ITERS (20 batches an evaluation)  LOG_INTERVAL (10 iterations)
 #   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/common.sh
 source "$ROOT/examples/common.sh"
-EXAMPLES=$ROOT/examples
+EXAMPLES=$ROOT/examples # model files find their family by it, wherever they lie
 
 # names FOLDER: what can be chosen there, on one line
 names() { (cd "$EXAMPLES/$1" && printf '%s\n' *.sh | sed 's/\.sh$//' | paste -sd ' '); }

@@ -37,7 +37,9 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
     try:
         from megatron_moa.hf.loading import load_folder
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
+        raise UserError(
+            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[hf]'"
+        ) from None
     return load_folder(Path(folder))
 
 

@@ -216,6 +216,46 @@ def test_wrong_commands_are_found(tmp_path: Path, text: str) -> None:
         test_commands_exist_with_their_flags(page)
 
 
+def literals() -> Iterator[str]:
+    """Every string of the source, with NUL where a value is put in."""
+    folders = [ROOT / "megatron_moa", ROOT / "tools"]
+    for path in [ROOT / OURS, *(path for folder in folders for path in folder.rglob("*.py"))]:
+        for node in ast.walk(ast.parse(text_of(path))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+    for path in (ROOT / "examples").rglob("*.sh"):
+        for text in re.findall(r'fail "([^"]*)"', text_of(path)):
+            yield re.sub(r"\$\{[^}]*\}|\$\([^()]*\)|\$\w+", "\0", text)
+
+
+@cache
+def said() -> list[re.Pattern[str]]:
+    """A pattern for each part of a message that the source can print: what lies between ":" and ";"."""
+    pieces = {piece.strip() for text in literals() if "\n" not in text for piece in re.split(r"[:;] ", text)}
+    return [re.compile(re.escape(piece).replace("\0", ".+")) for piece in pieces if re.search(r"[a-z]{3}", piece)]
+
+
+def unsaid(page: str) -> list[str]:
+    """The parts of four words or more of a page's messages that nothing in the source prints."""
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", page)
+    lines = [line for block in code_blocks(page) for line in block.splitlines()] + [" ".join(s.split()) for s in spans]
+    messages = [line for line in lines if re.match(r"[a-z_.]+: |--[\w-]+ [^:]*: |this run ", line)]
+    assert messages
+    # A checkpoint is put in as one value, with a colon of its own.
+    whole = [re.sub(r"\(--load \w+: (iteration \d+)\)", r"(\1)", message) for message in messages]
+    pieces = [piece.strip() for message in whole for piece in re.split(r"[:;] ", message)]
+    long = [piece for piece in pieces if len(piece.split()) > 3 and "…" not in piece]
+    return [piece for piece in long if not any(pattern.fullmatch(piece) for pattern in said())]
+
+
+def test_quoted_messages_are_in_the_source() -> None:
+    assert unsaid(text_of(ROOT / "docs" / "troubleshooting.md")) == []
+    old = "    plan.py: error: --tp 3: does not divide the 32 attention heads, feed-forward width 8192; take --tp 2\n"
+    assert unsaid(old) == ["does not divide the 32 attention heads, feed-forward width 8192"]
+
+
 def test_the_maps_are_complete() -> None:
     pages = text_of(ROOT / "docs" / "README.md")
     for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "design").glob("*.md")]:

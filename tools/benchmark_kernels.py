@@ -52,7 +52,7 @@ GROWN = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is timed: tokens, f, h of the gate, K (None: the paper's dictionaries)."""
+    """What is timed: tokens, f, h of the gate, K (None: the default dictionaries)."""
 
     tokens: int
     ffn: int

@@ -78,7 +78,7 @@ def blend(args: argparse.Namespace) -> None:
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Raises UserError for a number that cannot be what its flag means."""
+    """Raises UserError for an invalid number of a flag."""
     if args.tokens is not None and not 0 < args.tokens < math.inf:
         raise UserError(f"--tokens {args.tokens:g}: a number above 0 is wanted, e.g. 26e9")
     if args.temperature is not None and not args.temperature > 0:

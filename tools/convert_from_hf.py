@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> None:
             from megatron_moa.hf.folder import open_folder
             from megatron_moa.trained.compare_logits import VerificationError
         except ModuleNotFoundError as error:
-            raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
+            raise UserError(
+                f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[hf]'"
+            ) from None
         import torch
 
         folder = open_folder(flags.hf, flags.allow_pickle)

@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from megatron_moa.hf import export
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[hf]'") from None
+        raise UserError(
+            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[hf]'"
+        ) from None
     import torch
 
     from megatron_moa.trained.compare_logits import VerificationError

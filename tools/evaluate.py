@@ -223,7 +223,9 @@ def main(argv: list[str] | None = None) -> None:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ModuleNotFoundError as error:
-            raise UserError(f"{error.name} is not installed; pip install 'megatron-moa[eval]'") from None
+            raise UserError(
+                f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[eval]'"
+            ) from None
         from megatron_moa.hf.loading import load_folder
 
         further = [flags.tasks_folder] if flags.tasks_folder else []

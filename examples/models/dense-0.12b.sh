@@ -13,7 +13,7 @@
 LAYERS=6 HIDDEN_SIZE=768
 FFN_WIDTH=$((8 * HIDDEN_SIZE / 3))
 # shellcheck source=examples/families/llama.sh
-source "${BASH_SOURCE[0]%/*}/../families/llama.sh"
+source "${EXAMPLES:-${BASH_SOURCE[0]%/*}/..}/families/llama.sh"
 
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16} # ours
 LR=${LR:-2e-3} # the paper's best rate of the baseline at 20 tokens a parameter; at 100 (TOKENS_PER_PARAMETER) it is 4e-3

@@ -13,7 +13,7 @@
 LAYERS=18 HIDDEN_SIZE=1280
 FFN_WIDTH=$((8 * HIDDEN_SIZE / 3))
 # shellcheck source=examples/families/llama.sh
-source "${BASH_SOURCE[0]%/*}/../families/llama.sh"
+source "${EXAMPLES:-${BASH_SOURCE[0]%/*}/..}/families/llama.sh"
 
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16} # ours
 LR=${LR:-2e-3} # the paper's rate, of every arm

@@ -15,7 +15,7 @@ LAYERS=16 HIDDEN_SIZE=2048
 FFN_WIDTH=$((4 * HIDDEN_SIZE))
 SEQ_LENGTH=${SEQ_LENGTH:-2048}
 # shellcheck source=examples/families/llama.sh
-source "${BASH_SOURCE[0]%/*}/../families/llama.sh"
+source "${EXAMPLES:-${BASH_SOURCE[0]%/*}/..}/families/llama.sh"
 
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-4}
 LR=${LR:-4e-4}

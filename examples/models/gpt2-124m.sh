@@ -12,7 +12,7 @@
 # The fixed activation is GELU in its exact form, GPT-2's own is the tanh approximation.
 
 # shellcheck source=examples/families/gpt2.sh
-source "${BASH_SOURCE[0]%/*}/../families/gpt2.sh"
+source "${EXAMPLES:-${BASH_SOURCE[0]%/*}/..}/families/gpt2.sh"
 
 SEQ_LENGTH=${SEQ_LENGTH:-1024}
 MODEL_ARGS=(

@@ -14,7 +14,7 @@
 LAYERS=6 HIDDEN_SIZE=640
 FFN_WIDTH=$((8 * HIDDEN_SIZE / 3)) EXPERT_WIDTH=$((2 * HIDDEN_SIZE / 3))
 # shellcheck source=examples/families/llama_moe.sh
-source "${BASH_SOURCE[0]%/*}/../families/llama_moe.sh"
+source "${EXAMPLES:-${BASH_SOURCE[0]%/*}/..}/families/llama_moe.sh"
 
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16} # ours
 LR=${LR:-2e-3} # the paper's best rate of the baseline

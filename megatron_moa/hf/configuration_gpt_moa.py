@@ -41,8 +41,8 @@ class GPTMoAConfig(PreTrainedConfig):
             today's where that can be.
         mixing_scale: whether gates have a constant factor, as ``init_scale`` ``matched`` gives those of fixed
             amplitude.
-        mixing_backend: ``eager``, ``compile``, ``triton`` or ``auto``, where megatron_moa is installed; None: ``auto``
-            on GPUs, ``eager`` elsewhere.
+        mixing_backend: ``eager``, ``compile`` or ``triton``, where megatron_moa is installed; ``auto`` or None: the
+            fastest on GPUs, ``eager`` on CPUs.
         num_experts: routed experts of a MoE layer; 0 for a dense model.
         num_experts_per_tok: how many of them a token is sent to.
         moe_layers: for each layer, whether it is one of experts; default: all or none.

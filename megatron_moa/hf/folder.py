@@ -386,7 +386,7 @@ def expected_shapes(family: Family, own: GPTMoAConfig) -> dict[str, tuple[int, .
             state = GPTMoAForCausalLM(own).state_dict()
     except UserError:
         raise
-    except Exception as error:  # sizes and settings that cannot be raise whatever they like
+    except Exception as error:  # invalid sizes and settings raise whatever they like
         raise UserError(f"config.json: no model can be built from it ({one_line(error)[:160]})") from None
     shapes = {}
     for ours, theirs in zip(OWN.entries(own), family.entries(own), strict=True):

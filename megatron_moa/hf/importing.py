@@ -185,7 +185,7 @@ def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace
     """Args and mixture of a training with these flags on so many ranks; nothing global is left behind.
 
     Raises:
-        UserError: flags that cannot be.
+        UserError: invalid flags.
     """
     startup.prepare()
     before, program, arguments = os.environ["WORLD_SIZE"], sys.argv[0], sys.argv[1:]

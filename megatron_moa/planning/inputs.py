@@ -57,7 +57,7 @@ def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixtureC
     """Megatron's arguments for so many ranks, not validated yet, and the mixture.
 
     Raises:
-        UserError: flags of the mixture that cannot be.
+        UserError: invalid flags of the mixture.
         SystemExit: flags that cannot be parsed, after one line that says so.
     """
     from megatron_moa.command_line.flags import mixing_from_args

@@ -45,7 +45,7 @@ def divisors(number: int, most: int) -> list[int]:
     return [value for value in range(1, min(number, most) + 1) if number % value == 0]
 
 
-# Which can be.
+# Which splits are possible.
 
 
 def problems(model: Model, split: Split) -> dict[str, str]:
@@ -140,13 +140,13 @@ class Planner:
         return plan.memory.total <= self.gpu.memory_bytes
 
     def search(self, gpus: int, fixed: Mapping[str, int | str]) -> list[Plan]:
-        """All that can be and fit, the fastest first; of each TP, PP, EP, CP the best only.
+        """All possible splits that fit, the fastest first; of each TP, PP, EP, CP the best only.
 
         Args:
             fixed: attributes of :class:`Split` that are given.
 
         Raises:
-            UserError: nothing can be, or nothing fits.
+            UserError: no split divides the model and the GPUs, or none fits.
         """
         splits = list(self._candidates(gpus, fixed))
         if not splits:
@@ -197,14 +197,14 @@ class Planner:
                                 yield dataclasses.replace(split, recompute=kind)
 
     def _explain(self, gpus: int, fixed: Mapping[str, int | str]) -> None:
-        """Raises for the first number given that cannot be, else for the whole."""
+        """Raises for the first given number that does not divide what it splits, else for all of them together."""
         found = problems(self.model, Split(gpus, **fixed))
         for name in fixed:
             if name in found:
                 raise UserError(found[name])
         raise UserError(
-            f"--gpus {gpus}: no split can be, with {self.model.layers} layers, {self.model.heads} heads and a global "
-            f"batch of {self.model.global_batch}; {self._nearest_gpus(gpus, fixed)}"
+            f"--gpus {gpus}: no split over them divides {self.model.layers} layers, {self.model.heads} heads and a "
+            f"global batch of {self.model.global_batch}; {self._nearest_gpus(gpus, fixed)}"
         )
 
     def _nearest_gpus(self, gpus: int, fixed: Mapping[str, int | str]) -> str:

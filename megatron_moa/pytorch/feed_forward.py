@@ -105,7 +105,7 @@ class MixedFeedForward(nn.Module):
     Args:
         hidden_size: h.
         ffn_hidden_size: f, the width inside; of a gated form that of each branch.
-        mixture: default MoA, bi-sided, the paper's dictionary.
+        mixture: default MoA, bi-sided, over the form's default dictionary.
         bias: whether fc1 and fc2 have biases; two values, where they differ.
         dropout: probability with which an entry of the output is dropped in training.
         init_std: standard deviation of the initial weights.

@@ -58,7 +58,8 @@ def read_recipe(path: Path, baseline: bool = False) -> list[str]:
     script = 'set -eu; source "$1"; : "${MODEL_ARGS[0]}"; printf "%s\\0" "${MODEL_ARGS[@]}"'
     if baseline:
         script += ' ${BASELINE_ARGS[@]+"${BASELINE_ARGS[@]}"}'
-    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True)
+    environment = {**os.environ, "EXAMPLES": str(EXAMPLES)}  # as pretrain.sh has it: a model's file may lie anywhere
+    done = subprocess.run(["bash", "-c", script, "bash", str(path)], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")
     return done.stdout.split("\0")[:-1]

@@ -22,7 +22,7 @@ _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
 
 
 def check_schedule(args: argparse.Namespace) -> None:
-    """Raises UserError for a schedule of learning rate or weight decay that cannot be.
+    """Raises UserError for an invalid schedule of learning rate or weight decay.
 
     Megatron 0.19.2 asserts these things once the model is built, without naming a flag.
 

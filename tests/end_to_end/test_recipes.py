@@ -20,7 +20,7 @@ from megatron_moa import startup
 from megatron_moa.planning import inputs
 from megatron_moa.planning.model import Model
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.runs.recipes import recipe_flags
+from megatron_moa.runs.recipes import read_recipe, recipe_flags
 from megatron_moa.runs.training_log import TrainingLog
 from tests.support import launch
 from tests.support.training import ROOT, Run
@@ -447,11 +447,11 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 def test_a_models_file_of_ones_own(tmp_path: Path) -> None:
     mine = tmp_path / "mine.sh"
     shutil.copy(ROOT / "examples/models/gpt2-124m.sh", mine)
-    text = mine.read_text().replace('"${BASH_SOURCE[0]%/*}/..', f'"{ROOT}/examples')
-    mine.write_text(text.replace("--hidden-size 768", "--hidden-size 512"))
+    mine.write_text(mine.read_text().replace("--hidden-size 768", "--hidden-size 512"))
     words = dry_run(str(mine), "moa", **DATA)
     assert value(words, "--hidden-size") == "512"
     assert value(words, "--save") == "runs/mine-moa/checkpoints"
+    assert "512" in read_recipe(mine)
 
 
 # Sweeps.

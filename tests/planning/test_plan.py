@@ -452,5 +452,5 @@ def test_too_little_memory_says_what_fits() -> None:
 
 
 def test_a_number_of_gpus_that_cannot_be_split_names_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"--gpus 11: no split can be, .*; take --gpus 8"):
+    with pytest.raises(UserError, match=r"--gpus 11: no split over them divides .*; take --gpus 8"):
         make("dense-2b", "moa", "--gpus", "11", "--gpu", "h100")
