@@ -35,7 +35,7 @@ from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
+from megatron_moa.runs.recipes import RECIPE_MIXINGS, awkward_widths, recipe_flags
 from megatron_moa.training.gpus import GPUS
 
 PROGRAM = "plan.py"
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = {"type": positive, "metavar": "N"}
     parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("mixing", metavar="MIXING", nargs="?", default="moa", help=", ".join(MIXINGS))
+    parser.add_argument("mixing", metavar="MIXING", nargs="?", default="moa", help=", ".join(RECIPE_MIXINGS))
     parser.add_argument("--gpus", **size, required=True, help="of all nodes")
     parser.add_argument("--gpu", required=True, choices=tuple(GPUS))
     parser.add_argument("--tp", **size, help="tensor-parallel ranks; with 2 or more, sequence parallelism too")
