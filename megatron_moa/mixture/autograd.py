@@ -96,12 +96,12 @@ class Backend(Protocol):
 def mixed_activation(
     backend: Backend, inputs: MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None
 ) -> Tensor:
-    """See :func:`megatron_moa.mixture.functional.mixed_activation`; inputs with dimensions [...] in place of t."""
+    """See :func:`megatron_moa.mixture.functional.mixed_activation`; tokens lie in any dimensions [...]."""
     return _Mixture.apply(backend, mixture, group_ends, *inputs)
 
 
 def gate_coefficients(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
-    """See :func:`megatron_moa.mixture.functional.gate_coefficients`; inputs with dimensions [...] in place of t."""
+    """See :func:`megatron_moa.mixture.functional.gate_coefficients`; tokens lie in any dimensions [...]."""
     return _Gate.apply(backend, mixture, *inputs)
 
 
@@ -147,7 +147,7 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: _Context, backend: Backend, mixture: MixtureConfig, *tensors: Tensor | None) -> Tensor:
         inputs = GateInputs(*tensors)
         inputs = inputs._replace(x=_with_rows(inputs.x))
-        coefficients = _open(backend, inputs, mixture)
+        coefficients = _coefficients(backend, inputs, mixture)
         ctx.save_for_backward(*inputs, coefficients)
         ctx.settings = backend, mixture
         return coefficients
@@ -158,7 +158,7 @@ class _Gate(torch.autograd.Function):
         *tensors, coefficients = ctx.saved_tensors
         backend, mixture = ctx.settings
         needed = ctx.needs_input_grad[2:4]
-        grads = _open_backward(backend, GateInputs(*tensors), mixture, grad, coefficients, needed)
+        grads = _coefficients_backward(backend, GateInputs(*tensors), mixture, grad, coefficients, needed)
         return None, None, *grads, None, None
 
 
@@ -177,7 +177,7 @@ class _GatedMixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x, *others = tensors
         gate = GateInputs(_with_rows(x), *others)
-        coefficients = _open(backend, gate, mixture)
+        coefficients = _coefficients(backend, gate, mixture)
         inputs = MixtureInputs(_with_rows(z), coefficients, bias, scale)
         ctx.save_for_backward(*gate, *inputs)
         ctx.settings = backend, mixture
@@ -204,7 +204,7 @@ class _GatedMixture(torch.autograd.Function):
         del tensors, inputs, grad
         grads: tuple[Tensor | None, ...] = (None,) * 4
         if grad_coefficients is not None:
-            grads = _open_backward(backend, gate, mixture, grad_coefficients, coefficients, need_gate[:2])
+            grads = _coefficients_backward(backend, gate, mixture, grad_coefficients, coefficients, need_gate[:2])
         return None, None, grad_z, grad_bias, grad_scale, *grads, None, None
 
 
@@ -268,7 +268,7 @@ def _for_backend(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInp
     return MixtureInputs(z, coefficients.contiguous(), bias, None if scale is None else scale.contiguous())
 
 
-def _open(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
+def _coefficients(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
     """The coefficients [..., n]."""
     x, weight = inputs[:2]
     if x.numel() == 0:
@@ -276,7 +276,7 @@ def _open(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tenso
     return backend.gate_forward(inputs, mixture)
 
 
-def _open_backward(
+def _coefficients_backward(
     backend: Backend,
     inputs: GateInputs,
     mixture: MixtureConfig,
