@@ -132,15 +132,15 @@ class Coefficients(torch.nn.Module):
         return bool(self._forward_hooks)
 
     def forward(
-        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
-        """The coefficients; with ``mixed`` the mixture of it, which is faster than one after the other.
+        """The coefficients; with ``preactivation`` the mixture of it, which is faster than one after the other.
 
         Args:
             hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
             group_ends: of experts, by which the tokens are sorted: [experts] int32, the rows up to and with each
                 (megatron_moa.mixture.grouped_products).
-            mixed: what the coefficients are for, or None for them alone.
+            preactivation: what the coefficients are for, or None for them alone.
 
         Returns:
             [s, b, n] or [tokens, n], LA [n] or [experts, n], float32 (float64 for float64 parameters); or the mixture.
@@ -158,11 +158,14 @@ class Coefficients(torch.nn.Module):
             return tensor
         return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
 
-    def _mixture(self, coefficients: Tensor, mixed: Preactivation | None, group_ends: Tensor | None = None) -> Tensor:
+    def _mixed(
+        self, coefficients: Tensor, preactivation: Preactivation | None, group_ends: Tensor | None = None
+    ) -> Tensor:
         """What :meth:`forward` returns; ``group_ends`` where each expert has one row of coefficients."""
-        if mixed is None:
+        if preactivation is None:
             return coefficients
-        return mixed_activation(mixed.z, coefficients, self.mixture, mixed.bias, mixed.per_token_scale, group_ends)
+        z, bias, per_token_scale = preactivation
+        return mixed_activation(z, coefficients, self.mixture, bias, per_token_scale, group_ends)
 
     def _observe(self, coefficients: Tensor) -> None:
         # A forward inside backward is one that is recomputed: these tokens have been observed.
@@ -193,13 +196,13 @@ class FreeCoefficients(Coefficients):
         self._fill(self.value, coefficient_scale(mixture, config))
 
     def forward(
-        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
         """The same for every input; their gradient is summed over the tensor-parallel ranks."""
         del hidden_states
         coefficients = _at_least_float32(self._by_expert(self.value))
         self._observe(coefficients)
-        return self._mixture(self._summed_over_ranks(coefficients), mixed, group_ends)
+        return self._mixed(self._summed_over_ranks(coefficients), preactivation, group_ends)
 
 
 class GateCoefficients(Coefficients):
@@ -240,12 +243,13 @@ class GateCoefficients(Coefficients):
         torch.nn.init.normal_(weight, std=self.mixture.gate_init_std)
 
     def forward(
-        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
         """See :meth:`Coefficients.forward`."""
         inputs = self._inputs(hidden_states, group_ends)
-        if mixed is not None and self.tp_group.size() == 1:
-            activated, coefficients = gated_mixture(mixed.z, inputs, self.mixture, mixed.bias, mixed.per_token_scale)
+        if preactivation is not None and self.tp_group.size() == 1:
+            z, bias, per_token_scale = preactivation
+            activated, coefficients = gated_mixture(z, inputs, self.mixture, bias, per_token_scale)
             self._observe(coefficients)
             return activated
         coefficients = gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
@@ -257,7 +261,7 @@ class GateCoefficients(Coefficients):
             coefficients = gather_from_sequence_parallel_region(
                 coefficients, tensor_parallel_output_grad=True, group=self.tp_group
             )
-        return self._mixture(coefficients, mixed)
+        return self._mixed(coefficients, preactivation)
 
     def _inputs(self, hidden_states: Tensor, group_ends: Tensor | None) -> GateInputs:
         weight, bias, amplitude = self.weight, self.bias, self.amplitude

@@ -127,8 +127,8 @@ class MixedGroupedMLP(TEGroupedMLP):
         nvtx_range_push(suffix="mixture")
         checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
         if checkpoint is None and not self.coefficients.is_watched:
-            mixed = Preactivation(preactivation, None, per_token_scale)
-            activated = self.coefficients(hidden_states, group_ends, mixed)  # [t, f/p]
+            inputs = Preactivation(preactivation, None, per_token_scale)
+            activated = self.coefficients(hidden_states, group_ends, inputs)  # [t, f/p]
         else:
             coefficients = self.coefficients(hidden_states, group_ends)  # [t, n] or [experts, n]
             mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
