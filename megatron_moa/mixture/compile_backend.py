@@ -87,7 +87,7 @@ def _kind(inputs: MixtureInputs) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class _Function:
+class _ByTokens:
     """A function of tokens, compiled when it is first called with more than one: to one it would specialise."""
 
     plain: Callable[..., object]
@@ -98,7 +98,7 @@ class _Function:
 
 
 @functools.cache
-def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _Function:
+def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _ByTokens:
     del kind  # each has a function of its own
     bases = _bases(activations)
 
@@ -114,7 +114,7 @@ def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[objec
 @functools.cache
 def _backward_function(
     form: str, activations: tuple[str, ...], kind: tuple[object, ...], needed: tuple[bool, bool, bool]
-) -> _Function:
+) -> _ByTokens:
     del kind  # each has a function of its own
     need_z, need_coefficients, need_scale = needed
     bases = _bases(activations)
@@ -231,11 +231,11 @@ def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _compile(function: Callable[..., object], name: str, form: str) -> _Function:
+def _compile(function: Callable[..., object], name: str, form: str) -> _ByTokens:
     """With a code object of its own, so that functions do not share (and exhaust) one recompile limit."""
     code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
     own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    return _Function(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
+    return _ByTokens(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
 
 
 def gate_forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
