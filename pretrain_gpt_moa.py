@@ -210,19 +210,19 @@ def main() -> None:
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     with one_line_errors("pretrain_gpt_moa.py"):
         startup.prepare()  # changes Megatron before arguments are parsed
-        args, mixing = parse_arguments(check)
-        model_config = model_config_from_args(args, mixing)
-        model_config.post_wrap_hooks.append(partial(report_mixture, mixing=mixing, form_reason=args.moa_form_reason))
+        args, mixture = parse_arguments(check)
+        model_config = model_config_from_args(args, mixture)
+        model_config.post_wrap_hooks.append(partial(report_mixture, mixture=mixture, form_reason=args.moa_form_reason))
         model_config.post_wrap_hooks.append(nan_guard.watch)
         if args.swiglu:
             model_config.post_wrap_hooks.append(muon.separate_gated_halves)
         monitor = None
         if args.moa_log_interval:
-            monitor = CoefficientMonitor(mixing, args.moa_log_interval)
+            monitor = CoefficientMonitor(mixture, args.moa_log_interval)
             model_config.post_wrap_hooks.append(monitor.attach)
         model_config.post_wrap_hooks.append(hold_timeout)  # last: a hook may make a group
         progress = Progress(args, monitor)
-        stop = patch_training(args, mixing, progress)  # changes Megatron once they are known
+        stop = patch_training(args, mixture, progress)  # changes Megatron once they are known
         with exit_codes(stop), progress:
             pretrain(
                 pretrain_cfg_container_from_args(args, model_config),

@@ -108,12 +108,12 @@ def transformer_config(config: Any) -> TransformerConfig:
     return config if isinstance(config, TransformerConfig) else config.transformer
 
 
-def layer_spec(config: Any, mixing: MixtureConfig | None, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def layer_spec(config: Any, mixture: MixtureConfig | None, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The decoder's spec on this pipeline stage, for the config at hand: dense, MoE, GQA, q/k norm, MLA.
 
     Args:
         config: TransformerConfig or GPTModelConfig.
-        mixing: the mixture; None leaves the feed-forward layers stock (norm and attention still work without
+        mixture: the mixture; None leaves the feed-forward layers stock (norm and attention still work without
             Transformer Engine and Apex).
         vp_stage: virtual pipeline stage.
 
@@ -121,17 +121,17 @@ def layer_spec(config: Any, mixing: MixtureConfig | None, vp_stage: int | None =
         UserError: for a Megatron setting the mixture cannot serve.
     """
     config = transformer_config(config)
-    check_supported(config, mixing)
+    check_supported(config, mixture)
     block = get_gpt_decoder_block_spec(config, **_stock_arguments(config), vp_stage=vp_stage)
     return dataclasses.replace(
         block,
-        layer_specs=[_mixed_layer(layer, mixing, config) for layer in block.layer_specs],
+        layer_specs=[_mixed_layer(layer, mixture, config) for layer in block.layer_specs],
         layer_norm=_final_norm(block.layer_norm, config),
     )
 
 
 def mtp_spec(
-    config: Any, mixing: MixtureConfig | None, vp_stage: int | None = None
+    config: Any, mixture: MixtureConfig | None, vp_stage: int | None = None
 ) -> MultiTokenPredictionBlockSubmodules | None:
     """The spec of multi-token prediction's layers on this pipeline stage; None where there are none."""
     config = transformer_config(config)
@@ -141,7 +141,7 @@ def mtp_spec(
     last_layer = get_gpt_decoder_layer_specs(config, **stock, vp_stage=vp_stage)[-1]
     block = get_gpt_mtp_block_spec(
         config,
-        _mixed_layer(last_layer, mixing, config),
+        _mixed_layer(last_layer, mixture, config),
         use_transformer_engine=stock["use_transformer_engine"],
         vp_stage=vp_stage,
     )
@@ -151,7 +151,7 @@ def mtp_spec(
     return dataclasses.replace(block, layer_specs=layers)
 
 
-def check_supported(config: TransformerConfig, mixing: MixtureConfig | None) -> None:
+def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) -> None:
     """Refuses Megatron settings that would silently change, or bypass, what was asked for."""
     if config.transformer_impl == "inference_optimized":
         raise UserError("--transformer-impl inference_optimized: is not for training; take transformer_engine or local")
@@ -167,7 +167,7 @@ def check_supported(config: TransformerConfig, mixing: MixtureConfig | None) -> 
     if (
         config.num_moe_experts
         and config.moe_grouped_gemm
-        and (mixing is not None or config.transformer_impl == "local")
+        and (mixture is not None or config.transformer_impl == "local")
     ):
         _check_grouped_experts(config)
     for attribute in ("fp8", "fp4"):
@@ -176,10 +176,10 @@ def check_supported(config: TransformerConfig, mixing: MixtureConfig | None) -> 
                 f"--{attribute}-format {getattr(config, attribute)}: needs Transformer Engine's layers; "
                 "add --transformer-impl transformer_engine, or drop the flag"
             )
-    if mixing is None:
+    if mixture is None:
         return
-    if mixing.gated != config.gated_linear_unit:
-        check_form(mixing.form, config.gated_linear_unit)
+    if mixture.gated != config.gated_linear_unit:
+        check_form(mixture.form, config.gated_linear_unit)
     for attribute, neutral, flag in _REFUSED_WITH_MIXTURE:
         value = getattr(config, attribute, neutral)
         if value != neutral:
@@ -213,33 +213,33 @@ def _stock_arguments(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-def _mixed_layer(layer: ModuleSpec, mixing: MixtureConfig | None, config: TransformerConfig) -> ModuleSpec:
+def _mixed_layer(layer: ModuleSpec, mixture: MixtureConfig | None, config: TransformerConfig) -> ModuleSpec:
     submodules = _swap_slots(layer.submodules)
-    submodules = dataclasses.replace(submodules, mlp=_mixed_mlp(submodules.mlp, mixing, config))
-    if mixing is not None and mixing.kind == "moa" and _norm_is_inside_fc1(submodules.mlp):
+    submodules = dataclasses.replace(submodules, mlp=_mixed_mlp(submodules.mlp, mixture, config))
+    if mixture is not None and mixture.kind == "moa" and _norm_is_inside_fc1(submodules.mlp):
         submodules = _with_norm_before_mlp(submodules)
     return dataclasses.replace(layer, submodules=submodules)
 
 
-def _mixed_mlp(mlp: functools.partial, mixing: MixtureConfig | None, config: TransformerConfig) -> functools.partial:
+def _mixed_mlp(mlp: functools.partial, mixture: MixtureConfig | None, config: TransformerConfig) -> functools.partial:
     """The builder in a layer's mlp slot (dense or MoE) with our classes in place of Megatron's."""
     builder = getattr(mlp, "func", mlp)
     if builder is MoELayer:
         moe: MoESubmodules = mlp.keywords["submodules"]
-        changed = {"experts": _experts(moe.experts, mixing, config)}
-        if mixing is not None:
+        changed = {"experts": _experts(moe.experts, mixture, config)}
+        if mixture is not None:
             changed["shared_experts"] = functools.partial(
-                MixedSharedExpertMLP, submodules=_mixed_submodules(moe.shared_experts, mixing)
+                MixedSharedExpertMLP, submodules=_mixed_submodules(moe.shared_experts, mixture)
             )
         return functools.partial(MoELayer, submodules=dataclasses.replace(moe, **changed))
-    if mixing is None:
+    if mixture is None:
         return mlp
     if builder == MLP.as_mlp_submodule:
-        return functools.partial(MixedMLP.as_mlp_submodule, submodules=_mixed_submodules(mlp, mixing))
-    raise _no_mixture(mixing, builder)
+        return functools.partial(MixedMLP.as_mlp_submodule, submodules=_mixed_submodules(mlp, mixture))
+    raise _no_mixture(mixture, builder)
 
 
-def _experts(stock: Builder, mixing: MixtureConfig | None, config: TransformerConfig) -> Builder:
+def _experts(stock: Builder, mixture: MixtureConfig | None, config: TransformerConfig) -> Builder:
     """The routed experts' builder. Without Transformer Engine Megatron builds sequential ones, whatever the flag says:
     with it they are grouped over linears of ours.
     """
@@ -251,26 +251,26 @@ def _experts(stock: Builder, mixing: MixtureConfig | None, config: TransformerCo
             linear_fc1=TorchColumnParallelGroupedLinear, linear_fc2=TorchRowParallelGroupedLinear
         )
         stock = functools.partial(TorchGroupedMLP, submodules=linears)
-    if mixing is None:
+    if mixture is None:
         return stock
     if grouped:
         linears = stock.keywords["submodules"]
         submodules = MixedGroupedMLPSubmodules(
-            linear_fc1=linears.linear_fc1, linear_fc2=linears.linear_fc2, mixing=mixing
+            linear_fc1=linears.linear_fc1, linear_fc2=linears.linear_fc2, mixture=mixture
         )
         return functools.partial(MixedGroupedMLP, submodules=submodules)
     if kind is SequentialMLP:
-        return functools.partial(MixedSequentialMLP, submodules=_mixed_submodules(stock, mixing))
-    raise _no_mixture(mixing, kind)
+        return functools.partial(MixedSequentialMLP, submodules=_mixed_submodules(stock, mixture))
+    raise _no_mixture(mixture, kind)
 
 
-def _no_mixture(mixing: MixtureConfig, builder: Builder) -> UserError:
-    return UserError(f"--moa-mixing {mixing.kind}: no mixture for {builder}; take --moa-mixing none")
+def _no_mixture(mixture: MixtureConfig, builder: Builder) -> UserError:
+    return UserError(f"--moa-mixing {mixture.kind}: no mixture for {builder}; take --moa-mixing none")
 
 
-def _mixed_submodules(builder: functools.partial, mixing: MixtureConfig) -> MixedMLPSubmodules:
+def _mixed_submodules(builder: functools.partial, mixture: MixtureConfig) -> MixedMLPSubmodules:
     stock = builder.keywords["submodules"]
-    return MixedMLPSubmodules(linear_fc1=stock.linear_fc1, linear_fc2=stock.linear_fc2, mixing=mixing)
+    return MixedMLPSubmodules(linear_fc1=stock.linear_fc1, linear_fc2=stock.linear_fc2, mixture=mixture)
 
 
 def _norm_is_inside_fc1(mlp: functools.partial) -> bool:

@@ -52,7 +52,7 @@ def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = (), iter
         model.text_loss(text).bits_per_byte
 
     It needs no torchrun, may be called again for other checkpoints, and leaves ``sys.argv`` alone. A checkpoint's
-    :class:`megatron_moa.trained.from_megatron.LoadedModel` further has ``model``, ``tokenizer``, ``mixing``, ``args``
+    :class:`megatron_moa.trained.from_megatron.LoadedModel` further has ``model``, ``tokenizer``, ``mixture``, ``args``
     and ``iteration``; a folder's :class:`megatron_moa.hf.loading.FolderModel` the first three, and ``config``.
     """
     with _silence(), _environment_stays():

@@ -29,17 +29,17 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("form", FORMS)
 def test_capture_in_a_cuda_graph(form: str, mixing_name: str) -> None:
     """Forward and backward are captured and replayed on other numbers."""
-    mixing = MixtureConfig(kind=mixing_name, form=form, backend="triton")
-    width = 512 * (2 if mixing.gated else 1)
+    mixture = MixtureConfig(kind=mixing_name, form=form, backend="triton")
+    width = 512 * (2 if mixture.gated else 1)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(mixing.num_coefficients, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    value = torch.rand(mixing.num_coefficients, device="cuda", requires_grad=True)
+    weight = torch.randn(mixture.num_coefficients, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    value = torch.rand(mixture.num_coefficients, device="cuda", requires_grad=True)
     z = torch.randn(64, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     parameter = weight if mixing_name == "moa" else value
 
     def step() -> tuple[torch.Tensor, ...]:
-        coefficients = gate_coefficients(x, weight, mixing) if mixing_name == "moa" else value
-        out = mixed_activation(z, coefficients, mixing)
+        coefficients = gate_coefficients(x, weight, mixture) if mixing_name == "moa" else value
+        out = mixed_activation(z, coefficients, mixture)
         return (out.detach(), *torch.autograd.grad(out.float().sum(), (z, parameter)))
 
     stream = torch.cuda.Stream()
@@ -91,17 +91,17 @@ def test_training_in_bf16(mixing: str, extra: list[str]) -> None:
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_are_accurate(gate: str, groups: int, dtype: torch.dtype) -> None:
     for form in FORMS:
-        mixing = MixtureConfig(form=form, gate=gate, backend="triton")
-        kernel_errors.require(kernel_errors.check_gate(mixing, dtype, "cuda", 4097, 768, groups, scale=True))
-        learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
+        mixture = MixtureConfig(form=form, gate=gate, backend="triton")
+        kernel_errors.require(kernel_errors.check_gate(mixture, dtype, "cuda", 4097, 768, groups, scale=True))
+        learned = dataclasses.replace(mixture, gate_bias=True, amplitude="learned")
         kernel_errors.require(kernel_errors.check_gate(learned, dtype, "cuda", 300, 1000, groups))
 
 
 @pytest.mark.parametrize("k", [8, 14])
 def test_quadratic_sums_in_several_launches(k: int) -> None:
-    mixing = MixtureConfig(form="quadratic", activations=tuple(ACTIVATIONS)[:k], backend="triton")
-    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, "cuda", 65, 1408, scale=True))
-    kernel_errors.require(kernel_errors.check_gate(mixing, torch.bfloat16, "cuda", 300, 768))
+    mixture = MixtureConfig(form="quadratic", activations=tuple(ACTIVATIONS)[:k], backend="triton")
+    kernel_errors.require(kernel_errors.check_mixture(mixture, torch.float32, "cuda", 65, 1408, scale=True))
+    kernel_errors.require(kernel_errors.check_gate(mixture, torch.bfloat16, "cuda", 300, 768))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,9 +109,9 @@ def test_quadratic_sums_in_several_launches(k: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", ["triton", "compile"])
 def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: torch.dtype) -> None:
-    mixing = MixtureConfig(kind=mixing_name, form=form, backend=backend)
+    mixture = MixtureConfig(kind=mixing_name, form=form, backend=backend)
     for tokens, width in ((257, 512), (4097, 1408), (3, 127)):
-        kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, "cuda", tokens, width, bias=True, scale=True))
+        kernel_errors.require(kernel_errors.check_mixture(mixture, dtype, "cuda", tokens, width, bias=True, scale=True))
 
 
 def test_tanh_has_eleven_bits_everywhere() -> None:

@@ -83,14 +83,14 @@ def prepared_checkpoint(flags: argparse.Namespace, megatron_flags: Sequence[str]
     from megatron_moa.trained.from_megatron import prepare_checkpoint
 
     prepared = prepare_checkpoint(flags.checkpoint, megatron_flags, flags.iteration)
-    if prepared.config.mixing is None:
+    if prepared.config.mixture is None:
         raise UserError(
             f"{flags.checkpoint}: was trained with --moa-mixing none and has no coefficients; give one of MoA or LA"
         )
-    if flags.write_la and prepared.config.mixing.kind == "la":
+    if flags.write_la and prepared.config.mixture.kind == "la":
         raise UserError(f"--write-la {flags.write_la}: {flags.checkpoint} is an LA already; drop the flag")
     if "--moa-backend" not in (word.split("=")[0] for word in megatron_flags):  # compiling takes longer than a text
-        prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
+        prepared.config.mixture = dataclasses.replace(prepared.config.mixture, backend="eager")
     # Hooks find experts one by one, what they return as it is used, and no rows that only fill an expert's capacity.
     prepared.config.transformer.moe_grouped_gemm = False
     prepared.config.transformer.moe_shared_expert_overlap = False
@@ -150,14 +150,14 @@ def analyze(
     loaded = prepared.load()
     windows = Windows.of(documents, loaded.end, loaded.context, flags.tokens, flags.seed)
     probe = GateProbe(loaded, windows)
-    mixing = probe.mixing
+    mixture = probe.mixture
     generator = torch.Generator().manual_seed(flags.seed)
     places = torch.randperm(windows.types.numel(), generator=generator)[:_SAMPLED].sort().values.tolist()
     sampled = [divmod(place, windows.context) for place in places]
     recording = probe.record(sampled)
     shown = token_texts(loaded, windows.vocabulary.tolist())
     sites = [
-        site_entry(site, mixing, statistics, shown, flags.fewest)
+        site_entry(site, mixture, statistics, shown, flags.fewest)
         for site, statistics in zip(probe.sites, recording.whole, strict=True)
     ]
     changes = probe.output_changes([statistics.expert_means() for statistics in recording.first])
@@ -169,11 +169,11 @@ def analyze(
         "name": path.parent.name if path.name in ("checkpoint", "checkpoints") and path.parent.name else path.name,
         "iteration": loaded.iteration,
         "mixing": {
-            "mixing": mixing.kind,
-            "form": mixing.form,
-            "activations": list(mixing.activations),
-            "gate": mixing.gate if mixing.kind == "moa" else None,
-            "description": mixing.describe(),
+            "mixing": mixture.kind,
+            "form": mixture.form,
+            "activations": list(mixture.activations),
+            "gate": mixture.gate if mixture.kind == "moa" else None,
+            "description": mixture.describe(),
         },
         "text": {
             "source": source,

@@ -112,10 +112,10 @@ def write_random(flags: list[str], root: Path) -> None:
     sys.stdout = sys.stderr  # for Megatron's log; the table is standard output
     startup.prepare()
     sys.argv[1:] = [*flags, "--transformer-impl", "local"]
-    args, mixing = parse_arguments()
+    args, mixture = parse_arguments()
     initialize_megatron(allow_no_cuda=True)
     get_tokenizer()  # pads the vocabulary
-    model = empty_model(model_config_from_args(args, mixing))
+    model = empty_model(model_config_from_args(args, mixture))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
 
     def read(name: str) -> torch.Tensor:

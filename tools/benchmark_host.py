@@ -89,7 +89,7 @@ def _fast(times: list[float]) -> float:
 
 
 def build(
-    name: str, family: str, mixing: MixtureConfig | None, settings: dict[str, Any], options: argparse.Namespace
+    name: str, family: str, mixture: MixtureConfig | None, settings: dict[str, Any], options: argparse.Namespace
 ) -> Arm:
     """A layer in Megatron's DDP with Megatron's optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -100,7 +100,7 @@ def build(
         router="balanced", sequence_parallel=False,
     )  # fmt: skip
     config = layer_config(of_layer, settings, torch.float32, tp=1)
-    layer = build_layer(config, mixing, torch.device("cpu"))
+    layer = build_layer(config, mixture, torch.device("cpu"))
     model = DistributedDataParallel(config, DistributedDataParallelConfig(), layer)
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-4, clip_grad=1.0), [model])
     x = torch.zeros(TOKENS, 1, HIDDEN, requires_grad=True)
@@ -129,12 +129,12 @@ def built_arms(options: argparse.Namespace) -> list[Arm]:
         build("SwiGLU", "dense", None, SWIGLU, options),
         build("GELU", "dense", None, GELU, options),
     ]
-    for name, mixing in mixtures:
-        arms.append(build(name, "dense", mixing, SWIGLU if mixing.gated else GELU, options))
+    for name, mixture in mixtures:
+        arms.append(build(name, "dense", mixture, SWIGLU if mixture.gated else GELU, options))
     if options.experts:
         grouped = {**SWIGLU, "moe_grouped_gemm": True}
         arms.append(build("SwiGLU", "experts", None, grouped, options))
-        arms += [build(name, "experts", mixing, grouped, options) for name, mixing in mixtures if mixing.gated]
+        arms += [build(name, "experts", mixture, grouped, options) for name, mixture in mixtures if mixture.gated]
     return arms
 
 

@@ -129,37 +129,37 @@ class Maker:
         halves = [half.detach().contiguous().requires_grad_() for half in z.chunk(2, dim=-1)]
         return Contender(lambda: LigerSiLUMulFunction.apply(*halves), halves, counted, facts)
 
-    def mixture(self, mixing: MixtureConfig) -> Contender:
+    def mixture(self, mixture: MixtureConfig) -> Contender:
         """The mixture with random coefficients around 0.5, as gates start."""
-        z = self.preactivation(mixing.gated)
-        n = mixing.num_coefficients
-        per_token = mixing.kind == "moa"
+        z = self.preactivation(mixture.gated)
+        n = mixture.num_coefficients
+        per_token = mixture.kind == "moa"
         shape = (self.sizes.tokens, n) if per_token else (n,)
         coefficients = torch.sigmoid(self.normal(*shape, dtype=torch.float32)).requires_grad_()
         return Contender(
-            lambda: mixed_activation(z, coefficients, mixing),
+            lambda: mixed_activation(z, coefficients, mixture),
             [z, coefficients],
-            self.activation_bytes(mixing.gated, n if per_token else 0),
-            _facts(mixing, "mixture"),
+            self.activation_bytes(mixture.gated, n if per_token else 0),
+            _facts(mixture, "mixture"),
         )
 
-    def gate(self, mixing: MixtureConfig) -> Contender:
+    def gate(self, mixture: MixtureConfig) -> Contender:
         """The gate of all tokens."""
-        n, (tokens, hidden) = mixing.num_coefficients, (self.sizes.tokens, self.sizes.hidden)
+        n, (tokens, hidden) = mixture.num_coefficients, (self.sizes.tokens, self.sizes.hidden)
         x = self.normal(tokens, hidden).requires_grad_()
         weight = (0.02 * self.normal(n, hidden, dtype=torch.float32)).to(self.dtype).requires_grad_()
         inputs, outputs = tokens * hidden * self.element, 4 * tokens * n
         return Contender(
-            lambda: gate_coefficients(x, weight, mixing),
+            lambda: gate_coefficients(x, weight, mixture),
             [x, weight],
             {"forward": inputs + outputs, "backward": 2 * inputs + outputs},
-            _facts(mixing, "gate"),
+            _facts(mixture, "gate"),
         )
 
 
-def _facts(mixing: MixtureConfig, role: str) -> dict[str, Any]:
-    facts = {"form": mixing.form, "mixing": mixing.kind, "backend": mixing.backend}
-    return {"role": role, **facts, "activations": list(mixing.activations)}
+def _facts(mixture: MixtureConfig, role: str) -> dict[str, Any]:
+    facts = {"form": mixture.form, "mixing": mixture.kind, "backend": mixture.backend}
+    return {"role": role, **facts, "activations": list(mixture.activations)}
 
 
 def _swiglu(z: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def there(device: torch.device, asked: list[str] | None) -> list[str]:
     return found
 
 
-def mixings(options: argparse.Namespace, backends: list[str], activations: int | None = None) -> list[MixtureConfig]:
+def mixtures(options: argparse.Namespace, backends: list[str], activations: int | None = None) -> list[MixtureConfig]:
     """All that the flags ask for."""
     names = () if activations is None else ORDER[:activations]
     return [
@@ -199,7 +199,7 @@ def measure(
         own = {f"{names[m.kind]} {m.form} {m.backend}": m for m in wanted if m.gated == gated}
         if own:
             fixed = maker.fixed(gated)
-            contenders = {**fixed, **{name: maker.mixture(mixing) for name, mixing in own.items()}}
+            contenders = {**fixed, **{name: maker.mixture(mixture) for name, mixture in own.items()}}
             yield from _family(contenders, next(iter(fixed)), sizes, options, device, bandwidth)
     gates = {
         f"gate n {m.num_coefficients} {m.backend}": maker.gate(m)
@@ -283,28 +283,28 @@ def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
 
 def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
     """Accuracy of all forms, sources, gates and backends: odd and empty sizes, bias, scale, groups; a record each."""
-    for dtype, mixing in itertools.product(options.dtypes, mixings(options, backends)):
+    for dtype, mixture in itertools.product(options.dtypes, mixtures(options, backends)):
         own = conditions.DTYPES[dtype]
         results: list[Any] = []
         # torch.compile makes code anew for another width, bias or scale: few combinations, each thing in one of them.
         for tokens, width, further in ((0, 129, False), (1, 129, True), (37, 129, False), (128, 1024, True)):
             results += kernel_errors.check_mixture(
-                mixing, own, device, tokens=tokens, width=width, bias=further, scale=further
+                mixture, own, device, tokens=tokens, width=width, bias=further, scale=further
             )
-        if mixing.kind == "la":
-            results += kernel_errors.check_mixture(mixing, own, device, tokens=128, width=1024, groups=5)
+        if mixture.kind == "la":
+            results += kernel_errors.check_mixture(mixture, own, device, tokens=128, width=1024, groups=5)
         else:
             for gate, further in itertools.product(GATES, (False, True)):
                 amplitude = "learned" if further else "fixed"
-                gated = replace(mixing, gate=gate, gate_bias=further, amplitude=amplitude)
+                gated = replace(mixture, gate=gate, gate_bias=further, amplitude=amplitude)
                 for tokens, hidden, groups in ((0, 64, 0), (37, 129, 0), (128, 512, 0), (128, 512, 5)):
                     results += kernel_errors.check_gate(
                         gated, own, device, tokens=tokens, hidden=hidden, groups=groups, scale=further
                     )
         worst = max(results, key=lambda result: (not result.ok, result.error / result.limit))
         yield {
-            "arm": f"{mixing.kind} {mixing.form} {mixing.backend}",
-            **_facts(mixing, "accuracy"),
+            "arm": f"{mixture.kind} {mixture.form} {mixture.backend}",
+            **_facts(mixture, "accuracy"),
             "dtype": dtype,
             "results": len(results),
             "failed": [result.name for result in results if not result.ok],
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"copy on this device: {bandwidth:.0f} GB/s", flush=True)
         records = []
         for sizes in series(options, device):
-            wanted = mixings(options, backends, sizes.activations)
+            wanted = mixtures(options, backends, sizes.activations)
             conditions.require_correct(PROGRAM, wanted, dtype, device, width=sizes.ffn, hidden=sizes.hidden)
             label = "" if sizes.activations is None else f", K {sizes.activations}"
             print(f"\n{sizes.tokens} tokens, f {sizes.ffn}, h {sizes.hidden}{label}, {options.dtype}\n")

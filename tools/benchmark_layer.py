@@ -53,7 +53,7 @@ class Arm:
     Attributes:
         name: unique.
         family: ``SwiGLU`` or ``GELU``, the fixed activation it is compared with; with an experts' execution if any.
-        mixing: None for Megatron's layer.
+        mixture: None for Megatron's layer.
         role: ``stock``; ``compiled``, the fixed activation by our backend; ``mixture``.
         settings: of TransformerConfig.
         variant: ``recomputed`` or ``overwriting``, None for the mixture as it comes.
@@ -61,7 +61,7 @@ class Arm:
 
     name: str
     family: str
-    mixing: MixtureConfig | None
+    mixture: MixtureConfig | None
     role: str
     settings: dict[str, Any]
     variant: str | None = None
@@ -121,7 +121,7 @@ def _recomputed(arm: Arm, options: argparse.Namespace) -> Arm:
     if options.experts:
         again = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
         return replace(arm, settings={**arm.settings, **again})
-    return replace(arm, mixing=replace(arm.mixing, recompute=True))
+    return replace(arm, mixture=replace(arm.mixture, recompute=True))
 
 
 @dataclass
@@ -141,7 +141,7 @@ def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: to
     from megatron_moa.layers.coefficients import Coefficients
 
     config = layer_config(options, arm.settings, dtype, tp)
-    layer = build_layer(config, arm.mixing, device)
+    layer = build_layer(config, arm.mixture, device)
     if config.moe_grouped_gemm and isinstance(layer.experts, SequentialMLP):
         raise UserError("--execution grouped: Megatron built experts that run one after the other; take sequential")
     tokens = options.tokens // tp if config.sequence_parallel else options.tokens
@@ -200,13 +200,13 @@ def _family_records(
     for arm in own:
         layer = built[arm.name]
         saved = peak_memory.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
-        backend = None if arm.mixing is None else resolve_backend(arm.mixing.backend, device.type)
+        backend = None if arm.mixture is None else resolve_backend(arm.mixture.backend, device.type)
         yield {
             "arm": arm.name,
             "family": arm.family,
             "role": arm.role,
-            "form": arm.mixing.form if arm.mixing and arm.role == "mixture" else None,
-            "mixing": arm.mixing.kind if arm.mixing and arm.role == "mixture" else None,
+            "form": arm.mixture.form if arm.mixture and arm.role == "mixture" else None,
+            "mixing": arm.mixture.kind if arm.mixture and arm.role == "mixture" else None,
             "variant": arm.variant,
             "backend": backend,
             **timings.record(arm.name),
@@ -358,9 +358,9 @@ def main(argv: list[str] | None = None) -> None:
         surroundings = conditions.environment(device)
         _say(conditions.describe(surroundings))
         split_over(series[0][1])
-        mixings = [arm.mixing for arm in arms(options) if arm.mixing is not None]
+        mixtures = [arm.mixture for arm in arms(options) if arm.mixture is not None]
         width, scale = options.ffn // series[0][1], bool(options.experts)
-        conditions.require_correct(PROGRAM, mixings, dtype, device, width=width, hidden=options.hidden, scale=scale)
+        conditions.require_correct(PROGRAM, mixtures, dtype, device, width=width, hidden=options.hidden, scale=scale)
         records: list[dict[str, Any]] = []
         for own, tp in series:
             split_over(tp)

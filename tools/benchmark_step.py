@@ -66,13 +66,13 @@ def stock_arguments(options: argparse.Namespace) -> list[str]:
 def split_moa_flags(flags: list[str]) -> tuple[list[str], list[str]]:
     """Megatron's flags, and the mixture's with their values: the stock arm has none of those."""
     others: list[str] = []
-    mixture: list[str] = []
+    moa_flags: list[str] = []
     target = others
     for word in flags:
         if word.startswith("--"):
-            target = mixture if word.startswith("--moa-") else others
+            target = moa_flags if word.startswith("--moa-") else others
         target.append(word)
-    return others, mixture
+    return others, moa_flags
 
 
 def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespace, MixtureConfig | None]]:
@@ -80,24 +80,24 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
 
     Megatron's globals are set once, by the stock arm's flags; a mixture differs from it in what its own flags decide.
     """
-    from megatron_moa.command_line.flags import add_flags, mixing_from_args
+    from megatron_moa.command_line.flags import add_flags, mixture_from_args
     from megatron_moa.training.arguments import parse_arguments
 
-    others, mixture = split_moa_flags(options.megatron)
+    others, moa_flags = split_moa_flags(options.megatron)
     options.megatron = others
     sys.argv = [PROGRAM, *stock_arguments(options)]
     stock, _ = parse_arguments()
     found: dict[str, tuple[argparse.Namespace, MixtureConfig | None]] = {"none": (stock, None)}
     for name in options.arms:
         kind = ["moa", "--moa-backend", "eager"] if name == "compiled" else [name]
-        own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*mixture, "--moa-mixing", *kind])
+        own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*moa_flags, "--moa-mixing", *kind])
         args = copy.deepcopy(stock)
         args.squared_relu = False
         vars(args).update({key: value for key, value in vars(own).items() if key.startswith("moa_")})
-        mixing = mixing_from_args(args)
-        resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
+        mixture = mixture_from_args(args)
+        resolve_backend(mixture.backend, "cuda" if torch.cuda.is_available() else "cpu")
         args.bias_swiglu_fusion = args.bias_gelu_fusion = False  # as parse_arguments does for a mixture
-        found[name] = (args, mixing)
+        found[name] = (args, mixture)
     return found
 
 
@@ -105,8 +105,8 @@ def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace,
     """Accuracy at the widths of this model, dense, shared and routed; leaves with exit code 1 where it is not given."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = conditions.DTYPES[options.dtype]
-    for args, mixing in arms.values():
-        if mixing is None:
+    for args, mixture in arms.values():
+        if mixture is None:
             continue
         routed = args.num_experts is not None
         shared = args.moe_shared_expert_intermediate_size
@@ -115,7 +115,7 @@ def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace,
         for width, scale in widths:
             width //= args.tensor_model_parallel_size if not scale else args.expert_tensor_parallel_size
             conditions.require_correct(
-                PROGRAM, [mixing], dtype, device, width=width, hidden=args.hidden_size, scale=scale
+                PROGRAM, [mixture], dtype, device, width=width, hidden=args.hidden_size, scale=scale
             )
 
 
@@ -133,10 +133,10 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
     activation = "SwiGLU" if stock_args.swiglu else "ReLU²" if stock_args.squared_relu else "GELU"
     arms = []
     try:
-        for name, (args, mixing) in parsed.items():
+        for name, (args, mixture) in parsed.items():
             context = compiled_reference if name == "compiled" else contextlib.nullcontext
             with contextlib.redirect_stdout(sys.stderr):
-                arms.append(build(LABELS.get(name, activation), args, mixing, batches, context))
+                arms.append(build(LABELS.get(name, activation), args, mixture, batches, context))
         barrier = torch.distributed.barrier if torch.distributed.get_world_size() > 1 else lambda: None
         runs = {arm.name: arm.run for arm in arms}
         timings = timing.time_alternately(runs, device, options.rounds, warmup=2, before_each=barrier)
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
     records = []
     for arm in arms:
         seconds = timings.median(arm.name, "step") / 1000
-        backend = arm.mixing and resolve_backend(arm.mixing.backend, device.type)
+        backend = arm.mixture and resolve_backend(arm.mixture.backend, device.type)
         if arm.name == LABELS["compiled"]:
             backend = "none: the reference by torch.compile"
         records.append(
@@ -161,7 +161,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str,
                 "recipe": recipe_name(options),
                 "layers": stock_args.num_layers,
                 "cut": bool(options.layers),
-                "mixing": arm.mixing and arm.mixing.describe(),
+                "mixing": arm.mixture and arm.mixture.describe(),
                 "backend": backend,
                 "dtype": options.dtype,
                 "parameters": arm.parameters,

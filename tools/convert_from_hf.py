@@ -117,7 +117,7 @@ def facts(folder: HuggingFaceFolder, imported: Imported) -> dict[str, str]:
     return {
         "source": f"{folder.root} ({folder.family.architecture})",
         "parameters": f"{imported.parameters:,} in {dtype.removeprefix('torch.')}{precision.get(dtype, '')}",
-        "mixing": "none: stock layers" if imported.mixing is None else imported.mixing.describe(),
+        "mixing": "none: stock layers" if imported.mixture is None else imported.mixture.describe(),
         "vocabulary": f"{folder.own.vocab_size:,}, padded to {args.padded_vocab_size:,}",
         "tokenizer": f"{args.tokenizer_model}, {imported.tokens:,} tokens"
         if imported.tokens

@@ -133,34 +133,34 @@ def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) 
     return launches
 
 
-def mixture_launches(mixing: MixtureConfig, dtype: torch.dtype, f: int) -> list[Launch]:
+def mixture_launches(mixture: MixtureConfig, dtype: torch.dtype, f: int) -> list[Launch]:
     """Forward and backward of a mixture without bias and router probabilities, all its gradients needed."""
-    from megatron_moa.mixture.triton_backend import mixture
+    from megatron_moa.mixture.triton_backend import mixture as mixture_kernels
 
     tokens = 8192
-    z = torch.empty(tokens, 2 * f if mixing.gated else f, dtype=dtype, device="meta")
+    z = torch.empty(tokens, 2 * f if mixture.gated else f, dtype=dtype, device="meta")
     grad = torch.empty(tokens, f, dtype=dtype, device="meta")
-    leading = (tokens,) if mixing.kind == "moa" else ()
-    coefficients = torch.empty(*leading, mixing.num_coefficients, device="meta")
+    leading = (tokens,) if mixture.kind == "moa" else ()
+    coefficients = torch.empty(*leading, mixture.num_coefficients, device="meta")
     inputs = MixtureInputs(z, coefficients)
     return [
-        *recorded(mixture, mixture.forward, inputs, mixing),
-        *recorded(mixture, mixture.backward, inputs, mixing, grad, (True, True, False)),
+        *recorded(mixture_kernels, mixture_kernels.forward, inputs, mixture),
+        *recorded(mixture_kernels, mixture_kernels.backward, inputs, mixture, grad, (True, True, False)),
     ]
 
 
-def gate_launches(mixing: MixtureConfig, dtype: torch.dtype, hidden: int) -> list[Launch]:
+def gate_launches(mixture: MixtureConfig, dtype: torch.dtype, hidden: int) -> list[Launch]:
     """Forward and backward of a mixture's gates."""
     from megatron_moa.mixture.triton_backend import gate
 
-    tokens, n = 8192, mixing.num_coefficients
+    tokens, n = 8192, mixture.num_coefficients
     x = torch.empty(tokens, hidden, dtype=dtype, device="meta")
     weight = torch.empty(n, hidden, dtype=dtype, device="meta")
     c = torch.empty(tokens, n, device="meta")
     inputs = GateInputs(x, weight)
     return [
-        *recorded(gate, gate.forward, inputs, mixing),
-        *recorded(gate, gate.backward, inputs, mixing, c, c, (True, True)),
+        *recorded(gate, gate.forward, inputs, mixture),
+        *recorded(gate, gate.backward, inputs, mixture, c, c, (True, True)),
     ]
 
 
@@ -340,12 +340,12 @@ def roofline(found: Resources, moved: int, bandwidths: Sequence[float]) -> dict[
 def measured_mixtures(options: argparse.Namespace) -> Iterator[tuple[str, MixtureConfig]]:
     """What was asked for, and beside it, through the same kernels, the activations everybody else has."""
     asked = [MixtureConfig(options.mixing, form, tuple(options.activations)) for form in options.form]
-    for mixing in asked:
-        yield mixing.form, mixing
+    for mixture in asked:
+        yield mixture.form, mixture
     references = {"GELU": ("type1", ("gelu",)), "SwiGLU": ("one-sided", ("identity",))}
     for name, (form, activations) in references.items():
         reference = MixtureConfig(options.mixing, form, activations)
-        wanted = any(mixing.gated == reference.gated for mixing in asked)
+        wanted = any(mixture.gated == reference.gated for mixture in asked)
         if wanted and reference not in asked:
             yield name, reference
 
@@ -398,9 +398,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         common = {"mixing": options.mixing, "dtype": options.dtype, "arch": options.arch}
         records = []
         rows = []
-        for name, mixing in measured_mixtures(options):
-            for launch in mixture_launches(mixing, dtype, options.ffn):
-                moved = tensors_moved(mixing.form, launch.name) * dtype.itemsize
+        for name, mixture in measured_mixtures(options):
+            for launch in mixture_launches(mixture, dtype, options.ffn):
+                moved = tensors_moved(mixture.form, launch.name) * dtype.itemsize
                 found = resources(launch, options.arch, moved)
                 row = [f"{name} {launch.name}", found.registers, found.spilled, found.shared, f"{found.issued:.1f}"]
                 row += [f"{found.row:.1f}", *(f"{found.of_kind(kind):.2f}" for kind in KINDS)]
@@ -411,22 +411,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                     row += [f"{memory:.2f}", f"{ratio:.2f} {slowest}"]
                 rows.append(row)
                 records.append(
-                    {"name": name, "kernel": launch.name, "form": mixing.form, **common, "f": options.ffn}
-                    | {"activations": mixing.activations, "block": launch.arguments["BLOCK"], "warps": launch.warps}
+                    {"name": name, "kernel": launch.name, "form": mixture.form, **common, "f": options.ffn}
+                    | {"activations": mixture.activations, "block": launch.arguments["BLOCK"], "warps": launch.warps}
                     | {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
                     | {"instructions": found.instructions, "row": found.row, "bytes": moved}
                     | {"ps": {**bounds(found), **{f"memory {tb}": lines[tb][0] for tb in lines}} if lines else None}
                 )
         gates = []
         for form in options.form if options.mixing == "moa" else ():
-            mixing = MixtureConfig(options.mixing, form, tuple(options.activations))
+            mixture = MixtureConfig(options.mixing, form, tuple(options.activations))
             hidden = options.hidden or max(options.ffn // 4, 1)
-            for launch in gate_launches(mixing, dtype, hidden):
+            for launch in gate_launches(mixture, dtype, hidden):
                 found = resources(launch, options.arch)
                 gates.append([f"{form} gates {launch.name}", found.registers, found.spilled, found.shared])
                 records.append(
                     {"name": f"{form} gates", "kernel": launch.name, "form": form, **common, "hidden": hidden}
-                    | {"activations": mixing.activations, "warps": launch.warps}
+                    | {"activations": mixture.activations, "warps": launch.warps}
                     | {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
                 )
         _print(options, rows, gates, bandwidths)

@@ -35,7 +35,7 @@ from megatron_moa.planning import inputs, memory, search
 from megatron_moa.planning.communication import GPUS_PER_NODE
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.planning.parameters import Parameters, count
-from megatron_moa.runs.recipes import MIXINGS, awkward_widths, recipe_flags
+from megatron_moa.runs.recipes import RECIPE_MIXINGS, awkward_widths, recipe_flags
 from megatron_moa.training.gpus import GPUS
 
 PROGRAM = "plan.py"
@@ -76,7 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = {"type": positive, "metavar": "N"}
     parser.add_argument("recipe", metavar="RECIPE")
-    parser.add_argument("mixing", metavar="MIXING", nargs="?", default="moa", help=", ".join(MIXINGS))
+    parser.add_argument("mixing", metavar="MIXING", nargs="?", default="moa", help=", ".join(RECIPE_MIXINGS))
     parser.add_argument("--gpus", **size, required=True, help="of all nodes")
     parser.add_argument("--gpu", required=True, choices=tuple(GPUS))
     parser.add_argument("--tp", **size, help="tensor-parallel ranks; with 2 or more, sequence parallelism too")
@@ -183,10 +183,10 @@ def make(options: argparse.Namespace) -> Report:
     # One of each: the split comes later, and may not be what the script itself accepts.
     whole = dict.fromkeys(("TP", "PP", "CP", "EP"), "1")
     flags = recipe_flags(options.recipe, options.mixing, ["--mock-data", *options.further], whole)
-    args, mixing = inputs.parse(flags, options.gpus)
+    args, mixture = inputs.parse(flags, options.gpus)
     alone, _ = inputs.parse([*flags, "--micro-batch-size", "1"], 1)
     stock = inputs.validated(alone)
-    model = Model.from_args(stock, mixing)
+    model = Model.from_args(stock, mixture)
 
     def accepts(split: Split) -> bool:
         try:
@@ -198,7 +198,7 @@ def make(options: argparse.Namespace) -> Report:
     planner = search.Planner(
         model=model,
         gpu=GPUS[options.gpu],
-        flops=search.flops_by_tp(stock, mixing),
+        flops=search.flops_by_tp(stock, mixture),
         mfu=options.mfu,
         micro_batch=args.micro_batch_size,
         accepts=accepts,
@@ -247,12 +247,12 @@ def brief(report: Report) -> str:
     tokens = model.iterations * model.tokens_per_step
     parameters = count(model)
     stock, active = parameters.total - parameters.mixture, parameters.active - parameters.active_mixture
-    mixture = f"; the mixture adds {parameters.mixture:,}, {100 * parameters.mixture / stock:.2f} %"
+    added = f"; the mixture adds {parameters.mixture:,}, {100 * parameters.mixture / stock:.2f} %"
     return "\n".join(
         [
             f"# Parameters: {stock:,}"
             + (f", {active:,} of them for a token" if model.experts else "")
-            + (mixture if model.mixing else "")
+            + (added if model.mixture else "")
             + f"; vocabulary {model.padded_vocabulary(1):,}.",
             f"# Hardware: {gpus} x {report.planner.gpu.name}; {describe(report.best.split)}; "
             f"{gib(report.best.memory.total)} GiB a GPU.",
@@ -275,15 +275,15 @@ def full(report: Report) -> str:
     flops = report.planner.flops(plan.split.tp)
     gpu = report.planner.gpu
     tokens = model.iterations * model.tokens_per_step
-    mixture = f"; the mixture {parameters.mixture:,}, {100 * parameters.mixture / parameters.total:.4f} %"
+    added = f"; the mixture {parameters.mixture:,}, {100 * parameters.mixture / parameters.total:.4f} %"
     lines = [
         f"{options.recipe} {options.mixing} on {options.gpus} x {gpu.name}",
         "",
         f"parameters  {parameters.total:,}, active for a token {parameters.active:,}"
-        + (mixture if model.mixing else ""),
+        + (added if model.mixture else ""),
         f"FLOPs       {flops.total:.4g} a token, forward and backward"
         + (f"; gates {100 * flops.gates / flops.total:.2f} %, mixture {100 * flops.mixture / flops.total:.2f} %")
-        * bool(model.mixing),
+        * bool(model.mixture),
         *([f"widths      {report.widths}"] if report.widths else []),
         f"step        {model.global_batch:,} samples of {model.sequence:,}: {model.tokens_per_step:,} tokens; "
         f"{model.iterations:,} steps: {tokens:,} tokens",
@@ -361,7 +361,7 @@ def full(report: Report) -> str:
 def by_recompute(report: Report) -> str:
     """GiB that the best split keeps for backward under each kind of recomputation."""
     split, model = report.best.split, report.model
-    kinds = [kind for kind in RECOMPUTE if model.mixing is not None or kind != "mixture"]
+    kinds = [kind for kind in RECOMPUTE if model.mixture is not None or kind != "mixture"]
     kept = {
         kind: memory.activations_in_flight(model, dataclasses.replace(split, recompute=kind), report.best.memory.stage)
         for kind in kinds

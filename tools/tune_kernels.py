@@ -46,7 +46,7 @@ def candidates(kernel: str, mixing: str) -> Iterator[Any]:
 
 
 def launchers(
-    mixing: MixtureConfig, tokens: int, f: int, dtype: torch.dtype, device: torch.device
+    mixture: MixtureConfig, tokens: int, f: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[], object]]:
     """What launches forward and backward on random numbers."""
     from megatron_moa.mixture.triton_backend import backend
@@ -56,18 +56,18 @@ def launchers(
     def normal(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    z = normal(tokens, 2 * f if mixing.gated else f)
-    leading = (tokens,) if mixing.kind == "moa" else ()
-    inputs = MixtureInputs(z, normal(*leading, mixing.num_coefficients, dtype=torch.float32))
+    z = normal(tokens, 2 * f if mixture.gated else f)
+    leading = (tokens,) if mixture.kind == "moa" else ()
+    inputs = MixtureInputs(z, normal(*leading, mixture.num_coefficients, dtype=torch.float32))
     grad = normal(tokens, f)
     return {
-        "forward": lambda: backend.mixture_forward(inputs, mixing),
-        "backward": lambda: backend.mixture_backward(inputs, mixing, grad, (True, True, False)),
+        "forward": lambda: backend.mixture_forward(inputs, mixture),
+        "backward": lambda: backend.mixture_backward(inputs, mixture, grad, (True, True, False)),
     }
 
 
 def tune(
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     kernel: str,
     launch: Callable[[], object],
     f: int,
@@ -88,13 +88,13 @@ def tune(
 
     def run_with(chosen: Any) -> timing.Run:
         def run(lap: timing.Lap) -> None:
-            with using(kernel, mixing.form, f, chosen):
+            with using(kernel, mixture.form, f, chosen):
                 launch()
             lap(kernel)
 
         return run
 
-    before = configuration(kernel, mixing.form, f, device)
+    before = configuration(kernel, mixture.form, f, device)
     runs: dict[str, timing.Run] = {}
     by_name = {str(chosen): chosen for chosen in (before, *tried)}
     for name, chosen in by_name.items():
@@ -109,14 +109,14 @@ def tune(
     timings = timing.time_alternately(runs, device, rounds, flush=True)
     name = timings.fastest(runs)
     best = by_name[name]
-    with using(kernel, mixing.form, f, best):
-        kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, device, tokens=65, width=f))
+    with using(kernel, mixture.form, f, best):
+        kernel_errors.require(kernel_errors.check_mixture(mixture, dtype, device, tokens=65, width=f))
     print(
-        f"{mixing.kind} {mixing.form} {kernel}, f {f}: {timings.median(str(before)):.4f} -> "
+        f"{mixture.kind} {mixture.form} {kernel}, f {f}: {timings.median(str(before)):.4f} -> "
         f"{timings.median(name):.4f} ms, {best}; {len(runs)} tried, {len(by_name) - len(runs)} did not fit",
         flush=True,
     )
-    return {"kernel": kernel, "form": mixing.form, "f": f, "block": best.block, "warps": best.warps, "rows": best.rows}
+    return {"kernel": kernel, "form": mixture.form, "f": f, "block": best.block, "warps": best.warps, "rows": best.rows}
 
 
 def read(path: Path) -> dict[str, list[dict[str, Any]]]:
@@ -185,12 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(options.output, architecture(device), [])  # what fails, fails before minutes are spent
         print(conditions.describe(conditions.environment(device)), flush=True)
         for form, f in itertools.product(options.form, options.ffn):
-            mixing = MixtureConfig(kind=options.mixing, form=form, backend="triton")
-            launches = launchers(mixing, options.tokens, f, dtype, device)
+            mixture = MixtureConfig(kind=options.mixing, form=form, backend="triton")
+            launches = launchers(mixture, options.tokens, f, dtype, device)
             for kernel in KERNELS:
                 tried = list(candidates(kernel, options.mixing))
                 try:
-                    entry = tune(mixing, kernel, launches[kernel], f, dtype, device, tried, options.rounds)
+                    entry = tune(mixture, kernel, launches[kernel], f, dtype, device, tried, options.rounds)
                 except kernel_errors.AccuracyError as error:
                     print(f"{PROGRAM}: {error}")
                     raise SystemExit(1) from None

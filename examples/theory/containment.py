@@ -120,7 +120,7 @@ class Layer:
     Attributes:
         name: for reading.
         witness: what it shall fit.
-        mixing: the mixture.
+        mixture: the mixture.
         fixed: the name of the one coefficient that is 1 while all others are 0, or None if coefficients are trained.
         unit: the rows of fc1, each with its bias last, with which one hidden unit is the witness; empty if none is.
         coefficients: those of that unit that are not 0, by name: numbers for LA, a gate vector with its bias for MoA.
@@ -128,17 +128,17 @@ class Layer:
 
     name: str
     witness: Witness
-    mixing: MixtureConfig
+    mixture: MixtureConfig
     fixed: str | None = None
     unit: tuple[tuple[float, ...], ...] = ()
     coefficients: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """fc1 by branch, with biases as a last column; fc2 with its bias last; gates with biases, or coefficients."""
-        inputs, n = self.witness.dimensions + 1, self.mixing.num_coefficients
-        shapes = {"fc1": (1 + self.mixing.gated, width, inputs), "fc2": (width + 1,)}
+        inputs, n = self.witness.dimensions + 1, self.mixture.num_coefficients
+        shapes = {"fc1": (1 + self.mixture.gated, width, inputs), "fc2": (width + 1,)}
         if self.fixed is None:
-            shapes["coefficients"] = (n, inputs) if self.mixing.kind == "moa" else (n,)
+            shapes["coefficients"] = (n, inputs) if self.mixture.kind == "moa" else (n,)
         return shapes
 
     def size(self, width: int) -> int:
@@ -153,7 +153,7 @@ class Layer:
 
     def one_hot(self, name: str) -> Tensor:
         """[n]: 1 for the coefficient of this name."""
-        return torch.tensor([float(name == other) for other in self.mixing.coefficient_names], dtype=torch.float64)
+        return torch.tensor([float(name == other) for other in self.mixture.coefficient_names], dtype=torch.float64)
 
     def closed_form(self) -> Tensor:
         """The parameters of width 1 with which the layer is the witness."""
@@ -162,7 +162,7 @@ class Layer:
         parts["fc1"][:, 0] = torch.tensor(self.unit, dtype=torch.float64)
         parts["fc2"][0] = 1
         for name, value in self.coefficients.items():
-            index = self.mixing.coefficient_names.index(name)
+            index = self.mixture.coefficient_names.index(name)
             parts["coefficients"][index] = torch.tensor(value, dtype=torch.float64)
         return parameters
 
@@ -171,9 +171,9 @@ class Layer:
         parts = self.parts(parameters, width)
         column = F.pad(x, (0, 1), value=1.0).unsqueeze(-1)
         coefficients = parts["coefficients"] if self.fixed is None else self.one_hot(self.fixed)
-        if self.mixing.kind == "moa":
-            coefficients = gate((coefficients @ column).squeeze(-1), self.mixing)
-        hidden = mix((parts["fc1"].flatten(-3, -2) @ column).squeeze(-1), coefficients, self.mixing)
+        if self.mixture.kind == "moa":
+            coefficients = gate((coefficients @ column).squeeze(-1), self.mixture)
+        hidden = mix((parts["fc1"].flatten(-3, -2) @ column).squeeze(-1), coefficients, self.mixture)
         return (F.pad(hidden, (0, 1), value=1.0) * parts["fc2"]).sum(-1)
 
     def errors(self, parameters: Tensor, x: Tensor, width: int, graph: bool = False) -> Tensor:
@@ -310,7 +310,7 @@ def aligned(layer: Layer, width: int, x1_branch: int) -> Tensor:
         sign = -1.0 if layer.witness.two_sided and unit % 2 else 1.0
         parts["fc1"][x1_branch, unit, 0] = sign
         parts["fc1"][x1_branch, unit, -1] = -(unit // sides) / math.ceil(width / sides)
-    if layer.mixing.gated:
+    if layer.mixture.gated:
         parts["fc1"][1 - x1_branch, :, 1] = 1
     else:
         parts["fc2"][:-1] = 2 / width
@@ -320,7 +320,7 @@ def aligned(layer: Layer, width: int, x1_branch: int) -> Tensor:
 
 def starts(layer: Layer, width: int, generator: torch.Generator, x: Tensor) -> Iterator[Tensor]:
     """Parameters to fit from: with the witness' kinks (fixed layers), then random ones."""
-    if layer.fixed is not None and layer.mixing.gated:
+    if layer.fixed is not None and layer.mixture.gated:
         yield from (solve_fc2(layer, aligned(layer, width, branch), width, x) for branch in (0, 1))
     elif layer.fixed is not None:
         yield aligned(layer, width, 0)

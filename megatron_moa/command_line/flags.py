@@ -192,7 +192,7 @@ def _one_of(*names: str) -> str:
     return "{" + ",".join(names) + "}"
 
 
-def mixing_from_args(args: argparse.Namespace) -> MixtureConfig | None:
+def mixture_from_args(args: argparse.Namespace) -> MixtureConfig | None:
     """The mixture that the parsed flags ask for; None for ``--moa-mixing none``.
 
     Writes the resolved form, dictionary and initial values back to ``args``, so that checkpoints carry them, and why
@@ -216,11 +216,11 @@ def mixing_from_args(args: argparse.Namespace) -> MixtureConfig | None:
     if args.moa_form == "auto":
         args.moa_form, args.moa_form_reason = auto_form(args.swiglu, bool(args.num_experts))
     check_form(args.moa_form, args.swiglu)
-    mixing = MixtureConfig.from_args(
+    mixture = MixtureConfig.from_args(
         args, recompute=args.moa_recompute, overwrite=args.moa_overwrite_preactivation, backend=args.moa_backend
     )
-    vars(args).update(mixing.to_args())
-    return mixing
+    vars(args).update(mixture.to_args())
+    return mixture
 
 
 def _refuse_mixture_flags(args: argparse.Namespace) -> None:

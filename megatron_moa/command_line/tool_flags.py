@@ -51,7 +51,7 @@ def add_target_flags(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def target_settings(flags: argparse.Namespace) -> dict[str, Any] | None:
-    """What ``megatron_moa.trained.upcycling.target_mixing`` takes, from parsed flags; None without ``--mixing``.
+    """What ``megatron_moa.trained.upcycling.target_mixture`` takes, from parsed flags; None without ``--mixing``.
 
     Raises:
         UserError: another flag of them without ``--mixing``.

@@ -99,7 +99,7 @@ def export(
         UserError: a setting, a tensor or a tokenizer that cannot be exported.
     """
     tokenizer = prepared.tokenizer
-    config = config_from_args(prepared.args, prepared.config.mixing, prepared.vocab_size)
+    config = config_from_args(prepared.args, prepared.config.mixture, prepared.vocab_size)
     for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
         setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
     if prepared.saved_ends:  # a list where there are several
@@ -316,7 +316,7 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
         exported: what :func:`export` wrote.
         comparison: None if there was none.
     """
-    saved, mixing = prepared.saved, prepared.config.mixing
+    saved, mixture = prepared.saved, prepared.config.mixture
     loss = validation_loss(saved, prepared.checkpoint.root)
     rows = {
         **exported.facts(),
@@ -325,14 +325,14 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
         "validation loss": "not recorded" if loss is None else f"{loss:.4f} nats a token, the last one measured",
         "logits against training's": "NOT VERIFIED" if comparison is None else str(comparison),
     }
-    if mixing is None:
-        mixture = {"mixing": f"none: {_ACTIVATIONS[exported.activation]}"}
+    if mixture is None:
+        feed_forward = {"mixing": f"none: {_ACTIVATIONS[exported.activation]}"}
     else:
-        mixture = {"mixing": mixing.kind, "form": mixing.form, **_FORMS[mixing.form]}
-        mixture |= {"c": _COEFFICIENTS[mixing.kind], "activations s_1 to s_K": " ".join(mixing.activations)}
-        if mixing.kind == "moa":
-            mixture |= {"gate": mixing.gate, "gate bias": mixing.gate_bias, "amplitude": mixing.amplitude}
-        mixture["--moa-init-scale"] = mixing.init_scale
+        feed_forward = {"mixing": mixture.kind, "form": mixture.form, **_FORMS[mixture.form]}
+        feed_forward |= {"c": _COEFFICIENTS[mixture.kind], "activations s_1 to s_K": " ".join(mixture.activations)}
+        if mixture.kind == "moa":
+            feed_forward |= {"gate": mixture.gate, "gate bias": mixture.gate_bias, "amplitude": mixture.amplitude}
+        feed_forward["--moa-init-scale"] = mixture.init_scale
     data = {
         f"--{flag.replace('_', '-')}": value if not isinstance(value, list) else " ".join(map(str, value))
         for flag in (
@@ -346,7 +346,7 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     usage = [f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})']
     if exported.tokenizer:
         usage.append(f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote}, padding_side="left")')
-    tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixing.kind] if mixing else [])))
+    tags = "\n".join(f"- {tag}" for tag in ("megatron-moa", *([mixture.kind] if mixture else [])))
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -356,7 +356,7 @@ tags:
 
 # {name}
 
-A GPT model pretrained with megatron_moa {__version__}{"" if mixing is None else _EXPLANATION}.
+A GPT model pretrained with megatron_moa {__version__}{"" if mixture is None else _EXPLANATION}.
 
     from transformers import {", ".join(classes)}
 
@@ -366,7 +366,7 @@ Tried with transformers {TRANSFORMERS}. To generate for several prompts at once,
 goes on behind padding writes other text.
 
 {_table("model", rows)}
-{_table("feed-forward layers", mixture)}
+{_table("feed-forward layers", feed_forward)}
 {_table("trained with", data)}"""
 
 

@@ -32,13 +32,13 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
 from megatron_moa.hf.mapping import from_hf
-from megatron_moa.hf.modeling_gpt_moa import mixing_config
+from megatron_moa.hf.modeling_gpt_moa import mixture_config
 from megatron_moa.hf.settings import config_from_args
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.compare_logits import Comparison, VerificationError, compared_tokens, reference_logits
 from megatron_moa.trained.from_megatron import empty_model, prepare_checkpoint
-from megatron_moa.trained.upcycling import mixture_flags, stock_as_mixture, target_mixing, upcycled
+from megatron_moa.trained.upcycling import mixture_flags, stock_as_mixture, target_mixture, upcycled
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.model import model_config_from_args
 
@@ -152,10 +152,10 @@ def _layer_freq(moe_layers: list[bool]) -> str:
 
 
 def _mixing_flags(own: GPTMoAConfig) -> list[str]:
-    mixing = mixing_config(own)
-    if mixing is None:
+    mixture = mixture_config(own)
+    if mixture is None:
         return ["--moa-mixing", "none"]
-    return replace(mixing, init_scale="matched" if own.mixing_scale else mixing.init_scale).to_flags()
+    return replace(mixture, init_scale="matched" if own.mixing_scale else mixture.init_scale).to_flags()
 
 
 def check_dtype(folder: HuggingFaceFolder, wanted: torch.dtype | None) -> torch.dtype:
@@ -198,11 +198,11 @@ def parse(flags: Sequence[str], world_size: int = 1) -> tuple[argparse.Namespace
         sys.argv[:] = [program, *arguments]
 
 
-def check_function(args: argparse.Namespace, mixing: MixtureConfig | None, own: GPTMoAConfig) -> None:
+def check_function(args: argparse.Namespace, mixture: MixtureConfig | None, own: GPTMoAConfig) -> None:
     """Raises UserError if the args, with what the user added, are of another model than the folder's."""
-    ours, theirs = function_settings(config_from_args(args, mixing, own.vocab_size)), function_settings(own)
+    ours, theirs = function_settings(config_from_args(args, mixture, own.vocab_size)), function_settings(own)
     if own.mixing is not None:
-        theirs["mixing"] = mixing_config(own).to_json()  # where they start is no part of it
+        theirs["mixing"] = mixture_config(own).to_json()  # where they start is no part of it
     for name, value in theirs.items():
         if ours.get(name, value) != value:
             raise UserError(
@@ -265,13 +265,13 @@ class Imported:
 
     Attributes:
         args: what the checkpoint carries.
-        mixing: the model's mixture.
+        mixture: the model's mixture.
         parameters: how many there are, without padding.
         tokens: of the tokenizer; None for none.
     """
 
     args: argparse.Namespace
-    mixing: MixtureConfig | None
+    mixture: MixtureConfig | None
     parameters: int
     tokens: int | None
 
@@ -294,7 +294,7 @@ def import_folder(
         final: the name it will have, for the tokenizer's path in the args.
         dtype: of the parameters.
         seq_length: None for all positions, :data:`_LONGEST` at most.
-        target: ``mixing`` and others, of :func:`megatron_moa.trained.upcycling.target_mixing`: the mixture to become;
+        target: ``mixing`` and others, of :func:`megatron_moa.trained.upcycling.target_mixture`: the mixture to become;
             None for the folder's own.
         megatron_flags: further ones, for the args.
 
@@ -318,8 +318,8 @@ def import_folder(
     flags += ["--vocab-size", str(own.vocab_size), "--tokenizer-type", *kind, *megatron_flags]
     sizes = ["--tensor-model-parallel-size", str(split.tensor), "--pipeline-model-parallel-size", str(split.pipeline)]
     sizes += ["--expert-model-parallel-size", str(split.expert)]
-    args, mixing = parse([*flags, *sizes], split.tensor * split.pipeline * split.expert)
-    check_function(args, mixing, own)
+    args, mixture = parse([*flags, *sizes], split.tensor * split.pipeline * split.expert)
+    check_function(args, mixture, own)
     multiple = args.make_vocab_size_divisible_by * split.tensor
     args.padded_vocab_size = multiple * math.ceil(own.vocab_size / multiple)  # as building the tokenizer sets it
     args.moa_end_tokens = folder.end_tokens or None  # a tokenizer has one, and chat models often end by several
@@ -330,18 +330,18 @@ def import_folder(
     _one_process()
     read = from_hf(folder.read, folder.entries, args.padded_vocab_size)
     if target is None:
-        model = empty_model(model_config_from_args(whole, mixing))
+        model = empty_model(model_config_from_args(whole, mixture))
     else:
-        source = stock_as_mixture(args) if mixing is None else mixing
-        result = target_mixing(source, stock=mixing is None, routed_experts=bool(args.num_experts), **target)
+        source = stock_as_mixture(args) if mixture is None else mixture
+        result = target_mixture(source, stock=mixture is None, routed_experts=bool(args.num_experts), **target)
         for some in (args, whole):
             vars(some).update(mixture_flags(result))
         model = empty_model(model_config_from_args(whole, result))
-        read = upcycled(read, model, source, result, stock=mixing is None)
-        mixing = result
+        read = upcycled(read, model, source, result, stock=mixture is None)
+        mixture = result
     write_release(model, args, root, read)
     parameters = sum(math.prod(folder.weights[name].shape) for entry in folder.entries for name in entry.hf)
-    return Imported(args, mixing, parameters, tokens)
+    return Imported(args, mixture, parameters, tokens)
 
 
 def _one_process() -> None:

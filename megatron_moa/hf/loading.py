@@ -30,7 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.folder import file_in, indexed_files
-from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixing_config
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixture_config
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.text_model import TextModel
 
@@ -42,12 +42,12 @@ class FolderModel(TextModel):
     Attributes:
         model: on a GPU if there is one.
         tokenizer: None if the folder has none.
-        mixing: its mixture, None for a fixed activation.
+        mixture: its mixture, None for a fixed activation.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
-    mixing: MixtureConfig | None
+    mixture: MixtureConfig | None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -188,9 +188,9 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
             raise UserError(f"--load {folder}: weights do not fit config.json, {kind}: {named}; export it again")
     if not getattr(model.config, "max_position_embeddings", None):
         raise UserError(f"{folder / 'config.json'}: has no max_position_embeddings, which says how long a text may be")
-    mixing = mixing_config(model.config) if isinstance(model.config, GPTMoAConfig) else None
+    mixture = mixture_config(model.config) if isinstance(model.config, GPTMoAConfig) else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return FolderModel(model.eval().requires_grad_(False).to(device), tokenizer, mixing)
+    return FolderModel(model.eval().requires_grad_(False).to(device), tokenizer, mixture)
 
 
 def _check_config(folder: Path) -> None:

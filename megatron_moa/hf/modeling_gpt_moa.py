@@ -195,26 +195,26 @@ class GPTMoAAttention(nn.Module):
 class MixtureCoefficients(nn.Module):
     """The mixing coefficients of a feed-forward layer or an expert: gates (MoA) or parameters (LA)."""
 
-    def __init__(self, config: GPTMoAConfig, mixing: MixtureConfig) -> None:
+    def __init__(self, config: GPTMoAConfig, mixture: MixtureConfig) -> None:
         super().__init__()
-        self.mixing = mixing
-        n = mixing.num_coefficients
-        moa = mixing.kind == "moa"
+        self.mixture = mixture
+        n = mixture.num_coefficients
+        moa = mixture.kind == "moa"
         self.value = None if moa else nn.Parameter(torch.empty(n))
         self.weight = nn.Parameter(torch.empty(n, config.hidden_size)) if moa else None
-        self.bias = nn.Parameter(torch.empty(n)) if moa and mixing.gate_bias else None
-        self.amplitude = nn.Parameter(torch.empty(n)) if moa and mixing.amplitude == "learned" else None
+        self.bias = nn.Parameter(torch.empty(n)) if moa and mixture.gate_bias else None
+        self.amplitude = nn.Parameter(torch.empty(n)) if moa and mixture.amplitude == "learned" else None
         has_scale = moa and config.mixing_scale
-        matched = has_scale or mixing.init_scale == "matched"
-        self.start = matching_scale(mixing, config.initializer_range, config.hidden_size) if matched else 1.0
+        matched = has_scale or mixture.init_scale == "matched"
+        self.start = matching_scale(mixture, config.initializer_range, config.hidden_size) if matched else 1.0
         self.scale = nn.Buffer(torch.tensor([self.start], dtype=torch.float32)) if has_scale else None
 
-    def forward(self, hidden_states: Tensor, mixing: MixtureConfig) -> Tensor:
-        """[..., n] float32 for hidden_states [..., h]; [n] for LA. ``mixing`` says by which backend."""
+    def forward(self, hidden_states: Tensor, mixture: MixtureConfig) -> Tensor:
+        """[..., n] float32 for hidden_states [..., h]; [n] for LA. ``mixture`` says by which backend."""
         if self.value is not None:
             return self.value.float()
         with maybe_autocast(device_type=hidden_states.device.type, enabled=False):
-            return gate_coefficients(hidden_states, self.weight, mixing, self.bias, self.amplitude, self.scale)
+            return gate_coefficients(hidden_states, self.weight, mixture, self.bias, self.amplitude, self.scale)
 
 
 def _summing_gradients(x: Tensor, linear: nn.Module) -> Tensor:
@@ -245,19 +245,19 @@ class GPTMoAMLP(nn.Module):
         self.down_proj.starts_smaller = True
         self.has_bias = config.mlp_bias
         self.activation = ACT2FN[config.hidden_act] if config.mixing is None else None
-        self.mixing = mixing_config(config)
+        self.mixture = mixture_config(config)
         # Unless a backend is named, plain PyTorch computes the mixture on CPUs, where lengths change from call to call
         # and compiling costs more than it saves.
-        is_auto = self.mixing is not None and self.mixing.backend == "auto"
-        self.plain_mixing = replace(self.mixing, backend="eager") if is_auto else self.mixing
-        self.coefficients = None if self.mixing is None else MixtureCoefficients(config, self.mixing)
+        is_auto = self.mixture is not None and self.mixture.backend == "auto"
+        self.plain_mixture = replace(self.mixture, backend="eager") if is_auto else self.mixture
+        self.coefficients = None if self.mixture is None else MixtureCoefficients(config, self.mixture)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """[..., h] -> [..., h]; ``scale`` [...], a router's probabilities, multiplies the output."""
         inner, outer = (None, scale) if self.has_bias else (scale, None)  # before down_proj, as in training, if it can
         if inner is not None:
             inner = _summing_gradients(inner, self.down_proj)
-        if self.mixing is None:
+        if self.mixture is None:
             activated = self.activation(self.up_proj(x) if self.gate_proj is None else self.gate_proj(x))
             if self.gate_proj is not None:
                 activated = activated * self.up_proj(x)
@@ -267,14 +267,14 @@ class GPTMoAMLP(nn.Module):
             preactivation = self.up_proj(x)
             if self.gate_proj is not None:  # the activated branch first
                 preactivation = torch.cat((self.gate_proj(x), preactivation), dim=-1)
-            mixing = self.plain_mixing if x.device.type == "cpu" else self.mixing
-            coefficients = _summing_gradients(self.coefficients(x, mixing), self.down_proj)
-            activated = mixed_activation(preactivation, coefficients, mixing, None, inner)
+            mixture = self.plain_mixture if x.device.type == "cpu" else self.mixture
+            coefficients = _summing_gradients(self.coefficients(x, mixture), self.down_proj)
+            activated = mixed_activation(preactivation, coefficients, mixture, None, inner)
         output = self.down_proj(activated)  # by its module, which LoRA or a parallel layer may have replaced
         return output if outer is None else output * outer.unsqueeze(-1).to(output.dtype)
 
 
-def mixing_config(config: GPTMoAConfig) -> MixtureConfig | None:
+def mixture_config(config: GPTMoAConfig) -> MixtureConfig | None:
     """The mixture of a configuration; None for a fixed activation."""
     if config.mixing is None:
         return None
@@ -440,12 +440,14 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
             self._init_coefficients(module)
 
     def _init_coefficients(self, module: MixtureCoefficients) -> None:
-        mixing = module.mixing
+        mixture = module.mixture
         for parameter in (module.value, module.amplitude):
             if parameter is not None:
-                init.copy_(parameter, module.start * torch.tensor(list(mixing.start_values()), device=parameter.device))
+                init.copy_(
+                    parameter, module.start * torch.tensor(list(mixture.start_values()), device=parameter.device)
+                )
         if module.weight is not None:
-            init.normal_(module.weight, std=mixing.gate_init_std)
+            init.normal_(module.weight, std=mixture.gate_init_std)
         if module.bias is not None:
             init.zeros_(module.bias)
         if module.scale is not None:

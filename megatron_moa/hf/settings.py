@@ -28,13 +28,13 @@ _READ = frozenset(
 )
 
 
-def config_from_args(args: argparse.Namespace, mixing: MixtureConfig | None, vocab_size: int) -> GPTMoAConfig:
+def config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None, vocab_size: int) -> GPTMoAConfig:
     """The configuration.
 
     Args:
         args: Megatron's, as a checkpoint holds them and
             :func:`megatron_moa.trained.from_megatron.load_model` gives them.
-        mixing: the mixture, None for a fixed activation.
+        mixture: the mixture, None for a fixed activation.
         vocab_size: the tokenizer's, without padding.
 
     Raises:
@@ -70,24 +70,24 @@ def config_from_args(args: argparse.Namespace, mixing: MixtureConfig | None, voc
         mlp_bias=args.add_bias_linear,
         qk_norm=args.qk_layernorm,
         gated=args.swiglu,
-        hidden_act=_activation(args, mixing),
-        mixing=None if mixing is None else mixing.to_json(),
-        mixing_scale=mixing is not None and mixing.kind == "moa" and _has_scale(mixing),
+        hidden_act=_activation(args, mixture),
+        mixing=None if mixture is None else mixture.to_json(),
+        mixing_scale=mixture is not None and mixture.kind == "moa" and _has_scale(mixture),
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         initializer_range=args.init_method_std,
         **(_experts(args) if args.num_experts else {}),
     )
 
 
-def _activation(args: argparse.Namespace, mixing: MixtureConfig | None) -> str:
+def _activation(args: argparse.Namespace, mixture: MixtureConfig | None) -> str:
     if args.swiglu:
         return "silu"
-    return TANH_GELU if mixing is None and has_tanh_gelu(args) else "gelu"
+    return TANH_GELU if mixture is None and has_tanh_gelu(args) else "gelu"
 
 
-def _has_scale(mixing: MixtureConfig) -> bool:
+def _has_scale(mixture: MixtureConfig) -> bool:
     """Whether gates carry a constant factor (megatron_moa.layers.coefficients)."""
-    return mixing.init_scale == "matched" and mixing.amplitude == "fixed"
+    return mixture.init_scale == "matched" and mixture.amplitude == "fixed"
 
 
 def _rope(args: argparse.Namespace) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class Coefficients(torch.nn.Module):
     """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: for a layer, an expert, or a rank's experts.
 
     Args:
-        mixing: the mixture's settings.
+        mixture: the mixture's settings.
         config: Megatron's; gives h, the initialisation and sequence parallelism.
         tp_group: the ranks that share the layer's columns (for an expert, its expert-tensor-parallel group).
         layout: how the layer's input lies over those ranks.
@@ -94,7 +94,7 @@ class Coefficients(torch.nn.Module):
 
     def __init__(
         self,
-        mixing: MixtureConfig,
+        mixture: MixtureConfig,
         config: TransformerConfig,
         tp_group: torch.distributed.ProcessGroup,
         layout: InputLayout,
@@ -102,7 +102,7 @@ class Coefficients(torch.nn.Module):
         experts: int | None = None,
     ) -> None:
         super().__init__()
-        self.mixing = mixing
+        self.mixture = mixture
         self.config = config
         self.tp_group = tp_group
         self.layout = layout
@@ -113,7 +113,7 @@ class Coefficients(torch.nn.Module):
 
     def _new_vector(self) -> Parameter:
         """[n], or [experts * n] of experts: Megatron goes by the number of dimensions, a vector has no weight decay."""
-        return self._new_parameter(self.mixing.num_coefficients * (self.experts or 1))
+        return self._new_parameter(self.mixture.num_coefficients * (self.experts or 1))
 
     def _by_expert(self, vector: Tensor | None) -> Tensor | None:
         """[n] as it is, that of experts as [experts, n]; None as None."""
@@ -122,7 +122,7 @@ class Coefficients(torch.nn.Module):
     def _new_parameter(self, *shape: int) -> Parameter:
         device = None if self.config.use_cpu_initialization else torch.cuda.current_device()
         parameter = Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
-        parameter.requires_grad = not self.mixing.freeze
+        parameter.requires_grad = not self.mixture.freeze
         parameter.allreduce = not self.expert_parameters
         return parameter
 
@@ -132,15 +132,15 @@ class Coefficients(torch.nn.Module):
         return bool(self._forward_hooks)
 
     def forward(
-        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
-        """The coefficients; with ``mixed`` the mixture of it, which is faster than one after the other.
+        """The coefficients; with ``preactivation`` the mixture of it, which is faster than one after the other.
 
         Args:
             hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
             group_ends: of experts, by which the tokens are sorted: [experts] int32, the rows up to and with each
                 (megatron_moa.mixture.grouped_products).
-            mixed: what the coefficients are for, or None for them alone.
+            preactivation: what the coefficients are for, or None for them alone.
 
         Returns:
             [s, b, n] or [tokens, n], LA [n] or [experts, n], float32 (float64 for float64 parameters); or the mixture.
@@ -149,7 +149,7 @@ class Coefficients(torch.nn.Module):
 
     @torch.no_grad()
     def _fill(self, parameter: Parameter, scale: float) -> None:
-        values = torch.tensor(list(self.mixing.start_values()), dtype=torch.float32)
+        values = torch.tensor(list(self.mixture.start_values()), dtype=torch.float32)
         parameter.copy_((values * scale).repeat(self.experts or 1))
 
     def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -158,11 +158,14 @@ class Coefficients(torch.nn.Module):
             return tensor
         return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
 
-    def _mixture(self, coefficients: Tensor, mixed: Preactivation | None, group_ends: Tensor | None = None) -> Tensor:
+    def _mixed(
+        self, coefficients: Tensor, preactivation: Preactivation | None, group_ends: Tensor | None = None
+    ) -> Tensor:
         """What :meth:`forward` returns; ``group_ends`` where each expert has one row of coefficients."""
-        if mixed is None:
+        if preactivation is None:
             return coefficients
-        return mixed_activation(mixed.z, coefficients, self.mixing, mixed.bias, mixed.per_token_scale, group_ends)
+        z, bias, per_token_scale = preactivation
+        return mixed_activation(z, coefficients, self.mixture, bias, per_token_scale, group_ends)
 
     def _observe(self, coefficients: Tensor) -> None:
         # A forward inside backward is one that is recomputed: these tokens have been observed.
@@ -187,19 +190,19 @@ class Coefficients(torch.nn.Module):
 class FreeCoefficients(Coefficients):
     """LA: the n coefficients are parameters, the same for every token. State: ``value`` [n] ([experts * n])."""
 
-    def __init__(self, mixing: MixtureConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
-        super().__init__(mixing, config, *args, **kwargs)
+    def __init__(self, mixture: MixtureConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
+        super().__init__(mixture, config, *args, **kwargs)
         self.value = self._new_vector()
-        self._fill(self.value, coefficient_scale(mixing, config))
+        self._fill(self.value, coefficient_scale(mixture, config))
 
     def forward(
-        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
         """The same for every input; their gradient is summed over the tensor-parallel ranks."""
         del hidden_states
         coefficients = _at_least_float32(self._by_expert(self.value))
         self._observe(coefficients)
-        return self._mixture(self._summed_over_ranks(coefficients), mixed, group_ends)
+        return self._mixed(self._summed_over_ranks(coefficients), preactivation, group_ends)
 
 
 class GateCoefficients(Coefficients):
@@ -212,23 +215,23 @@ class GateCoefficients(Coefficients):
 
     def __init__(
         self,
-        mixing: MixtureConfig,
+        mixture: MixtureConfig,
         config: TransformerConfig,
         *args: object,
         input_size: int | None = None,
         **kwargs: object,
     ) -> None:
-        super().__init__(mixing, config, *args, **kwargs)
-        shape = (mixing.num_coefficients, input_size or config.hidden_size)
+        super().__init__(mixture, config, *args, **kwargs)
+        shape = (mixture.num_coefficients, input_size or config.hidden_size)
         self.weight = train_by_adam(self._new_parameter(*shape if self.experts is None else (self.experts, *shape)))
-        self.bias = self._new_vector() if mixing.gate_bias else None
-        self.amplitude = self._new_vector() if mixing.amplitude == "learned" else None
+        self.bias = self._new_vector() if mixture.gate_bias else None
+        self.amplitude = self._new_vector() if mixture.amplitude == "learned" else None
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
-        scale = coefficient_scale(mixing, config)
+        scale = coefficient_scale(mixture, config)
         if self.amplitude is not None:
             self._fill(self.amplitude, scale)
-        elif mixing.init_scale == "matched":
+        elif mixture.init_scale == "matched":
             self.register_buffer("scale", torch.full((self.experts or 1,), scale, device=self.weight.device))
         if self.layout is InputLayout.SEQUENCE_SHARD:
             # Each rank sees its tokens only; Megatron sums the gradients of parameters marked so.
@@ -237,18 +240,19 @@ class GateCoefficients(Coefficients):
 
     def draw(self, weight: Tensor) -> None:
         """Fills gate vectors with their initial values, whose standard deviation is ``--moa-gate-init-std``."""
-        torch.nn.init.normal_(weight, std=self.mixing.gate_init_std)
+        torch.nn.init.normal_(weight, std=self.mixture.gate_init_std)
 
     def forward(
-        self, hidden_states: Tensor, group_ends: Tensor | None = None, mixed: Preactivation | None = None
+        self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
         """See :meth:`Coefficients.forward`."""
         inputs = self._inputs(hidden_states, group_ends)
-        if mixed is not None and self.tp_group.size() == 1:
-            activated, coefficients = gated_mixture(mixed.z, inputs, self.mixing, mixed.bias, mixed.per_token_scale)
+        if preactivation is not None and self.tp_group.size() == 1:
+            z, bias, per_token_scale = preactivation
+            activated, coefficients = gated_mixture(z, inputs, self.mixture, bias, per_token_scale)
             self._observe(coefficients)
             return activated
-        coefficients = gate_coefficients(*inputs[:2], self.mixing, *inputs[2:])
+        coefficients = gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
         self._observe(coefficients)
         if self.layout is InputLayout.REPLICATED:
             coefficients = self._summed_over_ranks(coefficients)
@@ -257,7 +261,7 @@ class GateCoefficients(Coefficients):
             coefficients = gather_from_sequence_parallel_region(
                 coefficients, tensor_parallel_output_grad=True, group=self.tp_group
             )
-        return self._mixture(coefficients, mixed)
+        return self._mixed(coefficients, preactivation)
 
     def _inputs(self, hidden_states: Tensor, group_ends: Tensor | None) -> GateInputs:
         weight, bias, amplitude = self.weight, self.bias, self.amplitude
@@ -290,7 +294,7 @@ def experts_reduce_apart(config: TransformerConfig) -> bool:
 
 
 def build_coefficients(
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     config: TransformerConfig,
     tp_group: torch.distributed.ProcessGroup,
     *,
@@ -315,9 +319,9 @@ def build_coefficients(
     else:
         layout = InputLayout.REPLICATED
     expert_parameters = is_expert and experts_reduce_apart(config)
-    if mixing.kind == "la":
-        return FreeCoefficients(mixing, config, tp_group, layout, expert_parameters, experts)
-    gates = GateCoefficients(mixing, config, tp_group, layout, expert_parameters, experts, input_size=input_size)
+    if mixture.kind == "la":
+        return FreeCoefficients(mixture, config, tp_group, layout, expert_parameters, experts)
+    gates = GateCoefficients(mixture, config, tp_group, layout, expert_parameters, experts, input_size=input_size)
     if config.perform_initialization and not is_expert:
         with gate_random_numbers(config):
             gates.draw(gates.weight)

@@ -60,7 +60,7 @@ class MixedSequentialMLP(SequentialMLP):
 class MixedGroupedMLPSubmodules(GroupedMLPSubmodules):
     """Megatron's submodules plus the mixture's settings, as :class:`megatron_moa.layers.mlp.MixedMLPSubmodules`."""
 
-    mixing: MixtureConfig
+    mixture: MixtureConfig
 
 
 class MixedGroupedMLP(TEGroupedMLP):
@@ -82,13 +82,13 @@ class MixedGroupedMLP(TEGroupedMLP):
         name: str | None = None,
     ) -> None:
         super().__init__(num_local_experts, config, submodules, pg_collection, name)
-        self.mixing = submodules.mixing
-        self.activation_recompute = self.activation_recompute or self.mixing.recompute
+        self.mixture = submodules.mixture
+        self.activation_recompute = self.activation_recompute or self.mixture.recompute
         self.dp_group = pg_collection.expt_dp
         for expert in range(num_local_experts):
             draw_expert(self, expert)
         self.coefficients = build_coefficients(
-            self.mixing,
+            self.mixture,
             self.config,
             self.tp_group,
             is_expert=True,
@@ -127,8 +127,8 @@ class MixedGroupedMLP(TEGroupedMLP):
         nvtx_range_push(suffix="mixture")
         checkpoint = CheckpointWithoutOutput() if self.activation_recompute else None
         if checkpoint is None and not self.coefficients.is_watched:
-            mixed = Preactivation(preactivation, None, per_token_scale)
-            activated = self.coefficients(hidden_states, group_ends, mixed)  # [t, f/p]
+            inputs = Preactivation(preactivation, None, per_token_scale)
+            activated = self.coefficients(hidden_states, group_ends, inputs)  # [t, f/p]
         else:
             coefficients = self.coefficients(hidden_states, group_ends)  # [t, n] or [experts, n]
             mix = self._mix if checkpoint is None else functools.partial(checkpoint.checkpoint, self._mix)
@@ -143,8 +143,8 @@ class MixedGroupedMLP(TEGroupedMLP):
 
     def _mix(self, preactivation: Tensor, coefficients: Tensor, per_token_scale: Tensor, group_ends: Tensor) -> Tensor:
         # Gates give every token its own coefficients already.
-        ends = group_ends if self.mixing.kind == "la" else None
-        return mixed_activation(preactivation, coefficients, self.mixing, None, per_token_scale, ends)
+        ends = group_ends if self.mixture.kind == "la" else None
+        return mixed_activation(preactivation, coefficients, self.mixture, None, per_token_scale, ends)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

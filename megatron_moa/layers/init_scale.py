@@ -14,7 +14,7 @@ from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.start_scale import matching_scale
 
 
-def coefficient_scale(mixing: MixtureConfig, config: TransformerConfig) -> float:
+def coefficient_scale(mixture: MixtureConfig, config: TransformerConfig) -> float:
     """The factor on all coefficients that ``--moa-init-scale`` asks for: 1 for ``paper``.
 
     For ``matched`` the layer's output then has, at step 0, the mean square of SwiGLU's (GELU's for type1).
@@ -22,11 +22,11 @@ def coefficient_scale(mixing: MixtureConfig, config: TransformerConfig) -> float
     Raises:
         UserError: an initialisation whose standard deviation is not ``--init-method-std``.
     """
-    if mixing.init_scale == "paper":
+    if mixture.init_scale == "paper":
         return 1.0
     if config.init_method is torch.nn.init.xavier_uniform_:
         raise UserError(
             "--moa-init-scale matched: reckons with normal weights; drop --init-method-xavier-uniform, "
             "or take --moa-init-scale paper"
         )
-    return matching_scale(mixing, config.init_method_std, config.hidden_size)
+    return matching_scale(mixture, config.init_method_std, config.hidden_size)

@@ -23,7 +23,7 @@ from megatron_moa.mixture.functional import mixed_activation
 class MixedMLPSubmodules(MLPSubmodules):
     """Megatron's submodules plus the mixture's settings: the spec carries them, so constructors stay Megatron's."""
 
-    mixing: MixtureConfig
+    mixture: MixtureConfig
 
 
 class MixedMLP(MLP):
@@ -42,9 +42,9 @@ class MixedMLP(MLP):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, is_expert=is_expert, input_size=input_size, **kwargs)
-        self.mixing = submodules.mixing
+        self.mixture = submodules.mixture
         self.coefficients = build_coefficients(
-            self.mixing,
+            self.mixture,
             self.config,
             self.tp_group,
             is_expert=is_expert,
@@ -52,7 +52,7 @@ class MixedMLP(MLP):
             input_size=self.config.moe_latent_size if is_expert and self.config.moe_latent_size else self.input_size,
         )
         # Megatron's meaning of moe_act: keep the output of a routed expert's fc1, not that of its activation step.
-        self.recompute_mixture = self.mixing.recompute or (
+        self.recompute_mixture = self.mixture.recompute or (
             is_expert
             and self.config.recompute_granularity == "selective"
             and "moe_act" in self.config.recompute_modules
@@ -118,4 +118,4 @@ class MixedMLP(MLP):
     def _mix(
         self, preactivation: Tensor, coefficients: Tensor, bias: Tensor | None, per_token_scale: Tensor | None
     ) -> Tensor:
-        return mixed_activation(preactivation, coefficients, self.mixing, bias, per_token_scale)
+        return mixed_activation(preactivation, coefficients, self.mixture, bias, per_token_scale)

@@ -7,7 +7,7 @@
         version="0.19.2",
         remove_when="Megatron lets a model add to the count",
     )
-    STOCK_COUNT.install(args, mixing)
+    STOCK_COUNT.install(args, mixture)
 
 :func:`patch` registers a change when a module is imported, and changes nothing.  :meth:`Patch.install` makes it.
 ``python -m megatron_moa.doctor --patches`` lists what is registered.

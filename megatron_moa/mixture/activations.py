@@ -7,9 +7,9 @@ The functions use only words that mean the same in ``torch`` and in ``triton.lan
 ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of them by reading ``torch`` as
 ``triton.language``. Tests hold them to PyTorch's own, which reference.py uses.
 
-They are for float32. Each calls what it is made of by name (:func:`_power`, :func:`sigmoid`, :func:`normal_density`),
-and both compilers compute that once for all terms of the same x: two exponentials and three reciprocals serve sigmoid,
-tanh and Phi, value and derivative. NaN stays NaN.
+They are for float32. Each calls what it is made of by name (:func:`_exp_minus`, :func:`sigmoid`,
+:func:`normal_density`), and both compilers compute that once for all terms of the same x: two exponentials and three
+reciprocals serve sigmoid, tanh and Phi, value and derivative. NaN stays NaN.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def inverse(y: Tensor) -> Tensor:
     return 1.0 / y
 
 
-def _power(x: Tensor) -> Tensor:
+def _exp_minus(x: Tensor) -> Tensor:
     # exp(-x); infinite below -88, of which the reciprocal is 0 as it should be
     return torch.exp2(-_LOG2_E * x)
 
@@ -80,7 +80,7 @@ def one_derivative(x: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + exp(-x))"""
-    return inverse(1.0 + _power(x))
+    return inverse(1.0 + _exp_minus(x))
 
 
 def sigmoid_derivative(x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def sigmoid_derivative(x: Tensor) -> Tensor:
 
 def tanh(x: Tensor) -> Tensor:
     """2 / (1 + exp(-2x)) - 1, by sigmoid's exponential"""
-    e = _power(x)
+    e = _exp_minus(x)
     return 2.0 * inverse(1.0 + e * e) - 1.0
 
 

@@ -63,27 +63,27 @@ class Backend(Protocol):
     """The arithmetic of a fused backend, for at least one token."""
 
     @staticmethod
-    def mixture_forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
+    def mixture_forward(inputs: MixtureInputs, mixture: MixtureConfig) -> Tensor:
         """The mixture: [..., f], z's dtype."""
 
     @staticmethod
     def mixture_backward(
-        inputs: MixtureInputs, mixing: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
+        inputs: MixtureInputs, mixture: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of z, coefficients and scale, where ``needed``, each shaped as its tensor.
 
         Args:
-            mixing: with ``overwrite`` z's gradient is written into z itself.
+            mixture: with ``overwrite`` z's gradient is written into z itself.
             grad: that of the result, [..., f], contiguous as z.
         """
 
     @staticmethod
-    def gate_forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
+    def gate_forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
         """The coefficients: [..., n], float32."""
 
     @staticmethod
     def gate_backward(
-        inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
+        inputs: GateInputs, mixture: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of x, weight (where ``needed``), bias and amplitude (where they are), in their tensors' dtypes.
 
@@ -94,27 +94,27 @@ class Backend(Protocol):
 
 
 def mixed_activation(
-    backend: Backend, inputs: MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None
+    backend: Backend, inputs: MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None
 ) -> Tensor:
-    """See :func:`megatron_moa.mixture.functional.mixed_activation`; inputs with dimensions [...] in place of t."""
-    return _Mixture.apply(backend, mixing, group_ends, *inputs)
+    """See :func:`megatron_moa.mixture.functional.mixed_activation`; tokens lie in any dimensions [...]."""
+    return _Mixture.apply(backend, mixture, group_ends, *inputs)
 
 
-def gate_coefficients(backend: Backend, inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
-    """See :func:`megatron_moa.mixture.functional.gate_coefficients`; inputs with dimensions [...] in place of t."""
-    return _Gate.apply(backend, mixing, *inputs)
+def gate_coefficients(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
+    """See :func:`megatron_moa.mixture.functional.gate_coefficients`; tokens lie in any dimensions [...]."""
+    return _Gate.apply(backend, mixture, *inputs)
 
 
 def gated_mixture(
     backend: Backend,
     gate: GateInputs,
     z: Tensor,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     bias: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`megatron_moa.mixture.functional.gated_mixture`."""
-    return _GatedMixture.apply(backend, mixing, z, bias, scale, *gate)
+    return _GatedMixture.apply(backend, mixture, z, bias, scale, *gate)
 
 
 # Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. No tensor changes
@@ -124,41 +124,41 @@ def gated_mixture(
 class _Mixture(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: _Context, backend: Backend, mixing: MixtureConfig, group_ends: Tensor | None, *tensors: Tensor | None
+        ctx: _Context, backend: Backend, mixture: MixtureConfig, group_ends: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
         inputs = MixtureInputs(*tensors)
         inputs = inputs._replace(z=_with_rows(inputs.z))
         ctx.save_for_backward(*inputs, group_ends)
-        ctx.settings = backend, mixing
-        return _mix(backend, inputs, mixing, group_ends)
+        ctx.settings = backend, mixture
+        return _mix(backend, inputs, mixture, group_ends)
 
     @staticmethod
     @once_differentiable  # a second derivative would take the first one's parts for constants
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, group_ends = ctx.saved_tensors
-        backend, mixing = ctx.settings
-        _refuse_what_is_overwritten(ctx, mixing)
-        grads = _mix_backward(backend, MixtureInputs(*tensors), mixing, group_ends, grad, ctx.needs_input_grad[3:])
+        backend, mixture = ctx.settings
+        _refuse_what_is_overwritten(ctx, mixture)
+        grads = _mix_backward(backend, MixtureInputs(*tensors), mixture, group_ends, grad, ctx.needs_input_grad[3:])
         return None, None, None, *grads
 
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, backend: Backend, mixing: MixtureConfig, *tensors: Tensor | None) -> Tensor:
+    def forward(ctx: _Context, backend: Backend, mixture: MixtureConfig, *tensors: Tensor | None) -> Tensor:
         inputs = GateInputs(*tensors)
         inputs = inputs._replace(x=_with_rows(inputs.x))
-        coefficients = _open(backend, inputs, mixing)
+        coefficients = _coefficients(backend, inputs, mixture)
         ctx.save_for_backward(*inputs, coefficients)
-        ctx.settings = backend, mixing
+        ctx.settings = backend, mixture
         return coefficients
 
     @staticmethod
     @once_differentiable  # a second derivative would take the first one's parts for constants
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, coefficients = ctx.saved_tensors
-        backend, mixing = ctx.settings
+        backend, mixture = ctx.settings
         needed = ctx.needs_input_grad[2:4]
-        grads = _open_backward(backend, GateInputs(*tensors), mixing, grad, coefficients, needed)
+        grads = _coefficients_backward(backend, GateInputs(*tensors), mixture, grad, coefficients, needed)
         return None, None, *grads, None, None
 
 
@@ -169,7 +169,7 @@ class _GatedMixture(torch.autograd.Function):
     def forward(
         ctx: _Context,
         backend: Backend,
-        mixing: MixtureConfig,
+        mixture: MixtureConfig,
         z: Tensor,
         bias: Tensor | None,
         scale: Tensor | None,
@@ -177,21 +177,21 @@ class _GatedMixture(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x, *others = tensors
         gate = GateInputs(_with_rows(x), *others)
-        coefficients = _open(backend, gate, mixing)
+        coefficients = _coefficients(backend, gate, mixture)
         inputs = MixtureInputs(_with_rows(z), coefficients, bias, scale)
         ctx.save_for_backward(*gate, *inputs)
-        ctx.settings = backend, mixing
+        ctx.settings = backend, mixture
         ctx.mark_non_differentiable(coefficients)
         ctx.set_materialize_grads(False)
-        return _mix(backend, inputs, mixing, None), coefficients
+        return _mix(backend, inputs, mixture, None), coefficients
 
     @staticmethod
     @once_differentiable  # a second derivative would take the first one's parts for constants
     def backward(ctx: _Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 11
-        backend, mixing = ctx.settings
-        _refuse_what_is_overwritten(ctx, mixing)
+        backend, mixture = ctx.settings
+        _refuse_what_is_overwritten(ctx, mixture)
         tensors = ctx.saved_tensors
         gate, inputs = GateInputs(*tensors[:6]), MixtureInputs(*tensors[6:])
         # fc1's output is let go before the gate's gradients are made, as it is where the two are nodes of their own;
@@ -199,22 +199,22 @@ class _GatedMixture(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()
         _, _, need_z, need_bias, need_scale, *need_gate, _, _ = ctx.needs_input_grad
         needed = need_z, any(need_gate), need_bias, need_scale
-        grad_z, grad_coefficients, grad_bias, grad_scale = _mix_backward(backend, inputs, mixing, None, grad, needed)
+        grad_z, grad_coefficients, grad_bias, grad_scale = _mix_backward(backend, inputs, mixture, None, grad, needed)
         coefficients = inputs.coefficients
         del tensors, inputs, grad
         grads: tuple[Tensor | None, ...] = (None,) * 4
         if grad_coefficients is not None:
-            grads = _open_backward(backend, gate, mixing, grad_coefficients, coefficients, need_gate[:2])
+            grads = _coefficients_backward(backend, gate, mixture, grad_coefficients, coefficients, need_gate[:2])
         return None, None, grad_z, grad_bias, grad_scale, *grads, None, None
 
 
-def _refuse_what_is_overwritten(ctx: _Context, mixing: MixtureConfig) -> None:
+def _refuse_what_is_overwritten(ctx: _Context, mixture: MixtureConfig) -> None:
     if getattr(ctx, "overwritten", False):
         raise RuntimeError(
             "--moa-overwrite-preactivation: a second backward through the same mixture, whose input is gone; "
             "drop the flag"
         )
-    ctx.overwritten = mixing.overwrite
+    ctx.overwritten = mixture.overwrite
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
@@ -224,18 +224,18 @@ def _with_rows(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _mix(backend: Backend, inputs: MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None) -> Tensor:
+def _mix(backend: Backend, inputs: MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None) -> Tensor:
     """The mixture [..., f]."""
     z = inputs.z
     if z.numel() == 0:
-        return z.new_empty(*z.shape[:-1], z.shape[-1] // (2 if mixing.gated else 1))
-    return backend.mixture_forward(_for_backend(inputs, group_ends), mixing)
+        return z.new_empty(*z.shape[:-1], z.shape[-1] // (2 if mixture.gated else 1))
+    return backend.mixture_forward(_for_backend(inputs, group_ends), mixture)
 
 
 def _mix_backward(
     backend: Backend,
     inputs: MixtureInputs,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     group_ends: Tensor | None,
     grad: Tensor,
     needed: tuple[bool, bool, bool, bool],
@@ -245,7 +245,10 @@ def _mix_backward(
     if inputs.z.numel() == 0:
         return tuple(torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True))
     grad_z, grad_coefficients, grad_scale = backend.mixture_backward(
-        _for_backend(inputs, group_ends), mixing, _with_rows(grad), (need_z or need_bias, need_coefficients, need_scale)
+        _for_backend(inputs, group_ends),
+        mixture,
+        _with_rows(grad),
+        (need_z or need_bias, need_coefficients, need_scale),
     )
     if need_coefficients and group_ends is not None:
         grad_coefficients = grouped_sum(grad_coefficients, group_ends)
@@ -265,18 +268,18 @@ def _for_backend(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInp
     return MixtureInputs(z, coefficients.contiguous(), bias, None if scale is None else scale.contiguous())
 
 
-def _open(backend: Backend, inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
+def _coefficients(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
     """The coefficients [..., n]."""
     x, weight = inputs[:2]
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[-2], dtype=torch.promote_types(weight.dtype, torch.float32))
-    return backend.gate_forward(inputs, mixing)
+    return backend.gate_forward(inputs, mixture)
 
 
-def _open_backward(
+def _coefficients_backward(
     backend: Backend,
     inputs: GateInputs,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     grad: Tensor,
     coefficients: Tensor,
     needed: tuple[bool, bool],
@@ -284,4 +287,4 @@ def _open_backward(
     """Gradients of x, weight (where ``needed``), bias and amplitude, from that of the coefficients."""
     if inputs.x.numel() == 0:
         return tuple(None if tensor is None else torch.zeros_like(tensor) for tensor in inputs[:4])
-    return backend.gate_backward(inputs, mixing, grad.contiguous(), coefficients, tuple(needed))
+    return backend.gate_backward(inputs, mixture, grad.contiguous(), coefficients, tuple(needed))

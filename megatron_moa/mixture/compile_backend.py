@@ -39,21 +39,21 @@ _OPTIONS = {
 }
 
 
-def mixture_forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
+def mixture_forward(inputs: MixtureInputs, mixture: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     *tokens, width = inputs.z.shape
     inputs = _uniform(inputs)
-    function = _forward_function(mixing.form, mixing.activations, _kind(inputs))
-    return function(inputs.z.shape[0])(inputs).view(*tokens, width // 2 if mixing.gated else width)
+    function = _forward_function(mixture.form, mixture.activations, _kind(inputs))
+    return function(inputs.z.shape[0])(inputs).view(*tokens, width // 2 if mixture.gated else width)
 
 
 def mixture_backward(
-    inputs: MixtureInputs, mixing: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
+    inputs: MixtureInputs, mixture: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     shaped = (inputs.z, inputs.coefficients, inputs.scale)
     inputs, grad = _uniform(inputs), _rows(grad)
-    function = _backward_function(mixing.form, mixing.activations, _kind(inputs), needed)
+    function = _backward_function(mixture.form, mixture.activations, _kind(inputs), needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
     grads = function(inputs.z.shape[0])(inputs, grad)
     return tuple(None if own is None else own.view(of.shape) for own, of in zip(grads, shaped, strict=True))
@@ -87,7 +87,7 @@ def _kind(inputs: MixtureInputs) -> tuple[object, ...]:
 
 
 @dataclass(frozen=True)
-class _Function:
+class _ByTokens:
     """A function of tokens, compiled when it is first called with more than one: to one it would specialise."""
 
     plain: Callable[..., object]
@@ -98,7 +98,7 @@ class _Function:
 
 
 @functools.cache
-def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _Function:
+def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _ByTokens:
     del kind  # each has a function of its own
     bases = _bases(activations)
 
@@ -114,27 +114,27 @@ def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[objec
 @functools.cache
 def _backward_function(
     form: str, activations: tuple[str, ...], kind: tuple[object, ...], needed: tuple[bool, bool, bool]
-) -> _Function:
+) -> _ByTokens:
     del kind  # each has a function of its own
     need_z, need_coefficients, need_scale = needed
     bases = _bases(activations)
 
     def backward(inputs: MixtureInputs, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         z, coefficients, _, scale = inputs
-        mixture = _evaluate(form, bases, inputs)
+        evaluated = _evaluate(form, bases, inputs)
         grad = grad.float()
         grad_z = grad_coefficients = grad_scale = None
         if need_scale:
-            grad_scale = (grad * mixture.out).sum(-1).to(scale.dtype)
+            grad_scale = (grad * evaluated.out).sum(-1).to(scale.dtype)
         if scale is not None:
             grad = grad * scale.float()[:, None]
         if need_coefficients:
             # One row per token, no atomics; LA's then summed over tokens in a second step.
-            sums = mixture.raised([(grad * term).sum(-1) for term in mixture.terms()])
+            sums = evaluated.raised([(grad * term).sum(-1) for term in evaluated.terms()])
             rows = torch.stack(sums, dim=-1)  # [t, n]
             grad_coefficients = rows if coefficients.dim() > 1 else rows.sum(0)
         if need_z:
-            grad_z = torch.cat([grad * partial for partial in mixture.partials()], dim=-1).to(z.dtype)
+            grad_z = torch.cat([grad * partial for partial in evaluated.partials()], dim=-1).to(z.dtype)
         return grad_z, grad_coefficients, grad_scale
 
     return _compile(backward, "mixture_backward", form)
@@ -231,23 +231,23 @@ def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _compile(function: Callable[..., object], name: str, form: str) -> _Function:
+def _compile(function: Callable[..., object], name: str, form: str) -> _ByTokens:
     """With a code object of its own, so that functions do not share (and exhaust) one recompile limit."""
     code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
     own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    return _Function(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
+    return _ByTokens(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
 
 
-def gate_forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
+def gate_forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     logits = _logits(inputs)
-    coefficients = reference.gate(logits, mixing, _per_row(inputs.amplitude, inputs.group_ends, logits))
+    coefficients = reference.gate(logits, mixture, _per_row(inputs.amplitude, inputs.group_ends, logits))
     coefficients = coefficients if inputs.scale is None else coefficients * inputs.scale
     return coefficients.view(*inputs.x.shape[:-1], -1)
 
 
 def gate_backward(
-    inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
+    inputs: GateInputs, mixture: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     shape = inputs.x.shape
@@ -260,11 +260,11 @@ def gate_backward(
     if amplitude is not None:
         # Coefficients cannot be divided by an amplitude of 0, so psi is computed again.
         rows = _per_row(amplitude, group_ends, grad)
-        slope, offset = mixing.psi_hat
-        psi = reference.gate(_logits(inputs), mixing)
+        slope, offset = mixture.psi_hat
+        psi = reference.gate(_logits(inputs), mixture)
         grad_amplitude = _summed(grad * (slope * psi + offset), group_ends, amplitude)
         grad = grad * rows * slope
-    grad = _gate_derivative(grad, psi, mixing)
+    grad = _gate_derivative(grad, psi, mixture)
     if bias is not None:
         grad_bias = _summed(grad, group_ends, bias)
     need_x, need_weight = needed
@@ -301,11 +301,11 @@ def _summed(rows: Tensor, group_ends: Tensor | None, parameter: Tensor) -> Tenso
     return total.to(parameter.dtype)
 
 
-def _gate_derivative(grad: Tensor, psi: Tensor, mixing: MixtureConfig) -> Tensor:
+def _gate_derivative(grad: Tensor, psi: Tensor, mixture: MixtureConfig) -> Tensor:
     """The logits' gradient, from that of psi and from psi itself, [t, n]."""
-    if mixing.gate == "sigmoid":
+    if mixture.gate == "sigmoid":
         return grad * psi * (1 - psi)
-    if mixing.gate == "tanh":
+    if mixture.gate == "tanh":
         return grad * (1 - psi * psi)
-    grad, psi = (tensor.unflatten(-1, (-1, mixing.softmax_size)) for tensor in (grad, psi))
+    grad, psi = (tensor.unflatten(-1, (-1, mixture.softmax_size)) for tensor in (grad, psi))
     return (psi * (grad - (grad * psi).sum(-1, keepdim=True))).flatten(-2)

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def mixed_activation(
     preactivation: Tensor,
     coefficients: Tensor,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
     group_ends: Tensor | None = None,
@@ -35,7 +35,7 @@ def mixed_activation(
         preactivation: fc1's output, [..., f] for type1, else [..., 2f] (activated branch first); bf16, fp16, fp32
             or fp64.
         coefficients: [..., n] per token (MoA) or [n] for all tokens (LA); [groups, n] with ``group_ends``.
-        mixing: form, dictionary and backend.
+        mixture: form, dictionary and backend.
         bias: fc1's bias, [f] or [2f], added before the activations.
         per_token_scale: [...], multiplies each token's result (a router's probability).
         group_ends: [groups] int32, where tokens are sorted by expert and each expert has coefficients of its own for
@@ -49,20 +49,20 @@ def mixed_activation(
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
-    if _breaks_graph(mixing):
-        return _outside(mixed_activation)(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
+    if _breaks_graph(mixture):
+        return _outside(mixed_activation)(preactivation, coefficients, mixture, bias, per_token_scale, group_ends)
     inputs = autograd.MixtureInputs(preactivation, coefficients, bias, per_token_scale)
-    _check_shapes(inputs, mixing, group_ends)
-    backend = _fused_backend(mixing, preactivation)
+    _check_shapes(inputs, mixture, group_ends)
+    backend = _fused_backend(mixture, preactivation)
     if backend is None:
-        return reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale, group_ends)
-    return autograd.mixed_activation(backend, inputs, mixing, group_ends)
+        return reference.mixed_activation(preactivation, coefficients, mixture, bias, per_token_scale, group_ends)
+    return autograd.mixed_activation(backend, inputs, mixture, group_ends)
 
 
 def gate_coefficients(
     x: Tensor,
     weight: Tensor,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     bias: Tensor | None = None,
     amplitude: Tensor | None = None,
     scale: Tensor | None = None,
@@ -74,7 +74,7 @@ def gate_coefficients(
     Args:
         x: fc1's input, [..., h]; [t, h] with ``group_ends``.
         weight: u [n, h]; [groups, n, h] with ``group_ends``.
-        mixing: psi and backend.
+        mixture: psi and backend.
         bias: b [n] ([groups, n]), or None.
         amplitude: a [n] ([groups, n]), or None for fixed amplitude.
         scale: [1], a constant, or None for 1.
@@ -87,19 +87,19 @@ def gate_coefficients(
     Raises:
         UserError: a backend that is not there.
     """
-    if _breaks_graph(mixing):
-        return _outside(gate_coefficients)(x, weight, mixing, bias, amplitude, scale, group_ends)
-    backend = _fused_backend(mixing, x)
+    if _breaks_graph(mixture):
+        return _outside(gate_coefficients)(x, weight, mixture, bias, amplitude, scale, group_ends)
+    backend = _fused_backend(mixture, x)
     if backend is None:
-        return reference.gate_coefficients(x, weight, mixing, bias, amplitude, scale, group_ends)
+        return reference.gate_coefficients(x, weight, mixture, bias, amplitude, scale, group_ends)
     inputs = autograd.GateInputs(x, weight, bias, amplitude, scale, group_ends)
-    return autograd.gate_coefficients(backend, inputs, mixing)
+    return autograd.gate_coefficients(backend, inputs, mixture)
 
 
 def gated_mixture(
     preactivation: Tensor,
     gate: autograd.GateInputs,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -111,31 +111,32 @@ def gated_mixture(
     Returns:
         The mixture, and the coefficients [..., n], which are for looking at: no gradient flows back through them.
     """
-    if _breaks_graph(mixing):
-        return _outside(gated_mixture)(preactivation, gate, mixing, bias, per_token_scale)
-    if gate.x.shape[:-1] != preactivation.shape[:-1] or gate.weight.shape[-2] != mixing.num_coefficients:
+    if _breaks_graph(mixture):
+        return _outside(gated_mixture)(preactivation, gate, mixture, bias, per_token_scale)
+    if gate.x.shape[:-1] != preactivation.shape[:-1] or gate.weight.shape[-2] != mixture.num_coefficients:
         raise ValueError(
-            f"gate of {tuple(gate.x.shape)} by {tuple(gate.weight.shape)}: {mixing.form} over {mixing.num_activations} "
-            f"activations needs {mixing.num_coefficients} coefficients for each of {tuple(preactivation.shape)}"
+            f"gate of {tuple(gate.x.shape)} by {tuple(gate.weight.shape)}: {mixture.form} over "
+            f"{mixture.num_activations} activations needs {mixture.num_coefficients} coefficients for each of "
+            f"{tuple(preactivation.shape)}"
         )
-    _check_preactivation(preactivation, mixing, bias, per_token_scale)
-    backend = _fused_backend(mixing, preactivation)
+    _check_preactivation(preactivation, mixture, bias, per_token_scale)
+    backend = _fused_backend(mixture, preactivation)
     if backend is None:
-        coefficients = reference.gate_coefficients(*gate[:2], mixing, *gate[2:])
-        out = reference.mixed_activation(preactivation, coefficients, mixing, bias, per_token_scale)
+        coefficients = reference.gate_coefficients(*gate[:2], mixture, *gate[2:])
+        out = reference.mixed_activation(preactivation, coefficients, mixture, bias, per_token_scale)
         return out, coefficients.detach()
-    return autograd.gated_mixture(backend, gate, preactivation, mixing, bias, per_token_scale)
+    return autograd.gated_mixture(backend, gate, preactivation, mixture, bias, per_token_scale)
 
 
 # torch.compile and torch.export can trace no backend but the reference, which torch.compile fuses. So where no backend
 # is named that computes a mixture in a graph; one that is named ends the graph and begins another.
 
 
-def _breaks_graph(mixing: MixtureConfig) -> bool:
-    if not torch.compiler.is_compiling() or mixing.backend not in ("triton", "compile"):
+def _breaks_graph(mixture: MixtureConfig) -> bool:
+    if not torch.compiler.is_compiling() or mixture.backend not in ("triton", "compile"):
         return False
     if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
-        raise UserError(f"--moa-backend {mixing.backend}: cannot be exported as a graph; take auto or eager")
+        raise UserError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
     return True
 
 
@@ -145,15 +146,15 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, reason="a backend is named, which cannot be traced")
 
 
-def _fused_backend(mixing: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
+def _fused_backend(mixture: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
     """The backend's module; None for eager, inside a graph, and for float64, which is for checks and has the reference
     only.
     """
     if torch.compiler.is_compiling():
-        check_overwrite(mixing, "eager")
+        check_overwrite(mixture, "eager")
         return None
-    name = resolve_backend(mixing.backend, tensor.device.type)
-    check_overwrite(mixing, name)
+    name = resolve_backend(mixture.backend, tensor.device.type)
+    check_overwrite(mixture, name)
     if name == "eager" or tensor.dtype == torch.float64:
         return None
     if name == "compile":
@@ -168,10 +169,10 @@ def _triton_backend() -> autograd.Backend:
     return backend
 
 
-def _check_shapes(inputs: autograd.MixtureInputs, mixing: MixtureConfig, group_ends: Tensor | None) -> None:
+def _check_shapes(inputs: autograd.MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None) -> None:
     preactivation, coefficients, bias, per_token_scale = inputs
     tokens = preactivation.shape[:-1]
-    n = mixing.num_coefficients
+    n = mixture.num_coefficients
     if group_ends is not None:
         groups = group_ends.shape[0]
         if coefficients.shape != (groups, n) or len(tokens) != 1:
@@ -181,27 +182,27 @@ def _check_shapes(inputs: autograd.MixtureInputs, mixing: MixtureConfig, group_e
             )
     elif coefficients.shape not in ((n,), (*tokens, n)):
         raise ValueError(
-            f"coefficients {tuple(coefficients.shape)}: {mixing.form} over {mixing.num_activations} activations "
+            f"coefficients {tuple(coefficients.shape)}: {mixture.form} over {mixture.num_activations} activations "
             f"needs [{n}] or {[*tokens, n]} for preactivation {tuple(preactivation.shape)}"
         )
-    _check_preactivation(preactivation, mixing, bias, per_token_scale)
+    _check_preactivation(preactivation, mixture, bias, per_token_scale)
 
 
 def _check_preactivation(
-    preactivation: Tensor, mixing: MixtureConfig, bias: Tensor | None, per_token_scale: Tensor | None
+    preactivation: Tensor, mixture: MixtureConfig, bias: Tensor | None, per_token_scale: Tensor | None
 ) -> None:
     tokens, width = preactivation.shape[:-1], preactivation.shape[-1]
-    if mixing.gated and width % 2:
-        raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixing.form} needs two halves, [..., 2f]")
+    if mixture.gated and width % 2:
+        raise ValueError(f"preactivation {tuple(preactivation.shape)}: {mixture.form} needs two halves, [..., 2f]")
     if bias is not None and bias.shape != (width,):
         raise ValueError(f"bias {tuple(bias.shape)}: needs [{width}], preactivation's last size")
     if per_token_scale is not None and per_token_scale.shape != tokens:
         raise ValueError(f"per_token_scale {tuple(per_token_scale.shape)}: needs {list(tokens)}, one per token")
 
 
-def check_overwrite(mixing: MixtureConfig, backend: str) -> None:
+def check_overwrite(mixture: MixtureConfig, backend: str) -> None:
     """Raises UserError if the gradient shall be written in place and the backend cannot."""
-    if mixing.overwrite and backend != "triton":
+    if mixture.overwrite and backend != "triton":
         raise UserError(
             f"--moa-overwrite-preactivation: the {backend} backend does not write in place, only the Triton kernels "
             "do; drop the flag"

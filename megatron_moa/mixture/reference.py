@@ -37,7 +37,7 @@ DEFINITIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def gate(logits: Tensor, mixing: MixtureConfig, amplitude: Tensor | None = None) -> Tensor:
+def gate(logits: Tensor, mixture: MixtureConfig, amplitude: Tensor | None = None) -> Tensor:
     """Coefficients from gate logits.
 
     c_k = psi(l_k), or with amplitudes c_k = a_k psi_hat(l_k), psi_hat scaled so that psi_hat(0) = 1
@@ -45,28 +45,28 @@ def gate(logits: Tensor, mixing: MixtureConfig, amplitude: Tensor | None = None)
 
     Args:
         logits: [..., n], l_k = u_k x + b_k.
-        mixing: which psi; softmax normalises over a branch's K entries, over all K(K+1)/2 of the quadratic form.
+        mixture: which psi; softmax normalises over a branch's K entries, over all K(K+1)/2 of the quadratic form.
         amplitude: [n] or [..., n], or None for fixed amplitude.
 
     Returns:
         [..., n], the dtype of the logits.
     """
-    if mixing.gate == "sigmoid":
+    if mixture.gate == "sigmoid":
         psi = torch.sigmoid(logits)
-    elif mixing.gate == "softmax":
-        psi = torch.softmax(logits.unflatten(-1, (-1, mixing.softmax_size)), dim=-1).flatten(-2)
+    elif mixture.gate == "softmax":
+        psi = torch.softmax(logits.unflatten(-1, (-1, mixture.softmax_size)), dim=-1).flatten(-2)
     else:
         psi = torch.tanh(logits)
     if amplitude is None:
         return psi
-    slope, offset = mixing.psi_hat
+    slope, offset = mixture.psi_hat
     return amplitude * (slope * psi + offset)
 
 
 def gate_coefficients(
     x: Tensor,
     weight: Tensor,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     bias: Tensor | None = None,
     amplitude: Tensor | None = None,
     scale: Tensor | None = None,
@@ -79,13 +79,13 @@ def gate_coefficients(
     if group_ends is not None:
         return torch.cat(
             [
-                gate_coefficients(rows, weight[group], mixing, _of(bias, group), _of(amplitude, group), scale)
+                gate_coefficients(rows, weight[group], mixture, _of(bias, group), _of(amplitude, group), scale)
                 for group, rows in enumerate(x.split(_sizes(group_ends)))
             ]
         )
     dtype = torch.promote_types(weight.dtype, torch.float32)
     bias, amplitude = (None if tensor is None else tensor.to(dtype) for tensor in (bias, amplitude))
-    coefficients = gate(F.linear(x.to(dtype), weight.to(dtype), bias), mixing, amplitude)
+    coefficients = gate(F.linear(x.to(dtype), weight.to(dtype), bias), mixture, amplitude)
     return coefficients if scale is None else coefficients * scale
 
 
@@ -99,7 +99,7 @@ def _of(tensor: Tensor | None, group: int) -> Tensor | None:
     return None if tensor is None else tensor[group]
 
 
-def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixtureConfig) -> Tensor:
+def mix(preactivation: Tensor, coefficients: Tensor, mixture: MixtureConfig) -> Tensor:
     """The mixed activation, before the down projection: W2's input (type1) or W3's, eq. 3 to 10 of the paper.
 
     | form | value | equations (LA, MoA) |
@@ -116,13 +116,13 @@ def mix(preactivation: Tensor, coefficients: Tensor, mixing: MixtureConfig) -> T
     Returns:
         [..., f]
     """
-    names = mixing.activations
-    if mixing.form == "type1":
+    names = mixture.activations
+    if mixture.form == "type1":
         return _weighted_sum(names, preactivation, coefficients)
     y, z = preactivation.chunk(2, dim=-1)
-    if mixing.form == "one-sided":
+    if mixture.form == "one-sided":
         return F.silu(y) * _weighted_sum(names, z, coefficients)
-    if mixing.form == "bi-sided":
+    if mixture.form == "bi-sided":
         first, second = coefficients.chunk(2, dim=-1)
         return _weighted_sum(names, y, first) * _weighted_sum(names, z, second)
     rows = coefficients.split(tuple(range(len(names), 0, -1)), dim=-1)  # of one k each: l = k, ..., K
@@ -140,7 +140,7 @@ def _weighted_sum(names: tuple[str, ...], x: Tensor, coefficients: Tensor) -> Te
 def mixed_activation(
     preactivation: Tensor,
     coefficients: Tensor,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
     group_ends: Tensor | None = None,
@@ -156,7 +156,7 @@ def mixed_activation(
     z = preactivation.to(compute_dtype)
     if bias is not None:
         z = z + bias.to(compute_dtype)
-    mixed = mix(z, coefficients.to(compute_dtype), mixing)
+    mixed = mix(z, coefficients.to(compute_dtype), mixture)
     if per_token_scale is not None:
         mixed = mixed * per_token_scale.to(compute_dtype).unsqueeze(-1)
     return mixed.to(preactivation.dtype)
@@ -166,7 +166,7 @@ def feed_forward(
     x: Tensor,
     fc1_weight: Tensor,
     fc2_weight: Tensor,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     *,
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
@@ -186,5 +186,5 @@ def feed_forward(
         [..., h]
     """
     if coefficients is None:
-        coefficients = gate(F.linear(x, gate_weight, gate_bias), mixing, amplitude)
-    return F.linear(mix(F.linear(x, fc1_weight), coefficients, mixing), fc2_weight)
+        coefficients = gate(F.linear(x, gate_weight, gate_bias), mixture, amplitude)
+    return F.linear(mix(F.linear(x, fc1_weight), coefficients, mixture), fc2_weight)

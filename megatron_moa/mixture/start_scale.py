@@ -17,17 +17,17 @@ _SEED = 1234
 
 # Must not be named start_scale. Exports of format version 1 try to import that from here; where it is missing they use
 # their own copy of the mixture, whose one-sided and quadratic forms are other functions than this package's.
-def matching_scale(mixing: MixtureConfig, init_std: float, hidden_size: int) -> float:
+def matching_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) -> float:
     """The factor on all coefficients with which the layer's output has, at step 0, the mean square of SwiGLU's (GELU's
     for type1); arguments as in :func:`output_scale`.
     """
-    ratio = output_scale(mixing, init_std, hidden_size)
+    ratio = output_scale(mixture, init_std, hidden_size)
     # The bi-sided form multiplies two coefficients, so each takes half of the correction.
-    return ratio**-0.5 if mixing.form == "bi-sided" else 1 / ratio
+    return ratio**-0.5 if mixture.form == "bi-sided" else 1 / ratio
 
 
 @functools.cache
-def output_scale(mixing: MixtureConfig, init_std: float, hidden_size: int) -> float:
+def output_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) -> float:
     """Root mean square of the mixture before the down projection, over SwiGLU's (GELU's for type1), both at step 0.
 
     A normalised input makes preactivations and gate logits independent normal numbers, whose standard deviations are
@@ -35,24 +35,24 @@ def output_scale(mixing: MixtureConfig, init_std: float, hidden_size: int) -> fl
     every run.
 
     Args:
-        mixing: the mixture; has the standard deviation of its gate vectors.
+        mixture: the mixture; has the standard deviation of its gate vectors.
         init_std: standard deviation of fc1's weights.
         hidden_size: h.
     """
-    std, logit_std = (each * math.sqrt(hidden_size) for each in (init_std, mixing.gate_init_std))
+    std, logit_std = (each * math.sqrt(hidden_size) for each in (init_std, mixture.gate_init_std))
     # Sobol points: the squares of squares in it have heavy tails, on which plain sampling is off by per cents.
-    uniform = torch.quasirandom.SobolEngine(2 if mixing.gated else 1, scramble=True, seed=_SEED)
+    uniform = torch.quasirandom.SobolEngine(2 if mixture.gated else 1, scramble=True, seed=_SEED)
     z = std * torch.special.ndtri(uniform.draw(_SAMPLES, dtype=torch.float64).clamp(1e-12, 1 - 1e-12))
     # On the CPU, as the Sobol points are, even while a model is built on the meta device.
-    start = torch.tensor(list(mixing.start_values()), dtype=torch.float64, device="cpu")
-    if mixing.kind == "la":
+    start = torch.tensor(list(mixture.start_values()), dtype=torch.float64, device="cpu")
+    if mixture.kind == "la":
         coefficients = start
     else:
-        amplitude = start if mixing.amplitude == "learned" else None
+        amplitude = start if mixture.amplitude == "learned" else None
         generator = torch.Generator().manual_seed(_SEED)
-        shape = (_SAMPLES, mixing.num_coefficients)
+        shape = (_SAMPLES, mixture.num_coefficients)
         logits = logit_std * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-        coefficients = gate(logits, mixing, amplitude)
-    fixed = F.silu(z[:, :1]) * z[:, 1:] if mixing.gated else F.gelu(z)
-    mixed = mix(z, coefficients, mixing)
+        coefficients = gate(logits, mixture, amplitude)
+    fixed = F.silu(z[:, :1]) * z[:, 1:] if mixture.gated else F.gelu(z)
+    mixed = mix(z, coefficients, mixture)
     return math.sqrt((mixed.square().mean() / fixed.square().mean()).item())

@@ -60,15 +60,15 @@ def parse(flags: Sequence[str], gpus: int) -> tuple[argparse.Namespace, MixtureC
         UserError: invalid flags of the mixture.
         SystemExit: flags that cannot be parsed, after one line that says so.
     """
-    from megatron_moa.command_line.flags import mixing_from_args
+    from megatron_moa.command_line.flags import mixture_from_args
     from megatron_moa.training.parser import parse_flags  # when megatron_moa.cpu has replaced what it must
 
     with _world(gpus, flags):
         args = parse_flags()
-        mixing = mixing_from_args(args)
-    if mixing is not None:
+        mixture = mixture_from_args(args)
+    if mixture is not None:
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False  # as parse_arguments does
-    return args, mixing
+    return args, mixture
 
 
 def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.Namespace:

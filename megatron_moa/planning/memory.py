@@ -224,7 +224,7 @@ def _norm(model: Model, u: float, software: Software) -> float:
 
 def _feed_forward(model: Model, software: Software, t: float, u: float, f: float, routed: bool = False) -> float:
     """fc1's output, fc2's input, and 4 n a token for coefficients: once as the gates gave them, once gathered."""
-    unfused = model.mixing is None and model.gated and not software.fused_glu
+    unfused = model.mixture is None and model.gated and not software.fused_glu
     widths = model.halves + 1 + (2 + routed) * unfused  # routed: its output before the router's probability, too
     coefficients = FLOAT32 * model.coefficients * (t + (u if u != t else 0))
     return t * f * widths * model.element + coefficients

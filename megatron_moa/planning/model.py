@@ -54,7 +54,7 @@ class Model:
         positions: learned positions; 0 for rotary ones.
         vocabulary: padded to a multiple of ``vocabulary_multiple`` times the tensor-parallel size.
         moe_layers: whether each layer is one of experts.
-        mixing: None for the stock model.
+        mixture: None for the stock model.
         element: bytes of a weight and of an activation, 2 or 4.
         gradient: bytes of a gradient, as it is summed.
         optimizer: one of :data:`OPTIMIZERS`.
@@ -82,7 +82,7 @@ class Model:
     vocabulary_multiple: int
     experts: Experts | None
     moe_layers: tuple[bool, ...]
-    mixing: MixtureConfig | None
+    mixture: MixtureConfig | None
     element: int
     gradient: int
     optimizer: str
@@ -92,7 +92,7 @@ class Model:
     iterations: int
 
     @classmethod
-    def from_args(cls, args: argparse.Namespace, mixing: MixtureConfig | None) -> Model:
+    def from_args(cls, args: argparse.Namespace, mixture: MixtureConfig | None) -> Model:
         """From Megatron's parsed and validated arguments.
 
         Raises:
@@ -135,7 +135,7 @@ class Model:
             vocabulary_multiple=args.make_vocab_size_divisible_by,
             experts=experts,
             moe_layers=tuple(moe_layers(args)),
-            mixing=mixing,
+            mixture=mixture,
             element=2 if args.bf16 else 4,
             gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
             optimizer=args.optimizer,
@@ -153,7 +153,7 @@ class Model:
     @property
     def coefficients(self) -> int:
         """n of a feed-forward layer or expert whose coefficients depend on the token; 0 for LA and the stock model."""
-        return self.mixing.num_coefficients if self.mixing and self.mixing.kind == "moa" else 0
+        return self.mixture.num_coefficients if self.mixture and self.mixture.kind == "moa" else 0
 
     @property
     def halves(self) -> int:

@@ -94,13 +94,13 @@ def _feed_forward(model: Model, name: str, f: int, experts: int = 0) -> Iterable
 
 def mixture_parameters(model: Model) -> int:
     """Of one feed-forward layer or expert: n h for gates, n each for their bias and amplitude; n for LA."""
-    mixing = model.mixing
-    if mixing is None:
+    mixture = model.mixture
+    if mixture is None:
         return 0
-    n = mixing.num_coefficients
-    if mixing.kind == "la":
+    n = mixture.num_coefficients
+    if mixture.kind == "la":
         return n
-    return n * (model.hidden + mixing.gate_bias + (mixing.amplitude == "learned"))
+    return n * (model.hidden + mixture.gate_bias + (mixture.amplitude == "learned"))
 
 
 def first_weights(model: Model, tp: int) -> list[Weight]:

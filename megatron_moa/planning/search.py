@@ -184,7 +184,7 @@ class Planner:
             return (fixed[name],) if name in fixed else values
 
         halves = [self.micro_batch >> shift for shift in range(self.micro_batch.bit_length())]
-        recompute = [kind for kind in RECOMPUTE if model.mixing is not None or kind != "mixture"]
+        recompute = [kind for kind in RECOMPUTE if model.mixture is not None or kind != "mixture"]
         for tp in choices("tp", divisors(model.heads, min(gpus, GPUS_PER_NODE))):
             for pp in choices("pp", divisors(model.layers, gpus // tp)):
                 for ep in choices("ep", divisors(model.experts.number, gpus // pp) if model.experts else (1,)):
@@ -241,13 +241,13 @@ def _works(model: Model, split: Split) -> bool:
     return all(works(getattr(split, name)) for name, works, _ in _rules(model, split))
 
 
-def flops_by_tp(args: argparse.Namespace, mixing: MixtureConfig | None) -> Callable[[int], Flops]:
+def flops_by_tp(args: argparse.Namespace, mixture: MixtureConfig | None) -> Callable[[int], Flops]:
     """FLOPs of one token by the number of tensor-parallel ranks, each counted once."""
 
     @functools.cache
     def flops(tp: int) -> Flops:
         own = copy.copy(args)
         own.tensor_model_parallel_size = tp
-        return flops_per_token(own, mixing)
+        return flops_per_token(own, mixture)
 
     return flops

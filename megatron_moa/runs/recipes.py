@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import FORMS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-_FORMS = ("type1", "one-sided", "bi-sided", "quadratic")
-MIXINGS = ("none", "la", "moa", *_FORMS, *(f"la-{form}" for form in _FORMS))
+RECIPE_MIXINGS = ("none", "la", "moa", *FORMS, *(f"la-{form}" for form in FORMS))
 TENSOR_CORE_MULTIPLE = 8  # elements of two bytes; a row of a matrix must begin at a multiple of 16 bytes
 
 
@@ -72,7 +72,7 @@ def recipe_flags(
 
     Args:
         model: a name of :func:`model_files`, or the path of a recipe.
-        mixing: one of :data:`MIXINGS`.
+        mixing: one of :data:`RECIPE_MIXINGS`.
         flags: further ones; ``--mock-data`` among them gives the recipe's vocabulary without a tokenizer.
         environment: the script's variables (``TP``, ``MICRO_BATCH_SIZE``, …) beside this process's own, which hold too.
 
@@ -80,8 +80,8 @@ def recipe_flags(
         UserError: no such recipe, or whatever else the script refuses.
     """
     model_path(model)
-    if mixing not in MIXINGS:
-        raise UserError(f"{mixing}: there is no such mixing; take one of {', '.join(MIXINGS)}")
+    if mixing not in RECIPE_MIXINGS:
+        raise UserError(f"{mixing}: there is no such mixing; take one of {', '.join(RECIPE_MIXINGS)}")
     # One process: how it is launched does not matter here, and the script asks about addresses otherwise.
     variables = {**os.environ, "NPROC_PER_NODE": "1", "NNODES": "1", **(environment or {})}
     command = ["bash", str(EXAMPLES / "pretrain.sh"), model, mixing, *flags, "--dry-run"]

@@ -81,8 +81,8 @@ def reference_logits(prepared: PreparedCheckpoint, tokens: Tensor, rounded_to: t
     Returns:
         [b, s, vocabulary] float32 on the CPU, without what pads the vocabulary.
     """
-    if prepared.config.mixing is not None:
-        prepared.config.mixing = dataclasses.replace(prepared.config.mixing, backend="eager")
+    if prepared.config.mixture is not None:
+        prepared.config.mixture = dataclasses.replace(prepared.config.mixture, backend="eager")
     model = prepared.load().model
     if rounded_to is not None:
         for parameter in model.parameters():

@@ -44,7 +44,7 @@ class LoadedModel(TextModel):
     Attributes:
         model: the GPT model, whole, on this process's device.
         args: Megatron's args, the model's settings as in the checkpoint.
-        mixing: its mixture, None for stock feed-forward layers.
+        mixture: its mixture, None for stock feed-forward layers.
         tokenizer: the one it was trained with.
         iteration: the training iteration it was saved at.
         saved_ends: the tokens that end a text by the Hugging Face folder it came from; None where it came from none.
@@ -52,7 +52,7 @@ class LoadedModel(TextModel):
 
     model: GPTModel
     args: argparse.Namespace
-    mixing: MixtureConfig | None
+    mixture: MixtureConfig | None
     tokenizer: Any
     iteration: int
     saved_ends: Sequence[int] | None = None
@@ -150,13 +150,13 @@ class PreparedCheckpoint:
         models = MixedGPTModelBuilder(self.config).build_distributed_models(
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
         )
-        check_mixture(models, self.config.mixing)
+        check_mixture(models, self.config.mixture)
         model = unwrap_model(models[0])
         _load_weights(model, self.checkpoint.path)
         for parameter in model.parameters():
             parameter.requires_grad = False
         iteration = self.checkpoint.iteration or 0
-        return LoadedModel(models[0].eval(), self.args, self.config.mixing, self.tokenizer, iteration, self.saved_ends)
+        return LoadedModel(models[0].eval(), self.args, self.config.mixture, self.tokenizer, iteration, self.saved_ends)
 
 
 def _load_weights(model: GPTModel, folder: Path) -> None:
@@ -232,7 +232,7 @@ def prepare_checkpoint(
     program, arguments = sys.argv[0], sys.argv[1:]
     sys.argv[1:] = [*flags, *megatron_flags]  # Megatron reads nothing else
     try:
-        args, mixing = parse_arguments()
+        args, mixture = parse_arguments()
     finally:
         sys.argv[:] = [program, *arguments]
     initialize_megatron(allow_no_cuda=True)
@@ -241,7 +241,7 @@ def prepare_checkpoint(
         != 1
     ):
         raise UserError(f"--load {folder}: loads into one process; drop the flags that split the model")
-    config = model_config_from_args(args, mixing)
+    config = model_config_from_args(args, mixture)
     tokenizer = get_tokenizer()
     checkpoint, saved = check_before_setup(args, tokenizer.vocab_size)
     return PreparedCheckpoint(args, saved, checkpoint, config, tokenizer)

@@ -80,7 +80,7 @@ def stock_as_mixture(saved: argparse.Namespace) -> MixtureConfig:
     return MixtureConfig(kind="la", form=form, activations=(activation,), initial_coefficients=(1.0,))
 
 
-def target_mixing(
+def target_mixture(
     source: MixtureConfig,
     mixing: str,
     form: str | None = None,
@@ -205,13 +205,13 @@ def _check_order(source: MixtureConfig, target: MixtureConfig) -> None:
     )
 
 
-def _fixed_gates(mixing: MixtureConfig) -> bool:
-    return mixing.kind == "moa" and mixing.amplitude == "fixed"
+def _fixed_gates(mixture: MixtureConfig) -> bool:
+    return mixture.kind == "moa" and mixture.amplitude == "fixed"
 
 
-def _gate_factor(mixing: MixtureConfig) -> float:
+def _gate_factor(mixture: MixtureConfig) -> float:
     """The amplitude a for which a psi_hat is psi; for gates whose psi_hat has no offset."""
-    slope, offset = mixing.psi_hat
+    slope, offset = mixture.psi_hat
     assert offset == 0
     return 1 / slope
 
@@ -221,7 +221,7 @@ def _gate_factor(mixing: MixtureConfig) -> float:
 
 def origins(source: MixtureConfig, target: MixtureConfig) -> list[int]:
     """Where each of the target's n coefficients comes from, in their order: an index of the source's, :data:`ONE` or
-    :data:`ZERO`; for mixtures that :func:`target_mixing` admits.
+    :data:`ZERO`; for mixtures that :func:`target_mixture` admits.
     """
     names = target.activations
     if target.form == "quadratic":
@@ -271,7 +271,7 @@ def upcycled(
         read: gives the source's parameter or buffer of a name.
         model: of the target's mixture; on the meta device it takes no memory.
         source: its mixture (:func:`stock_as_mixture`).
-        target: of :func:`target_mixing`.
+        target: of :func:`target_mixture`.
         stock: the source has no coefficients, it is a mixture in name only.
 
     Returns:
@@ -350,7 +350,7 @@ def convert(
         root: where to write, as ``--save`` names it; not there yet.
         megatron_flags: further ones, such as ``--tokenizer-model``.
         iteration: which checkpoint; None for the latest.
-        target_settings: ``mixing`` and others, of :func:`target_mixing`.
+        target_settings: ``mixing`` and others, of :func:`target_mixture`.
 
     Raises:
         UserError: nothing to load, or nothing it can become.
@@ -360,10 +360,10 @@ def convert(
     prepared = prepare_checkpoint(load, megatron_flags, iteration)
     if prepared.args.params_dtype != torch.float32:
         raise UserError("--bf16, --fp16: models are compared in fp32; drop the flag, the checkpoint keeps its dtype")
-    mixing, saved = prepared.config.mixing, prepared.saved
-    stock = mixing is None
-    source = stock_as_mixture(saved) if stock else mixing
-    target = target_mixing(source, stock=stock, routed_experts=bool(saved.num_experts), **target_settings)
+    mixture, saved = prepared.config.mixture, prepared.saved
+    stock = mixture is None
+    source = stock_as_mixture(saved) if stock else mixture
+    target = target_mixture(source, stock=stock, routed_experts=bool(saved.num_experts), **target_settings)
 
     args = copy.copy(prepared.args)
     vars(args).update(mixture_flags(target))
@@ -377,7 +377,7 @@ def convert(
     write_release(model, args_of_new_run(saved, target), root, read)
     print("> reading back and computing logits", flush=True)
     found = reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
-    return Conversion(mixing, target, Comparison.of(found, expected))
+    return Conversion(mixture, target, Comparison.of(found, expected))
 
 
 def args_of_new_run(saved: argparse.Namespace, target: MixtureConfig) -> argparse.Namespace:

@@ -16,8 +16,8 @@ from megatron_moa.command_line.flags import (
     TRAINING_FLAGS,
     check_checkpoint_flags,
     check_progress_flags,
-    mixing_from_args,
     mixture_defaults,
+    mixture_from_args,
 )
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.command_line.output_folder import check_output_folders
@@ -107,15 +107,15 @@ def parse_arguments(
         checkpoint, saved = guard.read_saved_settings(args, checkpoint)
     if args.use_checkpoint_args:
         _take_saved_settings(args, checkpoint, saved)
-    mixing = mixing_from_args(args)
+    mixture = mixture_from_args(args)
     check_shapes(args)
-    _settle(args, mixing)
+    _settle(args, mixture)
     if check is not None:
         check(args)
     check_output_folders(args)
     with megatron_checks(args):
         validate_args(args)
-    if mixing is not None:
+    if mixture is not None:
         check_graphs(args)
     optimizer.check_validated_arguments(args)
     if saved is not None:
@@ -131,7 +131,7 @@ def parse_arguments(
     if as_global:
         with progress.wandb_errors(args):
             set_global_variables(args)
-    return args, mixing
+    return args, mixture
 
 
 def check_graphs(args: argparse.Namespace) -> None:
@@ -190,16 +190,16 @@ def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argpa
         args.tokenizer_type = getattr(saved, "tokenizer_type", None)
 
 
-def _settle(args: argparse.Namespace, mixing: MixtureConfig | None) -> None:
+def _settle(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
     """Sets what follows from the mixture and the machine, and checks that this machine can compute the mixture."""
     if args.moa_log_interval and args.fake_process_group:
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no ranks to sum over; "
             "drop one of the two"
         )
-    if mixing is not None:
+    if mixture is not None:
         # Now, not at the first step.
-        check_overwrite(mixing, resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu"))
+        check_overwrite(mixture, resolve_backend(mixture.backend, "cuda" if torch.cuda.is_available() else "cpu"))
         # The activation step is ours; Megatron would check that it could fuse the one it no longer runs.
         args.bias_gelu_fusion = args.bias_swiglu_fusion = False
         if args.ckpt_format == "fsdp_dtensor" and args.moe_grouped_gemm and args.expert_model_parallel_size > 1:

@@ -30,8 +30,8 @@ class CoefficientMonitor:
     TensorBoard and W&B, logs.
     """
 
-    def __init__(self, mixing: MixtureConfig, interval: int) -> None:
-        self.mixing = mixing
+    def __init__(self, mixture: MixtureConfig, interval: int) -> None:
+        self.mixture = mixture
         self.interval = interval
         self._recorded: int | None = None  # the iteration that is being recorded
 
@@ -40,7 +40,7 @@ class CoefficientMonitor:
         self._decoder_layers = models[0].config.num_layers
         mtp_layers = models[0].config.mtp_num_layers or 0
         # Row: decoder layer, then MTP layer; column: dense or routed, and shared; then see _accumulate.
-        size = 1 + self.mixing.num_coefficients
+        size = 1 + self.mixture.num_coefficients
         shape = (self._decoder_layers + mtp_layers, 2, size, size)
         self._sums = torch.zeros(shape, dtype=torch.float64, device=torch.cuda.current_device())
         self._observed: list[tuple[Coefficients, Callable[[Tensor], None]]] = []
@@ -89,11 +89,11 @@ class CoefficientMonitor:
             means = statistics.mean
             stds = torch.where(means.isfinite(), statistics.variance.sqrt(), math.nan)
             cells = []
-            for name, mean, std in zip(self.mixing.coefficient_names, means.tolist(), stds.tolist(), strict=True):
+            for name, mean, std in zip(self.mixture.coefficient_names, means.tolist(), stds.tolist(), strict=True):
                 cells.append(f"{name} {mean:.4f} +- {std:.4f}")
                 scalars |= {f"{tag}/{name}/mean": mean, f"{tag}/{name}/std": std}
             print(f" coefficients at iteration {iteration} | {label} | {' | '.join(cells)}", flush=True)
-            if self.mixing.kind == "moa":
+            if self.mixture.kind == "moa":
                 rank, spread, distance = _of_all_gates(statistics)
                 scalars |= {f"{tag}/effective-rank": rank, f"{tag}/spread": spread, f"{tag}/distance": distance}
                 print(

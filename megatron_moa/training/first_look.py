@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moa.command_line import megatron_flags
-from megatron_moa.command_line.flags import add_flags, check_progress_flags, mixing_from_args, our_flags
+from megatron_moa.command_line.flags import add_flags, check_progress_flags, mixture_from_args, our_flags
 from megatron_moa.data.checks import check_data_files
 from megatron_moa.errors import UserError, check_is_folder, fail, one_line_errors
 
@@ -61,7 +61,7 @@ def look(program: str, words: Sequence[str]) -> None:
         check_progress_flags(args)
         _check_folder(args)
         if not args.use_checkpoint_args:  # else the mixture and the tokenizer are the checkpoint's
-            mixing_from_args(args)
+            mixture_from_args(args)
             check_data_files(args)
 
 

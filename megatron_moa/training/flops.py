@@ -59,13 +59,13 @@ class Flops:
         return self.stock + self.gates + self.mixture
 
 
-def flops_per_token(args: argparse.Namespace, mixing: MixtureConfig | None) -> Flops:
+def flops_per_token(args: argparse.Namespace, mixture: MixtureConfig | None) -> Flops:
     """Operations of forward and backward of one token of a full sequence.
 
     Args:
         args: Megatron's, parsed and validated; left as they are. Before the tokenizer is built the padded vocabulary
             comes from ``vocab_size``.
-        mixing: the mixture; None for the stock model.
+        mixture: the mixture; None for the stock model.
 
     Raises:
         UserError: the vocabulary's size is not known yet.
@@ -75,17 +75,17 @@ def flops_per_token(args: argparse.Namespace, mixing: MixtureConfig | None) -> F
     args = copy.copy(args)  # Megatron's count writes to it
     args.padded_vocab_size = args.padded_vocab_size or _padded_vocab_size(args)
     count = inspect.unwrap(training.num_floating_point_operations)
-    gates, mixture = _mixture_flops(args, mixing)
-    return Flops(stock=count(args, 1) / args.seq_length, gates=gates, mixture=mixture)
+    gates, sums = _mixture_flops(args, mixture)
+    return Flops(stock=count(args, 1) / args.seq_length, gates=gates, mixture=sums)
 
 
-def install(args: argparse.Namespace, mixing: MixtureConfig | None) -> None:
+def install(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
     """Makes Megatron count gates and mixture too: in the log's throughput, and in the sum that checkpoints carry.
 
     ``training.num_floating_point_operations`` of megatron-core 0.19.2 is wrapped in place: it knows the layers from
     ``args`` alone, and the training loop calls it by that name.
     """
-    _COUNT.install(sum(_mixture_flops(args, mixing)))
+    _COUNT.install(sum(_mixture_flops(args, mixture)))
 
 
 def _with_mixture(stock: Callable, added: float) -> Callable:
@@ -111,17 +111,17 @@ _COUNT = patch(
 )
 
 
-def _mixture_flops(args: argparse.Namespace, mixing: MixtureConfig | None) -> tuple[float, float]:
+def _mixture_flops(args: argparse.Namespace, mixture: MixtureConfig | None) -> tuple[float, float]:
     """Of gates and of mixtures, a token, forward and backward, over all layers."""
-    if mixing is None:
+    if mixture is None:
         return 0, 0
-    k = mixing.num_activations
-    products = {"type1": k, "one-sided": k, "bi-sided": 2 * k, "quadratic": len(mixing.pairs) + k}[mixing.form]
-    n = mixing.num_coefficients if mixing.kind == "moa" else 0
+    k = mixture.num_activations
+    products = {"type1": k, "one-sided": k, "bi-sided": 2 * k, "quadratic": len(mixture.pairs) + k}[mixture.form]
+    n = mixture.num_coefficients if mixture.kind == "moa" else 0
     layers = list(_feed_forwards(args))
     gates = sum(hidden_size * n for hidden_size, _ in layers)
-    mixture = sum(width * products for _, width in layers)
-    return _FORWARD_AND_BACKWARD * _MULTIPLY_ADD * gates, _FORWARD_AND_BACKWARD * _MULTIPLY_ADD * mixture
+    sums = sum(width * products for _, width in layers)
+    return _FORWARD_AND_BACKWARD * _MULTIPLY_ADD * gates, _FORWARD_AND_BACKWARD * _MULTIPLY_ADD * sums
 
 
 def _feed_forwards(args: argparse.Namespace) -> Iterator[tuple[int, int]]:

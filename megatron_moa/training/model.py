@@ -53,10 +53,10 @@ class MixedGPTModelConfig(GPTModelConfig):
     """Megatron's GPTModelConfig plus the mixture's settings (None: stock feed-forward layers)."""
 
     builder: ClassVar[str] = "megatron_moa.training.model.MixedGPTModelBuilder"
-    mixing: MixtureConfig | None = None
+    mixture: MixtureConfig | None = None
 
 
-def model_config_from_args(args: argparse.Namespace, mixing: MixtureConfig | None) -> MixedGPTModelConfig:
+def model_config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None) -> MixedGPTModelConfig:
     """Megatron's ``gpt_config_from_args`` with the mixture, and ``--recompute-modules moe_act`` for its experts.
 
     Megatron 0.19.2 admits moe_act for grouped experts only; MixedMLP serves it, so Megatron's check does not see it.
@@ -66,7 +66,7 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixtureConfig | Non
         UserError: settings of Megatron's that contradict each other, or would be ignored.
     """
     modules = args.recompute_modules
-    if mixing is not None and modules:
+    if mixture is not None and modules:
         args.recompute_modules = [name for name in modules if name != "moe_act"]
     try:
         with megatron_checks(args):
@@ -76,10 +76,10 @@ def model_config_from_args(args: argparse.Namespace, mixing: MixtureConfig | Non
     if modules:
         config.transformer.recompute_modules = list(modules)
     check_recompute(config.transformer, modules)
-    if mixing is not None and mixing.recompute:
+    if mixture is not None and mixture.recompute:
         check_recompute_mixture(config.transformer, modules)
     config.rope_scaling_factor = args.rope_scaling_factor
-    config.mixing = mixing
+    config.mixture = mixture
     return config
 
 
@@ -108,8 +108,8 @@ class MixedGPTModelBuilder(GPTModelBuilder):
             )
         return GPTModel(
             config=config.transformer,
-            transformer_layer_spec=layer_spec(config, config.mixing, vp_stage),
-            mtp_block_spec=mtp_spec(config, config.mixing, vp_stage),
+            transformer_layer_spec=layer_spec(config, config.mixture, vp_stage),
+            mtp_block_spec=mtp_spec(config, config.mixture, vp_stage),
             vocab_size=vocab_size,
             max_sequence_length=config.seq_length,
             pre_process=pre_process,
@@ -141,38 +141,38 @@ class MixtureReport:
 
 
 def report_mixture(
-    models: list[MegatronModule], mixing: MixtureConfig | None, form_reason: str | None = None
+    models: list[MegatronModule], mixture: MixtureConfig | None, form_reason: str | None = None
 ) -> list[MegatronModule]:
     """Checks that what was asked for was built, prints it in one line, and returns the models as they came.
 
     Args:
         form_reason: why ``--moa-form auto`` became the mixture's form; None where the form was named.
     """
-    check_mixture(models, mixing)
+    check_mixture(models, mixture)
     report = measure_mixture(models)
     if torch.distributed.get_rank() != 0:
         return models
-    if mixing is None:
+    if mixture is None:
         print(
             f"> mixture of activations: none, stock feed-forward layers, {report.parameters:,} parameters", flush=True
         )
         return models
     config = models[0].config
-    backend = resolve_backend(mixing.backend, "cuda" if torch.cuda.is_available() else "cpu")
+    backend = resolve_backend(mixture.backend, "cuda" if torch.cuda.is_available() else "cpu")
     why = f" (--moa-form auto: {form_reason})" if form_reason else ""
     line = (
-        f"> mixture of activations: {mixing.describe()}{why}, {backend} backend, "
+        f"> mixture of activations: {mixture.describe()}{why}, {backend} backend, "
         f"{report.layers} layers, {report.extra_parameters:,} extra parameters "
         f"({report.extra_percent:.4f} % of {report.parameters - report.extra_parameters:,})"
     )
-    if mixing.init_scale == "paper" and config.init_method is not torch.nn.init.xavier_uniform_:
-        scale = output_scale(mixing, config.init_method_std, config.hidden_size)
-        line += f", output at step 0 about {scale:.1f} x {'SwiGLU' if mixing.gated else 'GELU'}'s"
+    if mixture.init_scale == "paper" and config.init_method is not torch.nn.init.xavier_uniform_:
+        scale = output_scale(mixture, config.init_method_std, config.hidden_size)
+        line += f", output at step 0 about {scale:.1f} x {'SwiGLU' if mixture.gated else 'GELU'}'s"
     print(line, flush=True)
     return models
 
 
-def check_mixture(models: list[MegatronModule], mixing: MixtureConfig | None) -> None:
+def check_mixture(models: list[MegatronModule], mixture: MixtureConfig | None) -> None:
     """Every feed-forward layer on this rank is of the class asked for, with the settings asked for.
 
     Raises:
@@ -184,10 +184,10 @@ def check_mixture(models: list[MegatronModule], mixing: MixtureConfig | None) ->
         for name, module in model.named_modules():
             if not isinstance(module, feed_forward):
                 continue
-            if isinstance(module, mixed) != (mixing is not None):
-                raise RuntimeError(f"{name} was built as {type(module).__name__}, asked for was mixing {mixing}")
-            if getattr(module, "mixing", mixing) != mixing:
-                raise RuntimeError(f"{name} was built with {module.mixing}, asked for was {mixing}")
+            if isinstance(module, mixed) != (mixture is not None):
+                raise RuntimeError(f"{name} was built as {type(module).__name__}, asked for was mixing {mixture}")
+            if getattr(module, "mixture", mixture) != mixture:
+                raise RuntimeError(f"{name} was built with {module.mixture}, asked for was {mixture}")
 
 
 def measure_mixture(models: list[MegatronModule]) -> MixtureReport:

@@ -15,12 +15,12 @@ from megatron_moa.training.exit_codes import StopSignals, catch_stop_signals
 from megatron_moa.training.progress import Progress
 
 
-def patch_training(args: argparse.Namespace, mixing: MixtureConfig | None, progress: Progress) -> StopSignals | None:
+def patch_training(args: argparse.Namespace, mixture: MixtureConfig | None, progress: Progress) -> StopSignals | None:
     """Changes Megatron's training loop in place; before ``pretrain``.
 
     Args:
         args: Megatron's, parsed, validated and global; ``save_retain_interval`` is taken from Megatron.
-        mixing: the mixture; None for the stock model.
+        mixture: the mixture; None for the stock model.
         progress: follows the training.
 
     Returns:
@@ -30,7 +30,7 @@ def patch_training(args: argparse.Namespace, mixing: MixtureConfig | None, progr
     random_states.keep_every_ranks()
     checkpointing.install(args)
     optimizer.install(args)
-    flops.install(args, mixing)
+    flops.install(args, mixture)
     nan_guard.install()  # after checkpointing: what is not finite is refused before a save begins
     progress.install()
     return catch_stop_signals(args)

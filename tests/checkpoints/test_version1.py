@@ -46,7 +46,7 @@ def use(folders: list[str], results: str) -> None:
         model = megatron_moa.from_checkpoint(DATA / folder, [] if folder == "stock" else ["--moa-backend", "eager"])
         report[folder] = {
             "logits": model.logits([tokens])[0].tolist(),
-            "mixing": model.mixing and model.mixing.describe(),
+            "mixing": model.mixture and model.mixture.describe(),
         }
     Path(results).write_text(json.dumps(report))
 

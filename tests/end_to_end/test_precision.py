@@ -42,8 +42,8 @@ def half_config(name: str, gated: bool = True, **settings: object) -> object:
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_are_float32_within_its_rounding(gate: str, precision: str) -> None:
     for form in FORMS:
-        mixing = MixtureConfig(form=form, gate=gate, gate_bias=True, amplitude="learned", backend="eager")
-        layer = build_feed_forward(half_config(precision, mixing.gated, hidden_size=64), mixing)
+        mixture = MixtureConfig(form=form, gate=gate, gate_bias=True, amplitude="learned", backend="eager")
+        layer = build_feed_forward(half_config(precision, mixture.gated, hidden_size=64), mixture)
         gates = layer.coefficients
         with torch.no_grad():
             gates.bias.normal_()
@@ -51,7 +51,7 @@ def test_gates_are_float32_within_its_rounding(gate: str, precision: str) -> Non
         coefficients = gates(x)
         assert coefficients.dtype == torch.float32
         logits = x.double() @ gates.weight.double().t() + gates.bias.double()
-        expected = reference.gate(logits, mixing, gates.amplitude.double())
+        expected = reference.gate(logits, mixture, gates.amplitude.double())
         # A sum of 64 products in float32, then psi: a half-precision step anywhere is 2^-9 or 2^-12 off.
         torch.testing.assert_close(coefficients.double(), expected, rtol=64 * 2**-24, atol=64 * 2**-24)
 
@@ -59,14 +59,14 @@ def test_gates_are_float32_within_its_rounding(gate: str, precision: str) -> Non
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("mixing_name", ["la", "moa"])
 def test_a_half_precision_layer_is_the_float64_one_within_its_own_rounding(mixing_name: str, precision: str) -> None:
-    mixing = MixtureConfig(kind=mixing_name, backend="eager")
-    layer = build_feed_forward(half_config(precision), mixing)
+    mixture = MixtureConfig(kind=mixing_name, backend="eager")
+    layer = build_feed_forward(half_config(precision), mixture)
     x = torch.randn(9, 2, 16).to(HALF[precision])
     preactivation, _ = layer.linear_fc1(x)
     activated = layer.fc1_and_mixture(x)
     assert activated.dtype == HALF[precision]
     coefficients = layer.coefficients(x).double()
-    exact = reference.mix(preactivation.double(), coefficients, mixing)
+    exact = reference.mix(preactivation.double(), coefficients, mixture)
     # One rounding to nearest of the exact value, of half an eps: nothing in between is in half precision.
     rounding = torch.finfo(HALF[precision]).eps / 2
     torch.testing.assert_close(activated.double(), exact, rtol=1.01 * rounding, atol=1e-5)

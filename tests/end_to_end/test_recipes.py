@@ -75,8 +75,8 @@ def value(words: list[str], flag: str) -> str:
 def count_of(flags: list[str]) -> Parameters:
     """The planner's count, which tests/planning/test_plan.py compares with built models."""
     startup.prepare()
-    args, mixing = inputs.parse(flags, 1)
-    return count(Model.from_args(inputs.validated(args), mixing))
+    args, mixture = inputs.parse(flags, 1)
+    return count(Model.from_args(inputs.validated(args), mixture))
 
 
 def small(model: str, mixing: str) -> list[str]:

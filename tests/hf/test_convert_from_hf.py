@@ -270,7 +270,7 @@ def forms_there_and_back(folder: Path) -> None:
         model.save_pretrained(source)
         convert_from_hf.main(["--hf", source, "--out", checkpoint, "--no-verify"])
         found = megatron_moa.from_checkpoint(checkpoint, ["--moa-backend", "eager"])
-        assert (found.mixing.kind, found.mixing.form) == (kind, form)
+        assert (found.mixture.kind, found.mixture.form) == (kind, form)
         assert found.ends == ((5, 3, 66) if experts else (7,))
         likeliest = logits[-2].argmax().item()
         (ended,) = dataclasses.replace(found, saved_ends=[66, likeliest]).generate([tokens[0, :-1].tolist()], 3)

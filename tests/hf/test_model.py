@@ -193,7 +193,7 @@ def test_half_precision_keeps_what_training_keeps_in_float32(dtype: torch.dtype,
     # Coefficients are computed in float32 from the half-precision parameters.
     coefficients, states = half.model.layers[0].mlp.coefficients, torch.randn(3, 32).to(dtype)
     gates = (states.float() @ coefficients.weight.float().T).sigmoid() * coefficients.scale
-    torch.testing.assert_close(coefficients(states, coefficients.mixing), gates)
+    torch.testing.assert_close(coefficients(states, coefficients.mixture), gates)
     with torch.no_grad():
         result = half(tokens).logits
     assert result.dtype == dtype
@@ -269,12 +269,12 @@ def test_starts_as_training_does() -> None:
     for amplitude in ("fixed", "learned"):
         model = build("moa", mixing={**SCALED["mixing"], "amplitude": amplitude})
         coefficients = model.model.layers[0].mlp.coefficients
-        scale = matching_scale(coefficients.mixing, 0.3, 32)
+        scale = matching_scale(coefficients.mixture, 0.3, 32)
         assert 0.1 < scale < 0.99
         assert model.config.mixing_scale == (amplitude == "fixed")
         if amplitude == "fixed":
             assert coefficients.scale.item() == pytest.approx(scale)
-            bare = MixtureCoefficients(model.config, coefficients.mixing)  # where initialization is left out
+            bare = MixtureCoefficients(model.config, coefficients.mixture)  # where initialization is left out
             assert torch.equal(bare.scale, coefficients.scale)
         else:
             torch.testing.assert_close(coefficients.amplitude, torch.full((6,), scale))

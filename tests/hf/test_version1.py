@@ -13,7 +13,7 @@ import megatron_moa
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, mixing_config
+from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, mixture_config
 from megatron_moa.mixture.config import FORMAT_VERSION
 from tests.hf.test_convert_from_hf import tensors
 from tests.support import launch
@@ -30,7 +30,7 @@ def test_bi_sided_computes_what_it_did() -> None:
     record = json.loads((DATA / CHECKPOINT / "logits.json").read_text())
     tokens, logits = record["tokens"], torch.tensor(record["logits"])
     model = megatron_moa.from_checkpoint(DATA / READ)
-    assert model.mixing.activations == VERSION_1_DICTIONARY
+    assert model.mixture.activations == VERSION_1_DICTIONARY
     torch.testing.assert_close(model.logits(tokens), logits, atol=1e-5, rtol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_settings_of_version_1_are_understood(old: dict[str, Any] | None, new: d
         assert config.mixing_format_version == FORMAT_VERSION
         # The one case whose gates have a constant factor: fixed amplitude, of SwiGLU's scale.
         assert config.mixing_scale == (old is not None and old.get("activations") == ["silu"])
-        mixing_config(config)  # they are all valid today
+        mixture_config(config)  # they are all valid today
     assert file["mixing"] == old
 
 

@@ -36,13 +36,13 @@ full = pytest.mark.full
 SIZES = {"uneven": [3, 0, 5, 2], "one has all": [0, 0, 7, 0], "none": [0, 0, 0, 0]}  # tokens of the four experts
 
 
-def build(grouped: bool, mixing: MixtureConfig | None, **settings: Any) -> SequentialMLP | TEGroupedMLP:
+def build(grouped: bool, mixture: MixtureConfig | None, **settings: Any) -> SequentialMLP | TEGroupedMLP:
     """A layer's routed experts; the same weights at each call, biases and amplitudes other than they start."""
-    gated = mixing is None or mixing.gated
+    gated = mixture is None or mixture.gated
     settings = moe_settings(moe_grouped_gemm=grouped) | {"moe_ffn_hidden_size": 24} | settings
     tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True)
     torch.manual_seed(3)
-    experts = build_feed_forward(make_config(gated, **settings), mixing).experts
+    experts = build_feed_forward(make_config(gated, **settings), mixture).experts
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, tensor in sorted(by_expert(experts).items()):
@@ -91,7 +91,7 @@ def step(experts: SequentialMLP | TEGroupedMLP, sizes: list[int], dtype: torch.d
     }
 
 
-def reference_step(experts: SequentialMLP, mixing: MixtureConfig, sizes: list[int]) -> dict[str, Tensor]:
+def reference_step(experts: SequentialMLP, mixture: MixtureConfig, sizes: list[int]) -> dict[str, Tensor]:
     """What :func:`step` gives, by the reference feed-forward layer, in float64."""
     x, probabilities, gradient = inputs(sizes, torch.float64)
     copies = {name: p.detach().double().requires_grad_() for name, p in by_expert(experts).items()}
@@ -105,14 +105,14 @@ def reference_step(experts: SequentialMLP, mixing: MixtureConfig, sizes: list[in
             "coefficients": own.get("coefficients.value"),
         }
         fc1, fc2 = own["linear_fc1.weight"], own["linear_fc2.weight"]
-        outputs.append(reference.feed_forward(rows, fc1, fc2, mixing, **coefficients))
+        outputs.append(reference.feed_forward(rows, fc1, fc2, mixture, **coefficients))
     output = probabilities.unsqueeze(-1) * torch.cat(outputs)
     output.backward(gradient)
     gradients = {name: copy.grad for name, copy in copies.items()}
     return {"output": output.detach(), "x": x.grad, "probabilities": probabilities.grad, **gradients}
 
 
-def mixings() -> list[MixtureConfig]:
+def mixtures() -> list[MixtureConfig]:
     """Every form as LA and MoA, every gate with bias and amplitude and without."""
     result = [MixtureConfig(kind=m, form=f, backend="eager") for m in ("la", "moa") for f in FORMS]
     for gate in GATES:
@@ -122,11 +122,11 @@ def mixings() -> list[MixtureConfig]:
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("mixing", mixings(), ids=MixtureConfig.describe)
-def test_equal_the_reference_and_sequential_experts(mixing: MixtureConfig, sizes: list[int]) -> None:
-    sequential = build(False, mixing).double()
-    expected = reference_step(sequential, mixing, sizes)
-    actual = step(build(True, mixing).double(), sizes, torch.float64)
+@pytest.mark.parametrize("mixture", mixtures(), ids=MixtureConfig.describe)
+def test_equal_the_reference_and_sequential_experts(mixture: MixtureConfig, sizes: list[int]) -> None:
+    sequential = build(False, mixture).double()
+    expected = reference_step(sequential, mixture, sizes)
+    actual = step(build(True, mixture).double(), sizes, torch.float64)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-11, atol=1e-12, msg=name)
@@ -136,13 +136,13 @@ def test_equal_the_reference_and_sequential_experts(mixing: MixtureConfig, sizes
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mixing", [MOA, LA, MixtureConfig(form="type1", backend="eager")], ids=MixtureConfig.describe)
-def test_are_as_exact_as_sequential_experts(mixing: MixtureConfig, dtype: torch.dtype, sizes: list[int]) -> None:
+@pytest.mark.parametrize("mixture", [MOA, LA, MixtureConfig(form="type1", backend="eager")], ids=MixtureConfig.describe)
+def test_are_as_exact_as_sequential_experts(mixture: MixtureConfig, dtype: torch.dtype, sizes: list[int]) -> None:
     """At most twice the sequential path's error against float64, and a rounding of the largest entry beside it."""
-    sequential = build(False, mixing, params_dtype=dtype)
-    expected = reference_step(sequential, mixing, sizes)
+    sequential = build(False, mixture, params_dtype=dtype)
+    expected = reference_step(sequential, mixture, sizes)
     usual = step(sequential, sizes, dtype)
-    grouped = step(build(True, mixing, params_dtype=dtype), sizes, dtype)
+    grouped = step(build(True, mixture, params_dtype=dtype), sizes, dtype)
     for name, value in grouped.items():
         assert value.dtype == usual[name].dtype == dtype
         if value.numel():
@@ -162,13 +162,13 @@ def test_stock_experts_are_grouped_too(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("initialization", ["device", "cpu"])
-@pytest.mark.parametrize("mixing", [None, LA, MOA], ids=["none", "la", "moa"])
-def test_start_as_sequential_experts_do(mixing: MixtureConfig | None, initialization: str) -> None:
+@pytest.mark.parametrize("mixture", [None, LA, MOA], ids=["none", "la", "moa"])
+def test_start_as_sequential_experts_do(mixture: MixtureConfig | None, initialization: str) -> None:
     settings = {"use_cpu_initialization": initialization == "cpu"}
-    sequential, grouped = (by_expert(build(grouped, mixing, **settings)) for grouped in (False, True))
+    sequential, grouped = (by_expert(build(grouped, mixture, **settings)) for grouped in (False, True))
     after = []
     for kind in (False, True):  # and leave the random streams where those do
-        build(kind, mixing, **settings)
+        build(kind, mixture, **settings)
         with tensor_parallel.get_cuda_rng_tracker().fork(tensor_parallel.get_expert_parallel_rng_tracker_name()):
             after.append(torch.rand(3))
     assert sequential.keys() == grouped.keys()
@@ -263,22 +263,22 @@ def test_linears_keep_their_input_and_nothing_else() -> None:
     assert [tensor.numel() for tensor in kept if not tensor.is_floating_point()] == [4]  # where each group ends
 
 
-@pytest.mark.parametrize("mixing", [MOA, LA, None], ids=["moa", "la", "none"])
-def test_keep_no_more_for_backward_than_sequential_experts(mixing: MixtureConfig | None) -> None:
-    sequential, grouped = build(False, mixing), build(True, mixing)
+@pytest.mark.parametrize("mixture", [MOA, LA, None], ids=["moa", "la", "none"])
+def test_keep_no_more_for_backward_than_sequential_experts(mixture: MixtureConfig | None) -> None:
+    sequential, grouped = build(False, mixture), build(True, mixture)
     # The eager backend gives every token its expert's coefficients.
-    copies = 10 * 14 * 4 if mixing is LA else 0
+    copies = 10 * 14 * 4 if mixture is LA else 0
     integers = 10 * 8 + 4 * 8  # which expert a token is of, and where experts end
     assert saved_for_backward(grouped) <= saved_for_backward(sequential) + copies + integers
 
 
-@pytest.mark.parametrize("mixing", [MOA, pytest.param(LA, marks=full), None], ids=["moa", "la", "none"])
-def test_recomputing_the_activation_step(mixing: MixtureConfig | None) -> None:
+@pytest.mark.parametrize("mixture", [MOA, pytest.param(LA, marks=full), None], ids=["moa", "la", "none"])
+def test_recomputing_the_activation_step(mixture: MixtureConfig | None) -> None:
     kept: list[Tensor] = []
     results = []
     for recompute in (False, True):
         settings = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]} if recompute else {}
-        experts = build(True, mixing, **settings)
+        experts = build(True, mixture, **settings)
         if recompute:
             experts.linear_fc2.register_forward_pre_hook(lambda _module, args: kept.append(args[0]))
         x, probabilities, gradient = inputs(SIZES["uneven"], torch.float32)

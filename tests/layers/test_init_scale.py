@@ -20,17 +20,17 @@ SETTINGS = [{"kind": "la"}, {"kind": "moa"}, {"kind": "moa", "amplitude": "learn
 INIT_STD = 0.05  # of fc1's weights
 
 
-def mean_square(mixing: MixtureConfig | None, gated: bool) -> float:
+def mean_square(mixture: MixtureConfig | None, gated: bool) -> float:
     """Of the input to fc2 on normalised random input, over a few wide layers."""
     config = make_config(gated, hidden_size=512, ffn_hidden_size=1024, init_method_std=INIT_STD)
     tensor_parallel.model_parallel_cuda_manual_seed(11, force_reset_rng=True)
     torch.manual_seed(11)
     results = []
     for _ in range(4):
-        layer = build_feed_forward(config, mixing)
+        layer = build_feed_forward(config, mixture)
         x = torch.randn(256, 1, 512)
         x = x / x.square().mean(-1, keepdim=True).sqrt()
-        if mixing is not None:
+        if mixture is not None:
             out = layer.fc1_and_mixture(x)
         else:
             z, _ = layer.linear_fc1(x)
@@ -44,29 +44,29 @@ def mean_square(mixing: MixtureConfig | None, gated: bool) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_matched_scale_is_swiglus_in_a_real_layer(form: str, settings: dict) -> None:
     gated = form != "type1"
-    mixing = MixtureConfig(form=form, init_scale="matched", backend="eager", **settings)
+    mixture = MixtureConfig(form=form, init_scale="matched", backend="eager", **settings)
     # Two to three standard deviations over seeds: a layer's gates are only n draws, LA has none.
-    tolerance = 0.012 if mixing.kind == "la" else 0.06
-    assert mean_square(mixing, gated) == pytest.approx(mean_square(None, gated), rel=tolerance)
+    tolerance = 0.012 if mixture.kind == "la" else 0.06
+    assert mean_square(mixture, gated) == pytest.approx(mean_square(None, gated), rel=tolerance)
 
 
 @pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic"])
 @pytest.mark.parametrize("mixing_name", ["la", "moa"])
 def test_the_papers_scale_is_what_is_reported(mixing_name: str, form: str) -> None:
-    mixing = MixtureConfig(mixing_name, form, backend="eager")
-    ratio = (mean_square(mixing, True) / mean_square(None, True)) ** 0.5
+    mixture = MixtureConfig(mixing_name, form, backend="eager")
+    ratio = (mean_square(mixture, True) / mean_square(None, True)) ** 0.5
     assert ratio > 1.5  # the reason for the option
-    assert output_scale(mixing, INIT_STD, 512) == pytest.approx(ratio, rel=0.04)
+    assert output_scale(mixture, INIT_STD, 512) == pytest.approx(ratio, rel=0.04)
 
 
 def test_the_gates_own_standard_deviation_decides_the_scale() -> None:
     """Sharp tanh gates are +-1, flat ones near 0: the output grows with the gates' std and not with fc1's alone."""
     flat, sharp = (MixtureConfig(gate="tanh", gate_init_std=std, backend="eager") for std in (0.002, 0.5))
     assert mean_square(sharp, True) > 100 * mean_square(flat, True)
-    for mixing in (flat, sharp):
-        ratio = (mean_square(mixing, True) / mean_square(None, True)) ** 0.5
-        assert output_scale(mixing, INIT_STD, 512) == pytest.approx(ratio, rel=0.1)
-        matched = dataclasses.replace(mixing, init_scale="matched")
+    for mixture in (flat, sharp):
+        ratio = (mean_square(mixture, True) / mean_square(None, True)) ** 0.5
+        assert output_scale(mixture, INIT_STD, 512) == pytest.approx(ratio, rel=0.1)
+        matched = dataclasses.replace(mixture, init_scale="matched")
         assert mean_square(matched, True) == pytest.approx(mean_square(None, True), rel=0.2)
 
 

@@ -44,11 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mixing", [MOA, LA], ids=["moa", "la"])
+@pytest.mark.parametrize("mixture", [MOA, LA], ids=["moa", "la"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixtureConfig) -> None:
-    model = build_model(make_config(**KINDS[kind]), mixing)
-    check_mixture([model], mixing)
+def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixture: MixtureConfig) -> None:
+    model = build_model(make_config(**KINDS[kind]), mixture)
+    check_mixture([model], mixture)
     feed_forward = [m for m in model.modules() if isinstance(m, Coefficients)]  # one in each, and in each expert
     layers = model.config.num_layers + (model.config.mtp_num_layers or 0)
     slots = [m.mlp for m in model.modules() if hasattr(m, "mlp")]
@@ -60,7 +60,7 @@ def test_every_layer_is_mixed_trains_and_is_saved(kind: str, mixing: MixtureConf
     loss.backward()
     named = dict(model.named_parameters())
     mixing_parameters = [name for name in named if ".coefficients." in name]
-    assert len(mixing_parameters) == len(feed_forward) * (3 if mixing is MOA else 1)
+    assert len(mixing_parameters) == len(feed_forward) * (3 if mixture is MOA else 1)
     if "moe" not in kind:  # an expert may get no token
         assert all(named[name].grad is not None and named[name].grad.any() for name in mixing_parameters)
 
@@ -157,19 +157,19 @@ def test_named_specs_choose_the_form_by_the_model(gated: bool, settings: dict[st
 GATE_KINDS = ("dense", "moe with shared expert", "moe grouped")
 
 
-def _initial(kind: str, mixing: MixtureConfig, **settings: Any) -> dict[str, torch.Tensor]:
+def _initial(kind: str, mixture: MixtureConfig, **settings: Any) -> dict[str, torch.Tensor]:
     tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
     torch.manual_seed(5)
-    return dict(build_model(make_config(**KINDS[kind], **settings), mixing).named_parameters())
+    return dict(build_model(make_config(**KINDS[kind], **settings), mixture).named_parameters())
 
 
 @pytest.mark.parametrize("kind", GATE_KINDS)
 @pytest.mark.parametrize("form", ["one-sided", "bi-sided", "quadratic"])
 def test_gate_vectors_start_with_their_own_standard_deviation(form: str, kind: str) -> None:
     """N(0, 0.02^2), as the paper has it, however the other weights start."""
-    mixing = MixtureConfig(form=form, backend="eager")
+    mixture = MixtureConfig(form=form, backend="eager")
     wide, narrow, uniform = (
-        _initial(kind, mixing, **settings)
+        _initial(kind, mixture, **settings)
         for settings in (
             {"init_method_std": 0.2},
             {"init_method_std": 0.006},
@@ -205,8 +205,8 @@ def test_no_other_weight_depends_on_the_gates(kind: str) -> None:
 
 @pytest.mark.parametrize("reason", ["routed experts", None])
 def test_the_start_line_says_why_auto_became_a_form(reason: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    mixing = MixtureConfig(form="one-sided", activations=("silu", "identity"), backend="eager")
-    report_mixture([build_model(make_config(**moe_settings()), mixing)], mixing, reason)
+    mixture = MixtureConfig(form="one-sided", activations=("silu", "identity"), backend="eager")
+    report_mixture([build_model(make_config(**moe_settings()), mixture)], mixture, reason)
     why = " (--moa-form auto: routed experts)" if reason else ""
     expected = f"> mixture of activations: moa, one-sided, silu+identity, sigmoid gates{why}, eager backend, "
     assert capsys.readouterr().out.startswith(expected)
@@ -229,7 +229,7 @@ def test_settings_that_act_on_the_activation_are_refused(settings: dict, message
         layer_spec(make_config(**settings), MOA)
 
 
-@pytest.mark.parametrize("mixing", [None, MOA], ids=["none", "moa"])
+@pytest.mark.parametrize("mixture", [None, MOA], ids=["none", "moa"])
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
@@ -243,16 +243,16 @@ def test_settings_that_act_on_the_activation_are_refused(settings: dict, message
     ],
 )
 def test_what_grouped_experts_do_not_serve_is_refused(
-    attribute: str, value: object, message: str, mixing: MixtureConfig | None
+    attribute: str, value: object, message: str, mixture: MixtureConfig | None
 ) -> None:
     config = make_config(**KINDS["moe grouped"])
     config.fine_grained_activation_offloading = attribute == "offload_modules"
     setattr(config, attribute, value)  # not through the constructor, which asks for Transformer Engine
     with pytest.raises(UserError, match=message):
-        layer_spec(config, mixing)
+        layer_spec(config, mixture)
     config.moe_grouped_gemm = False
-    if mixing is None and attribute not in ("fp8", "fp4"):  # which local layers serve with no experts
-        layer_spec(config, mixing)
+    if mixture is None and attribute not in ("fp8", "fp4"):  # which local layers serve with no experts
+        layer_spec(config, mixture)
 
 
 @pytest.mark.parametrize(
@@ -269,13 +269,13 @@ def test_with_apex_alone_the_final_norm_is_one_that_can_be(
 
 
 @pytest.mark.parametrize("attribute", ["fp8", "fp4"])
-@pytest.mark.parametrize("mixing", [None, MixtureConfig(kind="moa", form="bi-sided", recompute=True)])
-def test_low_precision_of_local_layers_is_refused(attribute: str, mixing: MixtureConfig | None) -> None:
+@pytest.mark.parametrize("mixture", [None, MixtureConfig(kind="moa", form="bi-sided", recompute=True)])
+def test_low_precision_of_local_layers_is_refused(attribute: str, mixture: MixtureConfig | None) -> None:
     """They would compute in the precision of the weights, and say nothing."""
     config = make_config()
     setattr(config, attribute, "e4m3")
     with pytest.raises(UserError, match=f"--{attribute}-format e4m3: needs Transformer Engine's layers"):
-        layer_spec(config, mixing)
+        layer_spec(config, mixture)
 
 
 def test_transformer_engine_that_is_not_there_is_refused() -> None:
@@ -334,13 +334,13 @@ def test_stock_model_keeps_its_keys_and_its_function() -> None:
 def test_arms_of_a_comparison_share_their_initial_weights(kind: str) -> None:
     """With the same seed stock, LA and MoA differ in their coefficients alone."""
 
-    def initial(mixing: MixtureConfig | None) -> dict[str, torch.Tensor]:
+    def initial(mixture: MixtureConfig | None) -> dict[str, torch.Tensor]:
         tensor_parallel.model_parallel_cuda_manual_seed(5, force_reset_rng=True)
         torch.manual_seed(5)
-        return dict(build_model(make_config(**KINDS[kind]), mixing).named_parameters())
+        return dict(build_model(make_config(**KINDS[kind]), mixture).named_parameters())
 
     stock = initial(None)
-    for mixing in (LA, MOA):
-        other = initial(mixing)
+    for mixture in (LA, MOA):
+        other = initial(mixture)
         assert set(stock) == {name for name in other if ".coefficients." not in name}
         assert [name for name in stock if not torch.equal(stock[name], other[name])] == []

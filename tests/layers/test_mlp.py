@@ -28,7 +28,7 @@ def reference_of(layer: MixedMLP, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
         "coefficients": copies.get("coefficients.value"),
     }
     fc1, fc2 = copies["linear_fc1.weight"], copies["linear_fc2.weight"]
-    return reference.feed_forward(x, fc1, fc2, layer.mixing, **coefficients), copies
+    return reference.feed_forward(x, fc1, fc2, layer.mixture, **coefficients), copies
 
 
 def randomize(layer: torch.nn.Module) -> None:
@@ -39,7 +39,7 @@ def randomize(layer: torch.nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn_like(parameter))
 
 
-def mixings() -> list[MixtureConfig]:
+def mixtures() -> list[MixtureConfig]:
     """Every form as LA and MoA, every gate, bias and amplitude."""
     result = [MixtureConfig(kind=m, form=f, backend="eager") for m in ("la", "moa") for f in FORMS]
     for gate in GATES:
@@ -49,9 +49,9 @@ def mixings() -> list[MixtureConfig]:
     return [*result, MixtureConfig(backend="compile")]
 
 
-@pytest.mark.parametrize("mixing", mixings(), ids=MixtureConfig.describe)
-def test_dense_layer_is_the_reference(mixing: MixtureConfig) -> None:
-    layer = build_feed_forward(make_config(mixing.gated), mixing).double()
+@pytest.mark.parametrize("mixture", mixtures(), ids=MixtureConfig.describe)
+def test_dense_layer_is_the_reference(mixture: MixtureConfig) -> None:
+    layer = build_feed_forward(make_config(mixture.gated), mixture).double()
     randomize(layer)
     x = randn64(5, 2, 16).requires_grad_()  # [s, b, h]
     expected_x = x.detach().clone().requires_grad_()
@@ -68,25 +68,25 @@ def test_dense_layer_is_the_reference(mixing: MixtureConfig) -> None:
 
 
 def test_dense_layer_with_bias_of_fc1_and_fc2() -> None:
-    mixing = MixtureConfig(form="type1", backend="eager")
-    layer = build_feed_forward(make_config(gated=False, add_bias_linear=True), mixing).double()
+    mixture = MixtureConfig(form="type1", backend="eager")
+    layer = build_feed_forward(make_config(gated=False, add_bias_linear=True), mixture).double()
     with torch.no_grad():
         layer.linear_fc1.bias.normal_()
     x = randn64(5, 2, 16)
     output, bias = layer(x)
     z = x @ layer.linear_fc1.weight.t() + layer.linear_fc1.bias
-    coefficients = reference.gate(x @ layer.coefficients.weight.t(), mixing)
-    torch.testing.assert_close(output, reference.mix(z, coefficients, mixing) @ layer.linear_fc2.weight.t(), **EXACT)
+    coefficients = reference.gate(x @ layer.coefficients.weight.t(), mixture)
+    torch.testing.assert_close(output, reference.mix(z, coefficients, mixture) @ layer.linear_fc2.weight.t(), **EXACT)
     assert bias is layer.linear_fc2.bias
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["", "shared expert overlapped"])
 @pytest.mark.parametrize("mixing_name", ["la", "moa"])
 def test_experts_are_the_reference_weighted_by_the_router(mixing_name: str, overlap: bool) -> None:
-    mixing = MixtureConfig(kind=mixing_name, backend="eager")
+    mixture = MixtureConfig(kind=mixing_name, backend="eager")
     shared = {"moe_shared_expert_intermediate_size": 12, "moe_shared_expert_overlap": overlap}
     config = make_config(**moe_settings(**shared))
-    moe = build_feed_forward(config, mixing).double()
+    moe = build_feed_forward(config, mixture).double()
     randomize(moe)
     x = randn64(6, 2, 16).requires_grad_()
     grad = randn64(6, 2, 16)
@@ -136,7 +136,7 @@ SWIGLU_PLACES = {"one-sided": (7, 6), "bi-sided": (14, 1, 7 + 6), "quadratic": (
 def test_one_hot_amplitudes_are_stock_swiglu_exactly(form: str, gate: str) -> None:
     config = make_config()
     stock = build_feed_forward(config, None)
-    mixing = MixtureConfig(
+    mixture = MixtureConfig(
         form=form,
         gate=gate,
         amplitude="learned",
@@ -144,7 +144,7 @@ def test_one_hot_amplitudes_are_stock_swiglu_exactly(form: str, gate: str) -> No
         initial_coefficients=one_hot(*SWIGLU_PLACES[form]),
         backend="eager",
     )
-    layer = build_feed_forward(config, mixing)
+    layer = build_feed_forward(config, mixture)
     layer.load_state_dict(stock.state_dict(), strict=False)
     torch.nn.init.zeros_(layer.coefficients.weight)
     x = torch.randn(5, 2, 16, requires_grad=True)
@@ -187,15 +187,15 @@ def test_zero_gates_of_learned_amplitude_are_la_exactly(gate: str, form: str) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gate_arithmetic_is_float32_in_half_precision(dtype: torch.dtype) -> None:
-    mixing = MixtureConfig(gate_bias=True, amplitude="learned", backend="eager")
-    layer = build_feed_forward(make_config(params_dtype=dtype), mixing)
+    mixture = MixtureConfig(gate_bias=True, amplitude="learned", backend="eager")
+    layer = build_feed_forward(make_config(params_dtype=dtype), mixture)
     assert {p.dtype for p in layer.parameters()} == {dtype}
     x = torch.randn(3, 2, 16).to(dtype).requires_grad_()
     coefficients = layer.coefficients(x)
     assert coefficients.dtype == torch.float32
     gates = layer.coefficients.double()
     logits = x.double() @ gates.weight.t() + gates.bias
-    expected = reference.gate(logits, mixing, gates.amplitude)
+    expected = reference.gate(logits, mixture, gates.amplitude)
     torch.testing.assert_close(coefficients.double(), expected, rtol=1e-5, atol=1e-6)
     layer.to(dtype)
     output, _ = layer(x)
@@ -204,8 +204,8 @@ def test_gate_arithmetic_is_float32_in_half_precision(dtype: torch.dtype) -> Non
 
 
 def test_frozen_coefficients_take_no_gradient() -> None:
-    mixing = MixtureConfig(gate_bias=True, amplitude="learned", freeze=True, backend="eager")
-    layer = build_feed_forward(make_config(), mixing)
+    mixture = MixtureConfig(gate_bias=True, amplitude="learned", freeze=True, backend="eager")
+    layer = build_feed_forward(make_config(), mixture)
     layer(torch.randn(3, 2, 16))[0].sum().backward()
     assert all(parameter.grad is None for parameter in layer.coefficients.parameters())
     assert layer.linear_fc1.weight.grad is not None

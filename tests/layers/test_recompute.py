@@ -52,7 +52,7 @@ MOE_LAYERS = [
     ("layernorm", TorchRMSNorm, 9),
     ("moe_act shared_experts layernorm", "mixture", 12),
 ]
-MIXINGS = [MixtureConfig(kind=mixing, form=form, backend="eager") for mixing in ("la", "moa") for form in FORMS]
+MIXTURES = [MixtureConfig(kind=mixing, form=form, backend="eager") for mixing in ("la", "moa") for form in FORMS]
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.2}
 
 
@@ -70,10 +70,10 @@ def configured(moe: bool, gated: bool, kept: str | dict[str, Any] | None) -> Any
     return config
 
 
-def build(moe: bool, mixing: MixtureConfig | None, kept: str | dict[str, Any] | None) -> torch.nn.Module:
+def build(moe: bool, mixture: MixtureConfig | None, kept: str | dict[str, Any] | None) -> torch.nn.Module:
     """The same model and the same random numbers at each call."""
     tensor_parallel.model_parallel_cuda_manual_seed(11)
-    model = build_model(configured(moe, mixing is None or mixing.gated, kept), mixing)
+    model = build_model(configured(moe, mixture is None or mixture.gated, kept), mixture)
     tensor_parallel.model_parallel_cuda_manual_seed(12)
     return model
 
@@ -118,7 +118,7 @@ def assert_same(kept: dict[str, Tensor], recomputed: dict[str, Tensor], toleranc
 
 def assert_recomputed(
     moe: bool,
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     modules: str | dict[str, Any],
     counted: object,
     times: int,
@@ -126,11 +126,11 @@ def assert_recomputed(
 ) -> None:
     regrouped = isinstance(modules, str) and any(name in REGROUPED for name in modules.split())
     dtype = torch.float64 if regrouped else torch.float32
-    expected = gradients(build(moe, mixing, None).to(dtype))
+    expected = gradients(build(moe, mixture, None).to(dtype))
     with counting(monkeypatch) as calls:
-        recomputed = gradients(build(moe, mixing, modules).to(dtype))
+        recomputed = gradients(build(moe, mixture, modules).to(dtype))
     assert_same(expected, recomputed, tolerance=1e-13 if regrouped else 0.0)
-    assert calls[counted] == times, mixing.describe()
+    assert calls[counted] == times, mixture.describe()
 
 
 def _name(value: object) -> str:
@@ -143,16 +143,16 @@ def _name(value: object) -> str:
 def test_dense_gradients_are_bit_equal(
     modules: str | dict[str, Any], counted: object, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for mixing in MIXINGS:
-        assert_recomputed(False, mixing, modules, counted, times, monkeypatch)
+    for mixture in MIXTURES:
+        assert_recomputed(False, mixture, modules, counted, times, monkeypatch)
 
 
 @pytest.mark.parametrize(("modules", "counted", "times"), MOE_LAYERS, ids=_name)
 def test_moe_gradients_are_bit_equal(
     modules: str | dict[str, Any], counted: object, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for mixing in MIXINGS:
-        assert_recomputed(True, mixing, modules, counted, times, monkeypatch)
+    for mixture in MIXTURES:
+        assert_recomputed(True, mixture, modules, counted, times, monkeypatch)
 
 
 @pytest.mark.full
@@ -163,9 +163,9 @@ def test_moe_gradients_are_bit_equal(
 )
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
 def test_compiled_gradients_are_bit_equal(mixing_name: str, modules: str | dict[str, Any]) -> None:
-    mixing = MixtureConfig(kind=mixing_name, activations=("silu", "tanh"), backend="compile")
+    mixture = MixtureConfig(kind=mixing_name, activations=("silu", "tanh"), backend="compile")
     moe = modules == "moe_act"
-    assert_same(gradients(build(moe, mixing, None)), gradients(build(moe, mixing, modules)))
+    assert_same(gradients(build(moe, mixture, None)), gradients(build(moe, mixture, modules)))
 
 
 def test_moe_act_keeps_no_mixture_and_evaluation_needs_none() -> None:
@@ -190,11 +190,11 @@ def test_moa_recompute_keeps_no_mixture_anywhere(mixing_name: str, kind: str, mo
     """--moa-recompute: dense layers, routed and shared experts; gradients bit for bit, every mixture computed twice."""
 
     def built(recompute: bool) -> torch.nn.Module:
-        mixing = MixtureConfig(kind=mixing_name, backend="eager", recompute=recompute)
+        mixture = MixtureConfig(kind=mixing_name, backend="eager", recompute=recompute)
         tensor_parallel.model_parallel_cuda_manual_seed(11)
         config = configured(kind != "dense", True, None)
         config.moe_grouped_gemm = kind == "grouped moe"
-        model = build_model(config, mixing)
+        model = build_model(config, mixture)
         tensor_parallel.model_parallel_cuda_manual_seed(12)
         return model
 
@@ -234,9 +234,9 @@ def test_moa_recompute_beside_what_recomputes_more_is_refused(monkeypatch: pytes
 
 @pytest.mark.parametrize("modules", ["mlp", {**FULL, "recompute_method": "uniform"}], ids=_name)
 def test_the_monitor_counts_no_token_twice(modules: str | dict[str, Any]) -> None:
-    mixing = MixtureConfig(backend="eager")
-    model = build(False, mixing, modules)
-    monitor = CoefficientMonitor(mixing, interval=1)
+    mixture = MixtureConfig(backend="eager")
+    model = build(False, mixture, modules)
+    monitor = CoefficientMonitor(mixture, interval=1)
     monitor.attach([model])
     monitor.begin_microbatch(0)
     gradients(model)

@@ -20,7 +20,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
-from megatron_moa.mixture.triton_backend import mixture
+from megatron_moa.mixture.triton_backend import mixture as mixture_kernels
 from megatron_moa.research.benchmarks import kernel_errors
 from megatron_moa.research.benchmarks.peak_memory import saved_for_backward
 from tests.support.training import SWIGLU, train
@@ -54,14 +54,14 @@ def test_mixture_is_accurate_in_every_dtype(backend: str, form: str, mixing_name
         # Kernels compute in float32 whatever they load, so one dtype is enough for the whole dictionary.
         few = FEW[: 2 if form == "quadratic" or backend == "compile" else 4]
         activations = () if backend == "triton" and dtype == torch.float32 else few
-        mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
+        mixture = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
         # The interpreter's bfloat16 is cut off, and a bias' gradient adds up what is cut off; GPUs round.
         bias = dtype != torch.bfloat16
         kernel_errors.require(
-            kernel_errors.check_mixture(mixing, dtype, DEVICE, tokens=5, width=43, bias=bias, scale=True)
+            kernel_errors.check_mixture(mixture, dtype, DEVICE, tokens=5, width=43, bias=bias, scale=True)
         )
         if backend == "triton":  # every width is compiled anew
-            kernel_errors.require(kernel_errors.check_mixture(mixing, dtype, DEVICE, tokens=4, width=8))
+            kernel_errors.require(kernel_errors.check_mixture(mixture, dtype, DEVICE, tokens=4, width=8))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="tests/test_gpu.py has it; 14 activations compile long")
@@ -81,7 +81,7 @@ def test_quadratic_sums_in_several_launches(
 ) -> None:
     """One launch up to seven activations; then several, of which the last may write over fc1's output."""
     launches = []
-    kernel = mixture._mixture_backward_kernel
+    kernel = mixture_kernels._mixture_backward_kernel
 
     class Recorder:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -91,18 +91,18 @@ def test_quadratic_sums_in_several_launches(
 
             return launch
 
-    monkeypatch.setattr(mixture, "_mixture_backward_kernel", Recorder())
+    monkeypatch.setattr(mixture_kernels, "_mixture_backward_kernel", Recorder())
     names = tuple(ACTIVATIONS)
     for overwrite in (False, True):
         launches.clear()
-        mixing = MixtureConfig(form="quadratic", activations=names[:k], overwrite=overwrite, backend="triton")
-        reference = dataclasses.replace(mixing, overwrite=False, backend="eager")
-        layer = make_layer(mixing, 2, 9, 5, torch.float32)
+        mixture = MixtureConfig(form="quadratic", activations=names[:k], overwrite=overwrite, backend="triton")
+        reference = dataclasses.replace(mixture, overwrite=False, backend="eager")
+        layer = make_layer(mixture, 2, 9, 5, torch.float32)
         wanted = [layer[name] for name in ("z", "scale", "weight")]
         # A copy of z, as fc1's output is one: it may be written over.
         results = [
             torch.autograd.grad(activation_step({**layer, "z": layer["z"] * 1}, which).sum(), wanted)
-            for which in (mixing, reference)
+            for which in (mixture, reference)
         ]
         assert launches == expected
         for actual, right in zip(*results, strict=True):
@@ -118,8 +118,8 @@ def test_quadratic_sums_in_several_launches(
     ],
 )
 def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> None:
-    mixing = MixtureConfig(kind="la", form=form, activations=("silu", "relu"), backend=backend)
-    checks = kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
+    mixture = MixtureConfig(kind="la", form=form, activations=("silu", "relu"), backend=backend)
+    checks = kernel_errors.check_mixture(mixture, torch.float32, DEVICE, tokens=20, width=12, scale=True, groups=3)
     kernel_errors.require(checks)
 
 
@@ -131,8 +131,10 @@ def test_experts_with_la_of_their_own_are_accurate(backend: str, form: str) -> N
 def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None:
     # The interpreter takes some 10 ms a row, and one relu is enough to count rows.
     form, activations = ("bi-sided", ("silu", "tanh")) if size < 200 else ("type1", ("relu",))
-    mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
-    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=size, width=24, scale=True))
+    mixture = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend=backend)
+    kernel_errors.require(
+        kernel_errors.check_mixture(mixture, torch.float32, DEVICE, tokens=size, width=24, scale=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -150,16 +152,16 @@ def test_any_number_of_tokens(backend: str, size: int, mixing_name: str) -> None
     ],
 )
 def test_any_width(backend: str, size: int, form: str) -> None:
-    mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend)
-    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=size, bias=True))
+    mixture = MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend)
+    kernel_errors.require(kernel_errors.check_mixture(mixture, torch.float32, DEVICE, tokens=3, width=size, bias=True))
 
 
 @pytest.mark.parametrize("form", ["type1", pytest.param("one-sided", marks=FULL), "bi-sided"])
 def test_every_activation_as_a_kernel(form: str) -> None:
-    mixing = MixtureConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
-    kernel_errors.require(kernel_errors.check_mixture(mixing, torch.float32, DEVICE, tokens=3, width=300))
+    mixture = MixtureConfig(form=form, activations=tuple(ACTIVATIONS), backend="triton")
+    kernel_errors.require(kernel_errors.check_mixture(mixture, torch.float32, DEVICE, tokens=3, width=300))
     for name in ACTIVATIONS:
-        alone = dataclasses.replace(mixing, activations=(name,))
+        alone = dataclasses.replace(mixture, activations=(name,))
         kernel_errors.require(kernel_errors.check_mixture(alone, torch.float32, DEVICE, tokens=2, width=70))
 
 
@@ -174,22 +176,22 @@ def test_every_activation_as_a_kernel(form: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gates_are_accurate(backend: str, gate: str, groups: int) -> None:
     for form in ("bi-sided", "quadratic"):  # a softmax over each branch, and one over all
-        mixing = MixtureConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
-        learned = dataclasses.replace(mixing, gate_bias=True, amplitude="learned")
+        mixture = MixtureConfig(form=form, gate=gate, activations=("silu", "relu", "tanh"), backend=backend)
+        learned = dataclasses.replace(mixture, gate_bias=True, amplitude="learned")
         for dtype in DTYPES:
-            kernel_errors.require(kernel_errors.check_gate(mixing, dtype, DEVICE, 80, 70, groups, scale=True))
+            kernel_errors.require(kernel_errors.check_gate(mixture, dtype, DEVICE, 80, 70, groups, scale=True))
             kernel_errors.require(kernel_errors.check_gate(learned, dtype, DEVICE, 67, 9, groups))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, *(pytest.param(tokens, marks=FULL) for tokens in (3, 64)), 65])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gates_of_any_number_of_tokens(backend: str, tokens: int) -> None:
-    mixing = MixtureConfig(gate_bias=True, backend=backend)
+    mixture = MixtureConfig(gate_bias=True, backend=backend)
     for groups in (0, 4):
-        kernel_errors.require(kernel_errors.check_gate(mixing, torch.float32, DEVICE, tokens, 600, groups))
+        kernel_errors.require(kernel_errors.check_gate(mixture, torch.float32, DEVICE, tokens, 600, groups))
 
 
-def make_layer(mixing: MixtureConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def make_layer(mixture: MixtureConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of a feed-forward layer's activation step: x, gate weight, fc1's output, scale; gradients asked for."""
     generator = torch.Generator().manual_seed(8)
 
@@ -198,30 +200,30 @@ def make_layer(mixing: MixtureConfig, tokens: int, f: int, h: int, dtype: torch.
 
     return {
         "x": normal(tokens, h),
-        "weight": normal(mixing.num_coefficients, h),
-        "value": normal(mixing.num_coefficients, dtype=torch.float32),
-        "z": normal(tokens, 2 * f if mixing.gated else f),
+        "weight": normal(mixture.num_coefficients, h),
+        "value": normal(mixture.num_coefficients, dtype=torch.float32),
+        "z": normal(tokens, 2 * f if mixture.gated else f),
         "scale": normal(tokens, dtype=torch.float32),
     }
 
 
-def activation_step(layer: dict[str, Tensor], mixing: MixtureConfig) -> Tensor:
+def activation_step(layer: dict[str, Tensor], mixture: MixtureConfig) -> Tensor:
     coefficients = layer["value"]
-    if mixing.kind == "moa":
-        coefficients = gate_coefficients(layer["x"], layer["weight"], mixing)
-    return mixed_activation(layer["z"], coefficients, mixing, None, layer["scale"])
+    if mixture.kind == "moa":
+        coefficients = gate_coefficients(layer["x"], layer["weight"], mixture)
+    return mixed_activation(layer["z"], coefficients, mixture, None, layer["scale"])
 
 
 @mixtures(forms=("bi-sided", "quadratic"))
 def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) -> None:
-    mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
-    layer = make_layer(mixing, 9, 33, 20, torch.float32)
+    mixture = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
+    layer = make_layer(mixture, 9, 33, 20, torch.float32)
     grad = torch.randn(9, 33, generator=torch.Generator().manual_seed(9)).to(DEVICE)
 
     def gradients() -> tuple[Tensor, ...]:
         names = ("z", "scale", "x", "weight") if mixing_name == "moa" else ("z", "scale", "value")
         asked = [layer[name] for name in names]
-        return torch.autograd.grad(activation_step(layer, mixing), asked, grad)
+        return torch.autograd.grad(activation_step(layer, mixture), asked, grad)
 
     assert kernel_errors.bit_equal_gradients(gradients)
 
@@ -232,11 +234,11 @@ def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
     backend: str, form: str, mixing_name: str, dtype: torch.dtype
 ) -> None:
     """SwiGLU's: fc1's output and the router's probabilities, as in Megatron; x is fc1's too, so saved anyway."""
-    mixing = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
-    layer = make_layer(mixing, 6, 16, 8, dtype)
-    saved = saved_for_backward(lambda: activation_step(layer, mixing), (layer["weight"], layer["value"]))
+    mixture = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
+    layer = make_layer(mixture, 6, 16, 8, dtype)
+    saved = saved_for_backward(lambda: activation_step(layer, mixture), (layer["weight"], layer["value"]))
     swiglu = layer["z"].nbytes + layer["scale"].nbytes + (layer["x"].nbytes if mixing_name == "moa" else 0)
-    coefficients = 4 * 6 * mixing.num_coefficients if mixing_name == "moa" else 0  # LA's are parameters
+    coefficients = 4 * 6 * mixture.num_coefficients if mixing_name == "moa" else 0  # LA's are parameters
     assert saved.bytes == swiglu + coefficients
 
 
@@ -249,7 +251,7 @@ def test_the_count_of_saved_bytes_can_fail() -> None:
 
 def test_rows_that_begin_beyond_two_to_the_31() -> None:
     """Addresses are 64 bits wide: three rows with 2^30 elements from one to the next, in memory never touched."""
-    mixing = MixtureConfig(activations=("silu", "relu2"), backend="triton")
+    mixture = MixtureConfig(activations=("silu", "relu2"), backend="triton")
     f, distance = 24, 2**30
     storage = torch.UntypedStorage(2 * (2 * distance + 2 * f), device=DEVICE)
     far = torch.empty(0, dtype=torch.bfloat16, device=DEVICE).set_(storage, 0, (3, 2 * f), (distance, 1))
@@ -260,7 +262,7 @@ def test_rows_that_begin_beyond_two_to_the_31() -> None:
     near.requires_grad_()
     results = []
     for z in (far, near):
-        out = mixed_activation(z, coefficients, mixing)
+        out = mixed_activation(z, coefficients, mixture)
         results.append((out, *torch.autograd.grad(out.float().sum(), z)))
     for actual, expected in zip(*results, strict=True):
         assert torch.equal(actual, expected)
@@ -268,11 +270,11 @@ def test_rows_that_begin_beyond_two_to_the_31() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_in_place_of_the_preactivation(form: str) -> None:
-    mixing = MixtureConfig(form=form, activations=("silu", "tanh"), backend="triton")
-    layer = make_layer(mixing, 9, 20, 8, torch.float32)
+    mixture = MixtureConfig(form=form, activations=("silu", "tanh"), backend="triton")
+    layer = make_layer(mixture, 9, 20, 8, torch.float32)
     wanted = ["z", "scale", "weight"]
-    expected = torch.autograd.grad(activation_step(layer, mixing).sum(), [layer[name] for name in wanted])
-    overwriting = dataclasses.replace(mixing, overwrite=True)
+    expected = torch.autograd.grad(activation_step(layer, mixture).sum(), [layer[name] for name in wanted])
+    overwriting = dataclasses.replace(mixture, overwrite=True)
     z = layer["z"].detach().clone().requires_grad_()
     fc1_output = z * 1
     out = activation_step({**layer, "z": fc1_output}, overwriting)
@@ -286,15 +288,15 @@ def test_gradient_in_place_of_the_preactivation(form: str) -> None:
 
 def test_backends_that_cannot_write_in_place_say_so() -> None:
     for backend in ("compile", "eager"):
-        mixing = MixtureConfig(overwrite=True, backend=backend)
+        mixture = MixtureConfig(overwrite=True, backend=backend)
         with pytest.raises(UserError, match=f"--moa-overwrite-preactivation: the {backend} backend"):
-            mixed_activation(torch.zeros(2, 4), torch.zeros(14), mixing)
+            mixed_activation(torch.zeros(2, 4), torch.zeros(14), mixture)
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
 def test_strided_inputs(backend: str) -> None:
-    mixing = MixtureConfig(activations=("silu", "tanh"), backend=backend)
-    eager = dataclasses.replace(mixing, backend="eager")
+    mixture = MixtureConfig(activations=("silu", "tanh"), backend=backend)
+    eager = dataclasses.replace(mixture, backend="eager")
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
@@ -308,18 +310,18 @@ def test_strided_inputs(backend: str) -> None:
         }
         for grad in (normal(6, 4), normal(4, 6).t(), normal(1, 1).expand(6, 4)):
             results = []
-            for which in (mixing, eager):
-                out = mixed_activation(mixing=which, **inputs)
+            for which in (mixture, eager):
+                out = mixed_activation(mixture=which, **inputs)
                 results.append((out, *torch.autograd.grad(out, list(inputs.values()), grad)))
             for actual, expected in zip(*results, strict=True):
                 torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
 
 
 def test_the_compiler_serves_more_kinds_than_its_limit_of_recompilations() -> None:
-    mixing = MixtureConfig(kind="la", form="type1", activations=("relu",), backend="compile")
+    mixture = MixtureConfig(kind="la", form="type1", activations=("relu",), backend="compile")
     for width in range(1, 11):
         z = torch.ones(2, width, device=DEVICE)
-        assert mixed_activation(z, torch.ones(1, device=DEVICE), mixing).sum() == 2 * width
+        assert mixed_activation(z, torch.ones(1, device=DEVICE), mixture).sum() == 2 * width
 
 
 def test_auto_takes_the_kernels_on_gpus() -> None:

@@ -22,10 +22,10 @@ from megatron_moa.mixture.config import MixtureConfig, auto_form, check_form
 @pytest.mark.parametrize("k", [1, 2, 4, 7])
 def test_number_of_coefficients(form: str, count: Callable, softmax_size: Callable, k: int) -> None:
     names = ("gelu", "silu", "relu2", "leaky_relu", "tanh", "relu", "identity")[:k]
-    mixing = MixtureConfig(form=form, activations=names)
-    assert mixing.num_coefficients == count(k) == len(set(mixing.coefficient_names))
-    assert mixing.softmax_size == softmax_size(k)
-    assert len(list(mixing.start_values())) == count(k)
+    mixture = MixtureConfig(form=form, activations=names)
+    assert mixture.num_coefficients == count(k) == len(set(mixture.coefficient_names))
+    assert mixture.softmax_size == softmax_size(k)
+    assert len(list(mixture.start_values())) == count(k)
 
 
 @pytest.mark.parametrize(
@@ -38,15 +38,15 @@ def test_number_of_coefficients(form: str, count: Callable, softmax_size: Callab
     ],
 )
 def test_default_dictionaries_are_the_papers(form: str, dictionary: str, coefficients: int) -> None:
-    mixing = MixtureConfig(form=form)
-    assert mixing.activations == tuple(dictionary.split())
-    assert mixing.num_coefficients == coefficients
+    mixture = MixtureConfig(form=form)
+    assert mixture.activations == tuple(dictionary.split())
+    assert mixture.num_coefficients == coefficients
 
 
 def test_default_initial_values_are_the_papers() -> None:
-    mixing = MixtureConfig(kind="la", form="quadratic")
-    assert list(mixing.start_values()) == [1.0] * 10
-    assert (mixing.gate_init_std, mixing.init_scale) == (0.02, "paper")
+    mixture = MixtureConfig(kind="la", form="quadratic")
+    assert list(mixture.start_values()) == [1.0] * 10
+    assert (mixture.gate_init_std, mixture.init_scale) == (0.02, "paper")
 
 
 @pytest.mark.parametrize(

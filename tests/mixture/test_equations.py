@@ -33,28 +33,28 @@ def config(form: str, k: int, gate: str | None, backend: str = "eager") -> Mixtu
     return MixtureConfig(form=form, activations=SEVEN[:k], backend=backend, **source)
 
 
-def make_weights(mixing: MixtureConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def make_weights(mixture: MixtureConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Tokens, W1 and W2 as fc1, the down projection, and LA's coefficients or MoA's gate vectors, all N(0, 1)."""
     generator = torch.Generator().manual_seed(4)
-    n, halves = mixing.num_coefficients, 2 if mixing.gated else 1
+    n, halves = mixture.num_coefficients, 2 if mixture.gated else 1
     shapes = {"x": (T, H), "fc1": (halves * FFN, H), "fc2": (H, FFN)}
-    shapes["mixing"] = (n,) if mixing.kind == "la" else (n, H)
+    shapes["mixing"] = (n,) if mixture.kind == "la" else (n, H)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype).requires_grad_()
         for name, shape in shapes.items()
     }
 
 
-def feed_forward(mixing: MixtureConfig, x: Tensor, fc1: Tensor, fc2: Tensor, source: Tensor) -> Tensor:
+def feed_forward(mixture: MixtureConfig, x: Tensor, fc1: Tensor, fc2: Tensor, source: Tensor) -> Tensor:
     """The layer by this package's functions."""
-    coefficients = source if mixing.kind == "la" else gate_coefficients(x, source, mixing)
-    return mixed_activation(x @ fc1.T, coefficients, mixing) @ fc2.T
+    coefficients = source if mixture.kind == "la" else gate_coefficients(x, source, mixture)
+    return mixed_activation(x @ fc1.T, coefficients, mixture) @ fc2.T
 
 
-def expected(mixing: MixtureConfig, weights: dict[str, Tensor]) -> np.ndarray:
+def expected(mixture: MixtureConfig, weights: dict[str, Tensor]) -> np.ndarray:
     arrays = [tensor.detach().double().cpu().numpy() for tensor in weights.values()]
-    gate = None if mixing.kind == "la" else mixing.gate
-    return equations.feed_forward(mixing.form, mixing.activations, gate, *arrays)
+    gate = None if mixture.kind == "la" else mixture.gate
+    return equations.feed_forward(mixture.form, mixture.activations, gate, *arrays)
 
 
 def error(actual: Tensor, right: np.ndarray) -> float:
@@ -67,8 +67,8 @@ def error(actual: Tensor, right: np.ndarray) -> float:
 def test_the_number_of_coefficients_is_the_paper_s(form: str) -> None:
     for k in (1, 2, 4, 7):
         n = {"type1": k, "one-sided": k, "bi-sided": 2 * k, "quadratic": k * (k + 1) // 2}[form]
-        mixing = config(form, k, None)
-        assert mixing.num_coefficients == len(mixing.coefficient_names) == n
+        mixture = config(form, k, None)
+        assert mixture.num_coefficients == len(mixture.coefficient_names) == n
         assert equations.number_of_coefficients(form, k) == n
 
 
@@ -77,25 +77,25 @@ def test_the_number_of_coefficients_is_the_paper_s(form: str) -> None:
 def test_float64_is_the_equation(backend: str, form: str) -> None:
     """Float64 is for checks: by design every backend computes it as the reference does."""
     for k, gate in SOURCES:
-        mixing = config(form, k, gate, backend)
-        weights = make_weights(mixing)
-        assert error(feed_forward(mixing, *weights.values()), expected(mixing, weights)) < 1e-12, (k, gate)
+        mixture = config(form, k, gate, backend)
+        weights = make_weights(mixture)
+        assert error(feed_forward(mixture, *weights.values()), expected(mixture, weights)) < 1e-12, (k, gate)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_megatron_s_layer_is_the_equation(form: str, megatron: None) -> None:
     for gate in (None, *GATES):
-        mixing = dataclasses.replace(config(form, 4, gate), activations=DICTIONARIES[form])
+        mixture = dataclasses.replace(config(form, 4, gate), activations=DICTIONARIES[form])
         settings = {"hidden_size": H, "num_attention_heads": 1, "ffn_hidden_size": FFN}
-        layer = build_feed_forward(make_config(mixing.gated, **settings), mixing).double()
-        weights = make_weights(mixing)
+        layer = build_feed_forward(make_config(mixture.gated, **settings), mixture).double()
+        weights = make_weights(mixture)
         (source,) = layer.coefficients.parameters()
         with torch.no_grad():
             layer.linear_fc1.weight.copy_(weights["fc1"])
             layer.linear_fc2.weight.copy_(weights["fc2"])
             source.copy_(weights["mixing"])
         out = layer(weights["x"][:, None])[0][:, 0]
-        assert error(out, expected(mixing, weights)) < 1e-12, gate
+        assert error(out, expected(mixture, weights)) < 1e-12, gate
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -104,65 +104,65 @@ def test_the_fused_backends_in_float32_are_the_equation(backend: str, form: str)
     """To what kernel_errors.py allows in float32: twice the error of PyTorch's own functions, and 16 roundings."""
     # torch.compile takes seconds for each dictionary and source of coefficients.
     for k, gate in [(3, None), (3, "sigmoid")] if backend == "compile" else SOURCES:
-        mixing = config(form, k, gate, backend)
-        weights = make_weights(mixing, torch.float32)
-        right = expected(mixing, weights)
-        eager = error(feed_forward(dataclasses.replace(mixing, backend="eager"), *weights.values()), right)
+        mixture = config(form, k, gate, backend)
+        weights = make_weights(mixture, torch.float32)
+        right = expected(mixture, weights)
+        eager = error(feed_forward(dataclasses.replace(mixture, backend="eager"), *weights.values()), right)
         limit = kernel_errors.ALLOWED * eager + kernel_errors.FLOORS[torch.float32]
-        assert error(feed_forward(mixing, *weights.values()), right) <= limit < 1e-5, (k, gate)
+        assert error(feed_forward(mixture, *weights.values()), right) <= limit < 1e-5, (k, gate)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_activation_bias_and_scale_are_in_the_equation(form: str) -> None:
     for names in (tuple(ACTIVATIONS), *((name,) for name in ACTIVATIONS)):
         for source in ("la", "moa"):
-            mixing = MixtureConfig(kind=source, form=form, activations=names, backend="eager")
+            mixture = MixtureConfig(kind=source, form=form, activations=names, backend="eager")
             generator = torch.Generator().manual_seed(3)
-            width, leading = FFN * (2 if mixing.gated else 1), (T,) if source == "moa" else ()
-            shapes = ((T, width), (*leading, mixing.num_coefficients), (width,), (T,))
+            width, leading = FFN * (2 if mixture.gated else 1), (T,) if source == "moa" else ()
+            shapes = ((T, width), (*leading, mixture.num_coefficients), (width,), (T,))
             z, c, bias, scale = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
             right = equations.mixed(form, names, c.numpy(), (z + bias).numpy()) * scale.numpy()[:, None]
-            assert error(mixed_activation(z, c, mixing, bias, scale), right) < 1e-12, (names, source)
+            assert error(mixed_activation(z, c, mixture, bias, scale), right) < 1e-12, (names, source)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gate", [None, *GATES])
 def test_gradients_are_those_of_finite_differences(gate: str | None, form: str) -> None:
-    mixing = dataclasses.replace(config(form, 4, gate), activations=DICTIONARIES[form])
-    weights = make_weights(mixing)
-    assert torch.autograd.gradcheck(lambda *tensors: feed_forward(mixing, *tensors), tuple(weights.values()))
+    mixture = dataclasses.replace(config(form, 4, gate), activations=DICTIONARIES[form])
+    weights = make_weights(mixture)
+    assert torch.autograd.gradcheck(lambda *tensors: feed_forward(mixture, *tensors), tuple(weights.values()))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("gate", GATES)
 def test_learned_amplitudes_scale_gates_that_are_one_at_zero(gate: str, form: str) -> None:
     """c_k = a_k psi_hat(l_k), psi_hat = psi / psi(0), for tanh 1 + psi: ours, not the paper's."""
-    mixing = MixtureConfig(form=form, gate=gate, activations=SEVEN[:3], amplitude="learned")
+    mixture = MixtureConfig(form=form, gate=gate, activations=SEVEN[:3], amplitude="learned")
     generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(T, mixing.num_coefficients, generator=generator, dtype=torch.float64)
-    a = torch.randn(mixing.num_coefficients, generator=generator, dtype=torch.float64)
+    logits = torch.randn(T, mixture.num_coefficients, generator=generator, dtype=torch.float64)
+    a = torch.randn(mixture.num_coefficients, generator=generator, dtype=torch.float64)
     psi = np.array([equations.phi(gate, form, row) for row in logits.tolist()])
-    at_zero = np.array(equations.phi(gate, form, [0.0] * mixing.num_coefficients))
+    at_zero = np.array(equations.phi(gate, form, [0.0] * mixture.num_coefficients))
     hat = 1 + psi if gate == "tanh" else psi / at_zero
-    assert error(reference.gate(logits, mixing, a), a.numpy() * hat) < 1e-12
-    zeros = reference.gate(torch.zeros_like(logits), mixing, a)
+    assert error(reference.gate(logits, mixture, a), a.numpy() * hat) < 1e-12
+    zeros = reference.gate(torch.zeros_like(logits), mixture, a)
     torch.testing.assert_close(zeros, a.expand(T, -1), rtol=1e-15, atol=0)
 
 
 # SwiGLU is a member of each gated form.
 
 
-def swiglu_coefficients(mixing: MixtureConfig) -> Tensor:
+def swiglu_coefficients(mixture: MixtureConfig) -> Tensor:
     """One-hot: silu on W1's branch and identity on W2's, each where the default dictionary has it."""
-    names, k = mixing.activations, mixing.num_activations
+    names, k = mixture.activations, mixture.num_activations
     silu, identity = names.index("silu"), names.index("identity")
     ones = {
         "one-sided": [identity],
         "bi-sided": [silu, k + identity],
         # The pairs of gelu come first, then (silu, silu), (silu, relu2), (silu, identity).
         "quadratic": [k + identity - silu],
-    }[mixing.form]
-    one_hot = torch.zeros(mixing.num_coefficients, device=DEVICE)
+    }[mixture.form]
+    one_hot = torch.zeros(mixture.num_coefficients, device=DEVICE)
     one_hot[ones] = 1.0
     return one_hot
 
@@ -185,13 +185,13 @@ def test_swiglu_is_contained_bit_for_bit(form: str, dtype: torch.dtype) -> None:
     right = swiglu, *torch.autograd.grad(swiglu, z, grad)
     for gate in (None, *GATES):
         source = {"kind": "la"} if gate is None else {"gate": gate, "amplitude": "learned"}
-        mixing = MixtureConfig(form=form, backend="eager", **source)
-        coefficients = swiglu_coefficients(mixing).to(wide)
+        mixture = MixtureConfig(form=form, backend="eager", **source)
+        coefficients = swiglu_coefficients(mixture).to(wide)
         if gate is not None:
             x = torch.ones(T, 4, dtype=dtype, device=DEVICE)
-            vectors = torch.zeros(mixing.num_coefficients, 4, dtype=dtype, device=DEVICE)
-            coefficients = gate_coefficients(x, vectors, mixing, amplitude=coefficients)
-        out = mixed_activation(z, coefficients, mixing)
+            vectors = torch.zeros(mixture.num_coefficients, 4, dtype=dtype, device=DEVICE)
+            coefficients = gate_coefficients(x, vectors, mixture, amplitude=coefficients)
+        out = mixed_activation(z, coefficients, mixture)
         for actual, its in zip((out, *torch.autograd.grad(out, z, grad)), right, strict=True):
             assert torch.equal(actual, its), gate
 
@@ -211,8 +211,8 @@ def test_swiglu_by_a_fused_backend_has_the_same_bits_in_every_form(
     """Those of the backend's own one-sided form over identity alone, which is SwiGLU; () is the form's dictionary."""
     z, grad = preactivation(dtype)
 
-    def result(mixing: MixtureConfig, one_hot: Tensor) -> tuple[Tensor, ...]:
-        out = mixed_activation(z, one_hot.expand(T, -1), mixing)
+    def result(mixture: MixtureConfig, one_hot: Tensor) -> tuple[Tensor, ...]:
+        out = mixed_activation(z, one_hot.expand(T, -1), mixture)
         return out, *torch.autograd.grad(out, z, grad)
 
     alone = MixtureConfig(form="one-sided", activations=("identity",), backend=backend)
@@ -222,6 +222,6 @@ def test_swiglu_by_a_fused_backend_has_the_same_bits_in_every_form(
     tolerance = {torch.float32: 16 * 2.0**-24, torch.bfloat16: 2.0**-7}[dtype]
     torch.testing.assert_close(right[0].double(), F.silu(y) * linear, rtol=tolerance, atol=tolerance)
     for form in GATED:
-        mixing = MixtureConfig(form=form, activations=activations, backend=backend)
-        for actual, its in zip(result(mixing, swiglu_coefficients(mixing)), right, strict=True):
+        mixture = MixtureConfig(form=form, activations=activations, backend=backend)
+        for actual, its in zip(result(mixture, swiglu_coefficients(mixture)), right, strict=True):
             assert torch.equal(actual, its), form

@@ -15,19 +15,19 @@ from megatron_moa.mixture.functional import mixed_activation
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
 
 
-def make_inputs(mixing: MixtureConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
+def make_inputs(mixture: MixtureConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
     """Random inputs with gradients asked for; coefficients in float32 for half precision, as layers give them."""
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    width = 2 * f if mixing.gated else f
+    width = 2 * f if mixture.gated else f
     coefficient_dtype = torch.promote_types(dtype, torch.float32)
-    leading = tokens if mixing.kind == "moa" else ()
+    leading = tokens if mixture.kind == "moa" else ()
     return {
         "preactivation": normal(*tokens, width),
-        "coefficients": normal(*leading, mixing.num_coefficients, dtype=coefficient_dtype),
+        "coefficients": normal(*leading, mixture.num_coefficients, dtype=coefficient_dtype),
         "bias": normal(width),
         "per_token_scale": normal(*tokens, dtype=coefficient_dtype),
     }
@@ -45,73 +45,73 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str, mixing_name: str) -> None:
     activations = SMOOTH[2:5] if form == "quadratic" else SMOOTH
-    mixing = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend="eager")
-    inputs = make_inputs(mixing, (4,), 3)
-    assert torch.autograd.gradcheck(lambda z, c, b, s: mixed_activation(z, c, mixing, b, s), tuple(inputs.values()))
+    mixture = MixtureConfig(kind=mixing_name, form=form, activations=activations, backend="eager")
+    inputs = make_inputs(mixture, (4,), 3)
+    assert torch.autograd.gradcheck(lambda z, c, b, s: mixed_activation(z, c, mixture, b, s), tuple(inputs.values()))
 
 
 @pytest.mark.parametrize("gate", GATES)
 def test_gradcheck_of_gates(gate: str) -> None:
-    mixing = MixtureConfig(gate=gate, amplitude="learned", activations=SMOOTH[:3])
-    logits = torch.randn(3, mixing.num_coefficients, dtype=torch.float64, requires_grad=True)
-    amplitude = torch.randn(mixing.num_coefficients, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, a: reference.gate(x, mixing, a), (logits, amplitude))
+    mixture = MixtureConfig(gate=gate, amplitude="learned", activations=SMOOTH[:3])
+    logits = torch.randn(3, mixture.num_coefficients, dtype=torch.float64, requires_grad=True)
+    amplitude = torch.randn(mixture.num_coefficients, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a: reference.gate(x, mixture, a), (logits, amplitude))
     fixed = MixtureConfig(gate=gate, activations=SMOOTH[:3])
     assert torch.autograd.gradcheck(lambda x: reference.gate(x, fixed), (logits,))
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.full), "triton"])
 def test_odd_empty_and_strided_inputs(backend: str) -> None:
-    mixing = MixtureConfig(activations=("silu", "tanh"), backend=backend)
+    mixture = MixtureConfig(activations=("silu", "tanh"), backend=backend)
     eager = MixtureConfig(activations=("silu", "tanh"), backend="eager")
     for tokens, f in [((0,), 4), ((1,), 4), ((2, 0), 3), ((1, 1), 1), ((3,), 7)]:
-        inputs = make_inputs(mixing, tokens, f, torch.float32)
-        out = mixed_activation(mixing=mixing, **inputs)
+        inputs = make_inputs(mixture, tokens, f, torch.float32)
+        out = mixed_activation(mixture=mixture, **inputs)
         out.sum().backward()
         assert out.shape == (*tokens, f)
-        assert relative_error(out, mixed_activation(mixing=eager, **inputs)) < 1e-6
+        assert relative_error(out, mixed_activation(mixture=eager, **inputs)) < 1e-6
         assert all(tensor.grad.isfinite().all() for tensor in inputs.values())
-    inputs = make_inputs(mixing, (6,), 4, torch.float32)
+    inputs = make_inputs(mixture, (6,), 4, torch.float32)
     strided = {
         "preactivation": torch.randn(8, 12).t()[::2],  # [6, 8], neither contiguous nor dense
         "coefficients": torch.randn(4, 6).t(),
         "per_token_scale": torch.randn(12)[::2],
     }
-    out = mixed_activation(mixing=mixing, **strided)
+    out = mixed_activation(mixture=mixture, **strided)
     contiguous = {name: tensor.contiguous() for name, tensor in strided.items()}
-    assert relative_error(out, mixed_activation(mixing=eager, **contiguous)) < 1e-6
+    assert relative_error(out, mixed_activation(mixture=eager, **contiguous)) < 1e-6
 
 
 @pytest.mark.full
 def test_changing_token_counts_and_evaluation_compile_once() -> None:
     from torch._dynamo.utils import counters
 
-    mixing = MixtureConfig(activations=("silu", "relu2"), backend="compile")
-    whole = make_inputs(mixing, (400,), 24, torch.float32)
+    mixture = MixtureConfig(activations=("silu", "relu2"), backend="compile")
+    whole = make_inputs(mixture, (400,), 24, torch.float32)
 
     def run(start: int, tokens: int) -> None:
         """Tokens of one expert among all tokens: the scales are a view with an offset."""
         z, c, scale = (
             whole[name][start : start + tokens] for name in ("preactivation", "coefficients", "per_token_scale")
         )
-        mixed_activation(z.contiguous(), c.contiguous(), mixing, whole["bias"], scale).sum().backward()
+        mixed_activation(z.contiguous(), c.contiguous(), mixture, whole["bias"], scale).sum().backward()
 
     run(0, 48)
     before = counters["stats"]["unique_graphs"]
     for start, tokens in ((0, 47), (47, 96), (200, 5), (205, 128), (333, 2)):
         run(start, tokens)
     with torch.no_grad():
-        mixed_activation(mixing=mixing, **whole)
+        mixed_activation(mixture=mixture, **whole)
     assert counters["stats"]["unique_graphs"] == before
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("compile", marks=pytest.mark.full)])
 def test_frozen_inputs_get_no_gradient(backend: str) -> None:
-    mixing = MixtureConfig(kind="la", activations=("silu", "relu"), backend=backend)
-    inputs = make_inputs(mixing, (4,), 3, torch.float32)
+    mixture = MixtureConfig(kind="la", activations=("silu", "relu"), backend=backend)
+    inputs = make_inputs(mixture, (4,), 3, torch.float32)
     inputs["coefficients"].requires_grad = False
     inputs["bias"] = inputs["per_token_scale"] = None
-    mixed_activation(mixing=mixing, **inputs).sum().backward()
+    mixed_activation(mixture=mixture, **inputs).sum().backward()
     assert inputs["preactivation"].grad is not None
     assert inputs["coefficients"].grad is None
 
@@ -126,10 +126,10 @@ def test_frozen_inputs_get_no_gradient(backend: str) -> None:
     ],
 )
 def test_shapes_that_do_not_fit(change: dict, message: str) -> None:
-    mixing = MixtureConfig(activations=("silu", "relu"), backend="eager")
+    mixture = MixtureConfig(activations=("silu", "relu"), backend="eager")
     inputs = {"preactivation": torch.zeros(3, 8), "coefficients": torch.zeros(3, 4), **change}
     with pytest.raises(ValueError, match=message):
-        mixed_activation(mixing=mixing, **inputs)
+        mixed_activation(mixture=mixture, **inputs)
 
 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

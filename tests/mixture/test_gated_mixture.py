@@ -24,7 +24,7 @@ def settings(form: str, backend: str, **others: object) -> MixtureConfig:
     return MixtureConfig(form=form, activations=("silu", "tanh"), backend=backend, **others)
 
 
-def inputs(mixing: MixtureConfig, dtype: torch.dtype, grouped: bool = False) -> dict[str, Tensor]:
+def inputs(mixture: MixtureConfig, dtype: torch.dtype, grouped: bool = False) -> dict[str, Tensor]:
     """All that the two take, with gradients; for experts the tokens in one dimension."""
     generator = torch.Generator().manual_seed(7)
 
@@ -32,27 +32,27 @@ def inputs(mixing: MixtureConfig, dtype: torch.dtype, grouped: bool = False) -> 
         return torch.randn(shape, generator=generator).to(DEVICE, own).requires_grad_()
 
     tokens, experts = ((10,), (3,)) if grouped else (TOKENS, ())
-    n, width = mixing.num_coefficients, 2 * F if mixing.gated else F
+    n, width = mixture.num_coefficients, 2 * F if mixture.gated else F
     found = {
         "z": normal(*tokens, width), "x": normal(*tokens, H), "u": normal(*experts, n, H), "s": normal(*tokens),
     }  # fmt: skip
-    if mixing.gate_bias:
+    if mixture.gate_bias:
         found |= {"b": normal(*experts, n), "fc1_bias": normal(width)}
-    if mixing.amplitude == "learned":
+    if mixture.amplitude == "learned":
         found["a"] = normal(*experts, n)
     return found
 
 
-def step(mixing: MixtureConfig, given: dict[str, Tensor], together: bool, ends: Tensor | None = None) -> list[Tensor]:
+def step(mixture: MixtureConfig, given: dict[str, Tensor], together: bool, ends: Tensor | None = None) -> list[Tensor]:
     """Mixture, coefficients and all gradients; fc1's output is a result, as it is in a layer."""
     z = given["z"] * 1
     constant = torch.full((1,), 0.5, device=DEVICE)
     gate = GateInputs(given["x"], given["u"], given.get("b"), given.get("a"), constant, ends)
     if together:
-        out, coefficients = gated_mixture(z, gate, mixing, given.get("fc1_bias"), given["s"])
+        out, coefficients = gated_mixture(z, gate, mixture, given.get("fc1_bias"), given["s"])
     else:
-        coefficients = gate_coefficients(*gate[:2], mixing, *gate[2:])
-        out = mixed_activation(z, coefficients, mixing, given.get("fc1_bias"), given["s"])
+        coefficients = gate_coefficients(*gate[:2], mixture, *gate[2:])
+        out = mixed_activation(z, coefficients, mixture, given.get("fc1_bias"), given["s"])
     wanted = [tensor for tensor in given.values() if tensor.requires_grad]
     weights = torch.linspace(-1, 1, out.numel(), device=DEVICE).view_as(out)
     return [out, coefficients, *torch.autograd.grad((out * weights).sum(), wanted)]
@@ -73,8 +73,8 @@ def step(mixing: MixtureConfig, given: dict[str, Tensor], together: bool, ends: 
     ids=str,
 )
 def test_equals_one_after_the_other(form: str, backend: str, others: dict, dtype: torch.dtype) -> None:
-    mixing = settings(form, backend, **others)
-    apart, together = (step(mixing, inputs(mixing, dtype), fused) for fused in (False, True))
+    mixture = settings(form, backend, **others)
+    apart, together = (step(mixture, inputs(mixture, dtype), fused) for fused in (False, True))
     assert len(apart) == len(together)
     for one, other in zip(apart, together, strict=True):
         assert torch.equal(one, other)
@@ -82,9 +82,9 @@ def test_equals_one_after_the_other(form: str, backend: str, others: dict, dtype
 
 @pytest.mark.parametrize("backend", ["eager", "triton", pytest.param("compile", marks=pytest.mark.full)])
 def test_equals_one_after_the_other_for_experts(backend: str) -> None:
-    mixing = settings("one-sided", backend, gate_bias=True, amplitude="learned")
+    mixture = settings("one-sided", backend, gate_bias=True, amplitude="learned")
     ends = torch.tensor(ENDS, dtype=torch.int32, device=DEVICE)
-    apart, together = (step(mixing, inputs(mixing, torch.float32, True), f, ends) for f in (False, True))
+    apart, together = (step(mixture, inputs(mixture, torch.float32, True), f, ends) for f in (False, True))
     for one, other in zip(apart, together, strict=True):
         assert torch.equal(one, other)
 
@@ -92,42 +92,42 @@ def test_equals_one_after_the_other_for_experts(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_what_is_frozen_takes_no_gradient(backend: str) -> None:
     """Gates alone, fc1's output alone, x alone: the others' gradients are what they were."""
-    mixing = settings("bi-sided", backend)
-    whole = dict(zip("zxus", step(mixing, inputs(mixing, torch.float32), True)[2:], strict=True))
+    mixture = settings("bi-sided", backend)
+    whole = dict(zip("zxus", step(mixture, inputs(mixture, torch.float32), True)[2:], strict=True))
     for trained in ("z", "x", "u", "s"):
-        given = inputs(mixing, torch.float32)
+        given = inputs(mixture, torch.float32)
         for name, tensor in given.items():
             tensor.requires_grad = name == trained
-        *_, grad = step(mixing, given, True)
+        *_, grad = step(mixture, given, True)
         assert torch.equal(grad, whole[trained]), trained
 
 
 def test_coefficients_are_for_looking_at() -> None:
     for backend in ("eager", "triton"):
-        mixing = settings("bi-sided", backend)
-        given = inputs(mixing, torch.float32)
-        out, coefficients = gated_mixture(given["z"], GateInputs(given["x"], given["u"]), mixing)
+        mixture = settings("bi-sided", backend)
+        given = inputs(mixture, torch.float32)
+        out, coefficients = gated_mixture(given["z"], GateInputs(given["x"], given["u"]), mixture)
         assert out.requires_grad
         assert not coefficients.requires_grad
-        assert coefficients.shape == (*TOKENS, mixing.num_coefficients)
+        assert coefficients.shape == (*TOKENS, mixture.num_coefficients)
 
 
 def test_no_tokens() -> None:
-    mixing = settings("bi-sided", "triton")
+    mixture = settings("bi-sided", "triton")
     given = {
         name: t.detach()[:0].requires_grad_() if name != "u" else t
-        for name, t in inputs(mixing, torch.float32).items()
+        for name, t in inputs(mixture, torch.float32).items()
     }  # fmt: skip
-    out, coefficients, *grads = step(mixing, given, True)
+    out, coefficients, *grads = step(mixture, given, True)
     assert out.shape == (0, 2, F)
-    assert coefficients.shape == (0, 2, mixing.num_coefficients)
+    assert coefficients.shape == (0, 2, mixture.num_coefficients)
     assert not any(grad.any() for grad in grads)
 
 
 def test_a_second_backward_through_what_was_overwritten() -> None:
-    mixing = settings("bi-sided", "triton", overwrite=True)
-    given = inputs(mixing, torch.float32)
-    out, _ = gated_mixture(given["z"] * 1, GateInputs(given["x"], given["u"]), mixing)
+    mixture = settings("bi-sided", "triton", overwrite=True)
+    given = inputs(mixture, torch.float32)
+    out, _ = gated_mixture(given["z"] * 1, GateInputs(given["x"], given["u"]), mixture)
     out.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="--moa-overwrite-preactivation: a second backward"):
         out.sum().backward()
@@ -144,9 +144,9 @@ def test_what_the_mixture_saved_is_let_go_before_the_gates_gradients() -> None:
             alive.append(not storage.expired())
             return torch.zeros_like(gate.x), torch.zeros_like(gate.weight), None, None
 
-    mixing = settings("bi-sided", "eager")
-    given = inputs(mixing, torch.float32)
-    n = mixing.num_coefficients
+    mixture = settings("bi-sided", "eager")
+    given = inputs(mixture, torch.float32)
+    n = mixture.num_coefficients
     backend = Still(
         gate_forward=lambda gate, _: gate.x.new_zeros(*TOKENS, n),
         mixture_forward=lambda inputs, _: inputs.z.new_zeros(*TOKENS, F),
@@ -154,7 +154,7 @@ def test_what_the_mixture_saved_is_let_go_before_the_gates_gradients() -> None:
     )
     z = given["z"] * 1
     storage = StorageWeakRef(z.untyped_storage())
-    out, _ = autograd.gated_mixture(backend, GateInputs(given["x"], given["u"]), z, mixing, None, None)
+    out, _ = autograd.gated_mixture(backend, GateInputs(given["x"], given["u"]), z, mixture, None, None)
     del z
     out.sum().backward(retain_graph=True)
     out.sum().backward()
@@ -172,7 +172,7 @@ def test_what_the_mixture_saved_is_let_go_before_the_gates_gradients() -> None:
 )
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_shapes_that_do_not_fit(backend: str, change: Callable[[dict], dict], message: str) -> None:
-    mixing = settings("bi-sided", backend)
-    given = change(inputs(mixing, torch.float32))
+    mixture = settings("bi-sided", backend)
+    given = change(inputs(mixture, torch.float32))
     with pytest.raises(ValueError, match=message):
-        gated_mixture(given["z"], GateInputs(given["x"], given["u"]), mixing, None, given["s"])
+        gated_mixture(given["z"], GateInputs(given["x"], given["u"]), mixture, None, given["s"])

@@ -33,17 +33,17 @@ def aligned(*shape, dtype, by):
 
 def run(case):
     form, kind, gate, dtype, tokens, width, hidden, by, bias = case
-    mixing = MixtureConfig(kind, form, gate=gate, gate_bias=bias and kind == "moa")
-    z = aligned(tokens, 2 * width if mixing.gated else width, dtype=dtype, by=by).requires_grad_()
-    n = mixing.num_coefficients
+    mixture = MixtureConfig(kind, form, gate=gate, gate_bias=bias and kind == "moa")
+    z = aligned(tokens, 2 * width if mixture.gated else width, dtype=dtype, by=by).requires_grad_()
+    n = mixture.num_coefficients
     if kind == "moa":
         x = aligned(tokens, hidden, dtype=dtype, by=by).requires_grad_()
         weight = aligned(n, hidden, dtype=dtype, by=by).requires_grad_()
         own = torch.zeros(n, dtype=dtype, requires_grad=True) if bias else None
-        c = functional.gate_coefficients(x, weight, mixing, own)
+        c = functional.gate_coefficients(x, weight, mixture, own)
     else:
         c = torch.zeros(n, requires_grad=True)
-    functional.mixed_activation(z, c, mixing).sum().backward()
+    functional.mixed_activation(z, c, mixture).sum().backward()
 
 def cases():
     yield "quadratic", "moa", "sigmoid", torch.bfloat16, 8, 64, 32, True, False

@@ -78,8 +78,8 @@ def elements(report: Any) -> int:
 def model_of(flags: list[str], gpus: int = 1) -> Model:
     """The planner's view of these flags."""
     startup.prepare()
-    args, mixing = inputs.parse(flags, gpus)
-    return Model.from_args(inputs.validated(args), mixing)
+    args, mixture = inputs.parse(flags, gpus)
+    return Model.from_args(inputs.validated(args), mixture)
 
 
 @pytest.mark.full
@@ -150,10 +150,10 @@ def test_active_parameters_leave_out_the_experts_a_token_does_not_meet() -> None
     model = model_of(recipe_flags("moe-2b", "moa", ["--mock-data"]))
     experts, h = model.experts, model.hidden
     assert (experts.number, experts.topk) == (32, 4)
-    own = 3 * h * experts.ffn + model.mixing.num_coefficients * h  # fc1, fc2 and gates of one expert
+    own = 3 * h * experts.ffn + model.mixture.num_coefficients * h  # fc1, fc2 and gates of one expert
     counted = parameters.count(model)
     assert counted.total - counted.active == model.layers * (32 - 4) * own
-    assert counted.mixture - counted.active_mixture == model.layers * (32 - 4) * model.mixing.num_coefficients * h
+    assert counted.mixture - counted.active_mixture == model.layers * (32 - 4) * model.mixture.num_coefficients * h
 
 
 # Memory, against trainings on a CPU, every allocation counted.
@@ -197,20 +197,20 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     from tools import benchmark_step
 
     sys.argv = ["pretrain_gpt_moa.py", *benchmark_step.RUN, *flags]
-    args, mixing = parse_arguments()
+    args, mixture = parse_arguments()
     initialize_megatron()
     batches = train_step.random_batches(args)
     arms = []
 
     def train(lap: timing.Lap) -> None:
-        arms.append(train_step.build("plan", args, mixing, batches))
+        arms.append(train_step.build("plan", args, mixture, batches))
         arms[0].run(lap)
 
     device = torch.device("cpu")
     whole = peak_memory.peak_bytes(train, device)
     step = peak_memory.peak_bytes(arms[0].run, device)
     split = Split(gpus=1, micro_batch=args.micro_batch_size, recompute=recompute)
-    planned = memory.peak(Model.from_args(args, mixing), split, memory.CPU)
+    planned = memory.peak(Model.from_args(args, mixture), split, memory.CPU)
     at_rest = planned.weights + planned.gradients + planned.optimizer
     found = {"whole": whole, "step": step, "planned": planned.tensors, "planned step": planned.tensors - at_rest}
     Path(results).write_text(json.dumps(found))
@@ -290,7 +290,7 @@ def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
     moved = [message for message in report.messages if message.phase != "finalize" and message.group == "tp"]
     moved = [message for message in moved if message.operation in ("allgather_base", "reduce_scatter_base")]
     model = model_of(built.all_flags(), 64)
-    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(built.all_flags(), 64)[0]), model.mixing)(4)
+    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(built.all_flags(), 64)[0]), model.mixture)(4)
     traffic = {kind.kind: kind for kind in step_time(model, split, flops, GPUS["h100"], 0.4).traffic}
     assert sum(message.bytes for message in moved) * 3 / 4 == pytest.approx(traffic["TP"].bytes)
     assert sum(message.number for message in moved) == traffic["TP"].messages

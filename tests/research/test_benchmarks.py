@@ -41,9 +41,9 @@ def run_on_wrong_results(tmp_path: Path, tool: str, *arguments: str) -> Run:
         "torch.compiler.set_stance('force_eager')\n"
         "from megatron_moa.mixture import functional\n"
         "right = functional.mixed_activation\n"
-        "def wrong(preactivation, coefficients, mixing, *others, **named):\n"
-        "    out = right(preactivation, coefficients, mixing, *others, **named)\n"
-        "    reference = mixing.backend == 'eager' or preactivation.dtype is torch.float64\n"
+        "def wrong(preactivation, coefficients, mixture, *others, **named):\n"
+        "    out = right(preactivation, coefficients, mixture, *others, **named)\n"
+        "    reference = mixture.backend == 'eager' or preactivation.dtype is torch.float64\n"
         "    return out if reference else 1.01 * out\n"
         "functional.mixed_activation = wrong\n"
         "sys.argv = sys.argv[1:]\n"
@@ -255,19 +255,19 @@ def test_recipes_are_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("form", [pytest.param("type1", marks=pytest.mark.full), "bi-sided"])
 def test_plain_compile_computes_the_reference(form: str) -> None:
     """Gate and mixture, in bfloat16 and float32, also with a gate a group; the reference stands again afterwards."""
-    mixing = MixtureConfig(form=form, backend="eager")
+    mixture = MixtureConfig(form=form, backend="eager")
     plain = reference.mixed_activation
     for dtype, groups in ((torch.bfloat16, None), (torch.float32, None), (torch.float32, [3, 3, 12])):
         generator = torch.Generator().manual_seed(0)
-        weight = (mixing.num_coefficients, 8) if groups is None else (3, mixing.num_coefficients, 8)
+        weight = (mixture.num_coefficients, 8) if groups is None else (3, mixture.num_coefficients, 8)
         shapes = ((12, 8), weight, (12, 16))
         x, u, z = (torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
         ends = groups and torch.tensor(groups, dtype=torch.int32)
 
         def results(
-            x: Tensor = x, u: Tensor = u, z: Tensor = z, ends: Tensor | None = ends, mixing: MixtureConfig = mixing
+            x: Tensor = x, u: Tensor = u, z: Tensor = z, ends: Tensor | None = ends, mixture: MixtureConfig = mixture
         ) -> tuple[Tensor, ...]:
-            out, _ = functional.gated_mixture(z, GateInputs(x, u, group_ends=ends), mixing)
+            out, _ = functional.gated_mixture(z, GateInputs(x, u, group_ends=ends), mixture)
             return (out, *torch.autograd.grad(out.float().square().sum(), (x, u, z)))
 
         expected = results()

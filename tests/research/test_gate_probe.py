@@ -17,7 +17,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.research.gates.collapse import collapsed_mixing
+from megatron_moa.research.gates.collapse import collapsed_mixture
 from megatron_moa.research.gates.probe import (
     DENSE,
     ROUTED,
@@ -54,15 +54,15 @@ def documents(count: int = 30, seed: int = 1) -> list[list[int]]:
     return [[draw.randrange(END) for _ in range(draw.randrange(4, 40))] for _ in range(count)]
 
 
-def load(kind: str, mixing: MixtureConfig = MOA, **settings: Any) -> LoadedModel:
+def load(kind: str, mixture: MixtureConfig = MOA, **settings: Any) -> LoadedModel:
     """A model whose gates differ from token to token, and its biases and amplitudes from gate to gate."""
     torch.manual_seed(3)
-    model = build_model(make_config(**KINDS[kind], **settings), mixing).eval()
+    model = build_model(make_config(**KINDS[kind], **settings), mixture).eval()
     for module in owners(model):
         for name, parameter in module.named_parameters():
             parameter.data = torch.randn_like(parameter) * (0.6 if name == "weight" else 0.3) + (name == "amplitude")
     args, tokenizer = SimpleNamespace(max_position_embeddings=CONTEXT), SimpleNamespace(vocab_size=32, eod=END)
-    return LoadedModel(model, args, mixing, tokenizer, 7)
+    return LoadedModel(model, args, mixture, tokenizer, 7)
 
 
 def owners(model: GPTModel) -> list[Coefficients]:
@@ -94,7 +94,7 @@ def loss_without_probe(model: GPTModel, tokens: Tensor) -> Tensor:
 
 def edited(loaded: LoadedModel, edit: Callable[[int, Coefficients], object]) -> GPTModel:
     """Another model of the same weights, without hooks, after an edit of each module that owns coefficients."""
-    model = build_model(loaded.model.config, loaded.mixing).eval()
+    model = build_model(loaded.model.config, loaded.mixture).eval()
     model.load_state_dict(loaded.model.state_dict())
     for number, module in enumerate(owners(model)):
         edit(number, module)
@@ -114,7 +114,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.usefixtures("megatron")
 @pytest.mark.parametrize(
-    ("kind", "mixing"),
+    ("kind", "mixture"),
     [
         ("dense", MOA),
         ("dense", dataclasses.replace(MOA, form="quadratic", gate="softmax")),
@@ -123,9 +123,9 @@ def close(found: Tensor, expected: Tensor) -> None:
         ("moe", dataclasses.replace(MOA, gate="tanh", amplitude="fixed")),
     ],
 )
-def test_recorded_coefficients_are_those_of_the_reference(kind: str, mixing: MixtureConfig) -> None:
+def test_recorded_coefficients_are_those_of_the_reference(kind: str, mixture: MixtureConfig) -> None:
     """From each layer's input and the router's choice, which are taken without the probe."""
-    loaded = load(kind, mixing)
+    loaded = load(kind, mixture)
     probe = probed(loaded)
     windows = probe.windows
     inputs: dict[int, Tensor] = {}
@@ -149,7 +149,7 @@ def test_recorded_coefficients_are_those_of_the_reference(kind: str, mixing: Mix
                 names = ("weight", "bias", "amplitude", "scale")
                 state = {name: tensor.double() for name, tensor in module.state_dict().items() if name in names}
                 x = inputs[site.layer][:, 0].double()
-                rows = reference.gate_coefficients(x, mixing=mixing, **state)
+                rows = reference.gate_coefficients(x, mixture=mixture, **state)
                 for position in range(CONTEXT):
                     if site.kind != ROUTED or routed[site.layer].view(CONTEXT, -1)[position, expert]:
                         entries.append((rows[position], window, position, int(tokens[position]), expert))
@@ -188,7 +188,7 @@ def recorded(request: pytest.FixtureRequest, megatron: None) -> tuple[GateProbe,
 def test_means_in_place_of_gates_are_the_collapsed_la(recorded: tuple[GateProbe, Recording]) -> None:
     probe, recording = recorded
     means = [mean for statistics in recording.first for mean in statistics.expert_means()]
-    la = build_model(probe.loaded.model.config, collapsed_mixing(probe.mixing)).eval()
+    la = build_model(probe.loaded.model.config, collapsed_mixture(probe.mixture)).eval()
     state = {name: value for name, value in probe.loaded.model.state_dict().items() if ".coefficients." not in name}
     for name, module in la.named_modules():
         if isinstance(module, Coefficients):
@@ -223,7 +223,7 @@ def test_one_layer_at_its_mean_leaves_the_others(recorded: tuple[GateProbe, Reco
 @pytest.mark.parametrize("branch", ["activated", "linear", "both"])
 def test_an_activation_left_out_has_coefficient_zero(recorded: tuple[GateProbe, Recording], branch: str) -> None:
     probe, recording = recorded
-    size = probe.mixing.num_activations
+    size = probe.mixture.num_activations
     numbers = {"activated": [1], "linear": [size + 1], "both": [1, size + 1]}[branch]
     model = edited(probe.loaded, lambda _, module: module.amplitude.data.index_fill_(0, torch.tensor(numbers), 0.0))
     ablation = tried(probe, recording)[f"without relu2, {branch} branch{'es' * (branch == 'both')}"]
@@ -248,7 +248,7 @@ def test_an_activation_left_out_of_the_other_forms(form: str, branch: str, title
     probe = probed(load("dense", dataclasses.replace(MOA, form=form), gated=form != "type1"))
     ablation = tried(probe, probe.record([]))[title]
     assert ablation.about == {"activation": "relu2", "branch": branch}
-    numbers = [number for number, name in enumerate(probe.mixing.coefficient_names) if name in zeroed]
+    numbers = [number for number, name in enumerate(probe.mixture.coefficient_names) if name in zeroed]
     assert len(numbers) == len(zeroed)
 
     def without(_: int, module: Coefficients) -> None:

@@ -98,9 +98,9 @@ def test_a_gate_is_off_by_what_its_sum_explains(
     # In float64 and rounded once: PyTorch's own float32 exponentials differ from one kind of CPU to another.
     psi = {"softmax": lambda logits: logits.double().softmax(-1).to(logits.dtype), "tanh": torch.tanh}[gate]
     assert error_of_gates(psi, n, dtype, add, 128, 512, groups) == pytest.approx(record["error"], rel=1e-3)
-    mixing = MixtureConfig(gate=gate, backend="triton")
+    mixture = MixtureConfig(gate=gate, backend="triton")
     elsewhere, on_a_gpu = (
-        kernel_errors.FLOORS[torch.float32] + kernel_errors._sum_floor(mixing, dtype, device, 512)
+        kernel_errors.FLOORS[torch.float32] + kernel_errors._sum_floor(mixture, dtype, device, 512)
         for device in ("cpu", "cuda")
     )
     found = kernel_errors.Accuracy("result", record["error"], record["same_dtype_error"], elsewhere)
@@ -117,8 +117,8 @@ def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
     """The kernels round z's gradient to its dtype, and the bias gets the sum of that, as from a linear layer."""
     record = measured("moa type1", "bf16")
     assert record["worst"].endswith(" [128, 1024] triton bias")
-    mixing = MixtureConfig(form="type1", activations=tuple(record["activations"]), backend="eager")
-    checks = kernel_errors.check_mixture(mixing, torch.bfloat16, "cpu", tokens=128, width=1024, bias=True, scale=True)
+    mixture = MixtureConfig(form="type1", activations=tuple(record["activations"]), backend="eager")
+    checks = kernel_errors.check_mixture(mixture, torch.bfloat16, "cpu", tokens=128, width=1024, bias=True, scale=True)
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
     assert bias.error == pytest.approx(record["same_dtype_error"], rel=1e-3)  # the reference rounds the sum alone
     assert bias.same_dtype_error == pytest.approx(record["error"], rel=1e-3)
@@ -127,9 +127,9 @@ def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
 
 def test_few_tokens_sum_to_less_than_they_round() -> None:
     """As where tests/test_gpu.py failed while kernels were held to a sum of gradients that nobody rounds."""
-    mixing = MixtureConfig(kind="la", form="bi-sided", backend="eager")
+    mixture = MixtureConfig(kind="la", form="bi-sided", backend="eager")
     checks = kernel_errors.check_mixture(
-        mixing, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True, seed=3
+        mixture, torch.bfloat16, "cpu", tokens=3, width=127, bias=True, scale=True, seed=3
     )
     (bias,) = (check for check in checks if check.name.endswith(" bias"))
     assert bias.same_dtype_error > kernel_errors.ALLOWED * bias.error + kernel_errors.FLOORS[torch.bfloat16]

@@ -76,8 +76,8 @@ def test_a_scaled_layer_is_as_large_as_the_mixture_it_is_compared_with():
     for arm in (ARMS["swiglu-scaled"], ARMS["relu2-scaled"]):
         flags = arm.flags(size)
         start = float(flags[flags.index("--moa-init") + 1])
-        scaled = replace(arm.mixing, initial_coefficients=(start,))
-        mixture = replace(ARMS[arm.as_large_as].mixing, gate_init_std=0.2)
+        scaled = replace(arm.mixture, initial_coefficients=(start,))
+        mixture = replace(ARMS[arm.as_large_as].mixture, gate_init_std=0.2)
         std, hidden = size.init_std, size.hidden
         assert output_scale(scaled, std, hidden) == pytest.approx(output_scale(mixture, std, hidden), rel=1e-5)
         assert "--moa-freeze-gates" in flags
@@ -100,14 +100,14 @@ def test_a_type_1_layer_is_4_h_wide_beside_the_papers_swiglu():
 
 def test_where_a_matched_la_starts_from_makes_no_difference():
     """So the earlier runs of it, which started from 0.5, are the same arm."""
-    mixing = ARMS["la-bi-sided-matched"].mixing
-    old = replace(mixing, activations=("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh"))
+    mixture = ARMS["la-bi-sided-matched"].mixture
+    old = replace(mixture, activations=("identity", "gelu", "silu", "relu", "leaky_relu", "relu2", "tanh"))
     half = matching_scale(replace(old, initial_coefficients=(0.5,)), 0.0653, 96)
-    assert 0.5 * half == pytest.approx(matching_scale(mixing, 0.0653, 96), rel=1e-6)
+    assert 0.5 * half == pytest.approx(matching_scale(mixture, 0.0653, 96), rel=1e-6)
 
 
 def test_equal_parameters_are_equal_to_within_a_hidden_unit():
-    gates = ARMS["moa-bi-sided"].mixing.num_coefficients * SIZE.hidden
+    gates = ARMS["moa-bi-sided"].mixture.num_coefficients * SIZE.hidden
     extra = 3 * SIZE.hidden * (ARMS["swiglu-params"].width(SIZE) - SIZE.ffn)
     assert 0 <= extra - gates < 3 * SIZE.hidden
     ungated, gated = 2 * SIZE.hidden * ARMS["relu2"].width(SIZE), 3 * SIZE.hidden * SIZE.ffn
@@ -128,15 +128,15 @@ def test_every_arm_is_a_command_that_megatron_accepts(name, monkeypatch, tmp_pat
     cell = Cell("python", "tiny", 100_000, "adamw", "wsd", name, 1e-2, 1)
     data = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "255"]
     monkeypatch.setattr(sys, "argv", ["pretrain", *command(study, cell, time_width=140), *data])
-    args, mixing = parse_arguments(as_global=False)
-    expected = ARMS[name].mixing
-    assert (mixing is None) == (expected is None)
+    args, mixture = parse_arguments(as_global=False)
+    expected = ARMS[name].mixture
+    assert (mixture is None) == (expected is None)
     assert args.ffn_hidden_size == ARMS[name].width(study.sizes["tiny"], 140)
     assert args.swiglu == ARMS[name].is_gated
-    if mixing is not None:
+    if mixture is not None:
         kept = ("kind", "form", "activations", "gate", "init_scale", "freeze")
-        assert mixing.gate_init_std == (study.sizes["tiny"].gate_std if mixing.kind == "moa" else 0.02)
-        assert [getattr(mixing, key) for key in kept] == [getattr(expected, key) for key in kept]
+        assert mixture.gate_init_std == (study.sizes["tiny"].gate_std if mixture.kind == "moa" else 0.02)
+        assert [getattr(mixture, key) for key in kept] == [getattr(expected, key) for key in kept]
 
 
 def test_the_width_of_equal_time_lies_on_the_line_through_two_widths():
@@ -347,7 +347,7 @@ def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder)
     """They were recorded with flags of version 0.1; one-sided, quadratic and LA from 0.5 meant something else then."""
     for line in read_results(ROOT / "docs" / "results" / folder / RESULTS):
         arm, flags = ARMS[line["cell"]["arm"]], line["flags"]
-        if arm.mixing is None:
+        if arm.mixture is None:
             assert flags[flags.index("--moa-mixing") + 1] == "none"
             continue
 
@@ -355,21 +355,21 @@ def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder)
             start = flags.index(name) + 1
             return list(itertools.takewhile(lambda word: not word.startswith("--"), flags[start:]))
 
-        mixing = arm.mixing
-        assert words("--moa-mixing") == [mixing.kind]
-        assert words("--moa-init-scale") == [{"paper": "mixture", "matched": "swiglu"}[mixing.init_scale]]
+        mixture = arm.mixture
+        assert words("--moa-mixing") == [mixture.kind]
+        assert words("--moa-init-scale") == [{"paper": "mixture", "matched": "swiglu"}[mixture.init_scale]]
         if arm.as_large_as:  # c silu(y) z, then one-sided with silu on W1's branch, now with identity on W2's
             assert (words("--moa-form"), words("--moa-activations")) == (["one-sided"], ["silu"])
         else:
-            assert words("--moa-form") == [mixing.form]
-            assert mixing.form == "bi-sided" or line["cell"]["arm"] == "polyrelu-matched"
-            assert sorted(words("--moa-activations")) == sorted(mixing.activations)
-        if mixing.kind == "moa":
-            assert words("--moa-gate") == [mixing.gate]
+            assert words("--moa-form") == [mixture.form]
+            assert mixture.form == "bi-sided" or line["cell"]["arm"] == "polyrelu-matched"
+            assert sorted(words("--moa-activations")) == sorted(mixture.activations)
+        if mixture.kind == "moa":
+            assert words("--moa-gate") == [mixture.gate]
             assert line["recorded_arm"] != line["cell"]["arm"]
         else:
-            assert mixing.init_scale == "matched" or arm.as_large_as  # the start of LA is no longer 0.5
-        assert ("--moa-freeze-gates" in flags) == mixing.freeze
+            assert mixture.init_scale == "matched" or arm.as_large_as  # the start of LA is no longer 0.5
+        assert ("--moa-freeze-gates" in flags) == mixture.freeze
 
 
 # Text.

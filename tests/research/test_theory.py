@@ -56,10 +56,10 @@ WITNESSES = {
 }
 
 
-def megatron_layer(mixing: MixtureConfig, width: int, **parameters: Tensor) -> MixedMLP:
+def megatron_layer(mixture: MixtureConfig, width: int, **parameters: Tensor) -> MixedMLP:
     """The layer that pretraining builds, h 2, in float64; these parameters, all others zero."""
-    config = make_config(mixing.gated, hidden_size=2, num_attention_heads=1, ffn_hidden_size=width)
-    layer = build_feed_forward(config, mixing).double()
+    config = make_config(mixture.gated, hidden_size=2, num_attention_heads=1, ffn_hidden_size=width)
+    layer = build_feed_forward(config, mixture).double()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             parameter.copy_(parameters.pop(name.replace(".", "_"), torch.zeros_like(parameter)))
@@ -164,22 +164,22 @@ class TestWitnesses:
         torch.testing.assert_close(output, wanted, rtol=1e-12, atol=1e-12)
 
     def test_learned_amplitudes_contain_the_la_witness(self) -> None:
-        mixing = MixtureConfig(form="type1", activations=("relu", "relu2"), amplitude="learned", backend="eager")
+        mixture = MixtureConfig(form="type1", activations=("relu", "relu2"), amplitude="learned", backend="eager")
         weights = {"linear_fc2_weight": rows((1,), (0,)), "coefficients_amplitude": rows((1, 1))[0]}
-        output, _ = megatron_layer(mixing, 1, linear_fc1_weight=rows(X1), **weights)(self.x)  # gate vectors are zero
+        output, _ = megatron_layer(mixture, 1, linear_fc1_weight=rows(X1), **weights)(self.x)  # gate vectors are zero
         wanted = WITNESSES["relu(x1) + relu(x1)^2"](*self.x.unbind(-1))
         torch.testing.assert_close(output[..., 0], wanted, rtol=1e-12, atol=1e-14)
 
     def test_la_has_one_jump_across_a_plane_and_the_witness_many(self) -> None:
         """Why tanh(lambda)/2: across x2 = 0 a Type I layer's derivative jumps by the same amount for every x1."""
-        mixing = MixtureConfig(kind="la", form="type1", activations=TYPE1, backend="eager")
+        mixture = MixtureConfig(kind="la", form="type1", activations=TYPE1, backend="eager")
         generator = torch.Generator().manual_seed(2)
         weights = {
             "linear_fc1_weight": torch.cat([rows(X2), randn64(7, 2, generator=generator)]),
             "linear_fc2_weight": randn64(2, 8, generator=generator),
             "coefficients_value": 1 + torch.arange(6).double(),
         }
-        layer = megatron_layer(mixing, 8, **weights)
+        layer = megatron_layer(mixture, 8, **weights)
         x1, side = torch.linspace(-1, 1, 10, dtype=torch.float64), 1e-9  # not 0, where all kinks of this layer cross
 
         def jump(function: object) -> Tensor:

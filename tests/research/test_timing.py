@@ -237,12 +237,12 @@ def accuracy(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     module.AccuracyError = type("AccuracyError", (Exception,), {})
     seen = types.SimpleNamespace(asked=[], wrong=None)
 
-    def check_mixture(mixing: MixtureConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
-        seen.asked.append(("mixture", mixing, sizes))
+    def check_mixture(mixture: MixtureConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
+        seen.asked.append(("mixture", mixture, sizes))
         return ["mixture"]
 
-    def check_gate(mixing: MixtureConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
-        seen.asked.append(("gate", mixing, sizes))
+    def check_gate(mixture: MixtureConfig, dtype: torch.dtype, device: torch.device, **sizes: object) -> list[str]:
+        seen.asked.append(("gate", mixture, sizes))
         return ["gate"]
 
     def require(results: list[str]) -> None:
@@ -261,7 +261,7 @@ def test_nothing_is_timed_on_red(
 ) -> None:
     moa, la = MixtureConfig(), MixtureConfig(kind="la")
     conditions.require_correct("tool.py", [moa, la, moa], torch.float32, CPU, width=7, hidden=5)
-    assert [(kind, mixing) for kind, mixing, _ in accuracy.asked] == [("mixture", moa), ("gate", moa), ("mixture", la)]
+    assert [asked[:2] for asked in accuracy.asked] == [("mixture", moa), ("gate", moa), ("mixture", la)]
     assert [sizes.get("width", sizes.get("hidden")) for _, _, sizes in accuracy.asked] == [7, 5, 7]
     accuracy.wrong = wrong
     with pytest.raises(SystemExit) as left:

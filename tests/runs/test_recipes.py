@@ -40,7 +40,7 @@ def test_a_form_is_a_mixing(mixing: str, kind: str) -> None:
 
 
 def test_every_mixing_is_the_scripts() -> None:
-    for mixing in recipes.MIXINGS:
+    for mixing in recipes.RECIPE_MIXINGS:
         assert "--moa-mixing" in recipes.recipe_flags("dense-0.12b", mixing, ["--mock-data"])
 
 

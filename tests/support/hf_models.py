@@ -17,7 +17,7 @@ def compare(checkpoint: str, results: str) -> None:
 
     loaded = load_model(checkpoint)
     vocabulary = loaded.tokenizer.vocab_size
-    config = config_from_args(loaded.args, loaded.mixing, vocabulary)
+    config = config_from_args(loaded.args, loaded.mixture, vocabulary)
     state = {
         name.removeprefix("module."): tensor for name, tensor in loaded.model.state_dict().items() if tensor is not None
     }

@@ -40,6 +40,6 @@ def use(folders: list[str], results: str) -> None:
             "vocabulary": model.vocab_size,
             "losses": [model.text_loss(TEXT, stride).loss for stride in (1, None, 32)],
             "tokens": [model.end, *model.encode(TEXT)],
-            "mixing": model.mixing.describe(),
+            "mixing": model.mixture.describe(),
         }
     Path(results).write_text(json.dumps(report))

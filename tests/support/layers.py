@@ -51,9 +51,9 @@ def moe_settings(**settings: Any) -> dict[str, Any]:
     }
 
 
-def build_feed_forward(config: TransformerConfig, mixing: MixtureConfig | None, layer: int = 0) -> torch.nn.Module:
+def build_feed_forward(config: TransformerConfig, mixture: MixtureConfig | None, layer: int = 0) -> torch.nn.Module:
     """What a layer's mlp slot builds: a dense layer or a MoE layer."""
-    builder = layer_spec(config, mixing).layer_specs[layer].submodules.mlp
+    builder = layer_spec(config, mixture).layer_specs[layer].submodules.mlp
     groups = ProcessGroupCollection.use_mpu_process_groups()
     kwargs = {"config": config, "pg_collection": groups, "is_mtp_layer": False}
     if hasattr(builder.func, "__func__"):  # as_mlp_submodule, for a dense layer
@@ -61,12 +61,12 @@ def build_feed_forward(config: TransformerConfig, mixing: MixtureConfig | None, 
     return builder(**kwargs, layer_number=layer + 1)
 
 
-def build_model(config: TransformerConfig, mixing: MixtureConfig | None, **kwargs: Any) -> GPTModel:
+def build_model(config: TransformerConfig, mixture: MixtureConfig | None, **kwargs: Any) -> GPTModel:
     """A whole GPT model with a vocabulary of 32."""
     return GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, mixing),
-        mtp_block_spec=mtp_spec(config, mixing),
+        transformer_layer_spec=layer_spec(config, mixture),
+        mtp_block_spec=mtp_spec(config, mixture),
         vocab_size=32,
         max_sequence_length=16,
         position_embedding_type="rope",

@@ -110,11 +110,11 @@ def world(arguments: list[str], rank: int, world_size: int) -> Iterator[tuple[An
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", MASTER_ADDR="none", MASTER_PORT="1")
     sys.argv = ["pretrain_gpt_moa.py", *arguments]
-    args, mixing = parse_arguments()
+    args, mixture = parse_arguments()
     excepthook = sys.excepthook  # torch.distributed puts the rank before each line, and another with each world
     initialize_megatron()
     try:
-        yield args, model_config_from_args(args, mixing)
+        yield args, model_config_from_args(args, mixture)
     finally:
         parallel_state.destroy_model_parallel()
         torch.distributed.destroy_process_group()

@@ -26,7 +26,7 @@ from tests.te import emulation
 
 pytestmark = pytest.mark.usefixtures("megatron")
 
-MIXINGS = {
+MIXTURES = {
     "none": None,
     "la": MixtureConfig(kind="la", backend="eager"),
     "moa": MixtureConfig(backend="eager", gate_bias=True, amplitude="learned", gate_init_std=0.3),
@@ -91,14 +91,14 @@ def loss_of(model: GPTModel) -> torch.Tensor:
     return (losses * torch.linspace(0.5, 1.5, losses.numel()).view_as(losses)).sum()
 
 
-def models(kind: str, mixing: MixtureConfig | None) -> tuple[GPTModel, GPTModel]:
+def models(kind: str, mixture: MixtureConfig | None) -> tuple[GPTModel, GPTModel]:
     """A model of Transformer Engine's layers, and one of local layers with the same weights."""
     model_parallel_cuda_manual_seed(1)
     te, local = (
-        build_model(make_config(transformer_impl=implementation, **KINDS[kind]), mixing)
+        build_model(make_config(transformer_impl=implementation, **KINDS[kind]), mixture)
         for implementation in ("transformer_engine", "local")
     )
-    check_mixture([te], mixing)
+    check_mixture([te], mixture)
     source = tensors(te)
     target = tensors(local, {name for name, _ in source})
     assert set(source) == set(target)
@@ -138,17 +138,17 @@ def compare_what_is_computed(te: GPTModel, local: GPTModel) -> None:
         )
 
 
-@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("mixing", MIXTURES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_computes_and_saves_what_local_layers_do(kind: str, mixing: str) -> None:
-    te, local = models(kind, MIXINGS[mixing])
+    te, local = models(kind, MIXTURES[mixing])
     compare_what_is_saved(te, local)
     compare_what_is_computed(te, local)
 
 
 @pytest.mark.parametrize("kind", ["dense", "LayerNorm", "biases", "moe", "moe grouped, shared expert"])
 def test_comparison_fails_if_one_tensor_moves(kind: str) -> None:
-    te, local = models(kind, MIXINGS["moa"])
+    te, local = models(kind, MIXTURES["moa"])
     generator = torch.Generator().manual_seed(8)
     loss_of(te).backward()
     saved = tensors(te)
@@ -178,7 +178,7 @@ def classes(model: GPTModel) -> set[type]:
 
 @pytest.mark.parametrize(("mixing", "fused"), [("none", True), ("la", True), ("moa", False)])
 def test_dense_layers_are_of_transformer_engine(mixing: str, fused: bool) -> None:
-    te, _ = models("dense", MIXINGS[mixing])
+    te, _ = models("dense", MIXTURES[mixing])
     mlp = te.decoder.layers[0].mlp
     linear = megatron_te.TELayerNormColumnParallelLinear if fused else megatron_te.TEColumnParallelLinear
     assert type(mlp.linear_fc1) is linear
@@ -187,12 +187,12 @@ def test_dense_layers_are_of_transformer_engine(mixing: str, fused: bool) -> Non
     assert megatron_te.TEDotProductAttention in classes(te)
 
 
-@pytest.mark.parametrize("mixing", MIXINGS)
+@pytest.mark.parametrize("mixing", MIXTURES)
 def test_experts_are_of_transformer_engine(mixing: str) -> None:
-    grouped, _ = models("moe grouped", MIXINGS[mixing])
+    grouped, _ = models("moe grouped", MIXTURES[mixing])
     linears = megatron_te.TEColumnParallelGroupedLinear, megatron_te.TERowParallelGroupedLinear
     assert set(linears) <= classes(grouped)
-    sequential, _ = models("moe", MIXINGS[mixing])
+    sequential, _ = models("moe", MIXTURES[mixing])
     assert {megatron_te.TEColumnParallelLinear, megatron_te.TERowParallelLinear} <= classes(sequential)
 
 

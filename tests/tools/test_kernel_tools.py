@@ -17,7 +17,7 @@ from triton import knobs
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.autograd import MixtureInputs
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
-from megatron_moa.mixture.triton_backend import mixture
+from megatron_moa.mixture.triton_backend import mixture as mixture_kernels
 from megatron_moa.mixture.triton_backend.tile_sizes import (
     VARIABLE,
     Configuration,
@@ -147,8 +147,8 @@ def test_kernels_compile_for_other_gpus(architectures: tuple[int | str, ...]) ->
         f"for architecture in {architectures!r}:\n"
         "    torch.version.hip = '6.4' if isinstance(architecture, str) else None\n"
         "    for form, dtype in (('bi-sided', torch.bfloat16), ('quadratic', torch.float16)):\n"
-        "        mixing = tool.MixtureConfig(form=form, gate='softmax')\n"
-        "        for launch in tool.mixture_launches(mixing, dtype, 2048) + tool.gate_launches(mixing, dtype, 512):\n"
+        "        mixture = tool.MixtureConfig(form=form, gate='softmax')\n"
+        "        for launch in tool.mixture_launches(mixture, dtype, 2048) + tool.gate_launches(mixture, dtype, 512):\n"
         "            code = tool.compile_launch(launch, architecture).asm\n"
         "            print(len(code['hsaco' if isinstance(architecture, str) else 'cubin']))\n"
     )
@@ -162,8 +162,8 @@ def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
     """105 coefficients of 14 activations."""
     forward, backward = numbers_printed(
         "from megatron_moa.mixture.activations import ACTIVATIONS\n"
-        "mixing = tool.MixtureConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
-        "for launch in tool.gate_launches(mixing, torch.bfloat16, 2048):\n"
+        "mixture = tool.MixtureConfig(form='quadratic', activations=tuple(ACTIVATIONS))\n"
+        "for launch in tool.gate_launches(mixture, torch.bfloat16, 2048):\n"
         "    print(tool.resources(launch, tool.HOPPER).shared)\n"
     )
     assert max(forward, backward) <= 227 << 10
@@ -247,9 +247,9 @@ def test_a_tuned_file_is_what_kernels_are_launched_with(tmp_path: Path, set_kern
     tune_kernels.write(file, "sm90", [{**ENTRY, "block": 512}])
     tune_kernels.write(file, "meta", [{**ENTRY, "f": 100}, {**ENTRY, "warps": 8}])
     set_kernels(str(file))
-    mixing, z = MixtureConfig(), torch.empty(3, 1408, device="meta")
+    mixture, z = MixtureConfig(), torch.empty(3, 1408, device="meta")
     c = torch.empty(3, 14, device="meta")
-    (launch,) = kernel_resources.recorded(mixture, mixture.forward, MixtureInputs(z, c), mixing)
+    (launch,) = kernel_resources.recorded(mixture_kernels, mixture_kernels.forward, MixtureInputs(z, c), mixture)
     assert (launch.arguments["BLOCK"], launch.warps) == (2048, 8)
     meta = torch.device("meta")
     assert configuration("forward", "bi-sided", 704, meta) == Configuration(2048, 8, 4)
@@ -301,8 +301,8 @@ def test_a_candidate_holds_inside_only() -> None:
 def test_tuning_takes_the_fastest_of_those_that_are_right(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    mixing, f = MixtureConfig(kind="la", form="type1", activations=("silu",), backend="triton"), 64
-    launch = tune_kernels.launchers(mixing, 4, f, torch.float32, CPU)["backward"]
+    mixture, f = MixtureConfig(kind="la", form="type1", activations=("silu",), backend="triton"), 64
+    launch = tune_kernels.launchers(mixture, 4, f, torch.float32, CPU)["backward"]
     checked = []
     own = kernel_errors.check_mixture
 
@@ -314,7 +314,7 @@ def test_tuning_takes_the_fastest_of_those_that_are_right(
     # 16 rows of two tiles beside 4 of one: eight times the work, for the interpreter.
     slow, fast = Configuration(32, 1, 16), Configuration(64, 2, 4)
     with using("backward", "type1", f, slow):
-        entry = tune_kernels.tune(mixing, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
+        entry = tune_kernels.tune(mixture, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
     assert entry == {"kernel": "backward", "form": "type1", "f": f, "block": 64, "warps": 2, "rows": 4}
     assert checked == [fast]
     assert "2 tried, 0 did not fit" in capsys.readouterr().out
@@ -322,7 +322,7 @@ def test_tuning_takes_the_fastest_of_those_that_are_right(
     wrong = kernel_errors.Accuracy("result", 1.0, 0.0, 0.0)
     monkeypatch.setattr(kernel_errors, "check_mixture", lambda *arguments, **named: [wrong])
     with pytest.raises(kernel_errors.AccuracyError):
-        tune_kernels.tune(mixing, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
+        tune_kernels.tune(mixture, "backward", launch, f, torch.float32, CPU, [fast], rounds=1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -138,7 +138,7 @@ def test_parameters_by_kind(moe: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_coefficients_are_those_of_the_reference(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = inspect(capsys, moe)
-    mixing = MixtureConfig("moa", "one-sided", ("silu", "relu2"), gate="softmax", gate_bias=True, amplitude="learned")
+    mixture = MixtureConfig("moa", "one-sided", ("silu", "relu2"), gate="softmax", gate_bias=True, amplitude="learned")
     prefix = f"{LAYERS}mlp.experts.experts.coefficients."
     weight, bias, amplitude = (moe_tensors()[prefix + name] for name in ("weight", "bias", "amplitude"))
     assert about["coefficient_names"] == ["linear.silu", "linear.relu2"]
@@ -148,7 +148,7 @@ def test_coefficients_are_those_of_the_reference(moe: Path, capsys: pytest.Captu
     ]
     for layer, entry in enumerate(about["coefficients"]):
         at_zero = [
-            gate_coefficients(torch.zeros(4), weight[layer, e], mixing, bias[layer, e], amplitude[layer, e])
+            gate_coefficients(torch.zeros(4), weight[layer, e], mixture, bias[layer, e], amplitude[layer, e])
             for e in range(3)
         ]
         assert entry["rows"]["at zero"] == pytest.approx(torch.stack(at_zero).mean(0).tolist(), rel=1e-5)

@@ -279,7 +279,7 @@ def test_stock_models_are_transformers_own(tmp_path: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     model = load_folder(tmp_path / "llama")
     assert type(model.model) is LlamaForCausalLM
-    assert (model.mixing, model.end, model.ends, model.context) == (None, 0, (0, 5), 16)
+    assert (model.mixture, model.end, model.ends, model.context) == (None, 0, (0, 5), 16)
 
 
 def test_files_without_text_are_named(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.trained import upcycling
 from megatron_moa.trained.compare_logits import Comparison
-from megatron_moa.trained.upcycling import Conversion, stock_as_mixture, target_mixing
+from megatron_moa.trained.upcycling import Conversion, stock_as_mixture, target_mixture
 from tests.support import launch
 from tests.support.checkpoints import Hostile, write_checkpoint
 from tests.support.layers import build_model, logits_of, make_config, moe_settings
@@ -68,7 +68,7 @@ def stock(**settings: object) -> MixtureConfig:
 def test_swiglu_is_one_coefficient_in_each_branch_that_has_them(
     settings: dict[str, Any], form: str, activations: str, one: set[str], mixing: str
 ) -> None:
-    target = target_mixing(stock(), mixing, stock=True, **settings)
+    target = target_mixture(stock(), mixing, stock=True, **settings)
     assert (target.kind, target.form, target.activations) == (mixing, form, tuple(activations.split()))
     starts = dict(zip(target.coefficient_names, target.initial_coefficients, strict=True))
     assert starts == {name: float(name in one) for name in target.coefficient_names}
@@ -88,7 +88,7 @@ def test_swiglu_is_one_coefficient_in_each_branch_that_has_them(
 def test_stock_activation_without_a_linear_branch(settings: dict[str, bool], activation: str, dictionary: str) -> None:
     source = stock(swiglu=False, **settings)
     assert (source.form, source.activations) == ("type1", (activation,))
-    target = target_mixing(source, "moa", stock=True, routed_experts=True)
+    target = target_mixture(source, "moa", stock=True, routed_experts=True)
     assert (target.form, " ".join(target.activations)) == ("type1", dictionary)
     starts = zip(target.activations, target.initial_coefficients, strict=True)
     assert {name for name, start in starts if start} == {activation}
@@ -164,7 +164,7 @@ REFUSED = {
 def test_refuses_what_cannot_be_exact(case: str) -> None:
     source, settings, message = REFUSED[case]
     with pytest.raises(UserError, match=message) as error:
-        target_mixing(source, **settings)
+        target_mixture(source, **settings)
     assert "\n" not in str(error.value)
 
 
@@ -187,12 +187,12 @@ def test_an_order_that_loses_a_pair_is_named_with_one_that_does_not(
 ) -> None:
     settings = {"mixing": "moa", "form": "quadratic", "stock": source == stock()}
     with pytest.raises(UserError) as error:
-        target_mixing(source, activations=activations.split(), **settings)
+        target_mixture(source, activations=activations.split(), **settings)
     line = str(error.value)
     assert line.startswith(f"--activations {activations}: the checkpoint has the pair {pair}, and the quadratic form ")
     assert line.endswith(f"; take --activations {remedy}")
     assert "\n" not in line
-    assert target_mixing(source, activations=remedy.split(), **settings).activations == tuple(remedy.split())
+    assert target_mixture(source, activations=remedy.split(), **settings).activations == tuple(remedy.split())
 
 
 def test_refuses_a_stock_activation_that_no_mixture_has() -> None:
@@ -279,7 +279,7 @@ def converted_logits(
 @pytest.mark.parametrize("mixing", ["la", *GATES])
 def test_swiglu_keeps_its_logits_bit_for_bit(mixing: str, form: str, kind: str) -> None:
     gates = {"mixing": "la"} if mixing == "la" else {"mixing": "moa", "gate": mixing}
-    target = target_mixing(stock(), form=form, stock=True, **gates)
+    target = target_mixture(stock(), form=form, stock=True, **gates)
     expected, found = converted_logits(make_config(**KINDS[kind]), stock(), target, is_stock=True)
     # Softmax over K times K is 1 but for rounding.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if mixing == "softmax" else 0)
@@ -292,7 +292,7 @@ def test_gelu_and_squared_relu_keep_their_logits_bit_for_bit(name: str, mixing: 
     function = F.gelu if name == "gelu" else megatron_activations.squared_relu  # as it is now: nothing compiled
     source = stock(swiglu=False, squared_relu=name == "relu2")
     assert source.activations == (name,)
-    target = target_mixing(source, mixing, stock=True)
+    target = target_mixture(source, mixing, stock=True)
     config = make_config(gated=False, activation_func=function)
     expected, found = converted_logits(config, source, target, is_stock=True)
     assert torch.equal(found, expected)
@@ -302,7 +302,7 @@ def test_gelu_and_squared_relu_keep_their_logits_bit_for_bit(name: str, mixing: 
 @pytest.mark.parametrize("case", CONVERSIONS)
 def test_a_mixture_keeps_its_logits(case: str) -> None:
     source, settings = CONVERSIONS[case]
-    target = target_mixing(source, **settings)
+    target = target_mixture(source, **settings)
     kind = "moe" if list(CONVERSIONS).index(case) % 2 else "dense"
     expected, found = converted_logits(make_config(source.gated, **KINDS[kind]), source, target, is_stock=False)
     # float32 sums in another order

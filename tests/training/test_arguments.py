@@ -12,7 +12,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 import pretrain_gpt_moa
-from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, mixing_from_args
+from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, mixture_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
@@ -45,31 +45,31 @@ def parse(*flags: str, swiglu: bool = True, **others: object) -> argparse.Namesp
 def test_default_is_the_papers_best_form_and_initial_values(settings: dict, form: str, reason: str) -> None:
     args = parse(**settings)
     expected = MixtureConfig("moa", form, DICTIONARIES[form], gate="sigmoid", gate_init_std=0.02, init_scale="paper")
-    assert mixing_from_args(args) == expected
+    assert mixture_from_args(args) == expected
     assert args.moa_form_reason == reason
 
 
 def test_a_named_form_needs_no_reason() -> None:
     args = parse("--moa-form", "bi-sided", num_experts=8)
-    assert mixing_from_args(args).form == "bi-sided"
+    assert mixture_from_args(args).form == "bi-sided"
     assert args.moa_form_reason is None
 
 
 def test_initial_values_are_taken_as_they_are_given() -> None:
-    mixing = mixing_from_args(parse("--moa-mixing", "la", "--moa-init", "0"))
-    assert (set(mixing.start_values()), mixing.init_scale) == ({0.0}, "paper")
-    both = mixing_from_args(parse("--moa-mixing", "la", "--moa-init", "0.1", "--moa-init-scale", "matched"))
+    mixture = mixture_from_args(parse("--moa-mixing", "la", "--moa-init", "0"))
+    assert (set(mixture.start_values()), mixture.init_scale) == ({0.0}, "paper")
+    both = mixture_from_args(parse("--moa-mixing", "la", "--moa-init", "0.1", "--moa-init-scale", "matched"))
     assert (set(both.start_values()), both.init_scale) == ({0.1}, "matched")
-    assert mixing_from_args(parse("--moa-gate-init-std", "0.1")).gate_init_std == 0.1
+    assert mixture_from_args(parse("--moa-gate-init-std", "0.1")).gate_init_std == 0.1
 
 
 def test_none_is_stock() -> None:
-    assert mixing_from_args(parse("--moa-mixing", "none")) is None
+    assert mixture_from_args(parse("--moa-mixing", "none")) is None
 
 
 def test_resolved_settings_are_written_back_for_the_checkpoint() -> None:
     args = parse()
-    mixing_from_args(args)
+    mixture_from_args(args)
     assert args.moa_form == "bi-sided"
     assert args.moa_activations == list(DICTIONARIES["bi-sided"])
     assert args.moa_init == [1.0]
@@ -78,18 +78,18 @@ def test_resolved_settings_are_written_back_for_the_checkpoint() -> None:
 
 def test_settings_come_back_from_a_checkpoints_args() -> None:
     saved = parse("--moa-form", "quadratic", "--moa-activations", "silu", "tanh", "--moa-gate-bias")
-    expected = mixing_from_args(saved)
+    expected = mixture_from_args(saved)
     args = parse()
     restore_model_flags(args, saved)
-    assert mixing_from_args(args) == expected
+    assert mixture_from_args(args) == expected
     args = parse()
     restore_model_flags(args, argparse.Namespace(bias_gelu_fusion=False))  # a checkpoint of stock Megatron
     assert args.moa_mixing == "none"
     assert args.bias_gelu_fusion is False  # the exact GELU
     args, stock = parse(), parse("--moa-mixing", "none")
-    assert mixing_from_args(stock) is None
+    assert mixture_from_args(stock) is None
     restore_model_flags(args, stock)
-    assert mixing_from_args(args) is None
+    assert mixture_from_args(args) is None
 
 
 SHARED = ("--num-experts", "4", "--moe-shared-expert-intermediate-size", "64")
@@ -145,14 +145,14 @@ def test_ranks_experts_that_would_be_saved_under_one_name_are_refused() -> None:
     flags = "--num-experts 4 --moe-grouped-gemm --ckpt-format fsdp_dtensor --moa-backend eager".split()
     args = parse(*flags, "--expert-model-parallel-size", "2")
     with pytest.raises(UserError, match=r"--ckpt-format fsdp_dtensor: cannot hold .* on 2 ranks; drop --moe-grouped"):
-        _settle(args, mixing_from_args(args))
+        _settle(args, mixture_from_args(args))
     args = parse(*flags)
-    _settle(args, mixing_from_args(args))
+    _settle(args, mixture_from_args(args))
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:
     saved = parse("--moa-form", "quadratic")
-    mixing_from_args(saved)
+    mixture_from_args(saved)
     restore_model_flags(parse("--moa-form", "quadratic"), saved)
     with pytest.raises(UserError, match="--moa-form one-sided: the checkpoint has --moa-form quadratic; drop the flag"):
         restore_model_flags(parse("--moa-form", "one-sided"), saved)
@@ -160,10 +160,10 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:
 
 def test_gates_can_be_frozen_later() -> None:
     saved = parse("--moa-gate", "tanh")
-    mixing_from_args(saved)
+    mixture_from_args(saved)
     args = parse("--moa-freeze-gates")
     restore_model_flags(args, saved)
-    assert mixing_from_args(args) == dataclasses.replace(mixing_from_args(saved), freeze=True)
+    assert mixture_from_args(args) == dataclasses.replace(mixture_from_args(saved), freeze=True)
     args = parse()
     restore_model_flags(args, parse("--moa-freeze-gates"))
     assert args.moa_freeze_gates  # without the flag as it was
@@ -181,7 +181,7 @@ def test_gates_can_be_frozen_later() -> None:
 )
 def test_contradictions(flags: list[str], settings: dict, parts: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        mixing_from_args(parse(*flags, **settings))
+        mixture_from_args(parse(*flags, **settings))
     assert all(part in str(error.value) for part in parts), error.value
 
 

@@ -43,10 +43,10 @@ def written(monkeypatch: pytest.MonkeyPatch) -> dict[int, dict[str, float]]:
     return scalars
 
 
-def record_once(mixing: MixtureConfig, weight: float | None = None, **settings: object) -> None:
+def record_once(mixture: MixtureConfig, weight: float | None = None, **settings: object) -> None:
     """One recorded forward pass; ``weight``: what all gates' vectors are made of."""
-    model = build_model(make_config(**settings), mixing)
-    monitor = CoefficientMonitor(mixing, interval=1)
+    model = build_model(make_config(**settings), mixture)
+    monitor = CoefficientMonitor(mixture, interval=1)
     monitor.attach([model])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -108,8 +108,8 @@ class TestStatistics:
     def test_shared_experts_have_lines_of_their_own_and_la_has_no_spread(
         self, capsys: pytest.CaptureFixture[str], written: dict[int, dict[str, float]]
     ) -> None:
-        mixing = MixtureConfig(kind="la", activations=("silu", "tanh"), backend="eager")
-        record_once(mixing, **moe_settings(moe_shared_expert_intermediate_size=12))
+        mixture = MixtureConfig(kind="la", activations=("silu", "tanh"), backend="eager")
+        record_once(mixture, **moe_settings(moe_shared_expert_intermediate_size=12))
         printed = capsys.readouterr().out
         for label in ("layer 1", "layer 1 shared expert", "layer 2", "layer 2 shared expert"):
             assert logged(printed, label)["linear.tanh"] == (1.0, 0.0)

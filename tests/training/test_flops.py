@@ -14,7 +14,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_moa.command_line.flags import mixing_from_args
+from megatron_moa.command_line.flags import mixture_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.training.flops import flops_per_token, install
@@ -69,16 +69,16 @@ def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[argparse.Namesp
 
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", *TINY, "--train-iters", "1", "--bf16", *flags])
     args = parse_args(add_all_arguments)
-    mixing = mixing_from_args(args)
+    mixture = mixture_from_args(args)
     args.bias_swiglu_fusion = args.bias_gelu_fusion = False
     validate_args(args)
     args.padded_vocab_size = VOCABULARY
-    return args, mixing
+    return args, mixture
 
 
-def matrix_products(args: argparse.Namespace, mixing: MixtureConfig | None) -> int:
+def matrix_products(args: argparse.Namespace, mixture: MixtureConfig | None) -> int:
     """Operations of forward and backward over one sequence that torch's dispatcher saw, attention as if not causal."""
-    config = model_config_from_args(args, mixing)
+    config = model_config_from_args(args, mixture)
     # Float32, on which attention's plain products are the ones torch counts.
     config.transformer.bf16 = False
     config.transformer.pipeline_dtype = config.transformer.params_dtype = torch.float32
@@ -93,13 +93,13 @@ def matrix_products(args: argparse.Namespace, mixing: MixtureConfig | None) -> i
 def test_matrix_products_are_those_of_the_built_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS[name]
     monkeypatch.setattr(MTPLossLoggingHelper, "tracker", {})  # keeps the sizes of an earlier test's model
-    args, mixing = parse(monkeypatch, *model.flags)
-    counted = flops_per_token(args, mixing)
+    args, mixture = parse(monkeypatch, *model.flags)
+    counted = flops_per_token(args, mixture)
     masked_half = 6 * SEQUENCE * HIDDEN * (LAYERS + model.predictions)
     routers = 6 * HIDDEN * (4 * model.routers + model.shared_gates)
     norms = 6 * 3 * HIDDEN * model.predictions  # the one thing that Megatron counts and is no matrix product
     products = counted.stock + counted.gates + masked_half + routers - norms
-    assert matrix_products(args, mixing) == products * SEQUENCE
+    assert matrix_products(args, mixture) == products * SEQUENCE
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_megatron_counts_the_mixture_once_it_is_installed(
 ) -> None:
     from megatron.training import training
 
-    args, mixing = parse(monkeypatch, *SWIGLU)
-    before = flops_per_token(args, mixing)
-    install(args, mixing)
-    install(args, mixing)
-    assert flops_per_token(args, mixing) == before
+    args, mixture = parse(monkeypatch, *SWIGLU)
+    before = flops_per_token(args, mixture)
+    install(args, mixture)
+    install(args, mixture)
+    assert flops_per_token(args, mixture) == before
     assert training.num_floating_point_operations(args, 3) == 3 * SEQUENCE * before.total
     # Packed sequences: the loop says how many tokens are real, by name or by place.
     added = before.gates + before.mixture
@@ -158,12 +158,12 @@ def test_megatron_counts_the_mixture_once_it_is_installed(
 
 
 def test_args_stay_and_the_vocabulary_is_padded_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    args, mixing = parse(monkeypatch, *SWIGLU)
-    counted = flops_per_token(args, mixing)
+    args, mixture = parse(monkeypatch, *SWIGLU)
+    counted = flops_per_token(args, mixture)
     args.padded_vocab_size = None
     before = dict(vars(args))
-    assert flops_per_token(args, mixing) == counted
+    assert flops_per_token(args, mixture) == counted
     assert vars(args) == before
     args.vocab_size = None
     with pytest.raises(UserError, match="--vocab-size: not given"):
-        flops_per_token(args, mixing)
+        flops_per_token(args, mixture)

@@ -15,7 +15,7 @@ import torch
 
 from megatron_moa import startup
 from megatron_moa.checkpoints.files import Checkpoint
-from megatron_moa.command_line.flags import mixing_from_args
+from megatron_moa.command_line.flags import mixture_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.compare_runs import Piece, Record
@@ -341,7 +341,7 @@ def test_flags_travel_with_the_checkpoint(tmp_path: Path) -> None:
 
 def test_a_given_flag_comes_before_the_checkpoints() -> None:
     saved = parse("--moa-gate-lr-scale", "0.5", "--moa-gate-weight-decay", "0.3")
-    mixing_from_args(saved)
+    mixture_from_args(saved)
     args = parse("--moa-gate-lr-scale", "2")
     restore_model_flags(args, saved)
     assert (args.moa_gate_lr_scale, args.moa_gate_weight_decay) == (2, 0.3)
@@ -372,7 +372,7 @@ def test_a_given_flag_comes_before_the_checkpoints() -> None:
 )
 def test_wrong_values_are_named(flags: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        mixing_from_args(parse(*flags.split()))
+        mixture_from_args(parse(*flags.split()))
     assert all(part in str(error.value) for part in parts), error.value
 
 

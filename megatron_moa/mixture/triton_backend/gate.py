@@ -286,19 +286,19 @@ def _gate_sum_kernel(
     tl.store(out, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=column < SIZE)
 
 
-def forward(inputs: GateInputs, mixing: MixtureConfig) -> Tensor:
+def forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
     """``gate_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     inputs = _dense(inputs)
     x = inputs.x
     *tokens, h = x.shape
     coefficients = x.new_empty(*tokens, inputs.weight.shape[-2], dtype=torch.float32)
     arguments = (*inputs, coefficients, x.numel() // h, row_stride(x))
-    launch(_gate_forward_kernel, (_tiles(inputs),), arguments, _constants(_shape(inputs), mixing), _WARPS)
+    launch(_gate_forward_kernel, (_tiles(inputs),), arguments, _constants(_shape(inputs), mixture), _WARPS)
     return coefficients
 
 
 def backward(
-    inputs: GateInputs, mixing: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
+    inputs: GateInputs, mixture: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """``gate_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch, and one a parameter."""
     inputs = _dense(inputs)
@@ -312,7 +312,7 @@ def backward(
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     sums = partial_sums(need_weight, n, h), partial_sums(bias is not None, n), partial_sums(amplitude is not None, n)
     arguments = (grad, coefficients, *inputs, grad_x, *sums, x.numel() // h, row_stride(x))
-    constants = _backward_constants(_shape(inputs), mixing, needed)
+    constants = _backward_constants(_shape(inputs), mixture, needed)
     launch(_gate_backward_kernel, (programs, -(-h // _SLAB)), arguments, constants, _WARPS)
     return grad_x, *[_total(*pair, inputs) for pair in zip(sums, inputs[1:4], strict=True)]
 
@@ -352,9 +352,9 @@ def _shape(inputs: GateInputs) -> _Shape:
 
 
 @functools.cache
-def _constants(shape: _Shape, mixing: MixtureConfig) -> dict[str, object]:
+def _constants(shape: _Shape, mixture: MixtureConfig) -> dict[str, object]:
     """What the forward kernel is compiled for."""
-    slope, offset = mixing.psi_hat
+    slope, offset = mixture.psi_hat
     exact = torch.float32 in (shape.x, shape.weight) or torch.version.hip
     return {
         "SLOPE": slope,
@@ -364,8 +364,8 @@ def _constants(shape: _Shape, mixing: MixtureConfig) -> dict[str, object]:
         "GROUPS": shape.groups,
         "N": shape.n,
         "H": shape.h,
-        "GATE": mixing.gate,
-        "SOFTMAX": mixing.softmax_size,
+        "GATE": mixture.gate,
+        "SOFTMAX": mixture.softmax_size,
         "HAS_BIAS": shape.has_bias,
         "PRECISION": "ieee" if exact else "tf32",
         "COLUMNS": max(_FEWEST, triton.next_power_of_2(shape.n)),
@@ -376,14 +376,14 @@ def _constants(shape: _Shape, mixing: MixtureConfig) -> dict[str, object]:
 
 
 @functools.cache
-def _backward_constants(shape: _Shape, mixing: MixtureConfig, needed: tuple[bool, bool]) -> dict[str, object]:
+def _backward_constants(shape: _Shape, mixture: MixtureConfig, needed: tuple[bool, bool]) -> dict[str, object]:
     """What the backward kernel is compiled for."""
     precision = "tf32x3" if shape.weight == torch.float32 else "tf32"
     if shape.x == torch.float32 or torch.version.hip:
         precision = "ieee"
     need_x, need_weight = needed
     further = {"NEED_X": need_x, "NEED_WEIGHT": need_weight, "GRADIENT_PRECISION": precision, "SLAB": _SLAB}
-    return {**_constants(shape, mixing), **further}
+    return {**_constants(shape, mixture), **further}
 
 
 def _total(partial: Tensor | None, parameter: Tensor | None, inputs: GateInputs) -> Tensor | None:

@@ -206,21 +206,21 @@ def _mixture_backward_kernel(
                 store_raised(row_sums + K, sums, TERMS, SUMS // 2)
 
 
-def forward(inputs: MixtureInputs, mixing: MixtureConfig) -> Tensor:
+def forward(inputs: MixtureInputs, mixture: MixtureConfig) -> Tensor:
     """``mixture_forward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch."""
     z, coefficients, bias, scale = inputs
     *tokens, width = z.shape
-    f = width // 2 if mixing.gated else width
+    f = width // 2 if mixture.gated else width
     out = z.new_empty(*tokens, f)
-    chosen = configuration("forward", mixing.form, f, z.device)
+    chosen = configuration("forward", mixture.form, f, z.device)
     arguments = (*inputs, out, row_stride(z), row_stride(coefficients))
-    constants = _forward_constants(mixing, f, target_of(z.dtype), bias is not None, scale is not None, chosen)
+    constants = _forward_constants(mixture, f, target_of(z.dtype), bias is not None, scale is not None, chosen)
     launch(_mixture_forward_kernel, (out.numel() // f,), arguments, constants, chosen.warps)
     return out
 
 
 def backward(
-    inputs: MixtureInputs, mixing: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
+    inputs: MixtureInputs, mixture: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over
     programs), of the quadratic form one for every MOST_SUMS coefficients.
@@ -229,12 +229,12 @@ def backward(
     need_z, need_coefficients, need_scale = needed
     f = grad.shape[-1]
     tokens = grad.numel() // f
-    n = mixing.num_coefficients
+    n = mixture.num_coefficients
     per_token = coefficients.dim() > 1
-    chosen = configuration("backward", mixing.form, f, z.device)
+    chosen = configuration("backward", mixture.form, f, z.device)
     rows = 1 if per_token else chosen.rows
     programs = -(-tokens // rows)
-    grad_z = (z if mixing.overwrite else torch.empty_like(z)) if need_z else None
+    grad_z = (z if mixture.overwrite else torch.empty_like(z)) if need_z else None
     grad_scale = torch.empty_like(scale) if need_scale else None
     sums = None
     if need_coefficients:
@@ -252,7 +252,7 @@ def backward(
         row_stride(coefficients),
     )
     launches = _backward_constants(
-        mixing, f, target_of(z.dtype), bias is not None, scale is not None, chosen, tuple(needed), rows
+        mixture, f, target_of(z.dtype), bias is not None, scale is not None, chosen, tuple(needed), rows
     )
     for constants in launches:
         launch(_mixture_backward_kernel, (programs,), arguments, constants, chosen.warps)
@@ -263,15 +263,15 @@ def backward(
 
 @functools.cache
 def _forward_constants(
-    mixing: MixtureConfig, f: int, target: Target, has_bias: bool, has_scale: bool, chosen: Configuration
+    mixture: MixtureConfig, f: int, target: Target, has_bias: bool, has_scale: bool, chosen: Configuration
 ) -> dict[str, object]:
     """What the forward kernel is compiled for."""
     return {
-        "FORM": mixing.form,
-        "TERMS": terms_of(mixing.activations, target),
+        "FORM": mixture.form,
+        "TERMS": terms_of(mixture.activations, target),
         "SILU": terms_of(("silu",), target),
-        "K": mixing.num_activations,
-        "N": mixing.num_coefficients,
+        "K": mixture.num_activations,
+        "N": mixture.num_coefficients,
         "F": f,
         "HAS_BIAS": has_bias,
         "HAS_SCALE": has_scale,
@@ -282,7 +282,7 @@ def _forward_constants(
 
 @functools.cache
 def _backward_constants(
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     f: int,
     target: Target,
     has_bias: bool,
@@ -293,16 +293,16 @@ def _backward_constants(
 ) -> list[dict[str, object]]:
     """What the backward kernel is compiled for, at each launch; the last may write over z."""
     need_z, need_coefficients, need_scale = needed
-    common = _forward_constants(mixing, f, target, has_bias, has_scale, chosen)
-    if mixing.form == "quadratic":  # sums are the coefficients' gradients themselves
-        parts = mixing.num_coefficients
+    common = _forward_constants(mixture, f, target, has_bias, has_scale, chosen)
+    if mixture.form == "quadratic":  # sums are the coefficients' gradients themselves
+        parts = mixture.num_coefficients
         most = MOST_SUMS if need_coefficients else parts
     else:  # of the terms, by which one launch gives all
-        most = parts = len(common["TERMS"].matrix[0]) * (2 if mixing.form == "bi-sided" else 1)
+        most = parts = len(common["TERMS"].matrix[0]) * (2 if mixture.form == "bi-sided" else 1)
     return [
         {
             **common,
-            "PAIRS": mixing.pairs,
+            "PAIRS": mixture.pairs,
             "FIRST": first,
             "SUMS": min(most, parts - first),
             "NEED_Z": need_z and first + most >= parts,

@@ -119,7 +119,7 @@ def describe(surroundings: Mapping[str, Any]) -> str:
 
 def require_correct(
     program: str,
-    mixings: Iterable[MixtureConfig],
+    mixtures: Iterable[MixtureConfig],
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -132,7 +132,7 @@ def require_correct(
 
     Args:
         program: for the message.
-        mixings: with the backends they will be timed with.
+        mixtures: with the backends they will be timed with.
         width: f, as timed: compiled code then serves both.
         hidden: h of the gates.
         tokens: few are enough.
@@ -141,12 +141,12 @@ def require_correct(
     from megatron_moa.research.benchmarks import kernel_errors
 
     try:
-        for mixing in dict.fromkeys(mixings):
+        for mixture in dict.fromkeys(mixtures):
             kernel_errors.require(
-                kernel_errors.check_mixture(mixing, dtype, device, tokens=tokens, width=width, scale=scale)
+                kernel_errors.check_mixture(mixture, dtype, device, tokens=tokens, width=width, scale=scale)
             )
-            if mixing.kind == "moa":
-                kernel_errors.require(kernel_errors.check_gate(mixing, dtype, device, tokens=tokens, hidden=hidden))
+            if mixture.kind == "moa":
+                kernel_errors.require(kernel_errors.check_gate(mixture, dtype, device, tokens=tokens, hidden=hidden))
     except kernel_errors.AccuracyError as error:
         text = " ".join(str(error).split())
         if os.environ.get("RANK", "0") == "0":

@@ -78,7 +78,7 @@ def require(checks: Iterable[Accuracy]) -> None:
 
 
 def check_mixture(
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     tokens: int = 257,
@@ -98,24 +98,24 @@ def check_mixture(
         groups: with LA, experts with coefficients of their own; the second one has no tokens.
     """
     random = _Random(dtype, device, seed)
-    shape = {"moa": (tokens,), "la": (groups,) if groups else ()}[mixing.kind]
+    shape = {"moa": (tokens,), "la": (groups,) if groups else ()}[mixture.kind]
     inputs = {
-        "preactivation": random.normal(tokens, 2 * width if mixing.gated else width),
-        "coefficients": random.normal(*shape, mixing.num_coefficients, dtype=torch.float32),
-        "bias": random.normal(2 * width if mixing.gated else width) if bias else None,
+        "preactivation": random.normal(tokens, 2 * width if mixture.gated else width),
+        "coefficients": random.normal(*shape, mixture.num_coefficients, dtype=torch.float32),
+        "bias": random.normal(2 * width if mixture.gated else width) if bias else None,
         "per_token_scale": random.normal(tokens, dtype=torch.float32) if scale else None,
     }
     group_ends = _group_ends(tokens, groups, device) if groups else None
 
-    def mixed(mixing: MixtureConfig, inputs: dict[str, Tensor | None]) -> Tensor:
-        return functional.mixed_activation(mixing=mixing, group_ends=group_ends, **inputs)
+    def mixed(mixture: MixtureConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+        return functional.mixed_activation(mixture=mixture, group_ends=group_ends, **inputs)
 
-    name = f"{mixing.kind} {mixing.form} {_short(dtype)} [{tokens}, {width}] {_backend(mixing, device)}"
-    return _compare(name, mixed, mixing, inputs, random.normal(tokens, width).detach())
+    name = f"{mixture.kind} {mixture.form} {_short(dtype)} [{tokens}, {width}] {_backend(mixture, device)}"
+    return _compare(name, mixed, mixture, inputs, random.normal(tokens, width).detach())
 
 
 def check_gate(
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     tokens: int = 257,
@@ -133,25 +133,25 @@ def check_gate(
         scale: multiplies all coefficients by a constant.
     """
     random = _Random(dtype, device, seed)
-    n = mixing.num_coefficients
+    n = mixture.num_coefficients
     shape = (groups, n) if groups else (n,)
     inputs = {
         "x": random.normal(tokens, hidden),
         "weight": random.normal(*shape, hidden, std=hidden**-0.5),
-        "bias": random.normal(*shape) if mixing.gate_bias else None,
-        "amplitude": random.normal(*shape) if mixing.amplitude == "learned" else None,
+        "bias": random.normal(*shape) if mixture.gate_bias else None,
+        "amplitude": random.normal(*shape) if mixture.amplitude == "learned" else None,
     }
     group_ends = _group_ends(tokens, groups, device) if groups else None
     constant = torch.tensor([0.25], device=device) if scale else None
 
-    def coefficients(mixing: MixtureConfig, inputs: dict[str, Tensor | None]) -> Tensor:
-        return functional.gate_coefficients(mixing=mixing, scale=constant, group_ends=group_ends, **inputs)
+    def coefficients(mixture: MixtureConfig, inputs: dict[str, Tensor | None]) -> Tensor:
+        return functional.gate_coefficients(mixture=mixture, scale=constant, group_ends=group_ends, **inputs)
 
-    settings = f"{mixing.gate}{'+bias' * mixing.gate_bias}{'+amplitude' * (mixing.amplitude == 'learned')}"
-    name = f"gate {settings} {mixing.form} {_short(dtype)} [{tokens}, {hidden}] {_backend(mixing, device)}"
-    checks = _compare(name, coefficients, mixing, inputs, random.normal(tokens, n, dtype=torch.float32).detach())
+    settings = f"{mixture.gate}{'+bias' * mixture.gate_bias}{'+amplitude' * (mixture.amplitude == 'learned')}"
+    name = f"gate {settings} {mixture.form} {_short(dtype)} [{tokens}, {hidden}] {_backend(mixture, device)}"
+    checks = _compare(name, coefficients, mixture, inputs, random.normal(tokens, n, dtype=torch.float32).detach())
     result, *gradients = checks
-    return [dataclasses.replace(result, floor=result.floor + _sum_floor(mixing, dtype, device, hidden)), *gradients]
+    return [dataclasses.replace(result, floor=result.floor + _sum_floor(mixture, dtype, device, hidden)), *gradients]
 
 
 def bit_equal_gradients(gradients: Callable[[], Sequence[Tensor]]) -> bool:
@@ -177,11 +177,11 @@ def _group_ends(tokens: int, groups: int, device: torch.device | str) -> Tensor:
 def _compare(
     name: str,
     function: Callable[[MixtureConfig, dict[str, Tensor | None]], Tensor],
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     inputs: dict[str, Tensor | None],
     grad: Tensor,
 ) -> list[Accuracy]:
-    eager = dataclasses.replace(mixing, backend="eager")
+    eager = dataclasses.replace(mixture, backend="eager")
     wide = {
         key: None if tensor is None else tensor.detach().double().requires_grad_() for key, tensor in inputs.items()
     }
@@ -191,8 +191,10 @@ def _compare(
         rounded = same_dtype["preactivation"]
         total = torch.promote_types(rounded.dtype, torch.float32)
         same_dtype["bias"] = rounded.sum(0, dtype=total).to(rounded.dtype)
-    actual = _result_and_gradients(function, mixing, inputs, grad)
-    approximated = _backend(mixing, grad.device) == "triton" and grad.dtype == torch.bfloat16 and not exact_everywhere()
+    actual = _result_and_gradients(function, mixture, inputs, grad)
+    approximated = (
+        _backend(mixture, grad.device) == "triton" and grad.dtype == torch.bfloat16 and not exact_everywhere()
+    )
     if actual.keys() != exact.keys():
         raise AccuracyError(f"{name}: gradients of {', '.join(actual)}, expected of {', '.join(exact)}")
     return [
@@ -208,13 +210,13 @@ def _compare(
 
 def _result_and_gradients(
     function: Callable[[MixtureConfig, dict[str, Tensor | None]], Tensor],
-    mixing: MixtureConfig,
+    mixture: MixtureConfig,
     inputs: dict[str, Tensor | None],
     grad: Tensor,
 ) -> dict[str, Tensor]:
     given = {key: tensor for key, tensor in inputs.items() if tensor is not None}
     copies = {key: tensor.detach().clone().requires_grad_() for key, tensor in given.items()}
-    result = function(mixing, {**inputs, **copies})
+    result = function(mixture, {**inputs, **copies})
     # The constant activation takes no part in a gradient: zeros.
     gradients = torch.autograd.grad(result, list(copies.values()), grad, materialize_grads=True, allow_unused=True)
     for key, gradient in zip(copies, gradients, strict=True):
@@ -238,8 +240,8 @@ def _floor(tensor: Tensor, approximated: bool) -> float:
     return FLOORS[tensor.dtype]
 
 
-def _sum_floor(mixing: MixtureConfig, dtype: torch.dtype, device: torch.device | str, hidden: int) -> float:
-    if torch.device(device).type != "cuda" or _backend(mixing, device) != "triton":
+def _sum_floor(mixture: MixtureConfig, dtype: torch.dtype, device: torch.device | str, hidden: int) -> float:
+    if torch.device(device).type != "cuda" or _backend(mixture, device) != "triton":
         return 0.0
     return hidden**0.5 * _WALK if dtype == torch.float32 else hidden * _CUT_OFF
 
@@ -248,5 +250,5 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _backend(mixing: MixtureConfig, device: torch.device | str) -> str:
-    return functional.resolve_backend(mixing.backend, torch.device(device).type)
+def _backend(mixture: MixtureConfig, device: torch.device | str) -> str:
+    return functional.resolve_backend(mixture.backend, torch.device(device).type)

@@ -56,13 +56,13 @@ def layer_config(options: argparse.Namespace, settings: dict[str, Any], dtype: t
     return config
 
 
-def build_layer(config: Any, mixing: MixtureConfig | None, device: torch.device) -> torch.nn.Module:
+def build_layer(config: Any, mixture: MixtureConfig | None, device: torch.device) -> torch.nn.Module:
     """What a transformer layer's mlp slot holds: a dense or a MoE layer."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_moa.layer_specs import layer_spec
 
-    builder = layer_spec(config, mixing).layer_specs[0].submodules.mlp
+    builder = layer_spec(config, mixture).layer_specs[0].submodules.mlp
     groups = ProcessGroupCollection.use_mpu_process_groups()
     further = {"layer_number": 1} if config.num_moe_experts else {"ffn_hidden_size": config.ffn_hidden_size}
     return builder(config=config, pg_collection=groups, is_mtp_layer=False, **further).to(device)

@@ -25,7 +25,7 @@ class TrainStep:
     """
 
     name: str
-    mixing: MixtureConfig | None
+    mixture: MixtureConfig | None
     run: timing.Run
     parameters: int
     state_bytes: int | None
@@ -34,7 +34,7 @@ class TrainStep:
 def build(
     name: str,
     args: argparse.Namespace,
-    mixing: MixtureConfig | None,
+    mixture: MixtureConfig | None,
     batches: Iterator[dict],
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> TrainStep:
@@ -52,12 +52,12 @@ def build(
     from pretrain_gpt_moa import forward_step
 
     before = torch.cuda.memory_allocated()
-    container = pretrain_cfg_container_from_args(args, model_config_from_args(args, mixing))
+    container = pretrain_cfg_container_from_args(args, model_config_from_args(args, mixture))
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model, optimizer, schedule = setup_model_and_optimizer(
         ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups
     )
-    check_mixture(model, mixing)
+    check_mixture(model, mixture)
     for chunk in model:
         chunk.train()
     config = get_model_config(model[0])  # what Megatron's train() sets before its first step
@@ -73,7 +73,7 @@ def build(
 
     run(timing.no_lap)  # the optimizer makes its state in its first step
     state = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else None
-    return TrainStep(name, mixing, run, measure_mixture(model).parameters, state)
+    return TrainStep(name, mixture, run, measure_mixture(model).parameters, state)
 
 
 def random_batches(args: argparse.Namespace) -> Iterator[dict[str, Tensor]]:

@@ -51,13 +51,13 @@ def finite(value: Any) -> Any:
 
 
 def site_entry(
-    site: Site, mixing: MixtureConfig, statistics: GateStatistics, tokens: Sequence[str], fewest: int
+    site: Site, mixture: MixtureConfig, statistics: GateStatistics, tokens: Sequence[str], fewest: int
 ) -> dict[str, Any]:
     """What is said of one layer.
 
     Args:
         site: which.
-        mixing: the model's.
+        mixture: the model's.
         statistics: of its coefficients.
         tokens: how each type is shown.
         fewest: occurrences a type needs to be named among those that ask most for an activation.
@@ -74,7 +74,7 @@ def site_entry(
     means, counts = statistics.by_type.means(), statistics.by_type.counts
     often = (counts >= fewest).nonzero()[:, 0]
     gates = []
-    for k, name in enumerate(mixing.coefficient_names):
+    for k, name in enumerate(mixture.coefficient_names):
         order = often[means[often, k].argsort(descending=True)].tolist()
         named = [{"token": tokens[i], "count": int(counts[i]), "mean": means[i, k].item()} for i in order]
         gates.append(

@@ -22,9 +22,9 @@ from megatron_moa.trained.upcycling import args_of_new_run, mixture_flags
 from megatron_moa.training.model import model_config_from_args
 
 
-def collapsed_mixing(mixing: MixtureConfig) -> MixtureConfig:
+def collapsed_mixture(mixture: MixtureConfig) -> MixtureConfig:
     """The LA of the same form and dictionary; its coefficients train."""
-    return MixtureConfig("la", mixing.form, mixing.activations)
+    return MixtureConfig("la", mixture.form, mixture.activations)
 
 
 def write_collapsed(
@@ -47,7 +47,7 @@ def write_collapsed(
     Raises:
         UserError: a layer whose mean is not known.
     """
-    target = collapsed_mixing(prepared.config.mixing)
+    target = collapsed_mixture(prepared.config.mixture)
     args = copy.copy(prepared.args)
     vars(args).update(mixture_flags(target))
     model = empty_model(model_config_from_args(args, dataclasses.replace(target, backend="eager")))

@@ -160,7 +160,7 @@ class GateProbe:
     def __init__(self, loaded: LoadedModel, windows: Windows) -> None:
         self.loaded, self.windows = loaded, windows
         self.sites = find_sites(loaded)
-        self.mixing: MixtureConfig = loaded.mixing
+        self.mixture: MixtureConfig = loaded.mixture
         self._change: Change | None = None
         self._observe: Callable[[Site, int, Tensor, Tensor], None] | None = None
         self._routing: dict[int, Tensor] = {}  # by layer: [tokens, experts], who gets which token
@@ -232,7 +232,7 @@ class GateProbe:
             sampled: (window, position) of tokens whose coefficients are kept.
         """
         windows, device = self.windows, self.loaded.device
-        n, shape = self.mixing.num_coefficients, (windows.kinds, windows.context)
+        n, shape = self.mixture.num_coefficients, (windows.kinds, windows.context)
         halves = [
             [GateStatistics(n, *shape, len(site.modules), device) for site in self.sites] for _ in ("first", "second")
         ]
@@ -343,22 +343,22 @@ class Ablation:
     about: dict[str, str | int]
 
 
-def branches_of(mixing: MixtureConfig) -> dict[str, dict[str, list[int]]]:
+def branches_of(mixture: MixtureConfig) -> dict[str, dict[str, list[int]]]:
     """Numbers of the coefficients by branch and activation: ``activated`` is W1's branch, ``linear`` W2's.
 
     Of the one-sided form only the linear branch is mixed. Of the quadratic form c_kl belongs to both branches: to
     sigma_k in the activated one, to sigma_l in the linear one.
     """
-    names = mixing.activations
-    if mixing.form == "quadratic":
+    names = mixture.activations
+    if mixture.form == "quadratic":
         return {
             branch: {
-                name: [number for number, pair in enumerate(mixing.pairs) if pair[side] == k]
+                name: [number for number, pair in enumerate(mixture.pairs) if pair[side] == k]
                 for k, name in enumerate(names)
             }
             for side, branch in enumerate(("activated", "linear"))
         }
-    mixed = {"type1": ("activated",), "one-sided": ("linear",), "bi-sided": ("activated", "linear")}[mixing.form]
+    mixed = {"type1": ("activated",), "one-sided": ("linear",), "bi-sided": ("activated", "linear")}[mixture.form]
     return {
         branch: {name: [half * len(names) + k] for k, name in enumerate(names)} for half, branch in enumerate(mixed)
     }
@@ -372,7 +372,7 @@ def ablations(probe: GateProbe, statistics: Sequence[GateStatistics], seed: int)
         seed: of the permutations.
     """
     index = {id(site): number for number, site in enumerate(probe.sites)}
-    if probe.mixing.kind == "moa":
+    if probe.mixture.kind == "moa":
         means = [site.expert_means() for site in statistics]
 
         def mean(site: Site, expert: int, rows: Tensor, _: Tensor) -> Tensor:
@@ -393,8 +393,8 @@ def ablations(probe: GateProbe, statistics: Sequence[GateStatistics], seed: int)
             return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
 
         yield Ablation("coefficients permuted among tokens", "permuted", permuted, {})
-    branches = branches_of(probe.mixing)
-    for activation in probe.mixing.activations:
+    branches = branches_of(probe.mixture)
+    for activation in probe.mixture.activations:
         left_out = {branch: numbers[activation] for branch, numbers in branches.items()}
         if len(branches) > 1:
             left_out = {"both": [*left_out["activated"], *left_out["linear"]], **left_out}
@@ -406,7 +406,7 @@ def ablations(probe: GateProbe, statistics: Sequence[GateStatistics], seed: int)
             about = {"activation": activation, "branch": branch}
             where = "" if len(branches) == 1 else f", {branch} branch{'es' * (branch == 'both')}"
             yield Ablation(f"without {activation}{where}", "without", without, about)
-    if probe.mixing.kind == "moa":
+    if probe.mixture.kind == "moa":
         for site in probe.sites:
 
             def alone(where: Site, expert: int, rows: Tensor, places: Tensor, site: Site = site) -> Tensor:

@@ -61,7 +61,7 @@ class Arm:
     Attributes:
         name: in the study's file and in results.
         title: for tables and pictures.
-        mixing: None for stock Megatron.
+        mixture: None for stock Megatron.
         fixed: a stock layer's activation: ``swiglu``, ``relu2`` or ``gelu``.
         as_large_as: the arm whose output's mean square at step 0 this fixed layer gets.
         widened: ``parameters`` or ``time``: as wide as it takes to have bi-sided MoA's; ``half``: half as wide.
@@ -70,7 +70,7 @@ class Arm:
 
     name: str
     title: str
-    mixing: MixtureConfig | None = None
+    mixture: MixtureConfig | None = None
     fixed: str = "swiglu"
     as_large_as: str | None = None
     widened: str | None = None
@@ -79,7 +79,7 @@ class Arm:
     @property
     def is_gated(self) -> bool:
         """Whether its layers are Type II."""
-        return self.fixed == "swiglu" if self.mixing is None else self.mixing.gated
+        return self.fixed == "swiglu" if self.mixture is None else self.mixture.gated
 
     @property
     def baseline(self) -> str:
@@ -101,7 +101,7 @@ class Arm:
                 raise ValueError(f"{self.name}: the width of equal step time has not been measured")
             return time_width
         if self.widened == "parameters":  # a hidden unit has 3 h of them, a gate h
-            return size.ffn + math.ceil(ARMS["moa-bi-sided"].mixing.num_coefficients / 3)
+            return size.ffn + math.ceil(ARMS["moa-bi-sided"].mixture.num_coefficients / 3)
         if self.widened == "half":
             return size.ffn // 2
         return size.ffn if self.is_gated else size.ungated_ffn
@@ -112,30 +112,30 @@ class Arm:
 
     def flags(self, size: Size) -> list[str]:
         """Of pretrain_gpt_moa.py, without the width."""
-        if self.mixing is None:
+        if self.mixture is None:
             return ["--moa-mixing", "none", *{"swiglu": ["--swiglu"], "relu2": ["--squared-relu"]}.get(self.fixed, [])]
-        mixing = self.mixing
+        mixture = self.mixture
         if self.as_large_as is not None:
-            start = _scale(ARMS[self.as_large_as].mixing, size) / _scale(mixing, size)
-            mixing = replace(mixing, initial_coefficients=(float(f"{start:.6g}"),))
-        if mixing.kind == "moa":
-            mixing = replace(mixing, gate_init_std=size.gate_std)
-        return [*(["--swiglu"] if mixing.gated else []), *mixing.to_flags()]
+            start = _scale(ARMS[self.as_large_as].mixture, size) / _scale(mixture, size)
+            mixture = replace(mixture, initial_coefficients=(float(f"{start:.6g}"),))
+        if mixture.kind == "moa":
+            mixture = replace(mixture, gate_init_std=size.gate_std)
+        return [*(["--swiglu"] if mixture.gated else []), *mixture.to_flags()]
 
 
-def _scale(mixing: MixtureConfig, size: Size) -> float:
+def _scale(mixture: MixtureConfig, size: Size) -> float:
     """How large a mixture is at step 0 in a model of that size (see :func:`output_scale`)."""
-    if mixing.kind == "moa":
-        mixing = replace(mixing, gate_init_std=size.gate_std)
-    return output_scale(mixing, size.init_std, size.hidden)
+    if mixture.kind == "moa":
+        mixture = replace(mixture, gate_init_std=size.gate_std)
+    return output_scale(mixture, size.init_std, size.hidden)
 
 
-def _mixed(name: str, title: str, mixing: MixtureConfig) -> tuple[Arm, Arm]:
+def _mixed(name: str, title: str, mixture: MixtureConfig) -> tuple[Arm, Arm]:
     """A mixture that starts with the paper's values, and NAME-matched: with the output scale of SwiGLU or GELU."""
-    fixed = "SwiGLU" if mixing.gated else "GELU"
+    fixed = "SwiGLU" if mixture.gated else "GELU"
     return (
-        Arm(name, title, mixing),
-        Arm(f"{name}-matched", f"{title}, scale matched to {fixed}", replace(mixing, init_scale="matched")),
+        Arm(name, title, mixture),
+        Arm(f"{name}-matched", f"{title}, scale matched to {fixed}", replace(mixture, init_scale="matched")),
     )
 
 

@@ -66,7 +66,7 @@ class Verdict:
 
 def matched(pair: Pair) -> Pair:
     """Ours in place of the paper's arms: started at SwiGLU's or GELU's scale."""
-    arm, to = (name if ARMS[name].mixing is None else f"{name}-matched" for name in pair)
+    arm, to = (name if ARMS[name].mixture is None else f"{name}-matched" for name in pair)
     return arm, to
 
 
@@ -100,7 +100,7 @@ def judge(results: Results, claim: Claim, ours: bool = False) -> Verdict:
 
 def paper_figure(pair: Pair, model: str = DENSE) -> tuple[float, str] | None:
     """An arm's difference to what it is compared with, as the paper reports both, and where."""
-    values = [(0.0, "") if ARMS[arm].mixing is None else reported(arm, model, 0) for arm in pair]
+    values = [(0.0, "") if ARMS[arm].mixture is None else reported(arm, model, 0) for arm in pair]
     if None in values:
         return None
     (arm, where), (to, beside) = values

@@ -34,8 +34,8 @@ def planned(study: Study) -> Iterator[str]:
         if not recipe:
             raise UserError(f"--plan: size {cell.size} is of no recipe; leave out --scale, or plan a study of recipes")
         mixing = "none"
-        if arm.mixing is not None:
-            mixing = ("la-" if arm.mixing.kind == "la" else "") + arm.mixing.form
+        if arm.mixture is not None:
+            mixing = ("la-" if arm.mixture.kind == "la" else "") + arm.mixture.form
         runs[recipe, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing] += 1
     total = 0.0
     for (recipe, tokens, optimizer, schedule, gated, mixing), count in runs.items():

@@ -84,13 +84,13 @@ def main() -> None:
         first = None
         for name, flags in request["arms"].items():
             sys.argv = ["timing", *flags]
-            args, mixing = parse_arguments(as_global=first is None)
+            args, mixture = parse_arguments(as_global=first is None)
             if first is None:
                 initialize_megatron()
                 first = args
                 batches = random_batches(args)
             args.padded_vocab_size = first.padded_vocab_size
-            steps.append(build(name, args, mixing, batches))
+            steps.append(build(name, args, mixture, batches))
         timings = timing.time_alternately(
             {step.name: step.run for step in steps}, device, request["rounds"], warmup=_WARM_UP
         )

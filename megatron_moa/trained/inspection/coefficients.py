@@ -33,7 +33,7 @@ class Coefficients:
     rows: dict[str, list[float]]
 
 
-def coefficients(checkpoint: CheckpointTensors, mixing: MixtureConfig) -> Iterator[Coefficients]:
+def coefficients(checkpoint: CheckpointTensors, mixture: MixtureConfig) -> Iterator[Coefficients]:
     """Reads all layers' coefficients, in the layers' order."""
     found = []
     for module in {key.rpartition(".")[0] for key in checkpoint.tensors if kind_of(key) == "mixture"}:
@@ -50,10 +50,10 @@ def coefficients(checkpoint: CheckpointTensors, mixing: MixtureConfig) -> Iterat
                 place = "shared experts" if ".shared_experts." in module else "mlp"
                 if ".experts." in module:
                     place = f"mean of {shape[0 if numbered else 1]} experts"
-                found.append(Coefficients(layer, place, _rows(tensors, mixing)))
+                found.append(Coefficients(layer, place, _rows(tensors, mixture)))
         except (KeyError, IndexError, RuntimeError, TypeError):
             raise UserError(
-                f"{checkpoint.folder}: {module} is not what its settings mean, {mixing.describe()}"
+                f"{checkpoint.folder}: {module} is not what its settings mean, {mixture.describe()}"
             ) from None
     return iter(sorted(found, key=lambda entry: (entry.layer, entry.place)))
 
@@ -64,16 +64,16 @@ def read_layer(checkpoint: CheckpointTensors, key: str, layer: int) -> Tensor:
     return checkpoint.read(key, (layer, *(0 for _ in shape[1:])), (1, *shape[1:]))[0]
 
 
-def _rows(tensors: dict[str, Tensor], mixing: MixtureConfig) -> dict[str, list[float]]:
+def _rows(tensors: dict[str, Tensor], mixture: MixtureConfig) -> dict[str, list[float]]:
     """Makes rows of one layer's tensors, [..., n] or [..., n, h], experts in front."""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    if mixing.kind == "la":
+    if mixture.kind == "la":
         rows = {"value": tensors["value"]}
     else:
         norms = tensors["weight"].norm(dim=-1)  # [..., n]
         logits = tensors.get("bias", torch.zeros_like(norms))
-        rows = {"at zero": reference.gate(logits, mixing, tensors.get("amplitude")) * tensors.get("scale", 1.0)}
+        rows = {"at zero": reference.gate(logits, mixture, tensors.get("amplitude")) * tensors.get("scale", 1.0)}
         if "amplitude" in tensors:
             rows["amplitude"] = tensors["amplitude"]
         rows["gate norm"] = norms
-    return {name: row.reshape(-1, mixing.num_coefficients).mean(0).tolist() for name, row in rows.items()}
+    return {name: row.reshape(-1, mixture.num_coefficients).mean(0).tolist() for name, row in rows.items()}

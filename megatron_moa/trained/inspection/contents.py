@@ -11,7 +11,7 @@ from megatron_moa.checkpoints.files import (
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.trained.inspection.coefficients import coefficients
 from megatron_moa.trained.inspection.kinds import KINDS, kind_of
-from megatron_moa.trained.inspection.settings import dtype_name, mixing_of, plain, settings_of
+from megatron_moa.trained.inspection.settings import dtype_name, mixture_of, plain, settings_of
 
 _SPLIT = {
     "TP": "tensor_model_parallel_size",
@@ -25,13 +25,13 @@ _SPLIT = {
 def describe(checkpoint: CheckpointTensors) -> dict[str, Any]:
     """Returns all that is said about a checkpoint, as JSON has it."""
     args, unknown = settings_of(checkpoint)
-    mixing = None if unknown else mixing_of(args)
+    mixture = None if unknown else mixture_of(args)
     return {
         "checkpoint": str(checkpoint.folder),
         "iteration": plain(checkpoint.common_state.get("iteration")),
         "format_version": plain(getattr(args, "moa_format_version", 1)),
-        "mixture": mixing.describe() if mixing else f"not computed here: {unknown}" if unknown else "none",
-        "coefficient_names": list(mixing.coefficient_names) if mixing else [],
+        "mixture": mixture.describe() if mixture else f"not computed here: {unknown}" if unknown else "none",
+        "coefficient_names": list(mixture.coefficient_names) if mixture else [],
         "settings": {name: plain(value) for name, value in sorted(vars(args).items())},
         "files": checkpoint.files,
         "has_manifest": read_manifest(checkpoint.folder) is not None,
@@ -47,7 +47,7 @@ def describe(checkpoint: CheckpointTensors) -> dict[str, Any]:
             for key, info in checkpoint.tensors.items()
         },
         "optimizer": optimizer_state(checkpoint, args),
-        "coefficients": [vars(entry) for entry in coefficients(checkpoint, mixing)] if mixing else [],
+        "coefficients": [vars(entry) for entry in coefficients(checkpoint, mixture)] if mixture else [],
     }
 
 

@@ -36,7 +36,7 @@ def settings_of(checkpoint: CheckpointTensors) -> tuple[argparse.Namespace, str 
     return args, None
 
 
-def mixing_of(args: argparse.Namespace) -> MixtureConfig | None:
+def mixture_of(args: argparse.Namespace) -> MixtureConfig | None:
     """Returns the mixture that a checkpoint's settings mean; None for stock layers.
 
     Raises:
