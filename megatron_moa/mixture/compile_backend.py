@@ -307,5 +307,6 @@ def _gate_derivative(grad: Tensor, psi: Tensor, mixture: MixtureConfig) -> Tenso
         return grad * psi * (1 - psi)
     if mixture.gate == "tanh":
         return grad * (1 - psi * psi)
+    assert mixture.gate == "softmax"
     grad, psi = (tensor.unflatten(-1, (-1, mixture.softmax_size)) for tensor in (grad, psi))
     return (psi * (grad - (grad * psi).sum(-1, keepdim=True))).flatten(-2)

@@ -51,12 +51,10 @@ def gate(logits: Tensor, mixture: MixtureConfig, amplitude: Tensor | None = None
     Returns:
         [..., n], the dtype of the logits.
     """
-    if mixture.gate == "sigmoid":
-        psi = torch.sigmoid(logits)
-    elif mixture.gate == "softmax":
+    if mixture.gate == "softmax":
         psi = torch.softmax(logits.unflatten(-1, (-1, mixture.softmax_size)), dim=-1).flatten(-2)
     else:
-        psi = torch.tanh(logits)
+        psi = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[mixture.gate](logits)
     if amplitude is None:
         return psi
     slope, offset = mixture.psi_hat

@@ -97,6 +97,7 @@ def _psi(
     elif GATE == "tanh":
         psi = 2.0 * tl.sigmoid(2.0 * logits) - 1.0
     else:
+        tl.static_assert(GATE == "softmax")
         psi = tl.zeros([TOKENS, COLUMNS], tl.float32)
         for branch in tl.static_range(N // SOFTMAX):
             inside = ((column >= branch * SOFTMAX) & (column < (branch + 1) * SOFTMAX))[None, :]
@@ -218,6 +219,7 @@ def _gate_backward_kernel(
     elif GATE == "tanh":
         g = g * (1.0 - psi * psi)
     else:
+        tl.static_assert(GATE == "softmax")
         product = g * psi
         total = tl.zeros([TOKENS, COLUMNS], tl.float32)
         for branch in tl.static_range(N // SOFTMAX):
