@@ -115,11 +115,13 @@ def test_the_readmes_short_form_is_what_the_committed_lines_say() -> None:
             assert (f"{difference.mean:+.4f}" in bold) == (difference.verdict in (BETTER, WORSE))
     first = results.settings[0]
     as_in_paper = results.difference(first, "moa-bi-sided", "swiglu")
-    shown["as the paper starts it"] = f"{difference_text(as_in_paper)}, {as_in_paper.count} seeds"
+    shown["with the paper's coefficients"] = f"the first is {difference_text(as_in_paper)}, {as_in_paper.count} seeds"
     value, _ = reported("moa-bi-sided", "dense-0.12b", 2_400_000_000)
     shown["the paper's"] = f"reports {value:+.3f} for bi-sided at 0.12B"
     longest = ("python", "0_2M-batch-8", 5_120_000, "adamw", "cosine")
     for title, arm, to in (
+        ("softmax gates: bi-sided", "moa-bi-sided-softmax", "swiglu"),
+        ("and Type I minus ReLU2", "moa-type1-softmax", "relu2"),
         ("bi-sided", "moa-bi-sided", "swiglu"),
         ("one-sided", "moa-one-sided", "swiglu"),
         ("quadratic", "moa-quadratic", "swiglu"),
@@ -129,7 +131,7 @@ def test_the_readmes_short_form_is_what_the_committed_lines_say() -> None:
         shown[title] = f"{title} {difference_text(known)}"
         assert known.count == 3
         assert (f"{known.mean:+.4f}" in bold) == (known.verdict in (BETTER, WORSE))
-    lone = ("as the", "the paper", *(title for title in shown if title in shown[title]))
+    lone = ("with the", "the paper", *(title for title in shown if title in shown[title]))
     assert all(figures in text for title, figures in shown.items() if title.startswith(lone))
     # No other figure is there.
     signed = r"[-+]\d+\.\d+"
@@ -292,7 +294,7 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
     values = [tuple(map(float, cell.split(" ± "))) for cell in cells[2:]]
     for (value, half), truth in zip(values, (1.9, 1.0, 0.5), strict=True):
         assert abs(value - truth) <= half < 0.2
-    overview = text.split("### The same steps in every setting, as the paper starts it")[1].split("##")[0]
+    overview = text.split("### The same steps in every setting, with the paper's coefficients")[1].split("##")[0]
     assert row(overview, "python, size 8M, 2M tokens, AdamW, cosine")[4].startswith("**-0.1000 ±")
     assert (tmp_path / "report" / "parameters-python-1M-2M-adamw-cosine.png").exists()
     few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
@@ -464,7 +466,7 @@ def test_best_rates_and_missing_arms_over_all_settings(tmp_path: Path) -> None:
     lines.append(line("gelu", 3.1, setting=other))
     text = report_of(tmp_path, write(tmp_path / "study", lines))
     rates = text.split("### Best rates in every setting")[1].split("##")[0]
-    # SwiGLU; LA and MoA as the paper starts them and at SwiGLU's scale
+    # SwiGLU; LA and MoA with the paper's coefficients and at SwiGLU's scale
     known = "0.008 (+0.1000)"
     assert row(rates, "python, size 0.4M, 2M tokens, AdamW, cosine")[1:] == [known, "", known, known, known]
     cells = row(rates, "python, size 0.4M, 2M tokens, Muon, cosine")[1:]
