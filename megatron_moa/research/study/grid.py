@@ -6,6 +6,7 @@ spent, and whether its grid goes on), so it is asked for again after every run: 
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -152,9 +153,59 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
     unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
-    if study.save_interval < 0:
-        raise UserError(f"{path}: save_interval {study.save_interval}: give a number of iterations, or 0 for none")
+    _check_numbers(path, study)
+    _check_flags(path, study)
+    for number, grid in enumerate(grids, start=1):
+        if not grid.rates:
+            _check_best_rates(f"{path}: grid {number}", study, grid)
     return study
+
+
+def _check_numbers(path: Path, study: Study) -> None:
+    found = [
+        ("evaluation", study.evaluation, 1),
+        ("timing", study.timing, 0),
+        ("save_interval", study.save_interval, 0),
+    ]
+    for name, size in study.sizes.items():
+        counts = ("layers", "hidden", "ffn", "heads", "sequence", "batch")
+        found += [(f"sizes.{name}.{key}", getattr(size, key), 1) for key in counts]
+    for number, grid in enumerate(study.grids, start=1):
+        found += [(f"grid {number}: tokens", tokens, 1) for tokens in grid.tokens]
+        for rate in grid.rates:
+            if not 0 < rate < math.inf:
+                raise UserError(f"{path}: grid {number}: rates {rate:g}: give a positive number such as 2e-3")
+    for where, value, least in found:
+        if value < least:
+            raise UserError(f"{path}: {where} {value}: give {least} or more")
+    if not 0 <= study.warmup < 1:
+        raise UserError(f"{path}: warmup {study.warmup:g}: give a part of the run such as 0.02")
+
+
+# What a run is named by, so that nobody else may set it.
+_OF_CELLS = ("--lr", "--min-lr", "--seed", "--train-iters", "--global-batch-size", "--optimizer", "--lr-decay-style")
+
+
+def _check_flags(path: Path, study: Study) -> None:
+    for where, flags in (
+        ("flags", study.flags),
+        *((f"sizes.{name}.flags", s.flags) for name, s in study.sizes.items()),
+    ):
+        for flag in flags:
+            if flag.split("=")[0] in _OF_CELLS:
+                raise UserError(f"{path}: {where}: {flag}: is the study's own, by a grid's keys; leave it out")
+
+
+def _check_best_rates(where: str, study: Study, grid: Grid) -> None:
+    """A grid without rates waits for runs that choose them: some other grid has to ask for these."""
+    for setting in grid.settings():
+        for arm in grid.arms:
+            tuning = (g for g in study.grids if g.rates and study.tuning_seed in g.seeds and arm in g.arms)
+            if not any(setting in other.settings() for other in tuning):
+                raise UserError(
+                    f"{where}: {arm} has no rates, here or in a grid of this size, corpus and tokens with seed "
+                    f"{study.tuning_seed}; add rates"
+                )
 
 
 def _at_scale(path: Path, content: dict[str, Any], scale: str) -> dict[str, Any]:
@@ -176,7 +227,7 @@ def _size(path: Path, name: str, table: Mapping[str, Any]) -> Size:
     recipe = _from_recipe(table["recipe"]) if "recipe" in table else {}
     flags = (*recipe.get("flags", ()), *_value(f"{path}: sizes.{name}: flags", table.get("flags", ()), tuple[str, ...]))
     size = _filled(Size, f"{path}: sizes.{name}", {**recipe, "name": name, **table, "flags": flags})
-    if size.hidden % size.heads:
+    if size.heads > 0 and size.hidden % size.heads:
         raise UserError(f"{path}: sizes.{name}.heads {size.heads}: does not divide hidden {size.hidden}")
     return size
 
@@ -241,7 +292,7 @@ def _value(where: str, value: Any, hint: Any) -> Any:
         value, (int, float) if hint in (int, float) else hint
     ):
         raise UserError(f"{where} {value!r}: must be {'a number' if hint in (int, float) else hint.__name__}")
-    if hint is int and value != int(value):
+    if hint is int and (not math.isfinite(value) or value != int(value)):
         raise UserError(f"{where} {value!r}: must be a whole number")
     return hint(value)
 
