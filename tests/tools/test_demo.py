@@ -122,12 +122,12 @@ def test_empties_its_own_folder(tmp_path: Path) -> None:
 
 def test_runs_so_many_at_a_time(tmp_path: Path) -> None:
     running = []
-    runs = [shell(name, f"echo {name} $THREADS; sleep 0.1", tmp_path) for name in "abc"]
+    runs = [shell(name, f"echo {name} $THREADS; sleep 0.5", tmp_path) for name in "abc"]
     demo.run_all(runs, 2, lambda: running.append([run.name for run in runs if run.is_running]), THREADS="3")
     assert ["a", "b"] in running
     assert max(map(len, running)) == 2
     assert [run.log.read_text() for run in runs] == ["a 3\n", "b 3\n", "c 3\n"]
-    assert all(run.seconds >= 0.1 for run in runs)
+    assert all(run.seconds >= 0.5 for run in runs)
 
 
 def test_a_failed_run_shows_its_end_and_ends_the_others(tmp_path: Path) -> None:
