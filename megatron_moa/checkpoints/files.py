@@ -83,6 +83,18 @@ def read_tracker(root: Path) -> int | None:
     return int(text)
 
 
+NO_CHECKPOINT = "no checkpoint there; give the folder that training's --save named"
+
+
+def mistaken_folder(root: Path) -> str | None:
+    """What a folder without checkpoints is taken for, with the remedy, where that can be told."""
+    if _FOLDER.fullmatch(root.name) or (root.name == "release" and (root.parent / TRACKER).is_file()):
+        return f"a single checkpoint, not the folder of them; give {root.parent}"
+    if (root / "config.json").is_file():
+        return "a Hugging Face folder; make a checkpoint of it with tools/convert_from_hf.py first"
+    return None
+
+
 def write_tracker(root: Path, iteration: int) -> None:
     """Replaces ``latest_checkpointed_iteration.txt``: whoever reads it finds the old number or the new one."""
     _write_atomically(root / TRACKER, str(iteration))

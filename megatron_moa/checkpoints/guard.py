@@ -8,12 +8,14 @@ that the model lacks, and ends with exit code 0 when it finds an empty ``latest_
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_moa.checkpoints.files import (
+    NO_CHECKPOINT,
     TRACKER,
     Checkpoint,
     DamagedCheckpoint,
@@ -22,6 +24,7 @@ from megatron_moa.checkpoints.files import (
     find_damage,
     gathered,
     last_complete_before,
+    mistaken_folder,
     read_manifest,
     read_tracker,
     saved_iterations,
@@ -30,9 +33,11 @@ from megatron_moa.checkpoints.files import (
 from megatron_moa.checkpoints.names import EXTRA_STATE, keep_absent_extra_state, take_stored_names
 from megatron_moa.checkpoints.settings import (
     changed_data,
+    changed_tokens,
     check_saved_settings,
     check_vocabulary,
     upgrade_saved_settings,
+    vocabulary_digest,
 )
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.errors import UserError, check_is_folder, one_line
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     """The checkpoint Megatron is going to load; None if there is none, and training starts at the beginning.
 
+    A folder that is named and holds none is refused, unless it is also the one to save to.
     With ``--moa-load-last-complete`` a lost or unreadable ``latest_checkpointed_iteration.txt`` is written anew.
 
     Raises:
@@ -57,15 +63,27 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         check_is_folder(flag, root)
     checkpoint = next(filter(None, (_latest(args, flag, root) for flag, root in local)), None)
     if checkpoint is None:
-        if args.exit_on_missing_checkpoint and local:  # Megatron would leave with exit code 0
-            flag, root = local[0]
-            raise UserError(f"{flag} {root}: no checkpoint there, and --exit-on-missing-checkpoint is given")
+        if args.non_persistent_ckpt_type is None:
+            _check_start(args, local)
         return None
     if not checkpoint.path.is_dir():
         there = ", ".join(map(str, saved_iterations(checkpoint.root))) or "none"
         named = f"--ckpt-step {args.ckpt_step}" if args.ckpt_step else TRACKER
         raise UserError(f"{checkpoint}, named by {named}, is not there; complete checkpoints there: {there}")
     return checkpoint
+
+
+def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> None:
+    """Raises UserError for a folder without a checkpoint: Megatron would train from random weights, or, with
+    ``--exit-on-missing-checkpoint``, leave with exit code 0.
+    """
+    for flag, root in folders:
+        mistaken = mistaken_folder(root)
+        is_new = flag == "--load" and args.save is not None and os.path.realpath(args.save) == os.path.realpath(root)
+        if mistaken is None and is_new and not args.exit_on_missing_checkpoint:
+            continue
+        drop = "" if is_new else f", or drop {flag} to begin without"
+        raise UserError(f"{flag} {root}: {mistaken or NO_CHECKPOINT + drop}")
 
 
 def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | None:
@@ -166,6 +184,20 @@ def first_failure(error: BaseException) -> BaseException:
     return error
 
 
+class EarlierIsComplete(UserError):
+    """A damaged checkpoint with a complete one before it; a tool has another flag for that than training.
+
+    Attributes:
+        problem: with the complete one's iteration.
+        iteration: of the complete one.
+    """
+
+    def __init__(self, problem: str, iteration: int) -> None:
+        self.problem = f"{problem}; the last complete one before it is iteration {iteration}"
+        self.iteration = iteration
+        super().__init__(f"{self.problem}: add --ckpt-step {iteration}, or --moa-load-last-complete")
+
+
 def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> Checkpoint:
     """The checkpoint to go on from instead of a damaged one.
 
@@ -176,22 +208,18 @@ def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> 
     if earlier is None:
         raise UserError(f"{checkpoint} is damaged: {problem}; there is no complete one before it")
     if not args.moa_load_last_complete:
-        raise UserError(
-            f"{checkpoint} is damaged: {problem}; the last complete one before it is iteration {earlier.iteration}: "
-            f"add --ckpt-step {earlier.iteration}, or --moa-load-last-complete"
-        )
+        raise EarlierIsComplete(f"{checkpoint} is damaged: {problem}", earlier.iteration)
     notice(f"WARNING: {checkpoint} is damaged: {problem}; going on from iteration {earlier.iteration}")
     args.ckpt_step = earlier.iteration
     return earlier
 
 
-def check_before_setup(
-    args: argparse.Namespace, vocab_size: int
-) -> tuple[Checkpoint | None, argparse.Namespace | None]:
+def check_before_setup(args: argparse.Namespace, tokenizer: Any) -> tuple[Checkpoint | None, argparse.Namespace | None]:
     """Checks the folders to load from and save to, when the ranks can talk and before a model is built; collective.
 
     Args:
-        vocab_size: the tokenizer's.
+        args: the run's; gets a fingerprint of the tokenizer, which checkpoints carry.
+        tokenizer: Megatron's.
 
     Returns:
         The checkpoint that is going to be loaded and the args it was saved with; None for what is not there.
@@ -200,6 +228,7 @@ def check_before_setup(
         UserError: on every rank.
     """
     saved = None
+    args.moa_vocabulary = vocabulary_digest(tokenizer)
     checkpoint = find_checkpoint(args)
     while checkpoint is not None:
         damage = find_damage(checkpoint.path, checksums=not args.moa_no_verify_checkpoint)
@@ -212,8 +241,8 @@ def check_before_setup(
         checkpoint, saved = read_saved_settings(args, checkpoint)
         if saved is not None:
             check_saved_settings(args, saved, checkpoint)
-            check_vocabulary(args, saved, vocab_size, checkpoint)
-            for change in changed_data(args, saved, checkpoint):
+            check_vocabulary(args, saved, tokenizer.vocab_size, checkpoint)
+            for change in (*changed_tokens(args, saved, checkpoint), *changed_data(args, saved, checkpoint)):
                 notice(f"WARNING: {change}")
     if args.save is not None and "://" not in args.save:
         check_writable(Path(args.save))

@@ -7,9 +7,11 @@ equal shapes would load under another dictionary, order or gate without a word, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.megatron_flags import as_typed, relevant, same
@@ -142,6 +144,37 @@ def loads_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpo
     return not fresh and not getattr(saved, "no_save_optim", False)
 
 
+def vocabulary_digest(tokenizer: Any) -> str | None:
+    """A fingerprint (SHA-256, hexadecimal) of what every id of Megatron's tokenizer stands for; None for one of numbers
+    alone.
+    """
+    try:
+        pieces = tokenizer.inv_vocab
+    except (AttributeError, NotImplementedError):  # NullTokenizer, and that of bytes
+        return None
+    return hashlib.sha256("\n".join(f"{id_} {pieces[id_]!r}" for id_ in sorted(pieces)).encode()).hexdigest()
+
+
+def changed_tokens(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
+    """A line if a run's tokenizer has other tokens than that of the run that saved a checkpoint, and finetunes.
+
+    Arguments are those of :func:`check_saved_settings`.
+
+    Raises:
+        UserError: it has, and the run does not finetune.
+    """
+    trained = getattr(saved, "moa_vocabulary", None)  # None of an older version and of numbers alone
+    if None in (trained, args.moa_vocabulary) or args.moa_vocabulary == trained:
+        return
+    change = (
+        f"--tokenizer-model {args.tokenizer_model}: has other tokens than the tokenizer that the checkpoint was "
+        f"trained with, {saved.tokenizer_model} ({checkpoint})"
+    )
+    if not args.finetune:
+        raise UserError(f"{change}; give that one")
+    yield change
+
+
 def check_vocabulary(
     args: argparse.Namespace, saved: argparse.Namespace, vocab_size: int, checkpoint: Checkpoint
 ) -> None:
@@ -155,7 +188,8 @@ def check_vocabulary(
     if padded is None:
         return
     multiple = saved.make_vocab_size_divisible_by * saved.tensor_model_parallel_size
-    if padded not in (args.padded_vocab_size, multiple * math.ceil(vocab_size / multiple)):
+    fits = padded in (args.padded_vocab_size, multiple * math.ceil(vocab_size / multiple))
+    if not fits or vocab_size > padded:  # with --use-checkpoint-args the run's padded size is the checkpoint's
         raise UserError(
             f"{checkpoint}: has an embedding of {padded} tokens (a vocabulary padded to a multiple of {multiple}), the "
             f"tokenizer has {vocab_size}; give the tokenizer it was trained with"

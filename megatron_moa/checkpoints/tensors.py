@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_moa.checkpoints.files import Checkpoint, DamagedCheckpoint, read_tracker, saved_iterations
+from megatron_moa.checkpoints.files import (
+    NO_CHECKPOINT,
+    Checkpoint,
+    DamagedCheckpoint,
+    mistaken_folder,
+    read_tracker,
+    saved_iterations,
+)
 from megatron_moa.checkpoints.names import EXTRA_STATE, take_stored_names
 from megatron_moa.checkpoints.unpickling import MetadataUnpickler, StandIn, describe_problem, load_archive
 from megatron_moa.errors import UserError
@@ -361,7 +368,7 @@ def check_pickles(root: Path, iteration: int | None) -> None:
     try:
         checkpoint = Checkpoint("--load", root, iteration or read_tracker(root))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--load {root}: no checkpoint there; give the folder that training's --save named") from None
+        raise UserError(f"--load {root}: {mistaken_folder(root) or NO_CHECKPOINT}") from None
     except DamagedCheckpoint as error:
         raise UserError(f"--load {root}: {error}; give --iteration N") from None
     if not checkpoint.path.is_dir():

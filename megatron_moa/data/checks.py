@@ -27,13 +27,7 @@ def check_data_files(args: argparse.Namespace) -> list[Source]:
     Raises:
         UserError: with the flag, its value and the remedy.
     """
-    check_tokenizer(
-        getattr(args, "tokenizer_type", None),
-        getattr(args, "tokenizer_model", None),
-        getattr(args, "vocab_size", None),
-        getattr(args, "vocab_file", None),
-        getattr(args, "merge_file", None),
-    )
+    check_tokenizer(args)
     sources = data_sources(args)
     for source in sources:
         for where, prefix in source.prefixes:
@@ -52,6 +46,7 @@ def check_data_arguments(args: argparse.Namespace) -> None:
         UserError: with the flag, its value and the remedy.
     """
     sources = check_data_files(args)
+    vocab_size = build_tokenizer(args).vocab_size
     _check_full_validation(args, sources)
     if not sources:
         return
@@ -60,7 +55,6 @@ def check_data_arguments(args: argparse.Namespace) -> None:
         raise UserError("--seq-length is missing; add e.g. --seq-length 1024")
     evaluates = bool(getattr(args, "eval_iters", None)) or bool(getattr(args, "full_validation", False))
     skips_training = bool(getattr(args, "skip_train", False))
-    vocab_size = build_tokenizer(args).vocab_size
     cache_path, cache_folders = getattr(args, "data_cache_path", None), set()
     for source in sources:
         for where, prefix in source.prefixes:

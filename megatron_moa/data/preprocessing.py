@@ -47,7 +47,7 @@ class Totals:
 def preprocess(args: argparse.Namespace) -> None:
     """Does everything after the flags. Raises UserError."""
     files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors, compressed=True)
-    tokenizers.check_tokenizer(args.tokenizer_type, args.tokenizer_model)
+    tokenizers.check_tokenizer(args)
     if args.part is not None:
         preprocess_part(files, args)
         return

@@ -13,14 +13,14 @@ from megatron_moa.errors import UserError, one_line
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
 
-def check_tokenizer(
-    tokenizer_type: str | None,
-    tokenizer_model: str | None,
-    vocab_size: int | None = None,
-    vocab_file: str | None = None,
-    merge_file: str | None = None,
-) -> None:
-    """Raises UserError unless the files of ``--tokenizer-type`` are there and look like it. Never uses the network."""
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """Raises UserError unless the files of ``--tokenizer-type`` are there and look like it. Never uses the network.
+
+    Args:
+        args: Megatron's namespace, or one with only some of the attributes of its TokenizerConfig.
+    """
+    names = ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_file", "merge_file")
+    tokenizer_type, tokenizer_model, vocab_size, vocab_file, merge_file = (getattr(args, name, None) for name in names)
     if tokenizer_type is None:
         raise UserError(
             "--tokenizer-type is missing; for a tokenizer of tools/train_tokenizer.py add --tokenizer-type "

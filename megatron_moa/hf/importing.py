@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_moa import startup
+from megatron_moa.checkpoints.settings import vocabulary_digest
 from megatron_moa.checkpoints.writer import write_release
 from megatron_moa.cpu.switch import is_enabled
 from megatron_moa.data.tokenizers import build_tokenizer
@@ -220,11 +221,11 @@ _TOKENIZER_FILES = (
 _ENOUGH = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def copy_tokenizer(folder: HuggingFaceFolder, target: Path) -> int | None:
+def copy_tokenizer(folder: HuggingFaceFolder, target: Path) -> Any | None:
     """Copies the tokenizer's files and checks that training's ids will be transformers'.
 
     Returns:
-        How many tokens it has; None where the folder has no tokenizer.
+        Megatron's tokenizer of them; None where the folder has no tokenizer.
 
     Raises:
         UserError: it cannot be loaded (code of its own is never run), has more tokens than the model, or gives other
@@ -253,7 +254,7 @@ def copy_tokenizer(folder: HuggingFaceFolder, target: Path) -> int | None:
         )
     if ours.tokenize(SAMPLE) != theirs(SAMPLE).input_ids:
         raise UserError(f"--hf {folder.root}: its tokenizer gives other ids in Megatron than in transformers; {remedy}")
-    return ours.vocab_size
+    return ours
 
 
 # The whole of it.
@@ -311,10 +312,8 @@ def import_folder(
     flags += ["--micro-batch-size", "1", "--hidden-dropout", "0", "--attention-dropout", "0"]
     flags += ["--make-vocab-size-divisible-by", "1"]  # no more padding than the split needs: the loss counts it
     flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
-    tokens = copy_tokenizer(folder, root / TOKENIZER) if with_tokenizer else None
-    kind = (
-        ("NullTokenizer",) if tokens is None else ("HuggingFaceTokenizer", "--tokenizer-model", str(final / TOKENIZER))
-    )
+    tokenizer = copy_tokenizer(folder, root / TOKENIZER) if with_tokenizer else None
+    kind = ["HuggingFaceTokenizer", "--tokenizer-model", str(final / TOKENIZER)] if tokenizer else ["NullTokenizer"]
     flags += ["--vocab-size", str(own.vocab_size), "--tokenizer-type", *kind, *megatron_flags]
     sizes = ["--tensor-model-parallel-size", str(split.tensor), "--pipeline-model-parallel-size", str(split.pipeline)]
     sizes += ["--expert-model-parallel-size", str(split.expert)]
@@ -323,6 +322,7 @@ def import_folder(
     multiple = args.make_vocab_size_divisible_by * split.tensor
     args.padded_vocab_size = multiple * math.ceil(own.vocab_size / multiple)  # as building the tokenizer sets it
     args.moa_end_tokens = folder.end_tokens or None  # a tokenizer has one, and chat models often end by several
+    args.moa_vocabulary = tokenizer and vocabulary_digest(tokenizer)
 
     # Layers of plain PyTorch on one process: theirs are the names that megatron_moa/hf/mapping.py has.
     whole, _ = parse([*flags, "--transformer-impl", "local"])
@@ -341,7 +341,7 @@ def import_folder(
         mixture = result
     write_release(model, args, root, read)
     parameters = sum(math.prod(folder.weights[name].shape) for entry in folder.entries for name in entry.hf)
-    return Imported(args, mixture, parameters, tokens)
+    return Imported(args, mixture, parameters, tokenizer and tokenizer.vocab_size)
 
 
 def _one_process() -> None:

@@ -253,7 +253,7 @@ def _checking_folders(setup_model_and_optimizer: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args, get_tokenizer
 
-        check_before_setup(get_args(), get_tokenizer().vocab_size)
+        check_before_setup(get_args(), get_tokenizer())
         return setup_model_and_optimizer(*args, **kwargs)
 
     return call

@@ -8,6 +8,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.reference import gate, mix
 
@@ -20,8 +21,16 @@ _SEED = 1234
 def matching_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) -> float:
     """The factor on all coefficients with which the layer's output has, at step 0, the mean square of SwiGLU's (GELU's
     for type1); arguments as in :func:`output_scale`.
+
+    Raises:
+        UserError: one of the two is 0, and no factor makes them equal.
     """
     ratio = output_scale(mixture, init_std, hidden_size)
+    if not 0 < ratio < math.inf:
+        raise UserError(
+            "--moa-init-scale matched: weights or coefficients start at 0, and so does the layer's output; "
+            "start them elsewhere, or take --moa-init-scale paper"
+        )
     # The bi-sided form multiplies two coefficients, so each takes half of the correction.
     return ratio**-0.5 if mixture.form == "bi-sided" else 1 / ratio
 

@@ -25,9 +25,10 @@ from megatron.training.utils import print_rank_0
 
 from megatron_moa import startup
 from megatron_moa.checkpoints.files import Checkpoint
-from megatron_moa.checkpoints.guard import changed_scales, check_before_setup, match_tensors
+from megatron_moa.checkpoints.guard import EarlierIsComplete, changed_scales, check_before_setup, match_tensors
 from megatron_moa.checkpoints.names import EXTRA_STATE
 from megatron_moa.checkpoints.tensors import CheckpointTensors, check_pickles
+from megatron_moa.data.tokenizers import build_tokenizer, check_tokenizer
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.text_model import TextModel
@@ -227,12 +228,19 @@ def prepare_checkpoint(
         flags += ["--ckpt-step", str(iteration)]
     if "--tokenizer-model" in megatron_flags:
         flags.append("--no-use-tokenizer-model-from-checkpoint-args")
+    try:
+        return _prepared_by([*flags, *megatron_flags])
+    except EarlierIsComplete as error:
+        raise UserError(f"{error.problem}: add --iteration {error.iteration}") from None
+
+
+def _prepared_by(flags: Sequence[str]) -> PreparedCheckpoint:
     startup.prepare()
     _forget_earlier_call()
     program, arguments = sys.argv[0], sys.argv[1:]
-    sys.argv[1:] = [*flags, *megatron_flags]  # Megatron reads nothing else
+    sys.argv[1:] = flags  # Megatron reads nothing else
     try:
-        args, mixture = parse_arguments()
+        args, mixture = parse_arguments(_check_tokenizer)
     finally:
         sys.argv[:] = [program, *arguments]
     initialize_megatron(allow_no_cuda=True)
@@ -240,11 +248,21 @@ def prepare_checkpoint(
         parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size()
         != 1
     ):
-        raise UserError(f"--load {folder}: loads into one process; drop the flags that split the model")
+        raise UserError(f"--load {args.load}: loads into one process; drop the flags that split the model")
     config = model_config_from_args(args, mixture)
     tokenizer = get_tokenizer()
-    checkpoint, saved = check_before_setup(args, tokenizer.vocab_size)
+    checkpoint, saved = check_before_setup(args, tokenizer)
     return PreparedCheckpoint(args, saved, checkpoint, config, tokenizer)
+
+
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    try:
+        check_tokenizer(args)
+        build_tokenizer(args)
+    except UserError as error:
+        of_checkpoint = args.use_tokenizer_model_from_checkpoint_args
+        remedy = "; it is the checkpoint's: if it has moved, add --tokenizer-model" if of_checkpoint else ""
+        raise UserError(f"{error}{remedy}") from None
 
 
 def _forget_earlier_call() -> None:

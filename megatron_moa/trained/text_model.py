@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_moa.errors import UserError
+
+_NO_NUMBERS = "the model's logits are NaN or infinite: its weights are, or overflow; take an earlier checkpoint"
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,8 @@ class TextModel(ABC):
             seed: of the sampling. The same prompts, seed and model give the same text, from checkpoint and export.
 
         Raises:
-            UserError: a prompt that fills the context, or an empty one where there is no token to start with.
+            UserError: a prompt that fills the context, an empty one where there is no token to start with, or a model
+                that gives no numbers.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [self.start(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
@@ -208,7 +212,8 @@ class TextModel(ABC):
             window: in tokens; default the model's context.
 
         Raises:
-            UserError: no text, a stride or window out of range, or a model without a token that begins a document.
+            UserError: no text, a stride or window out of range, a model without a token that begins a document, or one
+                that gives no numbers.
         """
         window = self.context if window is None else window
         stride = max(1, window // 2) if stride is None else stride
@@ -230,6 +235,8 @@ class TextModel(ABC):
             losses = torch.nn.functional.cross_entropy(logits, given[done + 1 : last + 1], reduction="none")
             loss += losses.double().sum().item()
             done = last
+        if not math.isfinite(loss):
+            raise UserError(_NO_NUMBERS)
         return TextLoss(loss, len(tokens), len(text.encode()))
 
     def _check_length(self, length: int, what: str) -> None:
@@ -248,7 +255,12 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 
     Returns:
         [b] int64
+
+    Raises:
+        UserError: logits that are no numbers.
     """
+    if not logits.max(-1).values.isfinite().all():
+        raise UserError(_NO_NUMBERS)
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / max(temperature, 1e-30)  # nearer to 0 the quotients overflow, and nothing else is drawn

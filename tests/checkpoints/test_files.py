@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -28,6 +30,8 @@ from megatron_moa.checkpoints.files import (
     write_manifest,
     write_tracker,
 )
+from megatron_moa.checkpoints.guard import find_checkpoint
+from megatron_moa.errors import UserError
 from tests.support import launch
 from tests.support.training import ROOT, SWIGLU, TINY, Run, train
 
@@ -264,10 +268,52 @@ def test_without_a_manifest_a_checkpoint_loads_with_a_notice(copied: Path) -> No
     assert sorted(run.losses) == [7]
 
 
-def test_no_checkpoint_where_one_was_demanded(tmp_path: Path) -> None:
-    """Megatron leaves with exit code 0 here."""
-    flags = ["--load", tmp_path / "typo", "--exit-on-missing-checkpoint", "--train-iters", "2"]
-    assert "no checkpoint there" in error_of(train(*MIXTURE, *flags, check=False))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--load run/iter_0000006", "--load run/iter_0000006: a single checkpoint, not the folder of them; give run"),
+        ("--load run/iter_0000006 --save run/iter_0000006", "a single checkpoint, not the folder of them; give run"),
+        ("--pretrained-checkpoint run/iter_0000006", "--pretrained-checkpoint run/iter_0000006: a single checkpoint"),
+        (
+            "--load export",
+            "--load export: a Hugging Face folder; make a checkpoint of it with tools/",
+        ),
+        ("--load export --save export", "--load export: a Hugging Face folder; "),
+        ("--load export --save out --pretrained-checkpoint absent", "--load export: a Hugging Face folder; "),
+        ("--pretrained-checkpoint export", "--pretrained-checkpoint export: a Hugging Face folder; "),
+        (
+            "--load typo",
+            "give the folder that training's --save named, or drop --load to begin without",
+        ),
+        ("--load typo --save out", "--load typo: no checkpoint there; give "),
+        ("--load out --save out --pretrained-checkpoint typo", "--pretrained-checkpoint typo: no checkpoint there; "),
+        ("--load out --save out --exit-on-missing-checkpoint", "--load out: no checkpoint there; give "),
+        ("--load ./out --save out", None),
+        ("--load empty --save empty", None),
+        ("--load typo --save out --pretrained-checkpoint run", None),
+        ("--save out", None),
+    ],
+)
+def test_training_begins_anew_only_where_that_was_meant(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, message: str | None
+) -> None:
+    """Megatron trains from random weights in all of these, or leaves with exit code 0."""
+    monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(trained)
+    Path("empty").mkdir()
+    Path("export").mkdir()
+    Path("export", "config.json").write_text("{}")
+    names = ("load", "save", "pretrained_checkpoint", "ckpt_step", "non_persistent_ckpt_type")
+    parser = argparse.ArgumentParser()
+    for name in names:
+        parser.add_argument(f"--{name.replace('_', '-')}")
+    parser.add_argument("--exit-on-missing-checkpoint", action="store_true")
+    args = parser.parse_args(flags.split())
+    if message is None:
+        find_checkpoint(args)
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            find_checkpoint(args)
 
 
 @pytest.mark.parametrize(

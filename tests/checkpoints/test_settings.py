@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import (
     FORMAT_VERSION,
+    changed_tokens,
     check_saved_settings,
     check_vocabulary,
     upgrade_saved_settings,
+    vocabulary_digest,
 )
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
@@ -237,6 +240,33 @@ def test_the_vocabulary_is_compared(padded: int, tensor_parallel: int, vocabular
     else:
         with pytest.raises(UserError, match=f"{padded} tokens.*tokenizer has {vocabulary}"):
             check_vocabulary(run, saved, vocabulary, CHECKPOINT)
+
+
+@pytest.mark.parametrize("tokens", [64, 40])
+def test_a_larger_vocabulary_is_refused_where_the_padded_one_is_the_checkpoints(tokens: int) -> None:
+    saved = argparse.Namespace(padded_vocab_size=64, make_vocab_size_divisible_by=16, tensor_model_parallel_size=1)
+    run = argparse.Namespace(padded_vocab_size=64)  # by --use-checkpoint-args
+    check_vocabulary(run, saved, tokens, CHECKPOINT)
+    with pytest.raises(UserError, match=r"64 tokens.*tokenizer has 65"):
+        check_vocabulary(run, saved, 65, CHECKPOINT)
+
+
+def test_other_tokens_are_refused_and_told_where_a_run_finetunes() -> None:
+    tokens = [dict(enumerate(pieces)) for pieces in (["a", "b"], ["a", "c"], ["b", "a"], ["a", "b", "c"])]
+    digests = [vocabulary_digest(argparse.Namespace(inv_vocab=each)) for each in tokens]
+    assert len(set(digests)) == len(tokens)
+    assert vocabulary_digest(NullTokenizer(8)) is None
+    saved = argparse.Namespace(moa_vocabulary=digests[0], tokenizer_model="tok")
+    run = argparse.Namespace(tokenizer_model="other", finetune=False)
+    for same in (digests[0], None):
+        assert not list(changed_tokens(argparse.Namespace(**vars(run), moa_vocabulary=same), saved, CHECKPOINT))
+    run.moa_vocabulary = digests[1]
+    with pytest.raises(UserError, match=r"--tokenizer-model other: has other tokens .*, tok .*; give that one"):
+        list(changed_tokens(run, saved, CHECKPOINT))
+    run.finetune = True
+    (line,) = changed_tokens(run, saved, CHECKPOINT)
+    assert "other tokens" in line
+    assert not list(changed_tokens(run, argparse.Namespace(), CHECKPOINT))  # saved by an older version
 
 
 def test_settings_are_shown_as_typed() -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from megatron.core import tensor_parallel
 
+from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import FORMS, MixtureConfig
-from megatron_moa.mixture.start_scale import output_scale
+from megatron_moa.mixture.start_scale import matching_scale, output_scale
 from tests.support.layers import build_feed_forward, make_config
 
 pytestmark = pytest.mark.usefixtures("megatron")
@@ -75,3 +76,16 @@ def test_scale_of_fixed_amplitude_is_in_the_checkpoint() -> None:
     assert "coefficients.scale" in layer.state_dict()
     keys = layer.sharded_state_dict(prefix="mlp.")
     assert "mlp.coefficients.scale" in keys
+
+
+@pytest.mark.parametrize(
+    ("mixture", "init_std"),
+    [
+        (MixtureConfig(init_scale="matched"), 0.0),
+        (MixtureConfig(kind="la", initial_coefficients=0.0, init_scale="matched"), 0.02),
+        (MixtureConfig(amplitude="learned", initial_coefficients=0.0, init_scale="matched"), 0.02),
+    ],
+)
+def test_no_scale_makes_nothing_as_large_as_swiglu(mixture: MixtureConfig, init_std: float) -> None:
+    with pytest.raises(UserError, match="start at 0"):
+        matching_scale(mixture, init_std, 64)

@@ -22,14 +22,18 @@ def train_sentencepiece(path: Path, kind: str = "bpe", **settings: object) -> se
 def _trained(kind: str, settings: str) -> bytes:
     sources = sorted((ROOT / "megatron_moa").rglob("*.py"))
     model = io.BytesIO()
-    defaults = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    defaults = {
+        "vocab_size": 1200,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+    }
     defaults |= {"allow_whitespace_only_pieces": True, "split_digits": True, "byte_fallback": True}
     defaults |= {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for source in sources for line in source.read_text().split("\n")),
         model_writer=model,
         model_type=kind,
-        vocab_size=1200,
         **{**defaults, **json.loads(settings)},
     )
     return model.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,38 @@ def test_evaluate_text_adds_up_documents(folder: Path, used: dict[str, Any]) -> 
     assert result["loss_per_token"] == pytest.approx(used["dense-hf"]["losses"][1] / tokens, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(folder: Path, tmp_path: Path) -> None:
+    sizes = {"other": 1200, "smaller": 1000, "larger": 1400}  # the model's padded vocabulary has 1280
+    for name, size in sizes.items():
+        train_sentencepiece(tmp_path / name, kind="unigram" if name == "other" else "bpe", vocab_size=size)
+    checkpoint = shutil.copytree(folder / "dense", tmp_path / "dense")
+    for name, message in {
+        "absent": "absent: no such file; check the path",
+        "dense": "dense: not a file; ",
+        "dense/latest_checkpointed_iteration.txt": "txt: not a sentencepiece model; ",
+        "other": "other: has other tokens than the tokenizer that the checkpoint was trained with, ",
+        "smaller": "smaller: has other tokens than ",
+        "larger": "the tokenizer has 1400; give the tokenizer it was trained with",
+    }.items():
+        code, log = tool(
+            "generate.py", folder, *("--load", checkpoint, "--prompt", "a", "--tokenizer-model", tmp_path / name)
+        )
+        assert code == 2, log
+        assert message in log.splitlines()[-1]
+    shutil.move(folder / "tok.model", tmp_path / "tok.model")
+    try:
+        code, log = tool("generate.py", folder, "--load", checkpoint, "--prompt", "a")
+        assert code == 2, log
+        assert log.splitlines()[-1].endswith("it is the checkpoint's: if it has moved, add --tokenizer-model")
+        flags = ("--prompt", "a", "--num-tokens", "1", "--tokenizer-model", tmp_path / "tok.model")
+        code, log = tool("generate.py", folder, "--load", checkpoint, *flags)
+        assert code == 0, log
+    finally:
+        shutil.move(tmp_path / "tok.model", folder / "tok.model")
+
+
 def test_the_package_itself_imports_no_torch() -> None:
     program = "import sys, megatron_moa; assert 'torch' not in sys.modules; print(megatron_moa.__version__)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
@@ -271,6 +304,14 @@ def test_weights_that_do_not_fit_the_settings_are_named(tmp_path: Path) -> None:
     (path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
         load_folder(path)
+
+
+def test_weights_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    model = load_folder(write_model(tmp_path / "model"))
+    model.model.lm_head.weight.data[3, 2] = torch.nan
+    for temperature in (0.0, 1.0):
+        with pytest.raises(UserError, match="logits are NaN or infinite"):
+            model.generate([[1, 2]], num_tokens=2, temperature=temperature)
 
 
 def test_stock_models_are_transformers_own(tmp_path: Path) -> None:
