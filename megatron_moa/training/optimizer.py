@@ -85,6 +85,11 @@ def check_validated_arguments(args: argparse.Namespace) -> None:
             f"--optimizer {args.optimizer} --use-distributed-optimizer: Megatron shares it out over ranks only with "
             "--bf16; add that, or drop --use-distributed-optimizer"
         )
+    if args.optimizer == "adaptive_muon":  # 'no attribute scale_mode'
+        raise UserError(
+            "--optimizer adaptive_muon: Megatron 0.19.2's does not go with emerging-optimizers 0.3.0; "
+            "take --optimizer muon"
+        )
 
 
 def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:

@@ -273,6 +273,7 @@ def without_data() -> list[str]:
         ),
         ([*SWIGLU, "--seq-length", "64"], ["--seq-length 64", "--max-position-embeddings 32"]),  # Megatron asserts it
         ([*SWIGLU, "--log-interval", "0"], ["--log-interval 0"]),
+        ([*SWIGLU, "--optimizer", "adaptive_muon"], ["--optimizer adaptive_muon", "take --optimizer muon"]),
         ([*SWIGLU, "--logits-load-dir", "x"], ["--logits-load-dir", "drop the flag"]),
         ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),
         ([*SWIGLU, "--sft"], ["--sft", "drop the flag"]),

@@ -153,7 +153,6 @@ def case(name: str, matrices: str, flags: str, processes: int = 1, full: bool = 
             f"{MOA} {EXPERTS} {_EP} --optimizer muon {_DISTRIBUTED} --bf16",
             2,
         ),
-        case("adaptive_muon", "TensorParallelAdaptiveMuon", f"{MOA} --optimizer adaptive_muon", full=True),
         case("soap", "SOAP", f"{MOA} --optimizer soap"),
         case("lion", "Lion", f"{MOA} --optimizer lion", full=True),
     ],
