@@ -11,10 +11,8 @@ import torch
 
 from megatron_moa.checkpoints.files import TRACKER, find_damage, read_tracker
 from megatron_moa.checkpoints.tensors import OPTIMIZER, CheckpointTensors
-from megatron_moa.research import compare_runs
-from megatron_moa.research.compare_runs import Record
 from tests.support import launch
-from tests.support.training import MOE, ROOT, SWIGLU, TINY
+from tests.support.training import MOE, ROOT, SWIGLU, TINY, recorded
 
 TIED = [flag for flag in TINY if flag not in ("--disable-bias-linear", "--untie-embeddings-and-output-weights")]
 EAGER = ["--moa-backend", "eager"]
@@ -107,13 +105,12 @@ def test_is_what_megatron_writes(case: str, tmp_path: Path) -> None:
     assert vars(before.args) == vars(after.args)
 
     # Another split goes on from it with the loss that the training itself would have gone on with.
-    go_on = [*flags, "--use-checkpoint-args", "--train-iters", "1"]
-    losses = []
-    for start, further, size in ((source, [], processes), (out, split, 2)):
-        flags = [*go_on, *further, "--pretrained-checkpoint", str(start)]
-        folder = tmp_path / f"from {start.name}"
-        _launch(compare_runs.run, str(ROOT / "pretrain_gpt_moa.py"), flags, folder, None, processes=size)
-        losses.append(Record.read(folder).steps[0].losses["lm loss"])
+    go_on = ["--use-checkpoint-args", "--train-iters", "1"]
+    started = ["--pretrained-checkpoint", source]
+    expected = recorded(tmp_path / "a", *go_on, *started, model=flags, processes=processes)
+    started = [*split, "--pretrained-checkpoint", out]
+    actual = recorded(tmp_path / "b", *go_on, *started, model=flags, processes=2)
+    losses = [run.steps[0].losses["lm loss"] for run in (expected, actual)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3 if "bf16" in case else 1e-6)
 
     if case == _OFTEN:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,21 +102,28 @@ def train(*arguments: str | Path, processes: int = 1, check: bool = True) -> Run
 
 
 def record(
-    folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None, check: bool = True
+    folder: Path,
+    *arguments: str | Path,
+    model: Sequence[str] = TINY,
+    processes: int = 1,
+    start_from: Path | None = None,
+    check: bool = True,
 ) -> Run:
-    """As :func:`train`, recorded (compare_runs.py) in a folder; ``start_from`` another record's weights."""
-    target = (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments), folder, start_from)
+    """As :func:`train`, of the tiny model or another, recorded (compare_runs.py) in a folder; ``start_from`` another
+    record's weights.
+    """
+    target = (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments, model), folder, start_from)
     return _launched(compare_runs.run, target, processes, check)
 
 
-def recorded(folder: Path, *arguments: str | Path, processes: int = 1, start_from: Path | None = None) -> Record:
-    """The record of such a run."""
-    record(folder, *arguments, processes=processes, start_from=start_from)
+def recorded(folder: Path, *arguments: str | Path, **settings: Any) -> Record:
+    """The record of such a run; settings of :func:`record`."""
+    record(folder, *arguments, **settings)
     return Record.read(folder)
 
 
-def _flags(arguments: tuple[str | Path, ...]) -> list[str]:
-    return [*TINY, *map(str, arguments)]
+def _flags(arguments: tuple[str | Path, ...], model: Sequence[str] = TINY) -> list[str]:
+    return [*model, *map(str, arguments)]
 
 
 def _launched(target: Callable[..., None], arguments: tuple[Any, ...], processes: int, check: bool) -> Run:
