@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import autograd, compile_backend, reference
@@ -147,11 +148,13 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused_backend(mixture: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
-    """The backend's module; None for eager, inside a graph, and for float64, which is for checks and has the reference
-    only.
+    """The backend's module; None for eager, inside a graph, where tensors are shapes alone (on the meta device, fake),
+    whatever backend is named, and for float64, which is for checks and has the reference only.
     """
     if torch.compiler.is_compiling():
         check_overwrite(mixture, "eager")
+        return None
+    if tensor.is_meta or type(tensor) is FakeTensor:
         return None
     name = resolve_backend(mixture.backend, tensor.device.type)
     check_overwrite(mixture, name)

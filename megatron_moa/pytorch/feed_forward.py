@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
@@ -22,6 +24,8 @@ DEFAULT_INIT_STD = 0.02  # of fc1 and fc2, as GPT models have it
 
 class MixtureCoefficients(nn.Module):
     """The mixing coefficients of one layer: gates (MoA), or numbers that are the same for every token (LA).
+
+    Nothing is filled in before :meth:`reset_parameters`.
 
     State: LA ``value`` [n]. MoA ``weight`` u [n, h]; ``bias`` b [n] with gate_bias; ``amplitude`` a [n] where learned;
     ``scale`` [1], a constant, with init_scale="matched" and fixed amplitude.
@@ -40,7 +44,10 @@ class MixtureCoefficients(nn.Module):
         self.mixture = mixture
         moa, n = mixture.kind == "moa", mixture.num_coefficients
         # The factor on all coefficients, 1 unless the output's scale at step 0 is to be SwiGLU's.
-        self.start = matching_scale(mixture, init_std, hidden_size) if mixture.init_scale == "matched" else 1.0
+        self.start = 1.0
+        if mixture.init_scale == "matched":
+            with unset_fake_temporarily():  # it is a number, measured
+                self.start = matching_scale(mixture, init_std, hidden_size)
 
         def parameter(*shape: int) -> Parameter:
             return Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=not mixture.freeze)
@@ -51,7 +58,6 @@ class MixtureCoefficients(nn.Module):
         self.amplitude = parameter(n) if moa and mixture.amplitude == "learned" else None
         has_scale = moa and self.amplitude is None and mixture.init_scale == "matched"
         self.register_buffer("scale", torch.empty(1, device=device) if has_scale else None)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -86,9 +92,26 @@ class MixtureCoefficients(nn.Module):
         if self.value is not None:
             # A copy: who shards the parameter may free its memory after this.
             return self.value.to(torch.promote_types(self.value.dtype, torch.float32), copy=True)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             inputs = self.gate_inputs(x)
             return gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    # The meta device has no autocast.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+class _UndrawnLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Leaves the parameters as memory has them."""
+
+
+def _linear(*sizes: int, **where: Any) -> nn.Linear:
+    """A plain nn.Linear whose parameters are still to be filled in."""
+    linear = _UndrawnLinear(*sizes, **where)
+    linear.__class__ = nn.Linear
+    return linear
 
 
 class MixedFeedForward(nn.Module):
@@ -137,13 +160,12 @@ class MixedFeedForward(nn.Module):
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
         self.init_stds = init_std, init_std if output_init_std is None else output_init_std
         width = ffn_hidden_size * (2 if mixture.gated else 1)
-        # On no device until all are there: else each would be drawn once here, and gates before the others.
-        where = {"device": "meta", "dtype": dtype}
-        self.fc1 = nn.Linear(hidden_size, width, biases[0], **where)
+        # Nothing is drawn until all are there: else each would be once here, and gates before the others.
+        where = {"device": device, "dtype": dtype}
+        self.fc1 = _linear(hidden_size, width, biases[0], **where)
         self.coefficients = MixtureCoefficients(hidden_size, mixture, init_std, **where)
-        self.fc2 = nn.Linear(ffn_hidden_size, hidden_size, biases[1], **where)
+        self.fc2 = _linear(ffn_hidden_size, hidden_size, biases[1], **where)
         self.dropout = nn.Dropout(dropout)
-        self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -171,7 +193,7 @@ class MixedFeedForward(nn.Module):
 
     def _mix_and_project(self, preactivation: Tensor, x: Tensor) -> Tensor:
         # Autocast has no say in the mixture: every backend rounds once, to the preactivation's dtype.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             coefficients = self.coefficients
             # One function of autograd's for both, but where somebody hooks the coefficients to look at them.
             if coefficients.weight is not None and not coefficients.is_watched:

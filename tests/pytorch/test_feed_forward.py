@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_moa import MixedFeedForward
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import FORMS, GATES, MIXINGS, MixtureConfig
+from megatron_moa.mixture.config import BACKENDS, FORMS, GATES, MIXINGS, MixtureConfig
 from megatron_moa.mixture.start_scale import matching_scale
 from tests.support import launch
 from tests.support.layers import build_feed_forward, make_config, randn64
@@ -164,6 +165,33 @@ def test_parameters_appear_on_the_meta_device_and_elsewhere() -> None:
         assert torch.equal(value, expected[name]), name
     with torch.device("meta"):
         assert MixedFeedForward(16, 24).fc1.weight.is_meta
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("settings", [{"init_scale": "matched"}, {"kind": "la", "recompute": True}])
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_shapes_alone_are_computed_whatever_the_backend(
+    where: str, settings: dict, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with torch.device("meta") if where == "meta" else FakeTensorMode():
+        layer = MixedFeedForward(16, 24, MixtureConfig(**settings, backend=backend), bias=True)
+        x = torch.randn(2, 3, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        output, coefficients = layer(x), layer.coefficients(x)
+        output.sum().backward()
+    assert (output.shape, type(output), output.device) == (x.shape, type(x), x.device)
+    assert coefficients.shape[-1] == 14
+    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
+
+
+def test_accelerate_builds_without_memory() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights(include_buffers=True):
+        layer = MixedFeedForward(16, 24, MixtureConfig(init_scale="matched"), bias=True)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    assert layer(torch.empty(3, 16, device="meta")).shape == (3, 16)
 
 
 def test_frozen_coefficients_want_no_gradients() -> None:
