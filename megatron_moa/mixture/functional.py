@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,14 @@ def mixed_activation(
         checks: every backend computes it as the reference does.
 
     Raises:
+        TypeError: a tensor that is not of floating point.
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
     if _breaks_graph(mixture):
         return _outside(mixed_activation)(preactivation, coefficients, mixture, bias, per_token_scale, group_ends)
     inputs = autograd.MixtureInputs(preactivation, coefficients, bias, per_token_scale)
+    _check_dtypes(_MIXTURE_TENSORS, inputs)
     _check_shapes(inputs, mixture, group_ends)
     backend = _fused_backend(mixture, preactivation)
     if backend is None:
@@ -86,10 +88,12 @@ def gate_coefficients(
         [..., n], float32 (float64 for float64 parameters) whatever x's dtype is.
 
     Raises:
+        TypeError: a tensor that is not of floating point.
         UserError: a backend that is not there.
     """
     if _breaks_graph(mixture):
         return _outside(gate_coefficients)(x, weight, mixture, bias, amplitude, scale, group_ends)
+    _check_dtypes(_GATE_TENSORS, (x, weight, bias, amplitude, scale))
     backend = _fused_backend(mixture, x)
     if backend is None:
         return reference.gate_coefficients(x, weight, mixture, bias, amplitude, scale, group_ends)
@@ -170,6 +174,19 @@ def _triton_backend() -> autograd.Backend:
     from megatron_moa.mixture.triton_backend import backend  # here, since it needs Triton
 
     return backend
+
+
+# Of gated_mixture nothing is checked, which layers alone call, with what linear layers gave.
+_MIXTURE_TENSORS = ("preactivation", "coefficients", "bias", "per_token_scale")
+_GATE_TENSORS = ("x", "weight", "bias", "amplitude", "scale")
+
+
+def _check_dtypes(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    for position, tensor in enumerate(tensors):  # zip is slower
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(
+                f"{names[position]} of {tensor.dtype}: give a tensor of floating point, such as torch.float32"
+            )
 
 
 def _check_shapes(inputs: autograd.MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None) -> None:
