@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, printable
 
 # Of what a mixture's checkpoints and exports hold: raised when an older reader would misread a newer one. Version 2
 # has the paper's one-sided and quadratic forms.
@@ -72,13 +72,31 @@ ARGS = {
 }
 
 
+# Of the numbers that parameters start from, in magnitude: with these and their products float32 stays finite, and
+# numbers that are drawn from a normal distribution fit into float16.
+SMALLEST, LARGEST = 1e-30, 1e4
+
+
 def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{flag} {value}: unknown; choose one of {', '.join(choices)}")
+    if not (isinstance(value, str) and value in choices):
+        raise UserError(f"{flag} {printable(str(value))}: unknown; choose one of {', '.join(choices)}")
 
 
-def _is_number(value: object) -> bool:
+def in_range(value: float) -> bool:
+    """Whether a number is one to start from: 0, or of a magnitude from :data:`SMALLEST` to :data:`LARGEST`."""
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of Python's or NumPy's, and not True or False."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # of a whole number
+        return math.inf if value > 0 else -math.inf
 
 
 def _are(is_right: Callable[[object], bool], values: object) -> bool:
@@ -88,8 +106,8 @@ def _are(is_right: Callable[[object], bool], values: object) -> bool:
 # Of each setting that is no choice: whether a value is of its type, and what to give instead.
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "activations": (partial(_are, lambda value: isinstance(value, str)), "several names, such as ('silu', 'tanh')"),
-    "initial_coefficients": (partial(_are, _is_number), "one number, or several"),
-    "gate_init_std": (_is_number, "a number"),
+    "initial_coefficients": (partial(_are, is_number), "one number, or several"),
+    "gate_init_std": (is_number, "a number"),
     **dict.fromkeys(
         ("gate_bias", "freeze", "recompute", "overwrite"), (lambda value: isinstance(value, bool), "True or False")
     ),
@@ -147,10 +165,10 @@ class MixtureConfig:
             object.__setattr__(self, "activations", DICTIONARIES[self.form])
         self._check_activations()
         self._check_initial_coefficients()
-        if not (math.isfinite(self.gate_init_std) and self.gate_init_std >= 0):
+        if not (in_range(self.gate_init_std) and self.gate_init_std >= 0):
             raise UserError(
-                f"--moa-gate-init-std {self.gate_init_std:g}: not a standard deviation; give 0 or a positive number "
-                f"such as {DEFAULT_GATE_INIT_STD}"
+                f"--moa-gate-init-std {self.gate_init_std:g}: give 0, or a positive number from {SMALLEST:g} to "
+                f"{LARGEST:g} such as {DEFAULT_GATE_INIT_STD}"
             )
         if self.kind == "la":
             self._refuse_gate_settings()
@@ -161,19 +179,24 @@ class MixtureConfig:
             )
 
     def _check_types(self) -> None:
-        if _is_number(self.initial_coefficients):
+        if is_number(self.initial_coefficients):
             object.__setattr__(self, "initial_coefficients", (self.initial_coefficients,))
         for name in ("activations", "initial_coefficients"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, (is_right, right) in _TYPES.items():
             if not is_right(getattr(self, name)):
-                raise UserError(f"MixtureConfig({name}={getattr(self, name)!r}): give {right}")
+                shown = printable(repr(getattr(self, name)))
+                raise UserError(f"MixtureConfig({name}={shown}): give {right}")
+        object.__setattr__(self, "initial_coefficients", tuple(map(_float, self.initial_coefficients)))
+        object.__setattr__(self, "gate_init_std", _float(self.gate_init_std))
 
     def _check_activations(self) -> None:
         for position, name in enumerate(self.activations):
             if name not in ACTIVATION_NAMES:
-                raise UserError(f"--moa-activations {name}: unknown; choose from {', '.join(ACTIVATION_NAMES)}")
+                raise UserError(
+                    f"--moa-activations {printable(name)}: unknown; choose from {', '.join(ACTIVATION_NAMES)}"
+                )
             if name in self.activations[:position]:
                 raise UserError(f"--moa-activations {name}: named twice; name each activation once")
 
@@ -185,8 +208,10 @@ class MixtureConfig:
                 f"--moa-init {text}: {len(values)} values; give one, or {self.num_coefficients} "
                 f"({self.form} over {self.num_activations} activations)"
             )
-        if not all(math.isfinite(value) for value in values):
-            raise UserError(f"--moa-init {text}: not finite; give ordinary numbers such as 1")
+        if not all(map(in_range, values)):
+            raise UserError(
+                f"--moa-init {text}: give finite numbers, each 0 or of a magnitude from {SMALLEST:g} to {LARGEST:g}"
+            )
         has_no_effect = self.kind == "moa" and self.amplitude == "fixed"
         if has_no_effect and values != (DEFAULT_INITIAL_COEFFICIENT,):
             raise UserError(
