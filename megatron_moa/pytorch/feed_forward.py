@@ -12,12 +12,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, printable
 from megatron_moa.mixture.autograd import GateInputs
-from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.config import LARGEST, SMALLEST, MixtureConfig, in_range, is_number
 from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
 from megatron_moa.mixture.start_scale import matching_scale
-from megatron_moa.pytorch.recognition import Recognised, recognise, starting_as
+from megatron_moa.pytorch.recognition import Recognised, recognise, require, starting_as
 
 DEFAULT_INIT_STD = 0.02  # of fc1 and fc2, as GPT models have it
 
@@ -136,7 +136,7 @@ class MixedFeedForward(nn.Module):
         device, dtype: of the parameters, as for torch.nn.Linear.
 
     Raises:
-        UserError: a width below 1.
+        UserError: an argument of another type, or out of its range.
     """
 
     def __init__(
@@ -153,12 +153,23 @@ class MixedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not all(isinstance(width, int) and width > 0 for width in (hidden_size, ffn_hidden_size)):
-            raise UserError(f"MixedFeedForward({hidden_size}, {ffn_hidden_size}): widths are whole numbers from 1")
+        widths = hidden_size, ffn_hidden_size
+        if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
+            raise UserError(f"MixedFeedForward{printable(repr(widths))}: widths are whole numbers from 1")
+        require(isinstance(mixture, MixtureConfig | None), "a MixtureConfig, or None", mixture=mixture)
         biases = (bias, bias) if isinstance(bias, bool) else bias
+        are_biases = isinstance(biases, Sequence) and [type(each) for each in biases] == [bool, bool]
+        require(are_biases, "True, False, or two of these, for fc1 and for fc2", bias=bias)
+        require(is_number(dropout) and 0 <= dropout <= 1, "a probability from 0 to 1", dropout=dropout)
+        output_init_std = init_std if output_init_std is None else output_init_std
+        for name, std in (("init_std", init_std), ("output_init_std", output_init_std)):
+            is_std = is_number(std) and std >= 0 and in_range(std)
+            require(is_std, f"0, or a positive number from {SMALLEST:g} to {LARGEST:g}", **{name: std})
+        is_dtype = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        require(is_dtype, "a dtype of floating point, such as torch.float32", dtype=dtype)
         self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
-        self.init_stds = init_std, init_std if output_init_std is None else output_init_std
+        self.init_stds = init_std, output_init_std
         width = ffn_hidden_size * (2 if mixture.gated else 1)
         # Nothing is drawn until all are there: else each would be once here, and gates before the others.
         where = {"device": device, "dtype": dtype}

@@ -201,6 +201,29 @@ def test_frozen_coefficients_want_no_gradients() -> None:
     assert layer.coefficients.weight.grad is None
 
 
+WRONG_ARGUMENTS = {
+    "mixture": ("moa", {}, False, MixtureConfig, nn.Sequential(nn.GELU())),
+    "bias": ("no", None, 1, (True,), (True, "no"), (True, True, True), {True, False}),
+    "dropout": ("0.1", None, True, -0.1, 1.5, float("nan")),
+    "init_std": ("0.02", None, True, -0.1, 1e300, float("nan"), float("inf")),
+    "output_init_std": ("0.02", True, -0.1, 1e300, float("nan"), float("inf")),
+    "dtype": (torch.int64, torch.complex64, "float32", float),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, them in WRONG_ARGUMENTS.items() for value in them])
+def test_wrong_arguments_are_one_line(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^{name}=.*: give [^\n]*$"):
+        MixedFeedForward(16, 24, **{name: value})
+
+
+@pytest.mark.parametrize("width", [-8, "16", True, 16.0, None, [16], torch.ones(40)])
+def test_widths_of_another_type_are_one_line(width: object) -> None:
+    for widths in ((width, 24), (16, width)):
+        with pytest.raises(UserError, match=r"^MixedFeedForward\([^\n]*\): widths are whole numbers from 1$"):
+            MixedFeedForward(*widths)
+
+
 def test_widths_that_do_not_fit_are_said() -> None:
     with pytest.raises(UserError, match=r"MixedFeedForward\(8, 0\): widths are whole numbers from 1"):
         MixedFeedForward(8, 0)
