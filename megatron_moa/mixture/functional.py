@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from megatron_moa.errors import UserError
 from megatron_moa.mixture import autograd, compile_backend, reference
-from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.config import MixtureConfig, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ def _breaks_graph(mixture: MixtureConfig) -> bool:
     if not torch.compiler.is_compiling() or mixture.backend not in ("triton", "compile"):
         return False
     if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
-        raise UserError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
+        raise SettingError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
     return True
 
 
@@ -223,7 +222,7 @@ def _check_preactivation(
 def check_overwrite(mixture: MixtureConfig, backend: str) -> None:
     """Raises UserError if the gradient shall be written in place and the backend cannot."""
     if mixture.overwrite and backend != "triton":
-        raise UserError(
+        raise SettingError(
             f"--moa-overwrite-preactivation: the {backend} backend does not write in place, only the Triton kernels "
             "do; drop the flag"
         )
@@ -242,9 +241,9 @@ def resolve_backend(backend: str, device_type: str) -> str:
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
         if not has_triton:
-            raise UserError("--moa-backend triton: the package triton is not there; install it, or take auto")
+            raise SettingError("--moa-backend triton: the package triton is not there; install it, or take auto")
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise UserError(
+            raise SettingError(
                 "--moa-backend triton: no GPU; take --moa-backend compile, or set TRITON_INTERPRET=1 to run the "
                 "kernels in Triton's interpreter, for tests"
             )
@@ -253,7 +252,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
     if missing is None:
         return "compile"
     if backend == "compile":
-        raise UserError(f"--moa-backend compile: {missing}; install it, or take --moa-backend eager")
+        raise SettingError(f"--moa-backend compile: {missing}; install it, or take --moa-backend eager")
     logger.warning("mixture of activations: %s, so it runs in eager PyTorch (slower, more memory)", missing)
     return "eager"
 

@@ -143,6 +143,21 @@ def test_illegal_settings_are_one_line(settings: dict, parts: list[str]) -> None
         assert part in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"form": "two-sided"}, "--moa-form is form"),
+        ({"kind": "la", "gate_init_std": 0.1}, "--moa-mixing is kind, --moa-gate-init-std is gate_init_std"),
+        ({"amplitude": "learned", "initial_coefficients": 1e300}, "--moa-init is initial_coefficients"),
+        ({"backend": "cuda"}, "--moa-backend is backend"),
+    ],
+)
+def test_a_traceback_says_what_flags_are_in_python(settings: dict, note: str) -> None:
+    with pytest.raises(UserError) as error:
+        MixtureConfig(**settings)
+    assert error.value.__notes__ == [f"In Python, of MixtureConfig: {note}"]
+
+
 def test_form_must_fit_the_unit() -> None:
     check_form("quadratic", True)
     check_form("type1", False)

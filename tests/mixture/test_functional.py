@@ -150,8 +150,9 @@ def test_numbers_that_are_not_of_floating_point_are_refused(dtype: torch.dtype) 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     functional.resolve_backend.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=r"--moa-backend triton: no GPU; .*--moa-backend compile"):
+    with pytest.raises(UserError, match=r"--moa-backend triton: no GPU; .*--moa-backend compile") as error:
         functional.resolve_backend("triton", "cpu")
+    assert error.value.__notes__ == ["In Python, of MixtureConfig: --moa-backend is backend"]
     with monkeypatch.context() as patch:
         patch.setattr(functional.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"--moa-backend triton: the package triton is not there"):
