@@ -22,10 +22,13 @@ from megatron_moa.mixture.config import (
     FORMS,
     GATES,
     INIT_SCALES,
+    LARGEST,
     MIXINGS,
+    SMALLEST,
     MixtureConfig,
     auto_form,
     check_form,
+    in_range,
 )
 
 PROGRESS_MODES = ("auto", "line", "log", "off")
@@ -240,10 +243,13 @@ def mixture_defaults() -> dict[str, object]:
 def _check_gate_training(args: argparse.Namespace) -> None:
     """Raises UserError for invalid settings of the gates' training, and for those without effect."""
     scale, decay = args.moa_gate_lr_scale, args.moa_gate_weight_decay
-    if not 0 < scale < math.inf:
-        raise UserError(f"--moa-gate-lr-scale {scale}: give a positive number; --moa-freeze-gates trains none of them")
-    if decay is not None and not 0 <= decay < math.inf:
-        raise UserError(f"--moa-gate-weight-decay {decay}: give a number, 0 or more")
+    allowed = f"from {SMALLEST:g} to {LARGEST:g}"
+    if not (in_range(scale) and scale > 0):
+        raise UserError(
+            f"--moa-gate-lr-scale {scale}: give a positive number {allowed}; --moa-freeze-gates trains none of them"
+        )
+    if decay is not None and not (in_range(decay) and decay >= 0):
+        raise UserError(f"--moa-gate-weight-decay {decay}: give a number, 0 or more, {allowed}")
     for name, without_effect in (("moa_gate_lr_scale", scale == 1), ("moa_gate_weight_decay", decay is None)):
         if args.moa_freeze_gates and not without_effect:
             given = as_typed(name, getattr(args, name))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, printable
 
 # Of what a mixture's checkpoints and exports hold: raised when an older reader would misread a newer one. Version 2
 # has the paper's one-sided and quadratic forms.
@@ -70,15 +71,52 @@ ARGS = {
     "init_scale": "moa_init_scale",
     "freeze": "moa_freeze_gates",
 }
+_FLAGS = {setting: "--" + name.replace("_", "-") for setting, name in ARGS.items()} | {
+    "recompute": "--moa-recompute",
+    "overwrite": "--moa-overwrite-preactivation",
+    "backend": "--moa-backend",
+}
+
+
+class SettingError(UserError):
+    """A mistake in a mixture's settings, whose text names flags.
+
+    A note, which a traceback shows and a command's one line does not, has their names in Python.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        named = re.findall("--moa-[a-z-]*[a-z]", text)
+        settings = [f"{flag} is {setting}" for setting, flag in _FLAGS.items() if flag in named]
+        if settings:
+            self.add_note(f"In Python, of MixtureConfig: {', '.join(settings)}")
+
+
+# Of the numbers that parameters start from, in magnitude: with these and their products float32 stays finite, and
+# numbers that are drawn from a normal distribution fit into float16.
+SMALLEST, LARGEST = 1e-30, 1e4
 
 
 def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{flag} {value}: unknown; choose one of {', '.join(choices)}")
+    if not (isinstance(value, str) and value in choices):
+        raise SettingError(f"{flag} {printable(str(value))}: unknown; choose one of {', '.join(choices)}")
 
 
-def _is_number(value: object) -> bool:
+def in_range(value: float) -> bool:
+    """Whether a number is one to start from: 0, or of a magnitude from :data:`SMALLEST` to :data:`LARGEST`."""
+    return value == 0 or SMALLEST <= abs(value) <= LARGEST
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number of Python's or NumPy's, and not True or False."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # of a whole number
+        return math.inf if value > 0 else -math.inf
 
 
 def _are(is_right: Callable[[object], bool], values: object) -> bool:
@@ -88,8 +126,8 @@ def _are(is_right: Callable[[object], bool], values: object) -> bool:
 # Of each setting that is no choice: whether a value is of its type, and what to give instead.
 _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "activations": (partial(_are, lambda value: isinstance(value, str)), "several names, such as ('silu', 'tanh')"),
-    "initial_coefficients": (partial(_are, _is_number), "one number, or several"),
-    "gate_init_std": (_is_number, "a number"),
+    "initial_coefficients": (partial(_are, is_number), "one number, or several"),
+    "gate_init_std": (is_number, "a number"),
     **dict.fromkeys(
         ("gate_bias", "freeze", "recompute", "overwrite"), (lambda value: isinstance(value, bool), "True or False")
     ),
@@ -118,7 +156,7 @@ class MixtureConfig:
         backend: ``eager``, ``compile``, ``triton``, or ``auto`` for the fastest that is there.
 
     Raises:
-        UserError: for an invalid setting; the text names the flag, the value and the remedy.
+        SettingError: a UserError for an invalid setting; the text names the flag, the value and the remedy.
     """
 
     kind: str = "moa"
@@ -147,49 +185,56 @@ class MixtureConfig:
             object.__setattr__(self, "activations", DICTIONARIES[self.form])
         self._check_activations()
         self._check_initial_coefficients()
-        if not (math.isfinite(self.gate_init_std) and self.gate_init_std >= 0):
-            raise UserError(
-                f"--moa-gate-init-std {self.gate_init_std:g}: not a standard deviation; give 0 or a positive number "
-                f"such as {DEFAULT_GATE_INIT_STD}"
+        if not (in_range(self.gate_init_std) and self.gate_init_std >= 0):
+            raise SettingError(
+                f"--moa-gate-init-std {self.gate_init_std:g}: give 0, or a positive number from {SMALLEST:g} to "
+                f"{LARGEST:g} such as {DEFAULT_GATE_INIT_STD}"
             )
         if self.kind == "la":
             self._refuse_gate_settings()
         elif self.gate == "softmax" and self.softmax_size == 1:
-            raise UserError(
+            raise SettingError(
                 f"--moa-gate softmax: over the single activation {self.activations[0]} it is the constant 1; "
                 "name two or more --moa-activations, or take --moa-gate sigmoid"
             )
 
     def _check_types(self) -> None:
-        if _is_number(self.initial_coefficients):
+        if is_number(self.initial_coefficients):
             object.__setattr__(self, "initial_coefficients", (self.initial_coefficients,))
         for name in ("activations", "initial_coefficients"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, (is_right, right) in _TYPES.items():
             if not is_right(getattr(self, name)):
-                raise UserError(f"MixtureConfig({name}={getattr(self, name)!r}): give {right}")
+                shown = printable(repr(getattr(self, name)))
+                raise SettingError(f"MixtureConfig({name}={shown}): give {right}")
+        object.__setattr__(self, "initial_coefficients", tuple(map(_float, self.initial_coefficients)))
+        object.__setattr__(self, "gate_init_std", _float(self.gate_init_std))
 
     def _check_activations(self) -> None:
         for position, name in enumerate(self.activations):
             if name not in ACTIVATION_NAMES:
-                raise UserError(f"--moa-activations {name}: unknown; choose from {', '.join(ACTIVATION_NAMES)}")
+                raise SettingError(
+                    f"--moa-activations {printable(name)}: unknown; choose from {', '.join(ACTIVATION_NAMES)}"
+                )
             if name in self.activations[:position]:
-                raise UserError(f"--moa-activations {name}: named twice; name each activation once")
+                raise SettingError(f"--moa-activations {name}: named twice; name each activation once")
 
     def _check_initial_coefficients(self) -> None:
         values = self.initial_coefficients
         text = " ".join(f"{value:g}" for value in values)
         if len(values) not in (1, self.num_coefficients):
-            raise UserError(
+            raise SettingError(
                 f"--moa-init {text}: {len(values)} values; give one, or {self.num_coefficients} "
                 f"({self.form} over {self.num_activations} activations)"
             )
-        if not all(math.isfinite(value) for value in values):
-            raise UserError(f"--moa-init {text}: not finite; give ordinary numbers such as 1")
+        if not all(map(in_range, values)):
+            raise SettingError(
+                f"--moa-init {text}: give finite numbers, each 0 or of a magnitude from {SMALLEST:g} to {LARGEST:g}"
+            )
         has_no_effect = self.kind == "moa" and self.amplitude == "fixed"
         if has_no_effect and values != (DEFAULT_INITIAL_COEFFICIENT,):
-            raise UserError(
+            raise SettingError(
                 f"--moa-init {text}: has no effect on gates of fixed amplitude; "
                 "add --moa-amplitude learned, or take --moa-mixing la"
             )
@@ -203,7 +248,7 @@ class MixtureConfig:
         ):
             if value != neutral:
                 shown = flag if value is True else f"{flag} {value}"
-                raise UserError(f"{shown}: --moa-mixing la has no gates; drop the flag, or take --moa-mixing moa")
+                raise SettingError(f"{shown}: --moa-mixing la has no gates; drop the flag, or take --moa-mixing moa")
 
     @classmethod
     def from_args(cls, args: Any, **execution: Any) -> Self | None:
@@ -342,9 +387,9 @@ def check_form(form: str, gated_linear_unit: bool) -> None:
     """Raises UserError for a gated form without ``--swiglu``, or ``type1`` with it."""
     _require_choice("--moa-form", form, ("auto", *FORMS))
     if form == "type1" and gated_linear_unit:
-        raise UserError("--moa-form type1: has no linear branch; drop --swiglu, or take --moa-form one-sided")
+        raise SettingError("--moa-form type1: has no linear branch; drop --swiglu, or take --moa-form one-sided")
     if form != "type1" and not gated_linear_unit:
-        raise UserError(f"--moa-form {form}: needs a gated linear unit; add --swiglu, or take --moa-form type1")
+        raise SettingError(f"--moa-form {form}: needs a gated linear unit; add --swiglu, or take --moa-form type1")
 
 
 def refuse_changed_form(form: str, where: str) -> None:

@@ -8,15 +8,15 @@ import logging
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from megatron_moa.errors import UserError
 from megatron_moa.mixture import autograd, compile_backend, reference
-from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.config import MixtureConfig, SettingError
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ def mixed_activation(
         checks: every backend computes it as the reference does.
 
     Raises:
+        TypeError: a tensor that is not of floating point.
         ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
     if _breaks_graph(mixture):
         return _outside(mixed_activation)(preactivation, coefficients, mixture, bias, per_token_scale, group_ends)
     inputs = autograd.MixtureInputs(preactivation, coefficients, bias, per_token_scale)
+    _check_dtypes(_MIXTURE_TENSORS, inputs)
     _check_shapes(inputs, mixture, group_ends)
     backend = _fused_backend(mixture, preactivation)
     if backend is None:
@@ -85,10 +87,12 @@ def gate_coefficients(
         [..., n], float32 (float64 for float64 parameters) whatever x's dtype is.
 
     Raises:
+        TypeError: a tensor that is not of floating point.
         UserError: a backend that is not there.
     """
     if _breaks_graph(mixture):
         return _outside(gate_coefficients)(x, weight, mixture, bias, amplitude, scale, group_ends)
+    _check_dtypes(_GATE_TENSORS, (x, weight, bias, amplitude, scale))
     backend = _fused_backend(mixture, x)
     if backend is None:
         return reference.gate_coefficients(x, weight, mixture, bias, amplitude, scale, group_ends)
@@ -136,7 +140,7 @@ def _breaks_graph(mixture: MixtureConfig) -> bool:
     if not torch.compiler.is_compiling() or mixture.backend not in ("triton", "compile"):
         return False
     if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
-        raise UserError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
+        raise SettingError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
     return True
 
 
@@ -147,11 +151,13 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused_backend(mixture: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
-    """The backend's module; None for eager, inside a graph, and for float64, which is for checks and has the reference
-    only.
+    """The backend's module; None for eager, inside a graph, where tensors are shapes alone (on the meta device, fake),
+    whatever backend is named, and for float64, which is for checks and has the reference only.
     """
     if torch.compiler.is_compiling():
         check_overwrite(mixture, "eager")
+        return None
+    if tensor.is_meta or type(tensor) is FakeTensor:
         return None
     name = resolve_backend(mixture.backend, tensor.device.type)
     check_overwrite(mixture, name)
@@ -167,6 +173,19 @@ def _triton_backend() -> autograd.Backend:
     from megatron_moa.mixture.triton_backend import backend  # here, since it needs Triton
 
     return backend
+
+
+# Of gated_mixture nothing is checked, which layers alone call, with what linear layers gave.
+_MIXTURE_TENSORS = ("preactivation", "coefficients", "bias", "per_token_scale")
+_GATE_TENSORS = ("x", "weight", "bias", "amplitude", "scale")
+
+
+def _check_dtypes(names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    for position, tensor in enumerate(tensors):  # zip is slower
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(
+                f"{names[position]} of {tensor.dtype}: give a tensor of floating point, such as torch.float32"
+            )
 
 
 def _check_shapes(inputs: autograd.MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None) -> None:
@@ -203,7 +222,7 @@ def _check_preactivation(
 def check_overwrite(mixture: MixtureConfig, backend: str) -> None:
     """Raises UserError if the gradient shall be written in place and the backend cannot."""
     if mixture.overwrite and backend != "triton":
-        raise UserError(
+        raise SettingError(
             f"--moa-overwrite-preactivation: the {backend} backend does not write in place, only the Triton kernels "
             "do; drop the flag"
         )
@@ -222,9 +241,9 @@ def resolve_backend(backend: str, device_type: str) -> str:
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
         if not has_triton:
-            raise UserError("--moa-backend triton: the package triton is not there; install it, or take auto")
+            raise SettingError("--moa-backend triton: the package triton is not there; install it, or take auto")
         if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise UserError(
+            raise SettingError(
                 "--moa-backend triton: no GPU; take --moa-backend compile, or set TRITON_INTERPRET=1 to run the "
                 "kernels in Triton's interpreter, for tests"
             )
@@ -233,7 +252,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
     if missing is None:
         return "compile"
     if backend == "compile":
-        raise UserError(f"--moa-backend compile: {missing}; install it, or take --moa-backend eager")
+        raise SettingError(f"--moa-backend compile: {missing}; install it, or take --moa-backend eager")
     logger.warning("mixture of activations: %s, so it runs in eager PyTorch (slower, more memory)", missing)
     return "eager"
 

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, printable
 from megatron_moa.mixture.autograd import GateInputs
-from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.config import LARGEST, SMALLEST, MixtureConfig, in_range, is_number
 from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
 from megatron_moa.mixture.start_scale import matching_scale
-from megatron_moa.pytorch.recognition import Recognised, recognise, starting_as
+from megatron_moa.pytorch.recognition import Recognised, recognise, require, starting_as
 
 DEFAULT_INIT_STD = 0.02  # of fc1 and fc2, as GPT models have it
 
 
 class MixtureCoefficients(nn.Module):
     """The mixing coefficients of one layer: gates (MoA), or numbers that are the same for every token (LA).
+
+    Nothing is filled in before :meth:`reset_parameters`.
 
     State: LA ``value`` [n]. MoA ``weight`` u [n, h]; ``bias`` b [n] with gate_bias; ``amplitude`` a [n] where learned;
     ``scale`` [1], a constant, with init_scale="matched" and fixed amplitude.
@@ -40,7 +44,10 @@ class MixtureCoefficients(nn.Module):
         self.mixture = mixture
         moa, n = mixture.kind == "moa", mixture.num_coefficients
         # The factor on all coefficients, 1 unless the output's scale at step 0 is to be SwiGLU's.
-        self.start = matching_scale(mixture, init_std, hidden_size) if mixture.init_scale == "matched" else 1.0
+        self.start = 1.0
+        if mixture.init_scale == "matched":
+            with unset_fake_temporarily():  # it is a number, measured
+                self.start = matching_scale(mixture, init_std, hidden_size)
 
         def parameter(*shape: int) -> Parameter:
             return Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=not mixture.freeze)
@@ -51,7 +58,6 @@ class MixtureCoefficients(nn.Module):
         self.amplitude = parameter(n) if moa and mixture.amplitude == "learned" else None
         has_scale = moa and self.amplitude is None and mixture.init_scale == "matched"
         self.register_buffer("scale", torch.empty(1, device=device) if has_scale else None)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -86,9 +92,26 @@ class MixtureCoefficients(nn.Module):
         if self.value is not None:
             # A copy: who shards the parameter may free its memory after this.
             return self.value.to(torch.promote_types(self.value.dtype, torch.float32), copy=True)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             inputs = self.gate_inputs(x)
             return gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    # The meta device has no autocast.
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+class _UndrawnLinear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Leaves the parameters as memory has them."""
+
+
+def _linear(*sizes: int, **where: Any) -> nn.Linear:
+    """A plain nn.Linear whose parameters are still to be filled in."""
+    linear = _UndrawnLinear(*sizes, **where)
+    linear.__class__ = nn.Linear
+    return linear
 
 
 class MixedFeedForward(nn.Module):
@@ -113,7 +136,7 @@ class MixedFeedForward(nn.Module):
         device, dtype: of the parameters, as for torch.nn.Linear.
 
     Raises:
-        UserError: a width below 1.
+        UserError: an argument of another type, or out of its range.
     """
 
     def __init__(
@@ -130,20 +153,30 @@ class MixedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not all(isinstance(width, int) and width > 0 for width in (hidden_size, ffn_hidden_size)):
-            raise UserError(f"MixedFeedForward({hidden_size}, {ffn_hidden_size}): widths are whole numbers from 1")
+        widths = hidden_size, ffn_hidden_size
+        if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
+            raise UserError(f"MixedFeedForward{printable(repr(widths))}: widths are whole numbers from 1")
+        require(isinstance(mixture, MixtureConfig | None), "a MixtureConfig, or None", mixture=mixture)
         biases = (bias, bias) if isinstance(bias, bool) else bias
+        are_biases = isinstance(biases, Sequence) and [type(each) for each in biases] == [bool, bool]
+        require(are_biases, "True, False, or two of these, for fc1 and for fc2", bias=bias)
+        require(is_number(dropout) and 0 <= dropout <= 1, "a probability from 0 to 1", dropout=dropout)
+        output_init_std = init_std if output_init_std is None else output_init_std
+        for name, std in (("init_std", init_std), ("output_init_std", output_init_std)):
+            is_std = is_number(std) and std >= 0 and in_range(std)
+            require(is_std, f"0, or a positive number from {SMALLEST:g} to {LARGEST:g}", **{name: std})
+        is_dtype = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        require(is_dtype, "a dtype of floating point, such as torch.float32", dtype=dtype)
         self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
-        self.init_stds = init_std, init_std if output_init_std is None else output_init_std
+        self.init_stds = init_std, output_init_std
         width = ffn_hidden_size * (2 if mixture.gated else 1)
-        # On no device until all are there: else each would be drawn once here, and gates before the others.
-        where = {"device": "meta", "dtype": dtype}
-        self.fc1 = nn.Linear(hidden_size, width, biases[0], **where)
+        # Nothing is drawn until all are there: else each would be once here, and gates before the others.
+        where = {"device": device, "dtype": dtype}
+        self.fc1 = _linear(hidden_size, width, biases[0], **where)
         self.coefficients = MixtureCoefficients(hidden_size, mixture, init_std, **where)
-        self.fc2 = nn.Linear(ffn_hidden_size, hidden_size, biases[1], **where)
+        self.fc2 = _linear(ffn_hidden_size, hidden_size, biases[1], **where)
         self.dropout = nn.Dropout(dropout)
-        self.to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -171,7 +204,7 @@ class MixedFeedForward(nn.Module):
 
     def _mix_and_project(self, preactivation: Tensor, x: Tensor) -> Tensor:
         # Autocast has no say in the mixture: every backend rounds once, to the preactivation's dtype.
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             coefficients = self.coefficients
             # One function of autograd's for both, but where somebody hooks the coefficients to look at them.
             if coefficients.weight is not None and not coefficients.is_watched:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from megatron_moa.errors import UserError, one_line
+from megatron_moa.errors import UserError, one_line, printable
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from megatron_moa.mixture.reference import DEFINITIONS
 
@@ -97,6 +97,13 @@ class Recognised:
     dropout: float
 
 
+def require(is_right: bool, remedy: str, **given: object) -> None:
+    """Raises UserError with the name and value of an argument that is not right, and what to give instead."""
+    if not is_right:
+        ((name, value),) = given.items()
+        raise UserError(f"{name}={printable(repr(value))[:200]}: give {remedy}")
+
+
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a module whose parameters are theirs alone; empty for any other module."""
     linears = {name: child for name, child in module.named_children() if _is_linear(child)}
@@ -160,11 +167,13 @@ def recognise(
     Raises:
         UserError: what the layer is instead.
     """
+    require(isinstance(module, nn.Module), "a torch.nn.Module", module=module)
     what = f"{name} ({type(module).__name__})"
     linears = linear_layers(module)
     have = ", ".join(f"{key} {list(_weights(linear).weight.shape)}" for key, linear in linears.items())
     have = f"linear layers [out, in]: {have or 'none, or other parameters beside them'}"
     for role, given in (names or {}).items():
+        require(isinstance(given, str | None), "the name of a linear layer", **{role: given})
         if given is not None and given not in linears:
             raise UserError(f'{what}: {role}="{given}" is no linear layer of it; {have}')
     _refuse_what_would_be_lost(module, linears, what)
@@ -312,6 +321,7 @@ def starting_as(layer: Recognised, mixture: MixtureConfig | None) -> MixtureConf
         UserError: no coefficients of this form and dictionary do.
     """
     activation, gated = layer.activation, layer.reading.gated
+    require(isinstance(mixture, MixtureConfig | None), "a MixtureConfig, or None", mixture=mixture)
     if mixture is None:
         mixture = MixtureConfig(form="bi-sided" if gated else "type1")
     if mixture.gated != gated:

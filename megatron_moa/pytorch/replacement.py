@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from megatron_moa.errors import UserError, one_line
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.pytorch.feed_forward import MixedFeedForward
-from megatron_moa.pytorch.recognition import NotFeedForwardError, Recognised, readings, recognise
+from megatron_moa.pytorch.recognition import NotFeedForwardError, Recognised, readings, recognise, require
 
 # What chooses layers: a name, "mlp" for every "….mlp" or a pattern such as "encoder.*.mlp"; a class; a function of name
 # and module; or several of these.
@@ -43,6 +44,7 @@ def replace_feed_forward(
     Raises:
         UserError: nothing to replace, or a layer that matches and cannot be; the model is as it was.
     """
+    require(isinstance(model, nn.Module), "a torch.nn.Module", model=model)
     found = _matching(model, match)
     new = {name: MixedFeedForward.from_recognised(layer, mixture) for name, layer in found.items()}
     old = {name: model.get_submodule(name) for name in new}
@@ -62,7 +64,8 @@ def load_replaced(
         folder: local, or a name on the Hugging Face Hub.
         model_class: whose ``from_pretrained`` loads; default: transformers' class that config.json names.
         backend: of the mixtures (:class:`MixtureConfig`).
-        settings: further arguments of ``from_pretrained``, such as ``dtype`` or ``device_map``.
+        settings: further arguments of ``from_pretrained``, such as ``dtype`` or ``device_map``. Code in the folder
+            runs with ``trust_remote_code=True`` alone; nobody is asked.
 
     Raises:
         UserError: config.json notes no replacement, names no class of transformers', or does not fit the model or the
@@ -70,12 +73,21 @@ def load_replaced(
     """
     import transformers  # here, since nothing else needs it
 
+    require(isinstance(folder, str | os.PathLike), "a folder, or a name on the Hugging Face Hub", folder=folder)
     config = settings.pop("config", None)
+    is_config = isinstance(config, transformers.PreTrainedConfig | None)
+    require(is_config, "a config of transformers, or None", config=config)
+    if settings.get("trust_remote_code") is None:
+        settings["trust_remote_code"] = False  # by None transformers asks on the terminal
     if config is None:
         of_hub = {name: value for name, value in settings.items() if name in _OF_HUB}
         try:
             config = transformers.AutoConfig.from_pretrained(folder, **of_hub)
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{folder}: its config is code of its own; give trust_remote_code=True if that may run"
+                ) from None
             raise UserError(
                 f"{folder}: no model that can be read, name a folder that save_pretrained wrote, or a model on the "
                 f"Hugging Face Hub: {one_line(error, typed=True)}"
@@ -234,7 +246,7 @@ def _noted(model: nn.Module, noted: list[dict[str, Any]], backend: str) -> dict[
                 entry["dropout"],
             )
             names = entry["layers"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"config.{_RECORD}: is not what replace_feed_forward writes: {one_line(error, typed=True)}"
             ) from None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixtureConfig, auto_form, check_form
+from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig, auto_form, check_form
+from megatron_moa.pytorch.feed_forward import MixedFeedForward
 
 
 @pytest.mark.parametrize(
@@ -69,8 +71,21 @@ def test_lists_and_a_single_number_are_sequences_too() -> None:
     assert hash(others) == hash(tuples)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e4])
+@pytest.mark.parametrize("kind", MIXINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_at_both_ends_give_finite_parameters(form: str, kind: str, scale: float) -> None:
+    settings = {"gate_init_std": scale, "amplitude": "learned"} if kind == "moa" else {}
+    mixture = MixtureConfig(kind, form, initial_coefficients=scale, init_scale="matched", **settings)
+    layer = MixedFeedForward(64, 8, mixture, dtype=torch.float16 if kind == "moa" else None)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+
+
 def test_any_subset_in_any_order() -> None:
     assert MixtureConfig(activations=("tanh", "one", "relu3")).activations == ("tanh", "one", "relu3")
+
+
+OUT_OF_RANGE = (1e300, 1e39, 1e-46, 10**400, -(10**400), float("inf"), float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +109,15 @@ def test_any_subset_in_any_order() -> None:
         ({"kind": "la", "gate_init_std": 0.1}, ["--moa-gate-init-std 0.1", "--moa-mixing moa"]),
         ({"gate_init_std": -0.1}, ["--moa-gate-init-std -0.1", "positive"]),
         ({"gate_init_std": float("inf")}, ["--moa-gate-init-std inf", "positive"]),
+        *(({"gate_init_std": value}, ["--moa-gate-init-std", "from 1e-30 to 10000"]) for value in OUT_OF_RANGE),
+        *(
+            ({**given, "initial_coefficients": value}, ["--moa-init", "from 1e-30 to 10000"])
+            for value in OUT_OF_RANGE
+            for given in ({"kind": "la"}, {"amplitude": "learned"})
+        ),
+        ({"kind": "la", "initial_coefficients": torch.ones(14)}, ["initial_coefficients=tensor([1.", "one number"]),
+        ({"form": torch.ones(50)}, ["--moa-form tensor([1.", "bi-sided"]),
+        ({"activations": ("si\nlu",)}, ["--moa-activations si\\nlu", "unknown"]),
         ({"gate_init_std": "0.02"}, ["gate_init_std='0.02'", "a number"]),
         ({"gate_init_std": True}, ["gate_init_std=True", "a number"]),
         ({"activations": "silu"}, ["activations='silu'", "several names, such as ('silu', 'tanh')"]),
@@ -117,6 +141,21 @@ def test_illegal_settings_are_one_line(settings: dict, parts: list[str]) -> None
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"form": "two-sided"}, "--moa-form is form"),
+        ({"kind": "la", "gate_init_std": 0.1}, "--moa-mixing is kind, --moa-gate-init-std is gate_init_std"),
+        ({"amplitude": "learned", "initial_coefficients": 1e300}, "--moa-init is initial_coefficients"),
+        ({"backend": "cuda"}, "--moa-backend is backend"),
+    ],
+)
+def test_a_traceback_says_what_flags_are_in_python(settings: dict, note: str) -> None:
+    with pytest.raises(UserError) as error:
+        MixtureConfig(**settings)
+    assert error.value.__notes__ == [f"In Python, of MixtureConfig: {note}"]
 
 
 def test_form_must_fit_the_unit() -> None:

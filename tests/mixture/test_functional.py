@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional, reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
-from megatron_moa.mixture.functional import mixed_activation
+from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
 
 # relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
@@ -132,11 +132,27 @@ def test_shapes_that_do_not_fit(change: dict, message: str) -> None:
         mixed_activation(mixture=mixture, **inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_numbers_that_are_not_of_floating_point_are_refused(dtype: torch.dtype) -> None:
+    mixture = MixtureConfig(activations=("silu", "relu"), amplitude="learned", backend="eager")
+    shapes = {
+        mixed_activation: {"preactivation": (3, 8), "coefficients": (3, 4), "bias": (8,), "per_token_scale": (3,)},
+        gate_coefficients: {"x": (3, 6), "weight": (4, 6), "bias": (4,), "amplitude": (4,), "scale": (1,)},
+    }
+    for function, shape in shapes.items():
+        inputs = {name: torch.ones(size) for name, size in shape.items()}
+        function(mixture=mixture, **inputs)
+        for name, tensor in inputs.items():
+            with pytest.raises(TypeError, match=rf"^{name} of {dtype}: give a tensor of floating point, such as"):
+                function(mixture=mixture, **{**inputs, name: tensor.to(dtype)})
+
+
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     functional.resolve_backend.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(UserError, match=r"--moa-backend triton: no GPU; .*--moa-backend compile"):
+    with pytest.raises(UserError, match=r"--moa-backend triton: no GPU; .*--moa-backend compile") as error:
         functional.resolve_backend("triton", "cpu")
+    assert error.value.__notes__ == ["In Python, of MixtureConfig: --moa-backend is backend"]
     with monkeypatch.context() as patch:
         patch.setattr(functional.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(UserError, match=r"--moa-backend triton: the package triton is not there"):

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_moa import MixedFeedForward
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import FORMS, GATES, MIXINGS, MixtureConfig
+from megatron_moa.mixture.config import BACKENDS, FORMS, GATES, MIXINGS, MixtureConfig
 from megatron_moa.mixture.start_scale import matching_scale
 from tests.support import launch
 from tests.support.layers import build_feed_forward, make_config, randn64
@@ -166,11 +167,61 @@ def test_parameters_appear_on_the_meta_device_and_elsewhere() -> None:
         assert MixedFeedForward(16, 24).fc1.weight.is_meta
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("settings", [{"init_scale": "matched"}, {"kind": "la", "recompute": True}])
+@pytest.mark.parametrize("where", ["meta", "fake"])
+def test_shapes_alone_are_computed_whatever_the_backend(
+    where: str, settings: dict, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with torch.device("meta") if where == "meta" else FakeTensorMode():
+        layer = MixedFeedForward(16, 24, MixtureConfig(**settings, backend=backend), bias=True)
+        x = torch.randn(2, 3, 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        output, coefficients = layer(x), layer.coefficients(x)
+        output.sum().backward()
+    assert (output.shape, type(output), output.device) == (x.shape, type(x), x.device)
+    assert coefficients.shape[-1] == 14
+    assert all(parameter.grad.shape == parameter.shape for parameter in layer.parameters())
+
+
+def test_accelerate_builds_without_memory() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    with accelerate.init_empty_weights(include_buffers=True):
+        layer = MixedFeedForward(16, 24, MixtureConfig(init_scale="matched"), bias=True)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    assert layer(torch.empty(3, 16, device="meta")).shape == (3, 16)
+
+
 def test_frozen_coefficients_want_no_gradients() -> None:
     layer = MixedFeedForward(16, 24, MixtureConfig(gate_bias=True, freeze=True, backend="eager"))
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"fc1.weight", "fc2.weight"}
     layer(torch.randn(3, 16)).sum().backward()
     assert layer.coefficients.weight.grad is None
+
+
+WRONG_ARGUMENTS = {
+    "mixture": ("moa", {}, False, MixtureConfig, nn.Sequential(nn.GELU())),
+    "bias": ("no", None, 1, (True,), (True, "no"), (True, True, True), {True, False}),
+    "dropout": ("0.1", None, True, -0.1, 1.5, float("nan")),
+    "init_std": ("0.02", None, True, -0.1, 1e300, float("nan"), float("inf")),
+    "output_init_std": ("0.02", True, -0.1, 1e300, float("nan"), float("inf")),
+    "dtype": (torch.int64, torch.complex64, "float32", float),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, them in WRONG_ARGUMENTS.items() for value in them])
+def test_wrong_arguments_are_one_line(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^{name}=.*: give [^\n]*$"):
+        MixedFeedForward(16, 24, **{name: value})
+
+
+@pytest.mark.parametrize("width", [-8, "16", True, 16.0, None, [16], torch.ones(40)])
+def test_widths_of_another_type_are_one_line(width: object) -> None:
+    for widths in ((width, 24), (16, width)):
+        with pytest.raises(UserError, match=r"^MixedFeedForward\([^\n]*\): widths are whole numbers from 1$"):
+            MixedFeedForward(*widths)
 
 
 def test_widths_that_do_not_fit_are_said() -> None:

@@ -214,6 +214,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "an empty list": ("Llama", {"match": []}, r"match=\[\]: give a name, a class, a function"),
     "a number": ("Llama", {"match": 1}, "match=1: give a name, a class, a function of name and module, or several"),
+    "a mixture by its name": ("Llama", {"mixture": "moa"}, "mixture='moa': give a MixtureConfig, or None"),
+    "a mixture as a dictionary": ("Llama", {"mixture": {}}, "mixture={}: give a MixtureConfig, or None"),
     "nothing": ("Llama", {"match": "ffn"}, 'no layer matches match="ffn"; feed-forward layers by their shapes: model.'),
 }
 
@@ -228,6 +230,44 @@ def test_mistakes_are_one_line_and_the_model_stays(case: str) -> None:
     assert "\n" not in str(refusal.value)
     assert dict(model.named_modules()) == before
     assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: replace_feed_forward("model"), "^model='model': give a torch.nn.Module$"),
+        (lambda: MixedFeedForward.from_mlp(None), "^module=None: give a torch.nn.Module$"),
+        (
+            lambda: MixedFeedForward.from_mlp(nn.Linear(2, 2), up=["fc"]),
+            r"^up=\['fc'\]: give the name of a linear layer$",
+        ),
+        (lambda: load_replaced(None), "^folder=None: give a folder, or a name on the Hugging Face Hub$"),
+        (lambda: load_replaced(".", config={}), "^config={}: give a config of transformers, or None$"),
+    ],
+)
+def test_arguments_of_another_type_are_one_line(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        call()
+
+
+def test_code_in_a_folder_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    for name in ("config.py", "custom_generate/generate.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("raise SystemExit('it has run')\n")
+    model = built("Llama")
+    replace_feed_forward(model)
+    model.config.auto_map = {"AutoConfig": "config.Config"}
+    model.save_pretrained(tmp_path)
+    for settings in ({}, {"trust_remote_code": None}, {"trust_remote_code": False}):
+        load_replaced(tmp_path, backend="eager", **settings)  # a class of transformers
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"llama"', '"another"'))
+    for settings in ({}, {"trust_remote_code": None}, {"trust_remote_code": False}):
+        with pytest.raises(UserError, match="its config is code of its own; give trust_remote_code=True if"):
+            load_replaced(tmp_path, **settings)
+    with pytest.raises(SystemExit, match="it has run"):
+        load_replaced(tmp_path, trust_remote_code=True)
 
 
 def test_frozen_coefficients_and_parts_of_models_come_back(tmp_path: Path) -> None:

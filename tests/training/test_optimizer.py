@@ -362,6 +362,15 @@ def test_a_given_flag_comes_before_the_checkpoints() -> None:
         ("--moa-gate-weight-decay -0.1", ["--moa-gate-weight-decay -0.1", "0 or more"]),
         ("--moa-gate-weight-decay nan", ["--moa-gate-weight-decay nan", "0 or more"]),
         ("--moa-gate-weight-decay inf", ["--moa-gate-weight-decay inf", "0 or more"]),
+        *(
+            (f"{flag} 1e300", ["1e+300", "from 1e-30 to 10000"])
+            for flag in (
+                "--moa-gate-lr-scale",
+                "--moa-gate-weight-decay",
+                "--moa-gate-init-std",
+                "--moa-mixing la --moa-init",
+            )
+        ),
         ("--moa-gate-lr-scale 2 --moa-freeze-gates", ["--moa-gate-lr-scale 2.0", "--moa-freeze-gates"]),
         ("--moa-gate-weight-decay 0 --moa-freeze-gates", ["--moa-gate-weight-decay 0.0", "--moa-freeze-gates"]),
         ("--moa-gate-weight-decay 0.1 --moa-mixing la", ["--moa-gate-weight-decay 0.1", "--moa-mixing la"]),
