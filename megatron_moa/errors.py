@@ -24,9 +24,9 @@ def check_is_folder(flag: str, path: Path) -> None:
 
 
 def fail(program: str, message: str) -> NoReturn:
-    """Prints ``program: error: message`` on the first rank and leaves with exit code 2."""
+    """Prints ``program: error: message`` in one line on the first rank and leaves with exit code 2."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {printable(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
