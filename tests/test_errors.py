@@ -24,7 +24,8 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"), [("a\nb", r"a\nb"), ("a\x1b[2Jb", r"a\x1b[2Jb"), ("a\u2028\udc80", r"a\u2028\udc80"), ("é 数", "é 数")]
+    ("name", "shown"),
+    [("a\nb", r"a\nb"), ("a\x1b[2Jb", r"a\x1b[2Jb"), ("a\u2028\udc80", r"a\u2028\udc80"), ("é 数", "é 数")],
 )
 def test_a_mistake_is_one_line_whatever_a_file_is_called(
     name: str, shown: str, capsys: pytest.CaptureFixture[str]
