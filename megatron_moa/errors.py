@@ -7,10 +7,12 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
+
+_MOST = sys.float_info.max
 
 
 class UserError(ValueError):
@@ -21,6 +23,24 @@ def check_is_folder(flag: str, path: Path) -> None:
     """Raises UserError for a path that is there and is no folder."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{flag} {path}: not a folder; name the folder that --save wrote to")
+
+
+def has_types(value: Any, types: Mapping[str, type]) -> bool:
+    """Whether JSON that a file held is an object with these keys, their values of these types.
+
+    A float may be a whole number there; true and false are no numbers, and neither is what a float cannot hold.
+    """
+    if not isinstance(value, dict):
+        return False
+    for key, kind in types.items():
+        held = value.get(key)
+        if kind in (int, float):
+            fits = isinstance(held, (int, kind)) and not isinstance(held, bool) and -_MOST < held < _MOST
+        else:
+            fits = isinstance(held, kind)
+        if not fits:
+            return False
+    return True
 
 
 def fail(program: str, message: str) -> NoReturn:

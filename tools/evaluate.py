@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, has_types, one_line, one_line_errors
 
 PROGRAM = "evaluate.py"
 OWN_TASKS = Path(__file__).resolve().parents[1] / "examples" / "evaluation"
@@ -79,12 +79,10 @@ def files_below(folder: Path | None) -> list[Path]:
 
 def is_result(result: Any, task: str) -> bool:
     """Whether what a file holds has what :func:`table` and :func:`finished` read, of this task."""
-    if not isinstance(result, dict) or result.get("task") != task or not isinstance(result.get("documents"), int):
+    types = {"task": str, "documents": int, "settings": dict, "metrics": dict}
+    if not has_types(result, types) or result["task"] != task:
         return False
-    metrics = result.get("metrics")
-    if not isinstance(metrics, dict) or not isinstance(result.get("settings"), dict):
-        return False
-    return all(isinstance(value, (int, float)) for value in metrics.values())
+    return all(isinstance(value, float) for value in result["metrics"].values())
 
 
 def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
