@@ -7,10 +7,12 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
+
+_MOST = sys.float_info.max
 
 
 class UserError(ValueError):
@@ -23,10 +25,28 @@ def check_is_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: not a folder; name the folder that --save wrote to")
 
 
+def has_types(value: Any, types: Mapping[str, type]) -> bool:
+    """Whether JSON that a file held is an object with these keys, their values of these types.
+
+    A float may be a whole number there; true and false are no numbers, and neither is what a float cannot hold.
+    """
+    if not isinstance(value, dict):
+        return False
+    for key, kind in types.items():
+        held = value.get(key)
+        if kind in (int, float):
+            fits = isinstance(held, (int, kind)) and not isinstance(held, bool) and -_MOST < held < _MOST
+        else:
+            fits = isinstance(held, kind)
+        if not fits:
+            return False
+    return True
+
+
 def fail(program: str, message: str) -> NoReturn:
-    """Prints ``program: error: message`` on the first rank and leaves with exit code 2."""
+    """Prints ``program: error: message`` in one line on the first rank and leaves with exit code 2."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {printable(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -10,6 +10,7 @@ nothing behind.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -18,10 +19,19 @@ from pathlib import Path
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import parse_args, run
+from torch.distributed.run import (
+    config_from_args,
+    determine_local_world_size,
+    get_args_parser,
+    parse_min_max_nnodes,
+    run,
+)
 
+from megatron_moa.errors import UserError, fail, one_line, one_line_errors
 from megatron_moa.training.exit_codes import EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL, STOP_SIGNALS
 
+PROGRAM = "megatron_moa.launch"
+_MOST_PROCESSES = 1024  # of a node
 _FINAL = (2, EXIT_NOT_FINITE)  # another start would end the same way
 
 
@@ -69,12 +79,51 @@ def exit_code(codes: list[int], received: set[int]) -> int:
     return codes[0] if codes[0] > 0 else 128 - codes[0]
 
 
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """torchrun's arguments.
+
+    Raises:
+        UserError: torchrun could not start with them.
+    """
+    parser = get_args_parser()
+    parser.error = lambda message: fail(PROGRAM, f"{message}; see python -m {PROGRAM} --help")
+    options = parser.parse_args(arguments)
+    processes, nodes = options.nproc_per_node, options.nnodes
+    try:
+        in_range = 1 <= determine_local_world_size(processes) <= _MOST_PROCESSES
+    except ValueError:  # no number, no word of torchrun's, or a kind of device that is not here
+        in_range = False
+    if not in_range:
+        raise UserError(f"--nproc-per-node {processes}: give 1 to {_MOST_PROCESSES}, cpu, or gpu where there are GPUs")
+    try:
+        least, most = parse_min_max_nnodes(nodes)
+    except (ValueError, RuntimeError):
+        least = most = 0
+    if not 1 <= least <= most:
+        raise UserError(f"--nnodes {nodes}: no number of nodes; give 1 or more, or a range such as 1:4")
+    if options.rdzv_backend == "static" and not options.standalone and not 0 <= options.node_rank < most:
+        raise UserError(
+            f"--node-rank {options.node_rank}: out of range; give 0 to {most - 1}, as --nnodes {nodes} has it"
+        )
+    try:
+        config_from_args(options)
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise _refused(error) from None
+    return options
+
+
+def _refused(error: Exception) -> UserError:
+    """What torchrun says of its arguments."""
+    return UserError(f"torchrun: {one_line(error).rstrip('.')}; see python -m {PROGRAM} --help")
+
+
+@one_line_errors(PROGRAM)
 def main(arguments: list[str] | None = None) -> None:
     """torchrun's, with our exit code."""
     forward = _Forwarding()
     for number in STOP_SIGNALS:
         signal.signal(number, forward)
-    options = parse_args(arguments)
+    options = parse(arguments)
     # torchrun installs its handlers, which raise, for these only.
     options.signals_to_handle = ",".join(
         name for name in options.signals_to_handle.split(",") if name not in {s.name for s in STOP_SIGNALS}
@@ -89,8 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(failure.pid, signal.SIGKILL)
         ends = ", ".join(f"rank {rank} with {failure.exitcode}" for rank, failure in failures)
-        print(f"megatron_moa.launch: the processes of this node ended: {ends}; exit code {code}", file=sys.stderr)
+        print(f"{PROGRAM}: the processes of this node ended: {ends}; exit code {code}", file=sys.stderr)
         raise SystemExit(code) from None
+    except ValueError as error:  # of the rendezvous: nothing has begun
+        raise _refused(error) from None
 
 
 if __name__ == "__main__":

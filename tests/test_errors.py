@@ -1,4 +1,4 @@
-"""Endings of programs: what a reader of a pipe sees who leaves early."""
+"""Endings of programs: one line for a mistake, and what a reader of a pipe sees who leaves early."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megatron_moa.errors import one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from tests.support.training import ROOT
 
 TALKS = """
@@ -21,6 +21,21 @@ def main():
 
 main()
 """
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a\nb", r"a\nb"), ("a\x1b[2Jb", r"a\x1b[2Jb"), ("a\u2028\udc80", r"a\u2028\udc80"), ("é 数", "é 数")],
+)
+def test_a_mistake_is_one_line_whatever_a_file_is_called(
+    name: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), one_line_errors("tool"):
+        raise UserError(f"--load {name}: no such file")
+    assert capsys.readouterr().err == f"tool: error: --load {shown}: no such file\n"
+    with pytest.raises(SystemExit):
+        OneLineParser("tool").parse_args([name])
+    assert capsys.readouterr().err == f"tool: error: unrecognized arguments: {shown}; see tool --help\n"
 
 
 @pytest.mark.parametrize("code", [0, 1])

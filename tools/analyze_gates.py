@@ -31,14 +31,15 @@ from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.data.corpus import read_documents
 from megatron_moa.data.dataset import TRAIN, VALIDATION, check_token_ids, dataset_documents
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, has_types, one_line_errors
 
 if TYPE_CHECKING:
     from megatron_moa.research.gates.probe import GateProbe, Recording
     from megatron_moa.trained.from_megatron import LoadedModel, PreparedCheckpoint
 
 PROGRAM = "analyze_gates.py"
-CONTINUED = ("way", "seed", "loss", "iterations", "tokens", "lr")  # what is kept of a training that went on
+# What is kept of a training that went on.
+CONTINUED = {"way": str, "seed": int, "loss": float, "iterations": int, "tokens": int, "lr": float}
 _SAMPLED = 10  # random tokens whose curves are drawn
 
 
@@ -256,14 +257,26 @@ def read_continued(path: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        kept = [{key: line[key] for key in CONTINUED} for line in lines]
     except OSError as error:
-        raise UserError(f"--continued {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--continued {path}: is not what examples/studies/continue_frozen.sh writes") from None
-    if not kept:
+        raise UserError(f"--continued {path}: cannot be read ({error.strerror}); check the path") from None
+    except (ValueError, RecursionError):
+        lines = [None]
+    if not all(has_types(line, CONTINUED) for line in lines):
+        raise UserError(
+            f"--continued {path}: is not what examples/studies/continue_frozen.sh writes; give its continued.jsonl"
+        )
+    if not lines:
         raise UserError(f"--continued {path}: is empty; give it when examples/studies/continue_frozen.sh has ended")
-    return kept
+    return [{key: line[key] for key in CONTINUED} for line in lines]
+
+
+def check_apart(flags: argparse.Namespace) -> None:
+    """Raises UserError where one of the two folders that are written is the other, or lies in it."""
+    if flags.out is None or flags.write_la is None:
+        return
+    out, la = flags.out.resolve(), flags.write_la.resolve()
+    if out.is_relative_to(la) or la.is_relative_to(out):
+        raise UserError(f"--write-la {flags.write_la}: is --out's folder, or one lies in the other; name another")
 
 
 @one_line_errors(PROGRAM)
@@ -271,6 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     """Analyses, writes, prints."""
     with contextlib.ExitStack() as written:
         flags, megatron_flags = parse_flags(argv)
+        check_apart(flags)
         words = sys.argv[1:] if argv is None else argv
         flags.command = shlex.join(["python", f"tools/{PROGRAM}", *words])
         out = written.enter_context(written_folder("--out", flags.out)) if flags.out else None

@@ -4,7 +4,7 @@
 
 This project's model is loaded with this package's classes, others with transformers' own: no code that lies in the
 folder is run. Each task's result is a JSON file in --out, written when the task is finished; a task that has one is not
-evaluated again, and the table says so.
+evaluated again, and the table says so. A result of other settings, or of files that have changed since, is refused.
 
 --data FOLDER has a folder for each task, named like it, with its splits as the hub has them: files in it, however deep,
 whose names begin with the split's (validation-00000-of-00001.parquet, test.jsonl). Nothing is asked of the hub then.
@@ -16,18 +16,24 @@ from __future__ import annotations
 import argparse
 import datetime
 import difflib
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, has_types, one_line, one_line_errors
 
 PROGRAM = "evaluate.py"
 OWN_TASKS = Path(__file__).resolve().parents[1] / "examples" / "evaluation"
 TASKS = ("hellaswag", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "piqa")
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_FILES = {  # settings that are fingerprints, as a message names them
+    "model_files": "other files in --load",
+    "task_files": "other files in --data or --tasks-folder",
+}
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
@@ -60,21 +66,46 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return flags
 
 
+def fingerprint(files: Iterable[Path]) -> str:
+    """Of files' paths, sizes and times of change."""
+    listed = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+
+
+def files_below(folder: Path | None) -> list[Path]:
+    """All files of a folder, however deep; none of None."""
+    return [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+
+
+def is_result(result: Any, task: str) -> bool:
+    """Whether what a file holds has what :func:`table` and :func:`finished` read, of this task."""
+    types = {"task": str, "documents": int, "settings": dict, "metrics": dict}
+    if not has_types(result, types) or result["task"] != task:
+        return False
+    return all(isinstance(value, float) for value in result["metrics"].values())
+
+
 def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """The result of an evaluation that was run before, None if there is none.
 
+    Args:
+        path: named like its task.
+
     Raises:
-        UserError: it was run with other settings, or the file is none of ours.
+        UserError: it was run with other settings or files, or the file is none of ours.
     """
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         result = json.loads(path.read_text())
-        there = result["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--out {path}: is no result of an evaluation; move it away") from None
+    except (OSError, ValueError, RecursionError):
+        result = None
+    if not is_result(result, path.stem):
+        raise UserError(f"--out {path}: is no result of {path.stem}, or damaged; move it away")
+    there = result["settings"]
     if there != settings:
-        what = ", ".join(f"{name} {there.get(name)}" for name in settings if there.get(name) != settings[name])
+        differing = [name for name in settings if there.get(name) != settings[name]]
+        what = ", ".join(_FILES.get(name) or f"{name} {there.get(name)}" for name in differing) or "further settings"
         raise UserError(f"--out {path}: was evaluated with {what}; add --again to replace it, or name another --out")
     return result
 
@@ -205,18 +236,29 @@ def main(argv: list[str] | None = None) -> None:
         "num_fewshot": flags.num_fewshot,
         "limit": flags.limit,
         "data": str(data),
+        "tasks_folder": flags.tasks_folder,
     }
     if not (folder / "config.json").is_file():
         raise UserError(f"--load {folder}: has no config.json; give a folder that tools/convert_to_hf.py wrote")
+    if out.resolve() == folder.resolve():
+        raise UserError(f"--out {out}: is the model's own folder; name another, such as {out / 'evaluation'}")
+    check_folders(flags)
+    settings["model_files"] = fingerprint(path for path in folder.iterdir() if path.is_file())
+    further = files_below(Path(flags.tasks_folder) if flags.tasks_folder else None)
+    made_of = {
+        name: {**settings, "task_files": fingerprint([*further, *files_below(data and data / name)])}
+        for name in flags.tasks
+    }
     results = {}
     for name in flags.tasks:
-        before = None if flags.again else finished(out / f"{name}.json", settings)
+        if (out / f"{name}.json").is_dir():
+            raise UserError(f"--out {out}: {name}.json in it is a folder; move it away")
+        before = None if flags.again else finished(out / f"{name}.json", made_of[name])
         if before is not None:
             results[name] = before
             print(f"> {name}: evaluated already, {out / name}.json; --again repeats it", file=sys.stderr)
     missing = [name for name in flags.tasks if name not in results]
     if missing:
-        check_folders(flags)
         if data is not None:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
         try:
@@ -228,8 +270,7 @@ def main(argv: list[str] | None = None) -> None:
             ) from None
         from megatron_moa.hf.loading import load_folder
 
-        further = [flags.tasks_folder] if flags.tasks_folder else []
-        manager = TaskManager(include_path=[OWN_TASKS, *further])
+        manager = TaskManager(include_path=[OWN_TASKS, *([flags.tasks_folder] if flags.tasks_folder else [])])
         tasks = {name: build_task(manager, name, data) for name in missing}
         model = load_folder(folder)
         if model.tokenizer is None:
@@ -245,7 +286,8 @@ def main(argv: list[str] | None = None) -> None:
         make_folder(out)
         for name, task in tasks.items():
             when = datetime.datetime.now().isoformat(timespec="seconds")
-            results[name] = {"task": name, "settings": settings, "when": when, **evaluate(lm, manager, task, flags)}
+            measured = evaluate(lm, manager, task, flags)
+            results[name] = {"task": name, "settings": made_of[name], "when": when, **measured}
             write(out / f"{name}.json", results[name])
     print(table({name: results[name] for name in flags.tasks}))
 
@@ -259,10 +301,13 @@ def make_folder(out: Path) -> None:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all. Raises UserError where it cannot be written."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.rename(path)
+    try:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror}); free space or name another") from None
 
 
 if __name__ == "__main__":

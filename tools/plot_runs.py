@@ -148,12 +148,17 @@ class Page:
             axes.fill_between(places, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
 
     def finish(self, figure: Figure, name: str) -> None:
-        """Lays the figure out; it is written when all are drawn."""
+        """Lays the figure out; it is written when all are drawn. A further figure of a name gets a number behind it."""
         for axes in figure.axes:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=9)
         figure.tight_layout()
-        self.pending.append((self.folder / name, figure))
+        path = self.folder / f"{name}.png"
+        taken, number = {other for other, _ in self.pending}, 1
+        while path in taken:
+            number += 1
+            path = self.folder / f"{name}-{number}.png"
+        self.pending.append((path, figure))
 
     def write(self) -> list[Path]:
         """Writes all figures. Raises UserError if they cannot be written."""
@@ -210,7 +215,7 @@ def draw_training(page: Page, arms: Sequence[Arm], along: str, part: float) -> N
         page.draw(axes, arm, places / size, values)
         settled.append(after_the_fall(places, values))
     frame(axes, settled)
-    page.finish(figure, f"loss-{'tokens' if along == 'tokens' else 'time'}.png")
+    page.finish(figure, f"loss-{'tokens' if along == 'tokens' else 'time'}")
 
 
 def after_the_fall(places: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -237,7 +242,7 @@ def draw_validation(page: Page, arms: Sequence[Arm]) -> None:
     for arm in evaluated:
         places, values = stacked([run.validation for run in arm.runs], "tokens")
         page.draw(axes, arm, places / size, values, marker="o", markersize=3)
-    page.finish(figure, "validation.png")
+    page.finish(figure, "validation")
 
 
 def with_validation(arms: Sequence[Arm]) -> list[Arm]:
@@ -272,7 +277,7 @@ def draw_difference(page: Page, arms: Sequence[Arm], baseline: Arm, part: float)
             page.draw(axes, arm, places / size, values, **style)
             settled.append(after_the_fall(places, values))
         frame(axes, [*settled, np.zeros(1)])
-    page.finish(figure, "difference.png")
+    page.finish(figure, "difference")
 
 
 def draw_coefficients(page: Page, arm: Arm, statistics: Statistics) -> None:
@@ -296,7 +301,7 @@ def draw_coefficients(page: Page, arm: Arm, statistics: Statistics) -> None:
         figure.colorbar(image, ax=axes, fraction=0.05)
     of = f", {arm.runs[0].path}" if len(arm.runs) > 1 else ""
     figure.suptitle(f"coefficients of {arm.label}{of}, iteration {statistics.iteration}", fontsize=11)
-    page.finish(figure, f"coefficients-{re.sub(r'[^A-Za-z0-9._-]+', '-', arm.label)}.png")
+    page.finish(figure, f"coefficients-{re.sub(r'[^A-Za-z0-9._-]+', '-', arm.label)[:100]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

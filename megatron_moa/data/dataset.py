@@ -19,6 +19,7 @@ _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, doc
 
 
 _TOKEN_DTYPES = {1: numpy.uint8, 2: numpy.int8, 3: numpy.int16, 4: numpy.int32, 5: numpy.int64, 8: numpy.uint16}
+DTYPE_NAMES = frozenset(numpy.dtype(dtype).name for dtype in _TOKEN_DTYPES.values())
 
 
 def index_header(dtype: type, sequences: int) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy
 
 from megatron_moa.data import corpus, dataset
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, has_types
 
 SHUFFLE_BYTES = 1 << 28  # what is gathered in memory before it is written
 COPY_BYTES = 1 << 26
@@ -150,17 +150,26 @@ class Manifest:
 
     @classmethod
     def read(cls, path: str) -> "Manifest":
-        """Reads one; UserError if it is none of this format."""
+        """Reads one; UserError if it is none of this format, or cannot be read."""
         try:
-            manifest = cls(**json.loads(Path(path).read_text()))
-            known = manifest.format == MANIFEST_FORMAT
-        except (ValueError, TypeError):
-            known = False
-        if not known:
+            held = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+        except (ValueError, RecursionError):
+            held = None
+        types = {"part": int, "parts": int, "documents": int, "tokens": int, "dtype": str, "settings": dict}
+        if not (
+            has_types(held, types | {"format": int})
+            and held.keys() == types.keys() | {"format"}
+            and held["format"] == MANIFEST_FORMAT
+            and min(held["documents"], held["tokens"]) >= 0
+            and held["dtype"] in dataset.DTYPE_NAMES
+            and _is_seed(held["settings"].get("shuffle_documents"))
+        ):
             raise UserError(
                 f"{path}: not the manifest of a part that this version writes; delete it and make the part again"
             )
-        return manifest
+        return cls(**held)
 
     @property
     def expected_sizes(self) -> dict[str, int]:
@@ -176,10 +185,17 @@ class Manifest:
             path = prefix + ending
             found = os.path.getsize(path) if os.path.exists(path) else 0
             if found != expected:
-                raise UserError(
-                    f"{path}: {found:,} bytes instead of {expected:,}; make the part again: "
-                    f"tools/preprocess_data.py … --part {self.part}/{self.parts} --overwrite"
-                )
+                raise UserError(f"{path}: {found:,} bytes instead of {expected:,}; {self.made_again}")
+
+    @property
+    def made_again(self) -> str:
+        """The remedy where the part's files are damaged."""
+        return f"make the part again: tools/preprocess_data.py … --part {self.part}/{self.parts} --overwrite"
+
+
+def _is_seed(value: Any) -> bool:
+    """Whether it is a seed of --shuffle-documents, or None."""
+    return value is None or (type(value) is int and value >= 0)
 
 
 def differing_settings(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -245,15 +261,21 @@ def merge(
         prefixes, manifests: of the parts, as :func:`finished_parts` gives them.
         bin_path, idx_path: what is written.
         done: told the bytes as they are written.
+
+    Raises:
+        UserError: a part's lengths are damaged.
     """
     dtype = numpy.dtype(manifests[0].dtype).type
     header = len(dataset.index_header(dtype, 0))
-    lengths = numpy.concatenate(
-        [
-            numpy.fromfile(f"{prefix}.idx", numpy.int32, manifest.documents, offset=header)
-            for prefix, manifest in zip(prefixes, manifests, strict=True)
-        ]
-    )
+    of_parts = []
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        found = numpy.fromfile(f"{prefix}.idx", numpy.int32, manifest.documents, offset=header)
+        if found.sum(dtype=numpy.int64) != manifest.tokens or (found < 1).any():
+            raise UserError(
+                f"{prefix}.idx: damaged, its lengths are not those of {manifest.tokens:,} tokens; {manifest.made_again}"
+            )
+        of_parts.append(found)
+    lengths = numpy.concatenate(of_parts)
     seed = manifests[0].settings["shuffle_documents"]
     paths = [f"{prefix}.bin" for prefix in prefixes]
     with open(bin_path, "wb") as target:

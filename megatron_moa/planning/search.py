@@ -18,7 +18,7 @@ from megatron_moa.training.flops import Flops, flops_per_token
 from megatron_moa.training.gpus import Gpu
 
 _KEPT = 10  # best splits that are looked at closer
-_MOST_GPUS = 1 << 16  # where the search for a number of GPUs that fits ends
+_MOST_GPUS = 1 << 16  # where searches for a number of GPUs end
 
 FLAGS = {
     "tp": "--tp",
@@ -208,7 +208,13 @@ class Planner:
         )
 
     def _nearest_gpus(self, gpus: int, fixed: Mapping[str, int | str]) -> str:
-        for number in sorted(range(1, 2 * gpus), key=lambda number: abs(number - gpus)):
+        """The nearest number of GPUs, in whole nodes, that can be split: TP PP CP times a divisor of the batch."""
+        model, batch = self.model, self.model.global_batch
+        tps = (fixed["tp"],) if "tp" in fixed else divisors(model.heads, GPUS_PER_NODE)
+        pps = (fixed["pp"],) if "pp" in fixed else divisors(model.layers, model.layers)
+        ranks = {tp * pp * fixed.get("cp", 1) for tp in tps for pp in pps}
+        numbers = {number * dp for number in ranks for dp in divisors(batch, _MOST_GPUS)}
+        for number in sorted(numbers, key=lambda number: (abs(number - gpus), number)):
             whole_nodes = number % GPUS_PER_NODE == 0 or GPUS_PER_NODE % number == 0
             if whole_nodes and next(self._candidates(number, fixed), None) is not None:
                 return f"take --gpus {number}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 from pathlib import Path
@@ -152,12 +153,67 @@ def test_parts_that_do_not_belong_together(
     merge(tmp_path / "d")
 
 
+def rewrite_manifest(path: Path, changes: dict[str, object]) -> None:
+    """Changes a part's manifest: keys' values, "settings" by key, too."""
+    manifest = json.loads(Path(f"{path}.json").read_text())
+    settings = changes.get("settings")
+    changes = changes | ({"settings": manifest["settings"] | settings} if isinstance(settings, dict) else {})
+    Path(f"{path}.json").write_text(json.dumps(manifest | changes))
+
+
+def overwrite_lengths(path: Path) -> None:
+    """Puts other numbers where a part's .idx has its documents' lengths."""
+    with open(f"{path}.idx", "r+b") as stream:
+        stream.seek(34)
+        stream.write(b"\xff" * 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"part": "2"},
+        {"parts": 2.5},
+        {"documents": "30"},
+        {"documents": -1},
+        {"tokens": None},
+        {"tokens": True},
+        {"dtype": 5},
+        {"dtype": "float64"},
+        {"settings": []},
+        {"settings": {"shuffle_documents": "1"}},
+        {"settings": {"shuffle_documents": -1}},
+        {"format": 2},
+        {"further": 1},
+        b"\xff",
+        b"[" * 100_000,
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_a_manifest_that_is_none_is_one_line(
+    changes: dict[str, object] | bytes, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    arguments = ["--input", tmp_path / "a.txt", "--workers", 1, "--part", "1/1"]
+    preprocess(model, tmp_path / "d", *arguments)
+    part = tmp_path / "d.part-00001-of-00001"
+    if isinstance(changes, bytes):
+        Path(f"{part}.json").write_bytes(changes)
+    else:
+        rewrite_manifest(part, changes)
+    for line in (
+        one_line(capsys, merge, tmp_path / "d"),
+        one_line(capsys, preprocess, model, tmp_path / "d", *arguments),
+    ):
+        assert f"{part}.json: not the manifest of a part that this version writes; delete it" in line
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
         (lambda path: os.truncate(f"{path}.bin", 10), ".bin: 10 bytes instead of "),
         (lambda path: os.unlink(f"{path}.bin"), ".bin: 0 bytes instead of "),
         (lambda path: os.truncate(f"{path}.idx", 34), ".idx: 34 bytes instead of "),
+        (overwrite_lengths, ".idx: damaged, its lengths are not those of "),
         (lambda path: Path(f"{path}.json").write_text("{}"), ".json: not the manifest of a part"),
         (lambda path: os.rename(f"{path}.json", str(path)[:-1] + "3.json"), "parts of divisions into 2 and 3; delete"),
         (lambda path: os.unlink(f"{path}.json"), "1 of 2 parts missing (2)"),

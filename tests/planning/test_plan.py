@@ -420,6 +420,8 @@ MISTAKES = {
     "moe-2b --gpus 12 --gpu h100 --ep 8": "--ep 8: does not divide the 12 ranks of a stage; take --ep 4",
     "dense-2b --gpus 8 --gpu h100 --micro-batch-size 48": "--micro-batch-size 48: times 8 data-parallel ranks does not "
     "divide the global batch of 512; take --micro-batch-size 32 or --micro-batch-size 64",
+    "dense-2b --gpus 1000000000000000003 --gpu h100": "a global batch of 512; take --gpus 114688",  # 8 TP 28 PP 512 DP
+    "dense-2b --gpus 100000 --gpu h100 --tp 1 --pp 1": "a global batch of 512; take --gpus 512",
     "dense-2b none --gpus 8 --gpu h100 --recompute mixture": "MIXING none has no mixture",
     "dense-2b --gpus 8 --gpu h100 -- --tensor-model-parallel-size 2": "chosen here by --tp",
     "dense-2b --gpus 8 --gpu h100 -- --optimizer sgd": "--optimizer sgd: the planner has no formulas for it; take adam",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_moa.checkpoints.tensors import CheckpointTensors
+from megatron_moa.errors import UserError
 from tests.research.test_study_report import report_of, study, write
 from tests.support import launch
 from tests.support.training import ROOT
@@ -182,8 +183,41 @@ def test_mistakes_are_one_line(
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        "text",
+        "[1]",
+        "1",
+        pytest.param("[" * 100_000, id="deep"),
+        *(
+            json.dumps({"way": "la", "seed": 1, "loss": 3.2, "iterations": 9, "tokens": 99, "lr": 0.1} | wrong)
+            for wrong in (
+                {"way": ["la"]},
+                {"seed": "1"},
+                {"loss": None},
+                {"loss": True},
+                {"loss": float("nan")},
+                {"loss": 10**400},
+                {"tokens": "99"},
+                {"tokens": 9.5},
+                {"lr": "0.1"},
+            )
+        ),
+    ],
+)
+def test_trainings_that_went_on_are_checked_before_anything_is_loaded(wrong: str, tmp_path: Path) -> None:
+    path = tmp_path / "continued.jsonl"
+    path.write_text(wrong)
+    with pytest.raises(UserError, match=r"^--continued \S+: is not what examples/studies/continue_frozen.sh writes; "):
+        analyze_gates.read_continued(path)
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["no", "t.txt", "--out", "x", "--write-la", "./x"], "--write-la x: is --out's folder, or one lies in the"),
+        (["no", "t.txt", "--out", "x/y", "--write-la", "x"], "--write-la x: is --out's folder, or one lies in the"),
+        (["no", "t.txt", "--out", "x", "--write-la", "link/la"], "--write-la link/la: is --out's folder, or one"),
         (["export", "t.txt"], "export: is a Hugging Face folder; give the checkpoint that it was made of"),
         (["export", "t.txt", "--tokens", "0"], "argument --tokens: a number above 0 is wanted, not 0; see"),
         (["export", "t.txt", "--part", "test"], "argument --part: invalid choice: 'test'"),
@@ -195,6 +229,7 @@ def test_mistakes_that_need_no_checkpoint(
 ) -> None:
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "x")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         analyze_gates.main(flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -238,10 +240,72 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) ->
     assert finished(path, settings) == result
     with pytest.raises(UserError, match="was evaluated with limit None; add --again"):
         finished(path, {**settings, "limit": 3})
-    path.write_text("[]")
-    with pytest.raises(UserError, match="is no result"):
-        finished(path, settings)
     assert table({"piqa": result}).splitlines()[-1] == "| piqa | 3 | acc | 0.5000 | 0.1000 |"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\x00",
+        b"[]",
+        b"{}",
+        pytest.param(b"[" * 100_000, id="deep"),
+        *(
+            json.dumps({"task": "piqa", "settings": {}, "metrics": {"acc": 0.5}, "documents": 3} | wrong).encode()
+            for wrong in (
+                {"settings": "x"},
+                {"metrics": None},
+                {"metrics": {"acc": "0.5"}},
+                {"documents": [3]},
+                {"task": "arc_easy"},
+            )
+        ),
+        None,
+    ],
+)
+def test_a_file_that_is_no_result_is_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "piqa.json"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^--out \S+piqa.json: is no result of piqa, or damaged; move it away$"):
+        finished(path, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (None, "| piqa | 3 | acc | 0.5000 |  |"),
+        ("export/model.safetensors", "with other files in --load;"),
+        ("tasks/piqa.yaml", "with other files in --data or --tasks-folder;"),
+        ("data/piqa/test.jsonl", "with other files in --data or --tasks-folder;"),
+        ("data/arc_easy/test.jsonl", "| piqa | 3 | acc | 0.5000 |  |"),
+    ],
+)
+def test_a_result_of_other_files_is_not_taken_for_this_one(
+    changed: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("export/config.json", "export/model.safetensors", "tasks/piqa.yaml", "data/piqa/test.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    folders = {"--load": "export", "--data": "data", "--tasks-folder": "tasks"}
+    words = ["--tasks", "piqa", *(word for flag in folders for word in (flag, f"{tmp_path}/{folders[flag]}"))]
+    monkeypatch.setattr("tools.evaluate.evaluate", lambda *_: {"metrics": {"acc": 0.5}, "documents": 3})
+    monkeypatch.setattr("tools.evaluate.build_task", lambda *_: None)
+    for name in ("lm_eval.models.huggingface", "lm_eval.tasks", "megatron_moa.hf.loading"):
+        monkeypatch.setitem(sys.modules, name, MagicMock())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    main(words)
+    if changed:
+        (tmp_path / changed).parent.mkdir(exist_ok=True)
+        (tmp_path / changed).write_text("other")
+    refused = "with" in said
+    with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+        main(words)
+    shown = capsys.readouterr()
+    assert said in (shown.err if refused else shown.out.splitlines()[-1])
 
 
 def test_files_of_the_splits_are_found_however_deep(tmp_path: Path) -> None:

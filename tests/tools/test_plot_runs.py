@@ -98,6 +98,18 @@ def test_figures_are_written(plot: ModuleType, runs: dict[str, Path], capsys: py
         assert len(data) > 10_000  # an empty pair of axes has less
 
 
+def test_labels_that_look_alike_in_a_file_name_keep_their_figures(
+    plot: ModuleType, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(runs["moa-1"])] * 5
+    labels = ["--labels", "a b", "a-b", "a-b-2", "a/b", "x" * 300]
+    plot.main([*folders, *labels, "--output", str(tmp_path / "plots")])
+    names = [Path(line).name for line in capsys.readouterr().out.splitlines()][3:]
+    ends = ("a-b", "a-b-2", "a-b-2-2", "a-b-3", "x" * 100)
+    assert names == [f"coefficients-{end}.png" for end in ends]
+    assert all((tmp_path / "plots" / name).is_file() for name in names)
+
+
 def test_what_the_axes_show(plot: ModuleType, runs: dict[str, Path], tmp_path: Path) -> None:
     arms, baseline = plot.arms_of(list(runs.values()), ["a", "a", "b", "b"], runs["none-1"])
     assert [(arm.title, len(arm.runs)) for arm in arms] == [("a (2 runs)", 2), ("b (2 runs)", 2)]

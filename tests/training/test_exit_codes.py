@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_moa.launch import children, exit_code
+from megatron_moa.launch import main as launcher
 from megatron_moa.research.fault_drill.poison import poison as poison_training
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
+from megatron_moa.training.exit_codes import STOP_SIGNALS
 from tests.support import launch
 from tests.support.training import ROOT, Run
 
@@ -251,6 +253,34 @@ def test_timeout_holds_for_every_group(tmp_path):
 )
 def test_launcher_exit_code(codes, received, expected):
     assert exit_code(codes, received) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        *((f"--nproc-per-node={count}", f"--nproc-per-node {count}: give 1 to 1024") for count in (0, -1, "x", 10**9)),
+        *((f"--nnodes={nodes}", f"--nnodes {nodes}: no number of nodes") for nodes in (0, "x", "2:1", "1:2:3")),
+        ("--nnodes=2 --node-rank=2", "--node-rank 2: out of range; give 0 to 1"),
+        ("--max-restarts=x", "--max-restarts: invalid int value: 'x'; see python -m megatron_moa.launch --help"),
+        ("--max-restarts=-1", "torchrun: max_restarts must be"),
+        ("--rdzv-conf=x", "torchrun: The rendezvous configuration option 'x'"),
+        ("--rdzv-backend=x", "torchrun: The rendezvous backend 'x'"),
+        ("--rdzv-endpoint=a:b", "torchrun: The port number"),
+    ],
+)
+def test_launcher_says_in_one_line_what_it_cannot_start_with(flags, said, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            launcher([*flags.split(), "script.py"])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert leaving.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megatron_moa.launch: error: ")
+    assert said in line.replace("/--max_restarts", "")
 
 
 def test_launcher_finds_its_children():
