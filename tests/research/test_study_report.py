@@ -408,11 +408,11 @@ def test_folders_of_two_machines_are_one_study(tmp_path: Path, capsys: pytest.Ca
     [
         ("", "holds no finished run; let tools/study.py finish one"),
         ("{\n", "line 1 is not JSON"),
-        ("7\n", "line 1: has no cell"),
-        ('{"cell": {}}\n', "line 1: has no final"),
+        ("7\n", "line 1 7: must be a table"),
+        ('{"cell": {}}\n', "line 1: final: is missing; delete that line"),
         (
             json.dumps({**line("moa-bi-sided", 3.0), "cell": {"arm": "moa-bi-sided"}}) + "\n",
-            "line 1: cell must have arm, corpus",
+            "line 1: cell: corpus: is missing",
         ),
     ],
 )
@@ -440,7 +440,7 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, capsys: pyte
     assert "gates-x.json: has no iteration; copy the" in error_of(capsys, folder, "--out", tmp_path / "a.md")
     (folder / "gates-x.json").unlink()
     write(folder, [{"size": "1M"}], "timing.jsonl")
-    assert "timing.jsonl: line 1: has no optimizer" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    assert "timing.jsonl: line 1: optimizer: is missing" in error_of(capsys, folder, "--out", tmp_path / "a.md")
     assert os.listdir(tmp_path) == ["study"]
 
 
