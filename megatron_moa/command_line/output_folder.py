@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_moa.command_line.megatron_flags import as_typed
-from megatron_moa.errors import UserError, one_line
+from megatron_moa.errors import UserError, one_line, printable
 
 # Settings of Megatron's that name a folder to write to; --save is checked when the ranks can talk.
 _WRITTEN = (
@@ -69,7 +69,7 @@ def is_unfinished(name: str) -> bool:
 
 
 @contextmanager
-def written_folder(flag: str, target: Path, replace: str | None = None) -> Iterator[Path]:
+def written_folder(flag: str, target: Path, replace: Collection[str] | None = None) -> Iterator[Path]:
     """Yields a temporary folder beside the target, which gets its name at the end; if anything goes wrong none remains.
 
     A tool that is killed leaves the temporary folder (:func:`is_unfinished`). It is not deleted, since another process
@@ -78,16 +78,13 @@ def written_folder(flag: str, target: Path, replace: str | None = None) -> Itera
     Args:
         flag: that names the target, for messages.
         target: not there, or an empty folder.
-        replace: a pattern of file names; a target that holds nothing but such files is replaced.
+        replace: names of files that the tool wrote; a target that holds nothing but such files is replaced.
 
     Raises:
         UserError: the target is something else, or cannot be written.
     """
-    target = target.absolute()
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(_others(target, replace)))):
-        full = "a folder that is not empty" if replace is None else f"a folder with other files than {replace}"
-        kind = "a link" if target.is_symlink() else full if target.is_dir() else "a file"
-        raise UserError(f"{flag} {target}: is {kind}; name a new folder")
+    typed, target = f"{flag} {target}", target.absolute()
+    _check_replaceable(typed, target, replace)
     for left in target.parent.glob("*.unfinished"):
         if re.fullmatch(re.escape(target.name) + _UNFINISHED, left.name):
             print(f"WARNING: {left} was left unfinished; delete it if nothing writes there any more", file=sys.stderr)
@@ -95,16 +92,27 @@ def written_folder(flag: str, target: Path, replace: str | None = None) -> Itera
     try:
         partial.mkdir(parents=True)
         yield partial
-        if replace is not None and target.exists():
-            shutil.rmtree(target)  # all of it such files, and what comes in their place is complete
+        _check_replaceable(typed, target, replace)  # writing may have taken long
+        for name in replace or ():  # what comes in their place is complete
+            (target / name).unlink(missing_ok=True)
         partial.rename(target)  # over an empty folder, too
     except OSError as error:
         reason = error.strerror or one_line(error)
-        raise UserError(f"{flag} {target}: cannot be written ({reason}); free space or choose another place") from error
+        raise UserError(f"{typed}: cannot be written ({reason}); free space or choose another place") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _others(folder: Path, pattern: str | None) -> Iterator[Path]:
-    """What is in a folder, other than files of these names."""
-    return (path for path in folder.iterdir() if pattern is None or path.is_dir() or not path.match(pattern))
+def _check_replaceable(typed: str, folder: Path, replace: Collection[str] | None) -> None:
+    """Raises UserError for what is there already, other than a folder of nothing but files of these names."""
+    if folder.is_symlink():
+        raise UserError(f"{typed}: is a link; name a new folder")
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"{typed}: is a file; name a new folder")
+    for path in sorted(folder.iterdir()):
+        if replace is None:
+            raise UserError(f"{typed}: is a folder that is not empty; name a new folder")
+        if path.name not in replace or path.is_symlink() or not path.is_file():
+            raise UserError(f"{typed}: holds {printable(path.name)}, which is not of an earlier run; name another")

@@ -47,20 +47,36 @@ def test_what_is_there_is_left_alone(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_files_of_one_kind_are_replaced_together_and_nothing_else_is(tmp_path: Path) -> None:
+def test_files_of_the_tools_own_are_replaced_together_and_nothing_else_is(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "old.png").write_text("old")
-    with pytest.raises(ZeroDivisionError), written_folder("--out", target, replace="*.png") as partial:
+    own = ["old.png", "new.png", "gone.png"]
+    with pytest.raises(ZeroDivisionError), written_folder("--out", target, replace=own) as partial:
         (partial / "new.png").write_text(f"half {1 // 0}")
     assert (target / "old.png").read_text() == "old"
-    with written_folder("--out", target, replace="*.png") as partial:
+    with written_folder("--out", target, replace=own) as partial:
         (partial / "new.png").write_text("whole")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new.png"]
-    (target / "mine.txt").touch()
-    with pytest.raises(UserError, match=r"with other files than \*\.png"), written_folder("--out", target, "*.png"):
+    with (
+        pytest.raises(UserError, match=r"out: holds mine\.png, which"),
+        written_folder("--out", target, own) as partial,
+    ):
+        (target / "mine.png").touch()  # while the tool writes
+    assert sorted(os.listdir(target)) == ["mine.png", "new.png"]
+    with pytest.raises(UserError, match=r"out: holds mine\.png, which"), written_folder("--out", target, own):
         pytest.fail("it was written")
-    assert sorted(os.listdir(target)) == ["mine.txt", "new.png"]
+    (target / "mine.png").unlink()
+    (target / "old.png").mkdir()
+    with pytest.raises(UserError, match=r"out: holds old\.png, which"), written_folder("--out", target, own):
+        pytest.fail("it was written")
+
+
+def test_a_message_has_the_path_as_it_was_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("out").touch()
+    with pytest.raises(UserError, match=r"^--out out: is a file; name"), written_folder("--out", Path("out")):
+        pytest.fail("it was written")
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Studies: what is compared, what is run next, what survives a kill. test_study_report.py: what is made of it."""
 
+import copy
+import datetime
 import gzip
 import hashlib
 import io
@@ -25,11 +27,15 @@ from megatron_moa.mixture.start_scale import matching_scale, output_scale
 from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.research.study.corpora import make_corpus
 from megatron_moa.research.study.grid import Cell, cell_values, pending, read_study
+from megatron_moa.research.study.lines import RESULTS, end_last_line, read_results, read_timings
 from megatron_moa.research.study.paper import ROWS, TABLE_1, TABLE_2
 from megatron_moa.research.study.planned import planned
-from megatron_moa.research.study.runner import RESULTS, Runner, command, losses_of, read_results
+from megatron_moa.research.study.runner import Runner, command, losses_of
 from megatron_moa.research.study.timing import TIMING, WIDER, width_of_equal_time
+from tests.research.test_study_statistics import line as any_line
 from tests.support import launch
+from tools import study as study_tool
+from tools import study_report
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = Size("tiny", layers=2, hidden=48, ffn=128, heads=2, sequence=64, batch=8, init_std=0.0924)
@@ -194,26 +200,80 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
         (("layers = 2", "layers = 2.5"), "sizes.tiny: layers 2.5: must be a whole number"),
         (("layers = 2", 'layers = "two"'), "sizes.tiny: layers 'two': must be a number"),
         (("rates = [1e-2, 2e-2]", 'rates = [1e-2, "x"]'), "grid 1: rates 'x': must be a number"),
-        (("tokens = [1e5]", "tokens = []"), "grid 1: a list is empty"),
+        (("tokens = [1e5]", "tokens = []"), "grid 1: tokens: a list is empty"),
         (("evaluation", "evaluatoin"), "evaluatoin: unknown key"),
         (("timing = 0", "save_interval = -1"), "save_interval -1: give 0 or more"),
         (("evaluation = 2", "evaluation = 0"), "evaluation 0: give 1 or more"),
         (("timing = 0", "warmup = 1.5"), "warmup 1.5: give a part of the run"),
-        (("heads = 2", "heads = 0"), "sizes.tiny.heads 0: give 1 or more"),
+        (("heads = 2", "heads = 0"), "sizes.tiny: heads 0: give 1 or more"),
         (("tokens = [1e5]", "tokens = [-5]"), "grid 1: tokens -5: give 1 or more"),
         (("tokens = [1e5]", "tokens = [inf]"), "grid 1: tokens inf: must be a whole number"),
         (("rates = [1e-2, 2e-2]", "rates = [0, 1e-2]"), "grid 1: rates 0: give a positive number"),
-        (("rates = [1e-2, 2e-2]", "rates = [nan]"), "grid 1: rates nan: give a positive number"),
+        (("rates = [1e-2, 2e-2]", "rates = [nan]"), "grid 1: rates nan: must be a finite number"),
         (("rates = [1e-2, 2e-2]", "seeds = [1, 2]"), "grid 1: swiglu has no rates, here or in a grid of this size"),
         (("timing = 0", "flags = '--bf16 --lr 7'"), "flags: --lr: is the study's own"),
         (("[[grid]]", "[[grid]"), "is not TOML"),
+        (("[corpora", "#\xe9\n[corpora"), "is not TOML ('utf-8' codec"),
+        (("timing = 0", f"timing = 0\nkeep = {'[' * 5000}"), "is not TOML"),
+        (("timing = 0", "timing = '0'"), "timing '0': must be a number"),
+        (("timing = 0", f"timing = 1{'0' * 400}"), "must be a whole number"),
+        (("timing = 0", "grids = []"), "grids: unknown key; there are corpora, evaluation, flags, grid, keep"),
+        (("timing = 0", "scales = 3"), "scales 3: must be a table"),
+        (("timing = 0", "scales.cpu = 3"), "scales.cpu 3: must be a table"),
+        (("timing = 0", "flags = 3"), "flags 3: must be a list"),
+        (("[[grid]]", "[grid]"), "grid: must be a list of tables, each with the head [[grid]]"),
+        (("[sizes.tiny]", "[sizes]"), "sizes.layers 2: must be a table"),
+        (("layers = 2", "recipe = 3"), "sizes.tiny: recipe 3: must be a text"),
+        (("layers = 2", "layers = 2\ninit_std = nan"), "sizes.tiny: init_std nan: must be a finite number"),
+        (("layers = 2", "layers = 2\nmicro_batch = 3"), "sizes.tiny.micro_batch 3: does not divide batch 16"),
+        (("[corpora.python]", "[corpora]\npython = 3\n[other]"), "corpora.python 3: must be a table"),
+        (('source = "python"\n', ""), "corpora.python: has neither source nor data"),
+        (('"python"', "3"), "corpora.python.source 3: must be a text"),
+        (('"python"', '"disk"'), "corpora.python.source disk: unknown; there are python and deb"),
+        (("vocabulary = 400\n", ""), "corpora.python: vocabulary: is missing"),
+        (("vocabulary = 400", "vocabulary = 20"), "corpora.python: vocabulary 20: give 260"),
+        (("vocabulary", "vocabulery"), "corpora.python: vocabulery: unknown key; there are glob, source, vocabulary"),
+        (('source = "python"\nglob', 'source = "deb"\nmember'), "corpora.python: url: is missing"),
+        (('source = "python"\nglob = "json/*.py"\nvocabulary = 400', "data = 3"), "corpora.python: tokenizer: is mis"),
+        (('source = "python"\nglob = "json/*.py"\nvocabulary = 400', "data = 3\ntokenizer = ''"), "data 3: must be a"),
+        (("rates = [1e-2, 2e-2]", "extend = true"), "grid 1: extend true: there are no rates to go on from; add rates"),
+        (("rates = [1e-2, 2e-2]", "rates = [1e-2]\nextend = 'yes'"), "grid 1: extend 'yes': must be true or false"),
+        (("rates = [1e-2, 2e-2]", "rates = [1e-2]\nseeds = [-1]"), "grid 1: seeds -1: give 0 or more"),
     ],
 )
 def test_a_mistake_in_a_studys_file_is_one_line(change, said, tmp_path):
+    (tmp_path / "study.toml").write_bytes(STUDY.replace(*change, 1).encode("latin-1"))
     with pytest.raises(UserError, match=r"study\.toml: ") as error:
-        study_of(STUDY.replace(*change, 1), tmp_path)
+        read_study(tmp_path / "study.toml")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+PLACES = ["timing", "warmup", "keep", "flags", "scales", "scales.cpu", "scales.cpu.grid", "sizes", "sizes.tiny"]
+PLACES += ["sizes.tiny.layers", "sizes.tiny.init_std", "sizes.tiny.recipe", "sizes.tiny.flags", "corpora"]
+PLACES += ["corpora.python", "corpora.python.source", "corpora.python.vocabulary", "corpora.python.glob", "grid"]
+PLACES += [f"grid.{key}" for key in ("arms", "sizes", "corpora", "tokens", "rates", "seeds", "extend", "optimizer")]
+FITTING = [("flags", "a b"), ("flags", []), ("keep", []), ("glob", "a b"), ("extend", True)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_value_of_another_kind_is_one_line(place, tmp_path, monkeypatch):
+    *tables, key = place.split(".")
+    path, scale = tmp_path / "study.toml", "cpu" if tables[:1] == ["scales"] else "paper"
+    path.touch()
+    original = tomllib.loads(STUDY + "\n[[scales.cpu.grid]]\ntimed = 2")
+    for value in (-0.5, "a b", [], [-3], [[]], {"a": 3}, [{"a": {}}], datetime.date(1979, 5, 27), True):
+        content = copy.deepcopy(original)
+        table = content
+        for name in tables:
+            table = table[name][0] if name == "grid" else table[name]
+        table[key] = value
+        monkeypatch.setattr(tomllib, "loads", lambda _, content=content: content)
+        if any(place.endswith(end) and value == fits for end, fits in FITTING):
+            read_study(path, scale)
+            continue
+        with pytest.raises(UserError, match=rf"^{path}: .*\b{key}\b[^\n]*$"):
+            read_study(path, scale)
 
 
 STUDIES = sorted((ROOT / "examples" / "studies").glob("*.toml"))
@@ -318,7 +378,7 @@ def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
 
 
 def line_of(study, cell, **values):
-    return {"cell": cell_values(cell), "final": 3.0, "seconds": 1.0, "flags": command(study, cell), **values}
+    return {**any_line(cell.arm, 3.0), "cell": cell_values(cell), "flags": command(study, cell), **values}
 
 
 def test_a_line_that_a_kill_cut_off_is_run_anew_and_other_damage_is_refused(tmp_path):
@@ -329,9 +389,103 @@ def test_a_line_that_a_kill_cut_off_is_run_anew_and_other_damage_is_refused(tmp_
     path.write_text(whole + "\n" + json.dumps(line_of(study, cells[1]))[:-7])
     assert list(losses_of(read_results(path))) == cells[:1]
     assert cells[1] in Runner(study, tmp_path, 1, 1).pending()
+    end_last_line(path)
+    assert path.read_text() == whole + "\n"
     path.write_text(whole[:-7] + "\n" + whole + "\n")
     with pytest.raises(UserError, match="line 1 is not JSON"):
         read_results(path)
+
+
+def test_a_whole_last_line_without_its_newline_stays(tmp_path):
+    study = study_of(STUDY, tmp_path)
+    cells = pending(study, {})[:2]
+    path = tmp_path / RESULTS
+    text = "\n".join(json.dumps(line_of(study, cell)) for cell in cells)
+    path.write_text(text)
+    assert list(losses_of(read_results(path))) == cells
+    end_last_line(path)
+    assert path.read_text() == text + "\n"
+
+
+def set_in(content, place, value):
+    """Sets what a place such as ``cell.rate`` of a line names."""
+    *tables, key = place.split(".")
+    for name in tables:
+        content = content[int(name) if name.isdigit() else name]
+    content[key] = value
+
+
+STEP_TIMES = {"size": "tiny", "optimizer": "adamw", "milliseconds": {"swiglu": 10.0}, "equal_time_width": 130}
+STEP_TIMES |= {"rounds": 5, "threads": 1, "machine": "2 cores", "date": "2026-11-24"}
+NUMBERS = ["final", "seconds", "iterations", "non_embedding", "cell.tokens", "cell.rate", "cell.seed"]
+TEXTS = ["machine", "date", "arm", "corpus", "size", "optimizer", "schedule", "torch"]
+CELL = [f"cell.{key}" for key in ("arm", "corpus", "size", "optimizer", "schedule")]
+LINE_PLACES = [(RESULTS, place) for place in [*NUMBERS, *CELL, "machine", "date", "versions", "versions.torch", "cell"]]
+LINE_PLACES += [(RESULTS, "loss"), (RESULTS, "flags"), (TIMING, "milliseconds.swiglu")]
+LINE_PLACES += [(TIMING, place) for place in STEP_TIMES]
+LINES_FITTING = [("final", None), ("final", -3), ("flags", []), ("milliseconds", {"a": 1})]
+
+
+@pytest.mark.parametrize(("name", "place"), LINE_PLACES)
+def test_a_foreign_value_in_a_line_is_one_line_of_both_tools(name, place, tmp_path, capsys):
+    """In tools/study.py and tools/study_report.py alike."""
+    study = study_of(STUDY, tmp_path)
+    key = place.split(".")[-1]
+    good = line_of(study, pending(study, {})[0]) if name == RESULTS else STEP_TIMES
+    (tmp_path / RESULTS).write_text(json.dumps(line_of(study, pending(study, {})[0])) + "\n")
+    for value in ("x y", True, None, -3, math.nan, math.inf, 10**400, [], [1], [[1, "x"]], ["x"], {"a": 1}, {"a": []}):
+        if (place, value) in LINES_FITTING or (key in TEXTS and value == "x y"):
+            continue
+        broken = copy.deepcopy(good)
+        set_in(broken, place, value)
+        (tmp_path / name).write_text(json.dumps(good) + "\n" + json.dumps(broken) + "\n")
+        where = rf"error: {tmp_path / name}: line 2: .*\b{key}\b[^\n]*; delete that line, and [^\n]*\n$"
+        for main, flags in (
+            (study_tool.main, ["--study", tmp_path / "study.toml", "--out", tmp_path, "--list"]),
+            (study_report.main, [tmp_path, "--out", tmp_path / "report.md"]),
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                main([str(flag) for flag in flags])
+            assert re.search(where, capsys.readouterr().err), value
+    del broken[place.split(".")[0]]
+    (tmp_path / name).write_text(json.dumps(broken) + "\n")
+    with pytest.raises(UserError, match=rf"line 1: {place.split('.')[0]}: is missing; delete"):
+        (read_results if name == RESULTS else read_timings)(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"\xe9", b"7", b"[]", b"null", b"", b"[" * 10**5, b"1" * 10**5])
+def test_a_line_that_is_none_is_named(content, tmp_path):
+    (tmp_path / TIMING).write_bytes(json.dumps(STEP_TIMES).encode() + b"\n" + content + b"\n")
+    with pytest.raises(UserError, match=r"timing.jsonl: line 2 [^\n]*(is not JSON|must be a table)[^\n]*; delete"):
+        read_timings(tmp_path / TIMING)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["x"], "flags 'x': must begin with a flag"),
+        (["--lr", "x"], "flags: --lr 'x': must be a number"),
+        (["--lr", "0", "--min-lr", "0"], "flags: --lr 0: give a positive number"),
+        (["--min-lr", "0"], "flags: --lr: is missing"),
+        (["--moa-gate-init-std", "0.1"], "flags: --hidden-size: is missing"),
+    ],
+)
+def test_flags_of_a_line_that_no_report_can_read_are_named(flags, said, tmp_path):
+    (tmp_path / RESULTS).write_text(json.dumps({**any_line("swiglu", 3.0), "flags": flags}))
+    with pytest.raises(UserError, match=rf"results.jsonl: line 1: {said}; delete that line"):
+        read_results(tmp_path / RESULTS)
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "link"])
+def test_an_output_folder_that_cannot_be_is_one_line(out, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/proc/none")
+    (tmp_path / "study.toml").write_text(STUDY)
+    with pytest.raises(SystemExit, match="2"):
+        study_tool.main(["--study", str(tmp_path / "study.toml"), "--out", str(tmp_path / out)])
+    error = capsys.readouterr().err
+    assert re.match(rf"study.py: error: --out {tmp_path / out}: cannot be written to \(.*\); name a", error)
+    assert error.count("\n") == 1
 
 
 def test_how_long_is_left_is_told_from_runs_of_the_same_size_and_else_from_flops(tmp_path):
@@ -634,7 +788,7 @@ def test_the_controls_and_the_steps_of_the_comparison(smoke):
         ("moa-bi-sided", "la-bi-sided-half"),
     ):
         assert results.difference(setting, arm, to).count == 3
-    (timing,) = read_results(smoke / TIMING)
+    (timing,) = read_timings(smoke / TIMING)
     assert set(results.arms(setting)) <= set(timing["milliseconds"])
     assert timing["equal_time_width"] > 0
 

@@ -408,11 +408,11 @@ def test_folders_of_two_machines_are_one_study(tmp_path: Path, capsys: pytest.Ca
     [
         ("", "holds no finished run; let tools/study.py finish one"),
         ("{\n", "line 1 is not JSON"),
-        ("7\n", "line 1: has no cell"),
-        ('{"cell": {}}\n', "line 1: has no final"),
+        ("7\n", "line 1 7: must be a table"),
+        ('{"cell": {}}\n', "line 1: final: is missing; delete that line"),
         (
             json.dumps({**line("moa-bi-sided", 3.0), "cell": {"arm": "moa-bi-sided"}}) + "\n",
-            "line 1: cell must have arm, corpus",
+            "line 1: cell: corpus: is missing",
         ),
     ],
 )
@@ -426,13 +426,15 @@ def test_broken_results_are_one_line(
     assert os.listdir(tmp_path) == ["study"]
 
 
-def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_read_or_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write(tmp_path / "study", [line("moa-bi-sided", 3.0)])
     assert "holds no results.jsonl" in error_of(capsys, tmp_path, "--out", tmp_path / "a.md")
     assert "ends in .md" in error_of(capsys, folder, "--out", tmp_path / "a.txt")
-    assert "other files than *.png" in error_of(
-        capsys, folder, "--out", tmp_path / "study.md"
-    )  # beside it: the results
+    monkeypatch.chdir(tmp_path)
+    text = error_of(capsys, "study", "--out", "study.md")  # beside it: the results
+    assert "error: --out study.md: its pictures' folder study: holds results.jsonl, which is not of" in text
     assert (folder / "results.jsonl").exists()
     (folder / "gates-x.json").write_text("{")
     assert "gates-x.json: is not JSON" in error_of(capsys, folder, "--out", tmp_path / "a.md")
@@ -440,17 +442,35 @@ def test_what_cannot_be_read_or_written_is_one_line(tmp_path: Path, capsys: pyte
     assert "gates-x.json: has no iteration; copy the" in error_of(capsys, folder, "--out", tmp_path / "a.md")
     (folder / "gates-x.json").unlink()
     write(folder, [{"size": "1M"}], "timing.jsonl")
-    assert "timing.jsonl: line 1: has no optimizer" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    assert "timing.jsonl: line 1: optimizer: is missing" in error_of(capsys, folder, "--out", tmp_path / "a.md")
     assert os.listdir(tmp_path) == ["study"]
 
 
 def test_an_old_report_is_replaced_as_a_whole(tmp_path: Path) -> None:
     report_of(tmp_path, write(tmp_path / "study", study()))
     assert len(list((tmp_path / "report").iterdir())) > 2
-    (tmp_path / "report" / "of-yesterday.png").touch()
     text = report_of(tmp_path, write(tmp_path / "study", [line("moa-bi-sided", 3.0)]))
     assert [path.name for path in (tmp_path / "report").iterdir()] == re.findall(r"\]\(report/([^)]+)\)", text)
     assert sorted(os.listdir(tmp_path)) == ["report", "report.md", "study"]
+
+
+def test_what_the_report_did_not_write_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = write(tmp_path / "study", study(1)[:3]), tmp_path / "report.md"
+    mine = tmp_path / "report" / "differences.png"  # as a picture of the report's is named
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert "report: holds differences.png, which is not of" in error_of(capsys, folder, "--out", out)
+    out.write_text("Mine: ![](report/differences.png)")
+    assert f"--out {out}: is there, and no report of study_report.py; name" in error_of(capsys, folder, "--out", out)
+    out.write_bytes(b"\xe9")
+    assert f"--out {out}: is there, and no report of study_report.py; name" in error_of(capsys, folder, "--out", out)
+    assert (out.read_bytes(), mine.read_text()) == (b"\xe9", "mine")
+    mine.unlink()
+    out.unlink()
+    report_of(tmp_path, folder)
+    mine.write_text("mine")
+    assert "report: holds differences.png" in error_of(capsys, folder, "--out", out)
+    assert mine.read_text() == "mine"
 
 
 def test_best_rates_and_missing_arms_over_all_settings(tmp_path: Path) -> None:

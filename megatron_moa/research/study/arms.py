@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.mixture.start_scale import output_scale
+from megatron_moa.research.study.values import Count, Natural, NotNegative, Positive
 
 # Over how much wider a layer of one matrix less is, for the same number of parameters: 3 h f = 2 h (3/2 f).
 _UNGATED_WIDTH = 1.5
@@ -31,15 +32,15 @@ class Size:
     """
 
     name: str
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    sequence: int = 128
-    batch: int = 16
-    micro_batch: int = 0
-    init_std: float = 0.06
-    gate_init_std: float = 0.0
+    layers: Count
+    hidden: Count
+    ffn: Count
+    heads: Count
+    sequence: Count = 128
+    batch: Count = 16
+    micro_batch: Natural = 0
+    init_std: Positive = 0.06
+    gate_init_std: NotNegative = 0.0
     recipe: str = ""
     flags: tuple[str, ...] = ()
 

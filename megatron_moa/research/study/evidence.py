@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_moa.errors import UserError
-from megatron_moa.research.study.grid import Cell
-from megatron_moa.research.study.runner import RESULTS, read_results
+from megatron_moa.research.study.grid import Cell, cell_from
+from megatron_moa.research.study.lines import RESULTS, read_results, read_timings
 from megatron_moa.research.study.statistics import Results
 from megatron_moa.research.study.timing import TIMING
 
-_CELL = {field.name for field in fields(Cell)}
-_LINE = ("cell", "final", "non_embedding", "iterations", "loss", "flags", "machine", "versions", "date")
 _GATES = ("name", "iteration", "mixing", "text", "sites", "command", "machine", "date")
-_TIMING = ("size", "optimizer", "milliseconds", "equal_time_width", "rounds", "threads", "machine", "date")
 
 
 @dataclass(frozen=True)
@@ -48,20 +45,18 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
         path = folder / RESULTS
         if not path.is_file():
             raise UserError(f"{folder}: holds no {RESULTS}; name the folder that tools/study.py --out wrote")
-        for number, line in _lines(path, _LINE):
-            if not isinstance(line["cell"], dict) or line["cell"].keys() != _CELL:
-                raise UserError(f"{path}: line {number}: cell must have {', '.join(sorted(_CELL))}; delete that line")
-            cell = Cell(**line["cell"])
+        for line in read_results(path):
+            cell = cell_from(line["cell"])
             _add(runs, cell, path, line, f"the run {cell.name}")
         path = folder / TIMING
         # A study that got further arms timed all of them once more, together: its last line counts.
-        latest = {(line["size"], line["optimizer"]): line for _, line in _lines(path, _TIMING)}
+        latest = {(line["size"], line["optimizer"]): line for line in read_timings(path)}
         for (size, optimizer), line in latest.items():
             _add(timings, (size, optimizer), path, line, f"the step times of {size} with {optimizer}")
         for path in sorted(folder.glob("gates-*.json")):
             try:
-                content = json.loads(path.read_text())
-            except json.JSONDecodeError as error:
+                content = json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: is not JSON ({error}); write it anew with tools/analyze_gates.py") from None
             missing = [key for key in _GATES if not isinstance(content, dict) or key not in content]
             if missing:
@@ -75,16 +70,6 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
         {key: line for key, (_, line) in timings.items()},
         {name: content for name, (_, content) in gates.items()},
     )
-
-
-def _lines(path: Path, keys: Sequence[str]) -> list[tuple[int, dict[str, Any]]]:
-    """The lines of a file that may be absent, with their numbers."""
-    numbered = list(enumerate(read_results(path), start=1))
-    for number, line in numbered:
-        missing = [key for key in keys if not isinstance(line, dict) or key not in line]
-        if missing:
-            raise UserError(f"{path}: line {number}: has no {missing[0]}; delete that line, or run it anew")
-    return numbered
 
 
 def _add(found: dict, key: object, path: Path, content: dict[str, Any], what: str) -> None:

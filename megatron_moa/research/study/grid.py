@@ -6,21 +6,24 @@ spent, and whether its grid goes on), so it is asked for again after every run: 
 
 from __future__ import annotations
 
-import math
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 from megatron_moa.research.study.arms import ARMS, Size
+from megatron_moa.research.study.corpora import check_settings
+from megatron_moa.research.study.values import Bound, Count, Natural, Positive, filled, fitting
 from megatron_moa.runs.recipes import read_recipe
 
 PAPER = "paper"  # the scale of a file as it stands
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "wsd")
+_Part = Annotated[float, Bound(lambda part: 0 <= part < 1, "give a part of the run such as 0.02")]
+_Table = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,12 @@ class Cell:
 
     corpus: str
     size: str
-    tokens: int
+    tokens: Count
     optimizer: str
     schedule: str
     arm: str
-    rate: float
-    seed: int
+    rate: Positive
+    seed: Natural
 
     @property
     def name(self) -> str:
@@ -67,9 +70,9 @@ class Grid:
     arms: tuple[str, ...]
     sizes: tuple[str, ...]
     corpora: tuple[str, ...]
-    tokens: tuple[int, ...]
-    rates: tuple[float, ...] = ()
-    seeds: tuple[int, ...] = (1,)
+    tokens: tuple[Count, ...]
+    rates: tuple[Positive, ...] = ()
+    seeds: tuple[Natural, ...] = (1,)
     optimizer: str = "adamw"
     schedule: str = "cosine"
     extend: bool = False
@@ -88,7 +91,7 @@ class Study:
 
     Attributes:
         corpora: settings of :mod:`megatron_moa.research.study.corpora`, by name.
-        grids: in the order in which they are run.
+        grids: in the order in which they are run; the file's ``[[grid]]``.
         flags: of pretrain_gpt_moa.py, for every run.
         evaluation: iterations of the validation at the end of a run.
         warmup: part of a run's iterations in which the learning rate rises.
@@ -101,15 +104,15 @@ class Study:
 
     sizes: dict[str, Size]
     corpora: dict[str, dict[str, Any]]
-    grids: tuple[Grid, ...]
+    grids: tuple[Grid, ...] = field(metadata={"key": "grid"})
     flags: tuple[str, ...] = ()
-    evaluation: int = 40
-    warmup: float = 0.05
-    timing: int = 15
+    evaluation: Count = 40
+    warmup: _Part = 0.05
+    timing: Natural = 15
     keep: tuple[str, ...] = ()
-    save_interval: int = 0
-    tuning_seed: int = 1
-    most_extensions: int = 3
+    save_interval: Natural = 0
+    tuning_seed: Natural = 1
+    most_extensions: Natural = 3
 
 
 def read_study(path: Path, scale: str = PAPER) -> Study:
@@ -124,62 +127,44 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
         UserError: no such file, not TOML, no such scale, or a key, name or value that does not fit.
     """
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); see examples/studies/") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: is not TOML ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not TOML ({one_line(error)})") from None
     content = _at_scale(path, content, scale)
-    tables = content.pop("grid", [])
-    if not tables:
+    if not content.get("grid"):
         raise UserError(f"{path}: has no [[grid]]; see examples/studies/")
-    sizes = {name: _size(path, name, table) for name, table in content.pop("sizes", {}).items()}
-    corpora = content.pop("corpora", {})
-    grids = tuple(_filled(Grid, f"{path}: grid {number}", table) for number, table in enumerate(tables, start=1))
-    for number, grid in enumerate(grids, start=1):
+    sizes = fitting(f"{path}: sizes", content.get("sizes", {}), dict[str, _Table])
+    corpora = fitting(f"{path}: corpora", content.get("corpora", {}), dict[str, _Table])
+    for name, settings in corpora.items():
+        check_settings(f"{path}: corpora.{name}", settings)
+    models = {name: _size(f"{path}: sizes.{name}", name, table) for name, table in sizes.items()}
+    study = filled(Study, str(path), {**content, "sizes": models, "corpora": corpora})
+    for number, grid in enumerate(study.grids, start=1):
         for what, names, there in (
             ("arms", grid.arms, ARMS),
-            ("sizes", grid.sizes, sizes),
-            ("corpora", grid.corpora, corpora),
+            ("sizes", grid.sizes, study.sizes),
+            ("corpora", grid.corpora, study.corpora),
             ("optimizer", (grid.optimizer,), OPTIMIZERS),
             ("schedule", (grid.schedule,), SCHEDULES),
         ):
             unknown = [name for name in names if name not in there]
             if unknown:
                 raise UserError(f"{path}: grid {number}: {what} {unknown[0]}: unknown; there are {', '.join(there)}")
-        if not (grid.arms and grid.sizes and grid.corpora and grid.tokens and grid.seeds):
-            raise UserError(f"{path}: grid {number}: a list is empty; only rates may be (each arm's best)")
-    study = _filled(Study, str(path), {**content, "sizes": sizes, "corpora": corpora, "grids": grids})
+        for what in ("arms", "sizes", "corpora", "tokens", "seeds"):
+            if not getattr(grid, what):
+                raise UserError(f"{path}: grid {number}: {what}: a list is empty; only rates may be (each arm's best)")
+        if grid.extend and not grid.rates:
+            raise UserError(f"{path}: grid {number}: extend true: there are no rates to go on from; add rates")
     unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
-    _check_numbers(path, study)
     _check_flags(path, study)
-    for number, grid in enumerate(grids, start=1):
+    for number, grid in enumerate(study.grids, start=1):
         if not grid.rates:
             _check_best_rates(f"{path}: grid {number}", study, grid)
     return study
-
-
-def _check_numbers(path: Path, study: Study) -> None:
-    found = [
-        ("evaluation", study.evaluation, 1),
-        ("timing", study.timing, 0),
-        ("save_interval", study.save_interval, 0),
-    ]
-    for name, size in study.sizes.items():
-        counts = ("layers", "hidden", "ffn", "heads", "sequence", "batch")
-        found += [(f"sizes.{name}.{key}", getattr(size, key), 1) for key in counts]
-    for number, grid in enumerate(study.grids, start=1):
-        found += [(f"grid {number}: tokens", tokens, 1) for tokens in grid.tokens]
-        for rate in grid.rates:
-            if not 0 < rate < math.inf:
-                raise UserError(f"{path}: grid {number}: rates {rate:g}: give a positive number such as 2e-3")
-    for where, value, least in found:
-        if value < least:
-            raise UserError(f"{path}: {where} {value}: give {least} or more")
-    if not 0 <= study.warmup < 1:
-        raise UserError(f"{path}: warmup {study.warmup:g}: give a part of the run such as 0.02")
 
 
 # What a run is named by, so that nobody else may set it.
@@ -210,29 +195,34 @@ def _check_best_rates(where: str, study: Study, grid: Grid) -> None:
 
 def _at_scale(path: Path, content: dict[str, Any], scale: str) -> dict[str, Any]:
     """A file's content with the keys of one of its scales in place of its own."""
-    scales = content.pop("scales", {})
+    scales = fitting(f"{path}: scales", content.pop("scales", {}), dict[str, _Table])
+    own = fitting(f"{path}: grid", content.get("grid", []), list[_Table], "[[grid]]")
     if scale == PAPER:
         return content
     if scale not in scales:
         raise UserError(f"--scale {scale}: {path} has no [scales.{scale}]; there are {', '.join([PAPER, *scales])}")
-    own, grids = content.get("grid", []), scales[scale].pop("grid", [])
+    where, head = f"{path}: scales.{scale}: grid", f"[[scales.{scale}.grid]]"
+    grids = fitting(where, scales[scale].pop("grid", []), list[_Table], head)
     if len(grids) < len(own):
-        raise UserError(f"{path}: scales.{scale}: {len(grids)} [[scales.{scale}.grid]] for {len(own)} [[grid]]")
+        raise UserError(f"{path}: scales.{scale}: {len(grids)} {head} for {len(own)} [[grid]]")
     merged = [{**(own[number] if number < len(own) else {}), **table} for number, table in enumerate(grids)]
     return {**content, **scales[scale], "grid": merged}
 
 
-def _size(path: Path, name: str, table: Mapping[str, Any]) -> Size:
+def _size(where: str, name: str, table: Mapping[str, Any]) -> Size:
     """A model of the file, the rest of it from its recipe where it names one."""
-    recipe = _from_recipe(table["recipe"]) if "recipe" in table else {}
-    flags = (*recipe.get("flags", ()), *_value(f"{path}: sizes.{name}: flags", table.get("flags", ()), tuple[str, ...]))
-    size = _filled(Size, f"{path}: sizes.{name}", {**recipe, "name": name, **table, "flags": flags})
-    if size.heads > 0 and size.hidden % size.heads:
-        raise UserError(f"{path}: sizes.{name}.heads {size.heads}: does not divide hidden {size.hidden}")
+    recipe = fitting(f"{where}: recipe", table.get("recipe", ""), str)
+    rest = _from_recipe(f"{where}: recipe", recipe) if recipe else {}
+    flags = (*rest.get("flags", ()), *fitting(f"{where}: flags", table.get("flags", ()), tuple[str, ...]))
+    size = filled(Size, where, {**rest, "name": name, **table, "flags": flags})
+    if size.hidden % size.heads:
+        raise UserError(f"{where}.heads {size.heads}: does not divide hidden {size.hidden}")
+    if size.micro_batch and size.batch % size.micro_batch:
+        raise UserError(f"{where}.micro_batch {size.micro_batch}: does not divide batch {size.batch}")
     return size
 
 
-def _from_recipe(recipe: str) -> dict[str, Any]:
+def _from_recipe(where: str, recipe: str) -> dict[str, Any]:
     """What a study's size has from a model of examples/models; ``flags``: what has no name in :class:`Size`.
 
     Raises:
@@ -248,7 +238,10 @@ def _from_recipe(recipe: str) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"init_std": 0.02}  # Megatron's default
     flags: list[str] = []
-    words = read_recipe(Path(recipe))
+    try:
+        words = read_recipe(Path(recipe))
+    except UserError as error:
+        raise UserError(f"{where} {error}") from None
     if "--swiglu" not in words:
         raise UserError(f"FFN={os.environ.get('FFN', '')}: a study's arms say which layer it is; unset FFN")
     starts = [number for number, word in enumerate(words) if word.startswith("--")]
@@ -261,40 +254,6 @@ def _from_recipe(recipe: str) -> dict[str, Any]:
     if "--moe-ffn-hidden-size" in flags:  # what arms widen is an expert
         found["ffn"] = int(flags[flags.index("--moe-ffn-hidden-size") + 1])
     return {**found, "flags": tuple(flags)}
-
-
-def _filled(kind: type, where: str, table: Mapping[str, Any]) -> Any:
-    """A dataclass from a table of TOML; a text where it wants several is split at blanks.
-
-    Raises:
-        UserError: a key that is unknown or missing, or a value of another type.
-    """
-    hints = get_type_hints(kind)
-    required = [field.name for field in fields(kind) if field.default is MISSING]
-    for key in (*table, *required):
-        if key not in hints:
-            raise UserError(f"{where}: {key}: unknown key; there are {', '.join(sorted(hints))}")
-        if key not in table:
-            raise UserError(f"{where}: {key}: is missing")
-    return kind(**{key: _value(f"{where}: {key}", value, hints[key]) for key, value in table.items()})
-
-
-def _value(where: str, value: Any, hint: Any) -> Any:
-    if get_origin(hint) is tuple:
-        item, *_ = get_args(hint)
-        values = value.split() if isinstance(value, str) else value
-        if not isinstance(values, list | tuple):
-            raise UserError(f"{where} {value!r}: must be a list")
-        return tuple(_value(where, entry, item) for entry in values)
-    if get_origin(hint) is dict or hint not in (int, float, str, bool):
-        return value
-    if isinstance(value, bool) != (hint is bool) or not isinstance(
-        value, (int, float) if hint in (int, float) else hint
-    ):
-        raise UserError(f"{where} {value!r}: must be {'a number' if hint in (int, float) else hint.__name__}")
-    if hint is int and (not math.isfinite(value) or value != int(value)):
-        raise UserError(f"{where} {value!r}: must be a whole number")
-    return hint(value)
 
 
 Losses = Mapping[Cell, float]  # of the runs that are done; inf or NaN for one that diverged

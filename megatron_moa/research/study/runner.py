@@ -27,10 +27,10 @@ from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.corpora import Corpus, make_corpus
 from megatron_moa.research.study.grid import Cell, Study, cell_from, cell_values, pending
+from megatron_moa.research.study.lines import RESULTS, end_last_line, read_results, read_timings
 from megatron_moa.research.study.timing import TIMING, WIDER, step_times, width_of_equal_time
 from megatron_moa.runs.training_log import TrainingLog
 
-RESULTS = "results.jsonl"
 _COMMAND = "command.json"  # of a run, in its folder
 _SCRIPT = Path(__file__).resolve().parents[3] / "pretrain_gpt_moa.py"
 _POINTS = 64  # of a loss curve in a line of results
@@ -138,24 +138,6 @@ def result_of(
     }
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines; one that a kill cut off, at the end, is left out.
-
-    Raises:
-        UserError: another line that is not JSON.
-    """
-    if not path.exists():
-        return []
-    whole = path.read_text().split("\n")[:-1]  # behind the last newline there is nothing, or a line that was cut off
-    lines = []
-    for number, line in enumerate(whole, start=1):
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}: line {number} is not JSON; delete that line") from None
-    return lines
-
-
 def losses_of(results: Sequence[dict[str, Any]]) -> dict[Cell, float]:
     """Final losses by cell, NaN for a run that diverged."""
     return {cell_from(line["cell"]): math.nan if line["final"] is None else line["final"] for line in results}
@@ -214,7 +196,7 @@ class Runner:
         self.at_a_time, self.threads = at_a_time, threads
         self.corpora: dict[str, Corpus] = {}
         self.results = read_results(out / RESULTS)
-        self.timings = read_results(out / TIMING)
+        self.timings = read_timings(out / TIMING)
         self.running: list[_Running] = []
         self._check_results()
 
@@ -242,7 +224,7 @@ class Runner:
         """
         with _locked(self.out):
             for name in (RESULTS, TIMING):
-                _cut_last_line(self.out / name)
+                end_last_line(self.out / name)
             if self.study.timing:
                 self._measure()
             try:
@@ -411,26 +393,23 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named and count else [str(number) for number in range(count)]
 
 
-def _cut_last_line(path: Path) -> None:
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):  # a kill came while it was written
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
-
-
 def _command_of(folder: Path) -> list[str] | None:
     """The command that a run's folder is of; None if it is of none, or a kill came while it was written."""
     try:
         return json.loads((folder / _COMMAND).read_text())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One process a study."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written to ({error.strerror}); name a folder that can") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -1,0 +1,107 @@
+"""Checks what a study's files say, TOML and JSON, against the types of dataclasses."""
+
+from __future__ import annotations
+
+import reprlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import UnionType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from megatron_moa.errors import UserError, printable
+
+
+class Bound(NamedTuple):
+    """What a number must be beside its type, and what to do where it is not."""
+
+    fits: Callable[[float], bool]
+    remedy: str
+
+
+Count = Annotated[int, Bound(lambda number: number >= 1, "give 1 or more")]
+Natural = Annotated[int, Bound(lambda number: number >= 0, "give 0 or more")]
+Positive = Annotated[float, Bound(lambda number: number > 0, "give a positive number")]
+NotNegative = Annotated[float, Bound(lambda number: number >= 0, "give 0 or more")]
+
+
+def filled(kind: type, where: str, table: Mapping[str, Any]) -> Any:
+    """A dataclass from a table, each value as :func:`fitting` returns it.
+
+    A field's ``metadata["key"]`` is its key in the table where that is not the field's name.
+
+    Raises:
+        UserError: a key that is unknown or missing, or a value that does not fit.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    keys = {field.metadata.get("key", field.name): field for field in fields(kind)}
+    for key in table:
+        if key not in keys:
+            raise UserError(f"{where}: {printable(key)}: unknown key; there are {', '.join(sorted(keys))}")
+    for key, field in keys.items():
+        if key not in table and field.default is MISSING:
+            raise UserError(f"{where}: {key}: is missing")
+    return kind(
+        **{
+            keys[key].name: fitting(f"{where}: {key}", value, hints[keys[key].name], f"[[{key}]]")
+            for key, value in table.items()
+        }
+    )
+
+
+def fitting(where: str, value: Any, hint: Any, head: str = "[[…]]") -> Any:
+    """A value as the type that it should be: ``2.0`` and ``1e5`` are whole numbers.
+
+    Args:
+        where: file and key, for messages.
+        hint: a dataclass (of a table), a number, str, bool or Any; ``Annotated`` with a :class:`Bound`; ``… | None``;
+            ``dict[str, …]``, ``list[…]``, or a tuple, for which a text is split at blanks.
+        head: of each table where several are wanted.
+
+    Raises:
+        UserError: it is of another type, not finite or out of bounds.
+    """
+    wrong = f"{where} {reprlib.repr(value)}: must be"
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any or (is_dataclass(hint) and isinstance(value, hint)):
+        return value
+    if origin is UnionType:
+        return None if value is None else fitting(where, value, inner[0])
+    if origin is Annotated:
+        number = fitting(where, value, inner[0])
+        if not inner[1].fits(number):
+            raise UserError(f"{where} {number:g}: {inner[1].remedy}")
+        return number
+    if is_dataclass(hint) or origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{wrong} a table of keys and values")
+        if is_dataclass(hint):
+            return filled(hint, where, value)
+        return {key: fitting(f"{where}.{printable(key)}", entry, inner[1]) for key, entry in value.items()}
+    if origin in (list, tuple):
+        tables = is_dataclass(inner[0]) or get_origin(inner[0]) is dict
+        if isinstance(value, dict) and tables:
+            raise UserError(f"{where}: must be a list of tables, each with the head {head}")
+        values = value.split() if isinstance(value, str) and origin is tuple else value
+        if not isinstance(values, list | tuple):
+            raise UserError(f"{wrong} a list")
+        if origin is list or inner[-1] is ...:
+            kinds = [inner[0]] * len(values)
+        elif len(inner) != len(values):
+            raise UserError(f"{wrong} a list of {len(inner)}")
+        else:
+            kinds = list(inner)
+        places = [f"{where} {number}" if tables else where for number in range(1, len(values) + 1)]
+        return origin(map(fitting, places, values, kinds))
+    if hint not in (int, float):
+        if not isinstance(value, hint):
+            raise UserError(f"{wrong} {'a text' if hint is str else 'true or false'}")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{wrong} a number")
+    finite = abs(value) <= sys.float_info.max  # NaN is not
+    if hint is int and not (finite and value == int(value)):
+        raise UserError(f"{wrong} a whole number")
+    if not finite:
+        raise UserError(f"{wrong} a finite number")
+    return hint(value)
