@@ -476,6 +476,15 @@ def test_flags_of_a_line_that_no_report_can_read_are_named(flags, said, tmp_path
         read_results(tmp_path / RESULTS)
 
 
+def test_a_curve_may_end_in_nan_where_the_run_diverged(tmp_path):
+    line = {**any_line("swiglu", None), "loss": [[512, 9.0], [1024, math.nan]]}
+    (tmp_path / RESULTS).write_text(json.dumps(line))
+    assert list(map(math.isnan, losses_of(read_results(tmp_path / RESULTS)).values())) == [True]
+    (tmp_path / RESULTS).write_text(json.dumps({**line, "final": 3.0}))
+    with pytest.raises(UserError, match=r"line 1: loss nan: must be a finite number; delete"):
+        read_results(tmp_path / RESULTS)
+
+
 @pytest.mark.parametrize("out", ["file", "file/below", "link"])
 def test_an_output_folder_that_cannot_be_is_one_line(out, tmp_path, capsys):
     (tmp_path / "file").touch()
@@ -583,6 +592,14 @@ def test_a_corpus_from_a_debian_package(tmp_path):
         make_corpus("words", settings | {"url": (tmp_path / "none.deb").as_uri()}, tmp_path / "other")
     with pytest.raises(UserError, match=r"corpora\.words\.source disk: unknown"):
         make_corpus("words", {"source": "disk"}, tmp_path / "other")
+    with pytest.raises(UserError, match=r"corpora\.words\.member \./none: is not in file:"):
+        make_corpus("words", settings | {"member": "./none"}, tmp_path / "other")
+    with pytest.raises(UserError, match=r"corpora\.words\.url none: cannot be fetched \(unknown url type"):
+        make_corpus("words", settings | {"url": "none"}, tmp_path / "other")
+    with pytest.raises(
+        UserError, match=r"corpora\.words: train_tokenizer\.py ended .* \(.*--vocab-size 9000: .*\); see"
+    ):
+        make_corpus("words", settings | {"vocabulary": 9000}, tmp_path / "other")
 
 
 def test_a_corpus_of_the_users_own(tmp_path, monkeypatch):

@@ -136,10 +136,10 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
         text = ["--input", str(documents)]
     print(f"> corpus {name}: tokenizer and dataset", flush=True)
     tokenizer = ["--vocab-size", str(known.vocabulary), "--output", str(folder / "tokenizer"), "--overwrite"]
-    _run("train_tokenizer.py", [*text, *tokenizer], folder)
+    _run(name, "train_tokenizer.py", [*text, *tokenizer], folder)
     dataset = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(corpus.tokenizer)]
     dataset += ["--shuffle-documents", "0", "--output-prefix", str(corpus.data), "--overwrite"]
-    _run("preprocess_data.py", [*text, *dataset], folder)
+    _run(name, "preprocess_data.py", [*text, *dataset], folder)
     done.write_text(json.dumps(settings))
     return corpus
 
@@ -156,13 +156,13 @@ def _own_path(name: str, key: str, typed: str) -> Path:
     return Path(path)
 
 
-def _run(tool: str, flags: list[str], folder: Path) -> None:
+def _run(name: str, tool: str, flags: list[str], folder: Path) -> None:
     log = folder / f"{tool}.log"
     with log.open("w") as output:
         done = subprocess.run([sys.executable, str(_TOOLS / tool), *flags], stdout=output, stderr=subprocess.STDOUT)
     if done.returncode:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{tool}: ended with exit code {done.returncode} ({' '.join(last)}); see {log}")
+        raise UserError(f"corpora.{name}: {tool} ended with exit code {done.returncode} ({' '.join(last)}); see {log}")
 
 
 def _from_package(name: str, settings: _Deb) -> str:
