@@ -10,10 +10,12 @@ is JSON for --per-split-data-args-path, and every dataset of --data serves train
 import argparse
 import json
 import math
+import os
+import shlex
 from collections.abc import Sequence
 
 from megatron_moa.command_line import output_files
-from megatron_moa.data import dataset
+from megatron_moa.data import corpus, dataset
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "blend"
@@ -56,6 +58,10 @@ def blend(args: argparse.Namespace) -> None:
     split = None if separate else args.split or "99,1,0"
     check_numbers(args)
     targets = [] if args.output is None else output_files.check_output("--output", args.output, ("",), args.overwrite)
+    for flag, prefixes in (("--data", args.data), ("--valid", args.valid), ("--test", args.test)):
+        check_named_once(flag, prefixes or [])
+        read = [prefix + ending for prefix in prefixes or [] for ending in (".bin", ".idx")]
+        corpus.check_not_overwritten(read, "--output", targets)
     # All files are looked at before a split is computed, for which Megatron is imported.
     valid, test = by_tokens("--valid", args.valid), by_tokens("--test", args.test)
     indices = [read_index(prefix) for prefix in args.data]
@@ -65,16 +71,16 @@ def blend(args: argparse.Namespace) -> None:
     words = [word for weight, prefix in zip(weights, args.data, strict=True) for word in (f"{weight:.6g}", prefix)]
     if separate:
         parts = {"train": words, "valid": valid, "test": test}
-        text, flags = json.dumps(parts, indent=1) + "\n", "--per-split-data-args-path {}"
+        text, flags = json.dumps(parts, indent=1) + "\n", ["--per-split-data-args-path", args.output]
     else:
         lines = [f"{weight} {prefix}\n" for weight, prefix in zip(words[::2], words[1::2], strict=True)]
-        text, flags = "".join(lines), f"--data-args-path {{}} --split {split}"
+        text, flags = "".join(lines), ["--data-args-path", args.output, "--split", split]
     if not targets:
         return
     with output_files.written_whole("--output", targets) as (path,), open(path, "w") as stream:
         stream.write(text)
     print(f"written        {args.output}")
-    print(f"use it with    {flags.format(args.output)} --data-cache-path FOLDER")
+    print(f"use it with    {shlex.join(flags)} --data-cache-path FOLDER")
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -96,6 +102,16 @@ def check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--weights {shown}: must be above 0; leave a dataset out that shall give nothing")
     if not 0 < min(args.weights) / sum(args.weights) <= 1:
         raise UserError(f"--weights {shown}: too large or too far apart; give shares of 1")
+
+
+def check_named_once(flag: str, prefixes: Sequence[str]) -> None:
+    """Raises UserError for a dataset that a flag names twice, under whatever names."""
+    files = set()
+    for prefix in prefixes:
+        file = os.path.realpath(f"{prefix}.bin")
+        if file in files:
+            raise UserError(f"{flag} {prefix}: is named twice; name it once, a larger weight has it drawn more often")
+        files.add(file)
 
 
 def read_index(prefix: str) -> dataset.DatasetIndex:

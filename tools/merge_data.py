@@ -9,6 +9,7 @@ or made from another input, tokenizer or settings. The parts stay, unless --remo
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -73,7 +74,8 @@ def merge(args: argparse.Namespace) -> None:
     if args.remove_parts:
         dataset_writer.remove_parts(parts)
     else:
-        print(f"kept           {needed / 1e9:,.3f} GB of parts; when they are not wanted: rm {prefix}.part-*-of-*.*")
+        parts_files = f"{shlex.quote(prefix)}.part-*-of-*.*"
+        print(f"kept           {needed / 1e9:,.3f} GB of parts; when they are not wanted: rm {parts_files}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.command_line.tables import markdown_table
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors, printable
 from megatron_moa.runs.training_log import COUNT, NUMBER, TrainingLog
 
 PROGRAM = "tabulate_runs.py"
@@ -130,13 +130,16 @@ def _upgrade(run: Run) -> None:
     """Brings a log's settings to today's names; those of format version 1 have ``moa_la_init``.
 
     Raises:
-        UserError: a form that means another function today.
+        UserError: a form that means another function today, or a setting is missing.
     """
     if "moa_la_init" in run.log.settings:
         from megatron_moa.checkpoints.settings import upgrade_saved_settings  # which takes seconds, for torch
 
         settings = argparse.Namespace(**run.log.settings)
-        upgrade_saved_settings(settings, run.path)
+        try:
+            upgrade_saved_settings(settings, run.path)
+        except AttributeError as error:
+            raise UserError(f"{run.path}: its list of arguments is damaged at {error.name}") from None
         run.log.settings = {name: str(value) for name, value in vars(settings).items()}
 
 
@@ -237,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for note in untuned(lines):
             print(note, file=sys.stderr)
         for line in others:
-            print(f"not counted: {line}", file=sys.stderr)
+            print(f"not counted: {printable(line)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import io
 import os
 import random
 import re
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -47,6 +48,7 @@ def make_tokenizer(args: argparse.Namespace) -> None:
     """Everything after the flags. Raises UserError."""
     files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors)
     targets = output_files.check_output("--output", args.output, (".model", ".vocab"), args.overwrite)
+    corpus.check_not_overwritten([file.path for file in files], "--output", targets)
     start = time.perf_counter()
     lines = sample_lines(files, args.sample_bytes, args.max_sentences, args.seed)
     model = train(lines, args)
@@ -220,7 +222,8 @@ def report(model: bytes, lines: Sequence[str], args: argparse.Namespace, seconds
     print(f"trained        {args.model_type}, {processor.get_piece_size():,} tokens, in {seconds:.1f} s")
     print(f"packing        {size / tokens:.2f} bytes per token on its own text")
     print(f"written        {args.output}.model, {args.output}.vocab")
-    print(f"use it with    --tokenizer-type SentencePieceTokenizer --tokenizer-model {args.output}.model")
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{args.output}.model"]
+    print(f"use it with    {shlex.join(flags)}")
 
 
 if __name__ == "__main__":

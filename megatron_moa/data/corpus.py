@@ -16,7 +16,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,6 +126,19 @@ def find_text_files(
     if not sum(file.size for file in files):
         raise UserError(f"--input {' '.join(inputs)}: all {len(files)} files are empty; give files with text")
     return files
+
+
+def check_not_overwritten(inputs: Iterable[str], flag: str, targets: Iterable[str]) -> None:
+    """Raises UserError where a file that is read is one of those that will be written, under any name."""
+    written = {(found.st_dev, found.st_ino): target for target in targets if (found := _stat(target)) is not None}
+    for path in inputs:
+        found = _stat(path)
+        if found is not None and (target := written.get((found.st_dev, found.st_ino))) is not None:
+            raise UserError(f"{flag} {target}: is the file {path} that is read; choose another name")
+
+
+def _stat(path: str) -> os.stat_result | None:
+    return os.stat(path) if os.path.exists(path) else None
 
 
 def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str]) -> list[str]:

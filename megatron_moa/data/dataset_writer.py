@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -223,7 +224,7 @@ def finished_parts(output_prefix: str) -> tuple[list[str], list[Manifest]]:
     if len(counts) > 1:
         raise UserError(
             f"{flag}: parts of divisions into {' and '.join(map(str, counts))}; delete those that are not wanted, "
-            f"e.g. rm {output_prefix}.part-*-of-{counts[0]:05}.*"
+            f"e.g. rm {shlex.quote(output_prefix)}.part-*-of-{counts[0]:05}.*"
         )
     missing = sorted(set(range(1, counts[0] + 1)) - {part.number for part in found})
     if missing:

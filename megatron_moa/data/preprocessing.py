@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -48,6 +49,10 @@ def preprocess(args: argparse.Namespace) -> None:
     """Does everything after the flags. Raises UserError."""
     files = corpus.find_text_files(args.input, args.glob, args.exclude, args.json_key, args.errors, compressed=True)
     tokenizers.check_tokenizer(args)
+    written = [args.output_prefix + ending for ending in (".bin", ".idx")]
+    if args.part is not None:
+        written += [args.part.prefix(args.output_prefix) + ending for ending in dataset_writer.PART_ENDINGS]
+    corpus.check_not_overwritten([*(file.path for file in files), args.tokenizer_model], "--output-prefix", written)
     if args.part is not None:
         preprocess_part(files, args)
         return
@@ -59,10 +64,8 @@ def preprocess(args: argparse.Namespace) -> None:
             dataset_writer.drop_index_cache(args.output_prefix)
     report(totals, args)
     print(f"written        {targets[0]}, {targets[1]} in {totals.seconds:.1f} s")
-    print(
-        f"use it with    --data-path {args.output_prefix} --tokenizer-type {args.tokenizer_type} "
-        f"--tokenizer-model {args.tokenizer_model}"
-    )
+    flags = ["--data-path", args.output_prefix, "--tokenizer-type", args.tokenizer_type]
+    print(f"use it with    {shlex.join([*flags, '--tokenizer-model', args.tokenizer_model])}")
 
 
 def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) -> None:
@@ -91,7 +94,8 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
         manifest.write(json_path)
     report(totals, args)
     print(f"written        {prefix} ({' '.join(dataset_writer.PART_ENDINGS)}) in {totals.seconds:.1f} s")
-    print(f"next           when all {part.count} parts are there: merge_data.py --output-prefix {args.output_prefix}")
+    command = shlex.join(["merge_data.py", "--output-prefix", args.output_prefix])
+    print(f"next           when all {part.count} parts are there: {command}")
 
 
 def decisive_settings(files: Sequence[corpus.TextFile], args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import difflib
 import os
 import shlex
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_moa.errors import UserError
@@ -59,7 +59,7 @@ def read_recipe(path: Path, baseline: bool = False) -> list[str]:
     if baseline:
         script += ' ${BASELINE_ARGS[@]+"${BASELINE_ARGS[@]}"}'
     environment = {**os.environ, "EXAMPLES": str(EXAMPLES)}  # as pretrain.sh has it: a model's file may lie anywhere
-    done = subprocess.run(["bash", "-c", script, "bash", str(path)], env=environment, capture_output=True, text=True)
+    done = _run(["bash", "-c", script, "bash", str(path)], environment)
     if done.returncode != 0:
         raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")
     return done.stdout.split("\0")[:-1]
@@ -85,12 +85,24 @@ def recipe_flags(
     # One process: how it is launched does not matter here, and the script asks about addresses otherwise.
     variables = {**os.environ, "NPROC_PER_NODE": "1", "NNODES": "1", **(environment or {})}
     command = ["bash", str(EXAMPLES / "pretrain.sh"), model, mixing, *flags, "--dry-run"]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = _run(command, variables)
     if done.returncode != 0:
         raise UserError(" ".join(done.stderr.split()).removeprefix("pretrain.sh: ").removeprefix("error: "))
-    words = shlex.split(done.stdout.replace("\\\n", ""))
-    script = next(index for index, word in enumerate(words) if word.endswith("pretrain_gpt_moa.py"))
+    try:
+        words = shlex.split(done.stdout.replace("\\\n", ""))
+        script = next(index for index, word in enumerate(words) if word.endswith("pretrain_gpt_moa.py"))
+    except (ValueError, StopIteration):
+        raise UserError(
+            f"{model}: examples/pretrain.sh prints no command with it; a recipe only sets MODEL_ARGS and variables"
+        ) from None
     return words[script + 1 :]
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs bash; what a file that is no recipe makes it print may be no text."""
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
 
 
 def feed_forward_widths(flags: Iterable[str]) -> dict[str, tuple[int, int]]:
@@ -98,19 +110,29 @@ def feed_forward_widths(flags: Iterable[str]) -> dict[str, tuple[int, int]]:
 
     Returns:
         By name, a width and the tensor-parallel ranks that share it; routed experts are not cut (as in the recipes).
+
+    Raises:
+        UserError: a width is missing, or no number.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     widths = ("ffn-hidden-size", "moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
     for name in (*widths, "num-experts", "tensor-model-parallel-size"):
         parser.add_argument(f"--{name}", type=int)
-    own, _ = parser.parse_known_args(list(flags))
+    try:
+        own, _ = parser.parse_known_args(list(flags))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}; mend MODEL_ARGS") from None
+    dense, routed, shared = own.ffn_hidden_size, own.moe_ffn_hidden_size, own.moe_shared_expert_intermediate_size
     tp = own.tensor_model_parallel_size or 1
     if own.num_experts is None:
-        return {"feed-forward width": (own.ffn_hidden_size, tp)}
-    return {
-        "shared expert's width": (own.moe_shared_expert_intermediate_size, tp),
-        "routed experts' width": (own.moe_ffn_hidden_size, 1),
-    }
+        found = {"feed-forward width": (dense, tp)}
+    else:
+        found = {} if shared is None else {"shared expert's width": (shared, tp)}
+        found["routed experts' width"] = (routed, 1)
+    for name, (width, _) in found.items():
+        if width is None or width < 1:
+            raise UserError(f"MODEL_ARGS: {name} is {width}; give {' or '.join(f'--{flag}' for flag in widths)}")
+    return found
 
 
 def awkward_widths(widths: Mapping[str, tuple[int, int]]) -> str:

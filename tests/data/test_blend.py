@@ -79,6 +79,10 @@ def test_blend_with_its_own_validation_data(tmp_path: Path, capsys: pytest.Captu
         (["--tokens", "nan"], "--tokens nan: a number above 0 is wanted, e.g. 26e9"),
         (["--split", "0,1,0"], "--split 0,1,0: leaves nothing of {tmp}/a to training; use e.g. --split 99,1,0"),
         (["--split", "9,1,0", "--valid", "{tmp}/a"], "--split 9,1,0: contradicts --valid and --test"),
+        (["--data", "{tmp}/a", "{tmp}/c", "{tmp}/a"], "--data {tmp}/a: is named twice; name it once, a larger weight"),
+        (["--data", "{tmp}/a", "{tmp}/link"], "--data {tmp}/link: is named twice; name it once"),
+        (["--valid", "{tmp}/c", "{tmp}/./c"], "--valid {tmp}/./c: is named twice; name it once"),
+        (["--output", "{tmp}/c.idx", "--overwrite", "--test", "{tmp}/c"], "--output {tmp}/c.idx: is the file {tmp}/c."),
         (["--valid", "{tmp}/no"], "--valid {tmp}/no: no file"),
         (["--output", "{tmp}/there"], "--output {tmp}/there: {tmp}/there exists; choose another name or add --ove"),
     ],
@@ -89,6 +93,8 @@ def test_mistakes_in_a_blend(
     make_dataset(tmp_path / "a", [10] * 100)
     make_dataset(tmp_path / "a b", [10] * 100)
     make_dataset(tmp_path / "c", [20] * 100)
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"link{ending}").symlink_to(f"a{ending}")
     (tmp_path / "there").touch()
     before = sorted(os.listdir(tmp_path))
     arguments = ["--data", f"{tmp_path}/a", "--output", f"{tmp_path}/blend"]

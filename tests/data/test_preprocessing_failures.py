@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -16,9 +17,11 @@ from tests.support.datasets import (
     ENVIRONMENT,
     command,
     documents,
+    merge,
     one_line,
     preprocess,
 )
+from tools import blend, train_tokenizer
 
 # The test process has other threads by then; a tool that was just started has none.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -84,6 +87,65 @@ def test_mistakes_in_preprocessing_flags(
     assert line.startswith("preprocess_data: error: ")
     assert expected.replace("{tmp}", str(tmp_path)) in line
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("tool", "made", "name"),
+    [
+        ("preprocess", "d.bin", "d.bin"),
+        ("preprocess", "d.idx", "folder/../d.idx"),
+        ("preprocess", "d.bin", "link"),
+        ("preprocess", "d.bin", "hard"),
+        ("part", "d.part-00001-of-00001.json", "link"),
+        ("tokenizer", "d.vocab", "link"),
+        ("tokenizer_model", "d.bin", "link"),
+    ],
+)
+def test_what_is_read_is_not_overwritten(
+    tool: str, made: str, name: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / made).write_bytes(Path(model).read_bytes() if tool == "tokenizer_model" else b'{"text": "a"}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(made)
+    (tmp_path / "hard").hardlink_to(tmp_path / made)
+    (tmp_path / "text").write_text("some text")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    path = tmp_path / name
+    if tool == "tokenizer":
+        flags = ["--input", str(path), "--output", str(tmp_path / "d"), "--overwrite"]
+        line = one_line(capsys, train_tokenizer.main, flags)
+    elif tool == "tokenizer_model":
+        line = one_line(capsys, preprocess, str(path), tmp_path / "d", "--input", tmp_path / "text", "--overwrite")
+    else:
+        flags = ["--input", path, "--overwrite", *(["--part", "1/1"] if tool == "part" else [])]
+        line = one_line(capsys, preprocess, model, tmp_path / "d", *flags)
+    assert f" {tmp_path / made}: is the file {path} that is read; choose another name" in line
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_printed_commands_can_be_pasted(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text " * 200)
+    own = str(folder / "tok.model")
+    Path(own).write_bytes(Path(model).read_bytes())
+
+    def said(word: str) -> list[str]:
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(word)]
+        return shlex.split(line)
+
+    preprocess(own, folder / "d", "--input", folder / "a.txt", "--workers", 1)
+    assert {str(folder / "d"), own} < set(said("use it with"))
+    preprocess(own, folder / "e", "--input", folder / "a.txt", "--workers", 1, "--part", "1/1")
+    assert said("next")[-1] == str(folder / "e")
+    merge(folder / "e")
+    assert said("kept")[-1] == f"{folder / 'e'}.part-*-of-*.*"
+    flags = ["--input", str(folder / "a.txt"), "--output", str(folder / "t"), "--vocab-size", "265"]
+    train_tokenizer.main(flags)
+    assert said("use it with")[-1] == f"{folder / 't'}.model"
+    (tmp_path / "plain").symlink_to(folder)
+    blend.main(["--data", f"{tmp_path}/plain/d", "--split", "1,0,0", "--output", str(folder / "blend.txt")])
+    assert str(folder / "blend.txt") in said("use it with")
 
 
 def test_tokenizer_without_end_of_document(

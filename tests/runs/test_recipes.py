@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,33 @@ def test_no_array(tmp_path: Path) -> None:
     path.write_text("OTHER=(1)\n")
     with pytest.raises(UserError, match="no array MODEL_ARGS"):
         recipes.read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe", b"exit 0", b"echo '\"'; exit 0", b'"', b"MODEL_ARGS=()", b"\x7fELF\0\0\xff" * 99]
+)
+def test_a_file_that_is_no_recipe_is_one_line(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.sh"
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        recipes.recipe_flags(str(path), "none", ["--mock-data"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("--ffn-hidden-size 24", {"feed-forward width": (24, 1)}),
+        ("--num-experts 4 --moe-ffn-hidden-size 8", {"routed experts' width": (8, 1)}),
+        ("--ffn-hidden-size x", "invalid int value: 'x'; mend MODEL_ARGS"),
+        ("--ffn-hidden-size -8", "feed-forward width is -8; give --ffn-hidden-size"),
+        ("--num-experts", "expected one argument; mend MODEL_ARGS"),
+        ("--num-experts 4", "routed experts' width is None; give --ffn-hidden-size or --moe-ffn-hidden-size"),
+        ("", "feed-forward width is None; give --ffn-hidden-size"),
+    ],
+)
+def test_widths_are_numbers(flags: str, found: dict[str, tuple[int, int]] | str) -> None:
+    if isinstance(found, str):
+        with pytest.raises(UserError, match=re.escape(found)):
+            recipes.feed_forward_widths(flags.split())
+    else:
+        assert recipes.feed_forward_widths(flags.split()) == found

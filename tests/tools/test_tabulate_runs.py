@@ -74,6 +74,20 @@ def test_logs_of_format_version_1_have_todays_names_or_are_not_counted(
     assert f"not counted: {tmp_path}/2/train.log: its one-sided form is of format version 1" in captured.err
 
 
+@pytest.mark.parametrize("name", ["moa_form", "moa_amplitude", "init_method_std"])
+def test_a_log_of_format_version_1_that_lacks_a_setting_is_not_counted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"moa_mixing": "moa", "moa_amplitude": "fixed", "moa_la_init": [0.5], "init_method_std": 0.05}
+    folder = tmp_path / "a\nb"
+    write_log(folder, loss=3.0, moa_form="bi-sided", **old)
+    log = folder / "train.log"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if f" {name} " not in line))
+    tabulate_runs.main([str(log)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == rf"not counted: {tmp_path}/a\nb/train.log: its list of arguments is damaged at {name}"
+
+
 def test_unfinished_and_diverged_runs_are_named_and_not_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
