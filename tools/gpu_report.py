@@ -84,7 +84,7 @@ def read_records(path: Path) -> list[Record]:
     """Raises UserError for a file that is not JSON lines."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}; give the results.jsonl of a run") from None
 
 
@@ -264,7 +264,14 @@ def main(argv: list[str] | None = None) -> None:
             if loss is None or not math.isfinite(loss):
                 raise UserError(f"{options.log}: the last loss is {loss}")
         else:
-            print(report(read_records(options.results)), end="")
+            records = read_records(options.results)
+            try:
+                text = report(records)
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+                raise UserError(
+                    f"{options.results}: holds other records than a run's ({error!r}); give the results.jsonl of a run"
+                ) from error
+            print(text, end="")
 
 
 if __name__ == "__main__":

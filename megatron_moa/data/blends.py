@@ -105,7 +105,7 @@ def read_blends_file(flag: str, path: str) -> dict[str, list[tuple[str, str]]]:
     try:
         named = json.loads(_read_text(flag, path))
         lists = {part: named[key] for part, key in _KEYS.items()}
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{flag} {path}: not a JSON object with the keys train, valid and test; write one, with null for a part "
             "without data"

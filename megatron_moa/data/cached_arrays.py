@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 
 import numpy
@@ -24,7 +25,9 @@ def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-p
         except (OSError, ValueError, AttributeError):
             continue
         if described == prefix and path.stat().st_mtime < written:
-            raise UserError(f"{flag} {prefix}: the index cache is older than the data; delete it: rm -r {folder}")
+            raise UserError(
+                f"{flag} {prefix}: the index cache is older than the data; delete it: rm -r {shlex.quote(str(folder))}"
+            )
     if folder.is_dir() and any(folder.glob("*_index.npy")):
         return  # it may be all that the run needs; if not, index_cache.build says so
     existing = folder

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa.data import blends, dataset
+from megatron_moa.errors import UserError
 from tests.support.datasets import (
     make_dataset,
     one_line,
@@ -101,3 +102,9 @@ def test_mistakes_in_a_blend(
     arguments += [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     assert expected.replace("{tmp}", str(tmp_path)) in one_line(capsys, blend.main, arguments)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_blends_file_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "blend.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not a JSON object with the keys train, valid and test"):
+        blends.read_blends_file("--per-split-data-args-path", str(tmp_path / "blend.json"))
