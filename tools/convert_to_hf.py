@@ -28,7 +28,7 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B)?", text.upper())
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"a size such as 500MB or 5GB is wanted, not {text}")
-    return max(1, int(float(match[1]) * _UNITS[match[2] or ""]))
+    return max(1, int(min(float(match[1]) * _UNITS[match[2] or ""], 1 << 62)))  # many digits are infinite as a float
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:

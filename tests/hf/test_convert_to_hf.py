@@ -324,6 +324,7 @@ def test_a_class_can_be_asked_for() -> None:
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert [size(text) for text in ("5GB", "1.5 mb", "300", "7KB")] == [5 * 10**9, 1_500_000, 300, 7000]
+    assert size("9" * 400) == 1 << 62
     for wrong in (["--max-shard-size", "big"], ["--iteration", "0"], ["--dtype", "int8"]):
         with pytest.raises(SystemExit) as caught:
             parse_flags(["--load", "a", "--out", "b", *wrong])
