@@ -140,7 +140,9 @@ def make_corpus(name: str, settings: Mapping[str, Any], folder: Path) -> Corpus:
     dataset = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(corpus.tokenizer)]
     dataset += ["--shuffle-documents", "0", "--output-prefix", str(corpus.data), "--overwrite"]
     _run(name, "preprocess_data.py", [*text, *dataset], folder)
-    done.write_text(json.dumps(settings))
+    new = done.with_suffix(".new")
+    new.write_text(json.dumps(settings))
+    new.rename(done)  # a kill leaves none, or a whole one
     return corpus
 
 
