@@ -27,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_moa.command_line.numbers import positive
-from megatron_moa.command_line.processes import end_processes
+from megatron_moa.command_line.processes import end_processes, start_process
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 from megatron_moa.runs.training_log import TrainingLog
 
@@ -83,7 +83,7 @@ class Run:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
         with self.log.open("w") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            self.process = subprocess.Popen(self.command, cwd=ROOT, env=environment, start_new_session=True, **streams)
+            self.process = start_process(self.command, cwd=ROOT, env=environment, **streams)
         self.started = time.monotonic()
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Ends processes that a tool has started, and those that they have started themselves."""
+"""Starts processes that a tool can end whenever it is stopped, and ends them with those that they have started."""
 
 from __future__ import annotations
 
@@ -6,15 +6,48 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+
+def start_process(command: Sequence[str], **settings: Any) -> subprocess.Popen:
+    """subprocess.Popen in a session of its own, in the main thread.
+
+    Ctrl-C or SIGTERM that comes while it starts ends the process, too: nobody else knows it yet.
+    """
+    process = None
+    try:
+        with _held(signal.SIGINT, signal.SIGTERM):
+            process = subprocess.Popen(command, start_new_session=True, **settings)
+    except BaseException:
+        if process is not None:
+            end_processes([process])
+        raise
+    return process
+
+
+@contextmanager
+def _held(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals that have a handler reach it at the end of the block."""
+    came: list[int] = []
+    handled = {number: signal.getsignal(number) for number in numbers if callable(signal.getsignal(number))}
+    for number in handled:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def end_processes(processes: Sequence[subprocess.Popen], seconds: float = 5) -> None:
     """Ends processes and all that they have started: by SIGTERM, and by SIGKILL what is left after some seconds.
 
     Args:
-        processes: each started with ``start_new_session=True``, and not known to have ended.
+        processes: each of :func:`start_process`, and not known to have ended.
         seconds: to wait for all of them; an exception, such as another Ctrl-C, shortens the wait.
     """
     try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
 
-from megatron_moa.command_line.processes import end_processes
+import pytest
+
+from megatron_moa.command_line.processes import end_processes, start_process
 
 
 def started(script: str) -> tuple[subprocess.Popen, int]:
@@ -29,6 +32,24 @@ def wait_for_end(pid: int) -> bool:
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.01)
     return not is_alive(pid)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_being_started_ends_with_an_interrupt(stop: signal.Signals, tmp_path: Path) -> None:
+    parent, name = os.getpid(), tmp_path / "pid"
+
+    def interrupt() -> None:  # in the new process, while the parent waits for it
+        name.write_text(str(os.getpid()))
+        os.kill(parent, stop)
+
+    before = signal.signal(stop, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start_process(["sleep", "60"], preexec_fn=interrupt)
+        assert signal.getsignal(stop) is signal.default_int_handler
+    finally:
+        signal.signal(stop, before)
+    assert wait_for_end(int(name.read_text()))
 
 
 def test_ends_processes_and_what_they_have_started() -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_moa.checkpoints.files import TRACKER
-from megatron_moa.command_line.processes import end_processes
+from megatron_moa.command_line.processes import end_processes, start_process
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.corpora import Corpus, make_corpus
@@ -327,13 +327,12 @@ class Runner:
         log_file = folder / "train.log"
         before = TrainingLog.read(log_file).seconds if log_file.exists() else 0.0
         with log_file.open("a") as log:
-            process = subprocess.Popen(
+            process = start_process(
                 [sys.executable, str(_SCRIPT), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(slot),
-                start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
         output = log_file.open(errors="replace")
