@@ -36,7 +36,14 @@ TRUTH = {
     "swiglu-params": -0.01,
     "swiglu-half": 0.2,
 }
-COMMAND = ["docs/results/study", "docs/results/study-h200", "docs/results/study-forms", "--out", "docs/evidence.md"]
+COMMAND = [
+    "docs/results/study",
+    "docs/results/study-h200",
+    "docs/results/study-forms",
+    "docs/results/study-moe",
+    "--out",
+    "docs/evidence.md",
+]
 
 
 def study(count: int = 3, **where: Any) -> list[dict[str, Any]]:
