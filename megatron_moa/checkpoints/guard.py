@@ -82,8 +82,8 @@ def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> N
         is_new = flag == "--load" and args.save is not None and os.path.realpath(args.save) == os.path.realpath(root)
         if mistaken is None and is_new and not args.exit_on_missing_checkpoint:
             continue
-        drop = "" if is_new else f", or drop {flag} to begin without"
-        raise UserError(f"{flag} {root}: {mistaken or NO_CHECKPOINT + drop}")
+        drop = "--exit-on-missing-checkpoint" if is_new else flag
+        raise UserError(f"{flag} {root}: {mistaken or f'{NO_CHECKPOINT}, or drop {drop} to begin without'}")
 
 
 def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | None:
