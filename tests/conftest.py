@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -21,12 +22,15 @@ load_once()
 
 
 @pytest.fixture(autouse=True)
-def _environment_stays() -> Iterator[None]:
-    """Our script sets RANK and MASTER_PORT, Megatron's check of arguments NVTE_*: later tests start other processes."""
-    before = dict(os.environ)
+def _what_processes_inherit_stays() -> Iterator[None]:
+    """Later tests start other processes. Our script sets RANK and MASTER_PORT, Megatron's check of arguments NVTE_*;
+    transformers puts the folder of a model's own code on the path.
+    """
+    environment, path = dict(os.environ), sys.path.copy()
     yield
     os.environ.clear()
-    os.environ.update(before)
+    os.environ.update(environment)
+    sys.path[:] = path
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import dynamic_module_utils
 
 from megatron_moa import MixedFeedForward, MixtureConfig, load_replaced, replace_feed_forward
 from megatron_moa.errors import UserError
@@ -252,6 +253,7 @@ def test_arguments_of_another_type_are_one_line(call: Callable[[], object], said
 
 def test_code_in_a_folder_is_neither_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     for name in ("config.py", "custom_generate/generate.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise SystemExit('it has run')\n")
