@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import signal
@@ -68,7 +69,7 @@ def one_line(error: BaseException, *, typed: bool = False) -> str:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turns a :class:`UserError` raised inside into one line on stderr and exit code 2, no traceback.
+    """Turns a :class:`UserError` or a full disk inside into one line on stderr and exit code 2, no traceback.
 
     Where whoever reads the output leaves early (``| head``) the program ends in silence, as by SIGPIPE: exit code 141.
     """
@@ -82,8 +83,18 @@ def one_line_errors(program: str) -> Iterator[None]:
     except BrokenPipeError:
         if _is_read(sys.stdout):
             raise  # it is another pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes as it leaves
+        _drop_output()
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _drop_output()  # which may be what found no room
+        fail(program, f"{error.filename or 'a file'}: {error.strerror}; make room, and give the same command again")
+
+
+def _drop_output() -> None:
+    """What Python still writes as it leaves goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_read(stream: TextIO) -> bool:

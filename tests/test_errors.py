@@ -48,6 +48,14 @@ def test_a_reader_that_leaves_early_ends_the_program_in_silence(code: int) -> No
     assert process.returncode == 141  # as by SIGPIPE
 
 
+def test_a_full_disk_is_one_line() -> None:
+    command = [sys.executable, "-c", TALKS.format(code=0)]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "talker: error: a file: No space left on device; make room, and give the same command again\n"
+    assert (ended.returncode, ended.stderr) == (2, said)
+
+
 def test_another_pipe_that_breaks_is_a_fault() -> None:
     with pytest.raises(BrokenPipeError), one_line_errors("talker"):
         raise BrokenPipeError

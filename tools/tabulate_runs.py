@@ -241,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(note, file=sys.stderr)
         for line in others:
             print(f"not counted: {printable(line)}", file=sys.stderr)
+        if not lines:
+            raise UserError(f"{' '.join(map(str, options.runs))}: no run is complete; let one end, or name others")
 
 
 if __name__ == "__main__":

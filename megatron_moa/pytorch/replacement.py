@@ -236,7 +236,7 @@ def _noted(model: nn.Module, noted: list[dict[str, Any]], backend: str) -> dict[
     """New layers by name, without their weights."""
     named = dict(model.named_modules())
     layers = {}
-    for entry in noted:
+    for entry in noted if isinstance(noted, list) else [noted]:
         try:
             execution = {"freeze": entry["freeze"], "recompute": entry["recompute"], "backend": backend}
             mixture = MixtureConfig.from_json(entry["mixture"], **execution)

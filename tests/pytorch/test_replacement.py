@@ -298,6 +298,11 @@ def test_what_a_folder_lacks_is_said(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is not what replace_feed_forward writes: KeyError: 'dropout'"):
         load_replaced(tmp_path)
+    for noted in (True, {"layers": []}, ["a"]):
+        model.config.mixed_feed_forward = noted
+        model.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match="is not what replace_feed_forward writes: "):
+            load_replaced(tmp_path)
     for model_class in (transformers.AutoModelForCausalLM, "LlamaForCausalLM"):
         with pytest.raises(UserError, match=r"model_class=.*: is no model's class; give one such as"):
             load_replaced(tmp_path, model_class)

@@ -196,6 +196,10 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
         (("tokens = [1e5]\n", ""), "grid 1: tokens: is missing"),
         (('"moa-bi-sided"', '"mao"'), "grid 1: arms mao: unknown; there are swiglu"),
         (('sizes = ["tiny"]', 'sizes = ["huge"]'), "grid 1: sizes huge: unknown; there are tiny"),
+        (("layers = 2", "name = 'a'\nlayers = 2"), "sizes.tiny: name: unknown key; the table's head names a size"),
+        (("[sizes.tiny]", "[sizes.'a/b']"), "'a/b': names files of the study; give letters, digits and any of _ . + -"),
+        (("[corpora.python]", "[corpora.'..']"), "'..': names files of the study"),
+        (("[corpora.python]", '[corpora."a\\tb"]'), "names files of the study"),
         (("heads = 2", "heads = 5"), "sizes.tiny.heads 5: does not divide hidden 48"),
         (("layers = 2", "layers = 2.5"), "sizes.tiny: layers 2.5: must be a whole number"),
         (("layers = 2", 'layers = "two"'), "sizes.tiny: layers 'two': must be a number"),
@@ -490,11 +494,13 @@ def test_an_output_folder_that_cannot_be_is_one_line(out, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("/proc/none")
     (tmp_path / "study.toml").write_text(STUDY)
-    with pytest.raises(SystemExit, match="2"):
-        study_tool.main(["--study", str(tmp_path / "study.toml"), "--out", str(tmp_path / out)])
-    error = capsys.readouterr().err
-    assert re.match(rf"study.py: error: --out {tmp_path / out}: cannot be written to \(.*\); name a", error)
-    assert error.count("\n") == 1
+    flags = ["--study", str(tmp_path / "study.toml"), "--out", str(tmp_path / out)]
+    for asked in ([], ["--list"]) if out != "link" else ([],):
+        with pytest.raises(SystemExit, match="2"):
+            study_tool.main([*flags, *asked])
+        error = capsys.readouterr().err
+        assert re.match(rf"study.py: error: --out {tmp_path / out}: cannot be used \(.*\); name another", error)
+        assert error.count("\n") == 1
 
 
 def test_how_long_is_left_is_told_from_runs_of_the_same_size_and_else_from_flops(tmp_path):

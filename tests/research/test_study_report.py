@@ -326,7 +326,7 @@ def test_time_is_the_time_of_steps_measured_apart(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "time.png").exists()
 
 
-def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
+def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shares = {"type_share": 0.6, "type_share_naive": 0.7, "context_share": 0.4, "position_share": 0.1}
     gate = {"name": "silu", "mean": 0.5, "std": 0.1, "std_over_mean": 0.2, **shares, "most": [], "least": []}
     site = {"title": "layer 1", "experts": 1, "coefficients": 2, "effective_rank": 1.5, "participation_ratio": 1.2}
@@ -355,6 +355,15 @@ def test_what_the_gates_do_is_told_by_their_own_module(tmp_path: Path) -> None:
     assert "](report/gates-0.4M.png)" in gates
     assert "What trained gates do: there is no analysis" not in text
     assert gates.count("Medians over a branch's gates") == gates.count("Not shown: this is one") == 1
+
+    for key, value in (("text", 3), ("sites", {"a": 1}), ("ablation", {"rows": 2}), ("mixing", {"mixing": "moa"})):
+        (folder / "gates-0.4M.json").write_text(json.dumps(content | {key: value}))
+        said = error_of(capsys, folder, "--out", tmp_path / "a.md")
+        assert "gates-0.4M.json: is not what tools/analyze_gates.py writes" in said
+    sites = [content["sites"][0] | {"sampled": [[0.4]]}]
+    (folder / "gates-0.4M.json").write_text(json.dumps(content | {"sites": sites}))
+    assert "gates-0.4M.json: is not what" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    (folder / "gates-0.4M.json").write_text(json.dumps(content))
 
     del content["ablation"]
     alone = content | {"name": "b/checkpoint", "sites": [content["sites"][0] | {"coefficients": 9}]}
@@ -446,7 +455,8 @@ def test_what_cannot_be_read_or_written_is_one_line(
     (folder / "gates-x.json").write_text("{")
     assert "gates-x.json: is not JSON" in error_of(capsys, folder, "--out", tmp_path / "a.md")
     (folder / "gates-x.json").write_text('{"name": "x"}')
-    assert "gates-x.json: has no iteration; copy the" in error_of(capsys, folder, "--out", tmp_path / "a.md")
+    text = error_of(capsys, folder, "--out", tmp_path / "a.md")
+    assert "gates-x.json: is not what tools/analyze_gates.py writes (KeyError: 'text'); copy its analysis.json" in text
     (folder / "gates-x.json").unlink()
     write(folder, [{"size": "1M"}], "timing.jsonl")
     assert "timing.jsonl: line 1: optimizer: is missing" in error_of(capsys, folder, "--out", tmp_path / "a.md")

@@ -83,9 +83,12 @@ def test_a_log_of_format_version_1_that_lacks_a_setting_is_not_counted(
     write_log(folder, loss=3.0, moa_form="bi-sided", **old)
     log = folder / "train.log"
     log.write_text("".join(line for line in log.read_text().splitlines(True) if f" {name} " not in line))
-    tabulate_runs.main([str(log)])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == rf"not counted: {tmp_path}/a\nb/train.log: its list of arguments is damaged at {name}"
+    with pytest.raises(SystemExit) as caught:
+        tabulate_runs.main([str(log)])
+    assert caught.value.code == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == rf"not counted: {tmp_path}/a\nb/train.log: its list of arguments is damaged at {name}"
+    assert second.endswith("train.log: no run is complete; let one end, or name others")
 
 
 def test_unfinished_and_diverged_runs_are_named_and_not_counted(

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_moa.command_line.tables import markdown_table
+from megatron_moa.errors import UserError, one_line
 from megatron_moa.training.gate_statistics import FEWEST_DOCUMENTS, GateStatistics, paired_interval
 
 if TYPE_CHECKING:
@@ -127,6 +130,22 @@ def shown_token(text: str, end: bool = False) -> str:
 
 
 # In words.
+
+
+@contextmanager
+def as_written(file: str | Path) -> Iterator[None]:
+    """Around what tells or draws an analysis read from a file.
+
+    Raises:
+        UserError: it holds something else than tools/analyze_gates.py writes.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: is not what tools/analyze_gates.py writes ({one_line(error, typed=True)}); copy its "
+            "analysis.json there"
+        ) from None
 
 
 def beside_one_another(analyses: Mapping[str, dict[str, Any]]) -> Iterator[str]:

@@ -14,8 +14,6 @@ from megatron_moa.research.study.lines import RESULTS, read_results, read_timing
 from megatron_moa.research.study.statistics import Results
 from megatron_moa.research.study.timing import TIMING
 
-_GATES = ("name", "iteration", "mixing", "text", "sites", "command", "machine", "date")
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -38,6 +36,8 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
     Raises:
         UserError: no finished run, a line that is not as tools/study.py writes it, or two that contradict each other.
     """
+    from megatron_moa.research.gates.analysis import as_written, beside_one_another, markdown  # takes torch
+
     runs: dict[Cell, tuple[Path, dict[str, Any]]] = {}
     timings: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     gates: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -58,9 +58,9 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
                 content = json.loads(path.read_bytes())
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: is not JSON ({error}); write it anew with tools/analyze_gates.py") from None
-            missing = [key for key in _GATES if not isinstance(content, dict) or key not in content]
-            if missing:
-                raise UserError(f"{path}: has no {missing[0]}; copy the analysis.json of tools/analyze_gates.py there")
+            with as_written(path):
+                list(markdown(content))
+                list(beside_one_another({"": content}))
             name = path.stem.removeprefix("gates-")
             _add(gates, name, path, content, f"the gates of {name}")
     if not runs:

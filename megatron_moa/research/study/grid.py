@@ -7,13 +7,14 @@ spent, and whether its grid goes on), so it is asked for again after every run: 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from megatron_moa.errors import UserError, one_line
+from megatron_moa.errors import UserError, one_line, printable
 from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.research.study.corpora import check_settings
 from megatron_moa.research.study.values import Bound, Count, Natural, Positive, filled, fitting
@@ -137,6 +138,12 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
         raise UserError(f"{path}: has no [[grid]]; see examples/studies/")
     sizes = fitting(f"{path}: sizes", content.get("sizes", {}), dict[str, _Table])
     corpora = fitting(f"{path}: corpora", content.get("corpora", {}), dict[str, _Table])
+    for name in (*sizes, *corpora):
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UserError(
+                f"{path}: {printable(name)!r}: names files of the study; give letters, digits and any of _ . + -, no "
+                "other"
+            )
     for name, settings in corpora.items():
         check_settings(f"{path}: corpora.{name}", settings)
     models = {name: _size(f"{path}: sizes.{name}", name, table) for name, table in sizes.items()}
@@ -211,6 +218,8 @@ def _at_scale(path: Path, content: dict[str, Any], scale: str) -> dict[str, Any]
 
 def _size(where: str, name: str, table: Mapping[str, Any]) -> Size:
     """A model of the file, the rest of it from its recipe where it names one."""
+    if "name" in table:
+        raise UserError(f"{where}: name: unknown key; the table's head names a size")
     recipe = fitting(f"{where}: recipe", table.get("recipe", ""), str)
     rest = _from_recipe(f"{where}: recipe", recipe) if recipe else {}
     flags = (*rest.get("flags", ()), *fitting(f"{where}: flags", table.get("flags", ()), tuple[str, ...]))

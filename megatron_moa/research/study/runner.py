@@ -192,6 +192,12 @@ class Runner:
     """
 
     def __init__(self, study: Study, out: Path, at_a_time: int, threads: int) -> None:
+        try:
+            os.scandir(out).close()
+        except FileNotFoundError:
+            pass  # it is made when something runs
+        except OSError as error:
+            raise _unusable(out, error) from None
         self.study, self.out = study, out
         self.at_a_time, self.threads = at_a_time, threads
         self.corpora: dict[str, Corpus] = {}
@@ -407,13 +413,17 @@ def _locked(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / "lock").open("w")
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror}); name a folder that can") from None
+        raise _unusable(out, error) from None
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--out {out}: another process works on this study; wait, or name another folder") from None
         yield
+
+
+def _unusable(out: Path, error: OSError) -> UserError:
+    return UserError(f"--out {out}: cannot be used ({error.strerror}); name another folder")
 
 
 def _end_with_parent() -> None:
