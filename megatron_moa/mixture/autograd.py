@@ -21,7 +21,7 @@ _Context = torch.autograd.function.FunctionCtx
 
 
 class MixtureInputs(NamedTuple):
-    """What the mixture of ``z + bias`` times ``scale`` is computed from; letters as in docs/mixture.md.
+    """What the mixture of ``z + bias`` times ``per_token_scale`` is computed from; letters as in docs/mixture.md.
 
     Backends get tokens in any dimensions [...], all tensors contiguous, but for z of two dimensions, whose rows may
     lie at any distance.
@@ -30,13 +30,13 @@ class MixtureInputs(NamedTuple):
         z: [..., f] (type1) or [..., 2f], fc1's output.
         coefficients: [n] or [..., n], float32.
         bias: [f] or [2f], or None.
-        scale: [...], or None.
+        per_token_scale: [...], or None.
     """
 
     z: Tensor
     coefficients: Tensor
     bias: Tensor | None = None
-    scale: Tensor | None = None
+    per_token_scale: Tensor | None = None
 
 
 class GateInputs(NamedTuple):
@@ -70,7 +70,7 @@ class Backend(Protocol):
     def mixture_backward(
         inputs: MixtureInputs, mixture: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of z, coefficients and scale, where ``needed``, each shaped as its tensor.
+        """Gradients of z, coefficients and per_token_scale, where ``needed``, each shaped as its tensor.
 
         Args:
             mixture: with ``overwrite`` z's gradient is written into z itself.
@@ -111,10 +111,10 @@ def gated_mixture(
     z: Tensor,
     mixture: MixtureConfig,
     bias: Tensor | None,
-    scale: Tensor | None,
+    per_token_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`megatron_moa.mixture.functional.gated_mixture`."""
-    return _GatedMixture.apply(backend, mixture, z, bias, scale, *gate)
+    return _GatedMixture.apply(backend, mixture, z, bias, per_token_scale, *gate)
 
 
 # Autograd sees tensors among the arguments of ``apply`` alone, so the inputs are passed one by one. No tensor changes
@@ -172,13 +172,13 @@ class _GatedMixture(torch.autograd.Function):
         mixture: MixtureConfig,
         z: Tensor,
         bias: Tensor | None,
-        scale: Tensor | None,
+        per_token_scale: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x, *others = tensors
         gate = GateInputs(_with_rows(x), *others)
         coefficients = _coefficients(backend, gate, mixture)
-        inputs = MixtureInputs(_with_rows(z), coefficients, bias, scale)
+        inputs = MixtureInputs(_with_rows(z), coefficients, bias, per_token_scale)
         ctx.save_for_backward(*gate, *inputs)
         ctx.settings = backend, mixture
         ctx.mark_non_differentiable(coefficients)
@@ -262,10 +262,14 @@ def _mix_backward(
 
 def _for_backend(inputs: MixtureInputs, group_ends: Tensor | None) -> MixtureInputs:
     """Spreads coefficients of groups over their rows, here, so that only [groups, n] is saved; fills gaps."""
-    z, coefficients, bias, scale = inputs
+    z, coefficients, *others = inputs
     if group_ends is not None:
         coefficients = coefficients[group_of_rows(group_ends, z.shape[0])]
-    return MixtureInputs(z, coefficients.contiguous(), bias, None if scale is None else scale.contiguous())
+    return MixtureInputs(z, coefficients.contiguous(), *map(_without_gaps, others))
+
+
+def _without_gaps(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _coefficients(backend: Backend, inputs: GateInputs, mixture: MixtureConfig) -> Tensor:

@@ -51,7 +51,7 @@ def mixture_backward(
     inputs: MixtureInputs, mixture: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
-    shaped = (inputs.z, inputs.coefficients, inputs.scale)
+    shaped = (inputs.z, inputs.coefficients, inputs.per_token_scale)
     inputs, grad = _uniform(inputs), _rows(grad)
     function = _backward_function(mixture.form, mixture.activations, _kind(inputs), needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
@@ -83,7 +83,7 @@ def _kind(inputs: MixtureInputs) -> tuple[object, ...]:
     """What one compiled function is for: all of its inputs' dtypes and sizes but the number of tokens."""
     return tuple(
         None if tensor is None else (tensor.dtype, tensor.dim(), tensor.shape[-1]) for tensor in inputs[:3]
-    ) + (None if inputs.scale is None else inputs.scale.dtype,)
+    ) + (None if inputs.per_token_scale is None else inputs.per_token_scale.dtype,)
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[objec
 
     def forward(inputs: MixtureInputs) -> Tensor:
         out = _evaluate(form, bases, inputs).out
-        if inputs.scale is not None:
-            out = out * inputs.scale.float()[:, None]
+        if inputs.per_token_scale is not None:
+            out = out * inputs.per_token_scale.float()[:, None]
         return out.to(inputs.z.dtype)
 
     return _compile(forward, "mixture_forward", form)

@@ -88,15 +88,17 @@ def gate_coefficients(
 
     Raises:
         TypeError: a tensor that is not of floating point.
+        ValueError: shapes that do not fit together.
         UserError: a backend that is not there.
     """
     if _breaks_graph(mixture):
         return _outside(gate_coefficients)(x, weight, mixture, bias, amplitude, scale, group_ends)
     _check_dtypes(_GATE_TENSORS, (x, weight, bias, amplitude, scale))
-    backend = _fused_backend(mixture, x)
+    inputs = autograd.GateInputs(x, weight, bias, amplitude, scale, group_ends)
+    _check_gate(inputs, mixture)
+    backend = _fused_backend(mixture, x, weight)
     if backend is None:
         return reference.gate_coefficients(x, weight, mixture, bias, amplitude, scale, group_ends)
-    inputs = autograd.GateInputs(x, weight, bias, amplitude, scale, group_ends)
     return autograd.gate_coefficients(backend, inputs, mixture)
 
 
@@ -114,17 +116,20 @@ def gated_mixture(
 
     Returns:
         The mixture, and the coefficients [..., n], which are for looking at: no gradient flows back through them.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        UserError: a backend that is not there.
     """
     if _breaks_graph(mixture):
         return _outside(gated_mixture)(preactivation, gate, mixture, bias, per_token_scale)
-    if gate.x.shape[:-1] != preactivation.shape[:-1] or gate.weight.shape[-2] != mixture.num_coefficients:
+    if gate.x.shape[:-1] != preactivation.shape[:-1]:
         raise ValueError(
-            f"gate of {tuple(gate.x.shape)} by {tuple(gate.weight.shape)}: {mixture.form} over "
-            f"{mixture.num_activations} activations needs {mixture.num_coefficients} coefficients for each of "
-            f"{tuple(preactivation.shape)}"
+            f"x {tuple(gate.x.shape)}: needs the tokens of preactivation, {[*preactivation.shape[:-1], 'h']}"
         )
+    _check_gate(gate, mixture)
     _check_preactivation(preactivation, mixture, bias, per_token_scale)
-    backend = _fused_backend(mixture, preactivation)
+    backend = _fused_backend(mixture, preactivation, gate.weight)
     if backend is None:
         coefficients = reference.gate_coefficients(*gate[:2], mixture, *gate[2:])
         out = reference.mixed_activation(preactivation, coefficients, mixture, bias, per_token_scale)
@@ -150,7 +155,7 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function, reason="a backend is named, which cannot be traced")
 
 
-def _fused_backend(mixture: MixtureConfig, tensor: Tensor) -> autograd.Backend | None:
+def _fused_backend(mixture: MixtureConfig, tensor: Tensor, weight: Tensor | None = None) -> autograd.Backend | None:
     """The backend's module; None for eager, inside a graph, where tensors are shapes alone (on the meta device, fake),
     whatever backend is named, and for float64, which is for checks and has the reference only.
     """
@@ -161,7 +166,7 @@ def _fused_backend(mixture: MixtureConfig, tensor: Tensor) -> autograd.Backend |
         return None
     name = resolve_backend(mixture.backend, tensor.device.type)
     check_overwrite(mixture, name)
-    if name == "eager" or tensor.dtype == torch.float64:
+    if name == "eager" or torch.float64 in (tensor.dtype, tensor.dtype if weight is None else weight.dtype):
         return None
     if name == "compile":
         return compile_backend
@@ -175,7 +180,7 @@ def _triton_backend() -> autograd.Backend:
     return backend
 
 
-# Of gated_mixture nothing is checked, which layers alone call, with what linear layers gave.
+# Of gated_mixture no dtype is checked, which layers alone call, with what linear layers gave.
 _MIXTURE_TENSORS = ("preactivation", "coefficients", "bias", "per_token_scale")
 _GATE_TENSORS = ("x", "weight", "bias", "amplitude", "scale")
 
@@ -186,6 +191,24 @@ def _check_dtypes(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Non
             raise TypeError(
                 f"{names[position]} of {tensor.dtype}: give a tensor of floating point, such as torch.float32"
             )
+
+
+def _check_gate(gate: autograd.GateInputs, mixture: MixtureConfig) -> None:
+    x, weight, bias, amplitude, scale, group_ends = gate
+    n = mixture.num_coefficients
+    groups = () if group_ends is None else (group_ends.shape[0],)
+    if weight.shape != (*groups, n, x.shape[-1]):
+        raise ValueError(
+            f"weight {tuple(weight.shape)}: {mixture.form} over {mixture.num_activations} activations needs "
+            f"{[*groups, n, x.shape[-1]]} for x {tuple(x.shape)}"
+        )
+    if groups and x.dim() != 2:
+        raise ValueError(f"x {tuple(x.shape)}: needs two dimensions with group_ends")
+    for name, parameter in (("bias", bias), ("amplitude", amplitude)):
+        if parameter is not None and parameter.shape != (*groups, n):
+            raise ValueError(f"{name} {tuple(parameter.shape)}: needs {[*groups, n]}")
+    if scale is not None and scale.shape != (1,):
+        raise ValueError(f"scale {tuple(scale.shape)}: needs [1]")
 
 
 def _check_shapes(inputs: autograd.MixtureInputs, mixture: MixtureConfig, group_ends: Tensor | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.activations import ACTIVATIONS
+from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
-from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
+from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation, resolve_backend
 from megatron_moa.mixture.triton_backend import mixture as mixture_kernels
 from megatron_moa.research.benchmarks import kernel_errors
 from megatron_moa.research.benchmarks.peak_memory import saved_for_backward
@@ -315,6 +316,87 @@ def test_strided_inputs(backend: str) -> None:
                 results.append((out, *torch.autograd.grad(out, list(inputs.values()), grad)))
             for actual, expected in zip(*results, strict=True):
                 torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
+def test_tokens_whose_one_sequence_has_any_stride(backend: str) -> None:
+    """[s, 1, h] that was transposed from [1, s, h] counts as contiguous, whatever its middle stride says."""
+    mixture = MixtureConfig(activations=("silu", "tanh"), amplitude="learned", gate_bias=True, backend=backend)
+    eager = dataclasses.replace(mixture, backend="eager")
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    x, z, coefficients, grad = (normal(1, 5, width).transpose(0, 1) for width in (6, 8, 4, 4))
+    assert grad.is_contiguous()
+    assert grad.stride(-2) == 20
+    scale = normal(1, 5).t()
+    parameters = normal(4, 6), normal(4, 2)[:, 0], normal(4, 3)[:, 1]  # weight, bias, amplitude
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, z, coefficients, scale, normal(8, 2)[:, 1])]
+    parameters = [tensor.detach().requires_grad_() for tensor in parameters]
+
+    def results(mixture: MixtureConfig) -> Iterator[Tensor]:
+        x, z, coefficients, scale, bias = inputs
+        out = mixed_activation(z, coefficients, mixture, bias, scale)
+        yield from (out, *torch.autograd.grad(out, [z, coefficients, scale, bias], grad))
+        gate = gate_coefficients(x, parameters[0], mixture, *parameters[1:])
+        yield from (gate, *torch.autograd.grad(gate, [x, *parameters], grad))
+        out, gate = gated_mixture(z, GateInputs(x, *parameters), mixture, bias, scale)
+        yield from (out, gate, *torch.autograd.grad(out, [*inputs[:2], scale, bias, *parameters], grad))
+
+    for actual, expected in zip(results(mixture), results(eager), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
+def test_gradients_of_half_precision_coefficients_are_summed_in_float32(backend: str) -> None:
+    mixture = MixtureConfig(kind="la", activations=("silu", "tanh"), backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(64, 24, generator=generator).to(DEVICE)
+    coefficients = torch.rand(4, generator=generator).to(DEVICE)
+    given, exact = (coefficients.to(dtype).requires_grad_() for dtype in (torch.bfloat16, torch.float64))
+    mixed_activation(z, given, mixture).sum().backward()
+    mixed_activation(z.double(), exact, dataclasses.replace(mixture, backend="eager")).sum().backward()
+    assert given.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(given.grad.double(), exact.grad, rtol=2**-7, atol=0)
+
+
+def test_a_gate_in_double_precision_gives_double_precision_on_any_backend() -> None:
+    weight = torch.randn(4, 6, dtype=torch.float64, device=DEVICE)
+    for backend in ("triton", "compile", "eager"):
+        mixture = MixtureConfig(activations=("silu", "tanh"), backend=backend)
+        for tokens in (0, 3):
+            assert gate_coefficients(torch.ones(tokens, 6, device=DEVICE), weight, mixture).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"weight": (4, 3)}, r"weight \(4, 3\): bi-sided over 2 activations needs \[4, 6\] for x \(5, 6\)"),
+        ({"weight": (3, 6)}, r"weight \(3, 6\): bi-sided over 2 activations needs \[4, 6\]"),
+        ({"weight": (2, 4, 6)}, r"weight \(2, 4, 6\): .* needs \[4, 6\]"),
+        ({"bias": (3,)}, r"bias \(3,\): needs \[4\]"),
+        ({"amplitude": (4, 1)}, r"amplitude \(4, 1\): needs \[4\]"),
+        ({"scale": ()}, r"scale \(\): needs \[1\]"),
+        ({"groups": 2}, r"weight \(4, 6\): .* needs \[2, 4, 6\]"),
+        ({"groups": 2, "weight": (3, 4, 6)}, r"weight \(3, 4, 6\): .* needs \[2, 4, 6\]"),
+        ({"groups": 2, "weight": (2, 4, 6), "bias": (4,)}, r"bias \(4,\): needs \[2, 4\]"),
+        ({"groups": 2, "weight": (2, 4, 6), "x": (5, 1, 6)}, r"x \(5, 1, 6\): needs two dimensions with group_ends"),
+    ],
+)
+def test_gates_of_other_shapes_are_refused_by_every_backend(changed: dict, said: str, backend: str) -> None:
+    mixture = MixtureConfig(activations=("silu", "tanh"), backend=backend)
+    shapes = {"x": (5, 6), "weight": (4, 6), "bias": None, "amplitude": None, "scale": None, **changed}
+    groups = shapes.pop("groups", None)
+    tensors = [None if shape is None else torch.ones(shape, device=DEVICE) for shape in shapes.values()]
+    ends = None if groups is None else torch.arange(1, groups + 1, dtype=torch.int32, device=DEVICE)
+    x, weight, bias, amplitude, scale = tensors
+    with pytest.raises(ValueError, match=said):
+        gate_coefficients(x, weight, mixture, bias, amplitude, scale, ends)
+    with pytest.raises(ValueError, match=said):
+        gated_mixture(torch.ones(*x.shape[:-1], 8, device=DEVICE), GateInputs(*tensors, ends), mixture)
 
 
 def test_the_compiler_serves_more_kinds_than_its_limit_of_recompilations() -> None:

@@ -164,8 +164,14 @@ def test_what_the_mixture_saved_is_let_go_before_the_gates_gradients() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda given: given | {"x": given["x"][:3]}, r"gate of \(3, 2, 7\) by \(4, 7\): bi-sided over 2 activations"),
-        (lambda given: given | {"u": given["u"][:3]}, r"by \(3, 7\): .* needs 4 coefficients for each of \(5, 2, 12\)"),
+        (
+            lambda given: given | {"x": given["x"][:3]},
+            r"x \(3, 2, 7\): needs the tokens of preactivation, \[5, 2,",
+        ),
+        (
+            lambda given: given | {"u": given["u"][:3]},
+            r"weight \(3, 7\): bi-sided over 2 .* needs \[4, 7\] for x \(5, 2, 7\)",
+        ),
         (lambda given: given | {"z": given["z"][..., :5]}, r"preactivation \(5, 2, 5\): bi-sided needs two halves"),
         (lambda given: given | {"s": given["s"][:3]}, r"per_token_scale \(3, 2\): needs \[5, 2\]"),
     ],

@@ -320,8 +320,12 @@ def backward(
 
 
 def _dense(inputs: GateInputs) -> GateInputs:
-    """The same with a contiguous weight; x comes so (autograd._with_rows)."""
-    return inputs if inputs.weight.is_contiguous() else inputs._replace(weight=inputs.weight.contiguous())
+    """The same with contiguous parameters; x comes so (autograd._with_rows)."""
+    parameters = inputs[1:4]
+    if all(tensor is None or tensor.is_contiguous() for tensor in parameters):
+        return inputs
+    weight, bias, amplitude = (None if tensor is None else tensor.contiguous() for tensor in parameters)
+    return inputs._replace(weight=weight, bias=bias, amplitude=amplitude)
 
 
 def _tiles(inputs: GateInputs) -> int:

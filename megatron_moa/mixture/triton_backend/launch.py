@@ -56,8 +56,14 @@ def launch(
 
 
 def row_stride(tensor: Tensor) -> int:
-    """From one token's row to the next; 0 for what all tokens share."""
-    return tensor.stride(-2) if tensor.dim() > 1 else 0
+    """From one token's row to the next; 0 for what all tokens share.
+
+    Beyond two dimensions rows follow one another (megatron_moa.mixture.autograd.MixtureInputs). Strides do not say so:
+    that of a dimension of size 1 may be anything.
+    """
+    if tensor.dim() == 2:
+        return tensor.stride(0)
+    return tensor.shape[-1] if tensor.dim() > 1 else 0
 
 
 def _kinds(arguments: Sequence[Tensor | int | None]) -> tuple[object, ...]:

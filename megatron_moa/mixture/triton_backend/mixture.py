@@ -238,7 +238,10 @@ def backward(
     grad_scale = torch.empty_like(scale) if need_scale else None
     sums = None
     if need_coefficients:
-        sums = torch.empty_like(coefficients) if per_token else coefficients.new_empty(programs, n)
+        if per_token:
+            sums = torch.empty_like(coefficients)
+        else:
+            sums = coefficients.new_empty(programs, n, dtype=torch.float32)
     arguments = (
         grad,
         *inputs,
@@ -257,7 +260,7 @@ def backward(
     for constants in launches:
         launch(_mixture_backward_kernel, (programs,), arguments, constants, chosen.warps)
     if need_coefficients and not per_token:
-        sums = sums.sum(0)
+        sums = sums.sum(0).to(coefficients.dtype)
     return grad_z, sums, grad_scale
 
 
