@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine, get_rerun_state_machine
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args
@@ -204,11 +205,12 @@ class StopOnNonFinite(RerunStateMachine):
         stage = self._stages[id(group)]
         chunk = dict(self._chunks)[stage]
         in_group = {id(parameter) for bucket in group.buckets for parameter in bucket.params_list}
-        bad = [
-            name
-            for name, parameter in chunk.named_parameters()
-            if id(parameter) in in_group and not _is_finite(parameter.main_grad)
-        ]
+        own = {name: p.main_grad for name, p in chunk.named_parameters() if id(p) in in_group}
+        bad = [name for name, grad in own.items() if not _is_finite(grad)]
+        if not bad:  # each number is finite, the sum of their squares is not
+            largest = max(own, key=lambda name: own[name].abs().max().item())
+            self._found((_GRADIENT, -stage), f"the gradient of {global_name(chunk, largest)} overflows in its norm")
+            return
         others = f" (and of {len(bad) - 1} more parameters)" if len(bad) > 1 else ""
         # Backward comes from the other end: the last one has the first.
         self._found((_GRADIENT, -stage), f"the gradient of {global_name(chunk, bad[-1])} is not finite{others}")
@@ -287,6 +289,11 @@ def global_name(model: torch.nn.Module, name: str) -> str:
     local = name.split(".")
     parts = list(local)
     for index, part in enumerate(local):
+        grouped = re.fullmatch(r"(weight|bias)(\d+)", part)  # linear_fc1.weight3: an expert's, of all in one layer
+        if grouped:
+            owner = model.get_submodule(".".join(local[: index - 1]))
+            if isinstance(owner, TEGroupedMLP):
+                parts[index] = f"{grouped[1]}{int(grouped[2]) + owner.ep_group.rank() * owner.num_local_experts}"
         if not part.isdecimal():
             continue
         indexed = model.get_submodule(".".join(local[: index + 1]))

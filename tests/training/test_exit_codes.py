@@ -117,10 +117,10 @@ def test_killed_rank_is_told_in_one_line_by_the_other(tmp_path):
     assert "Traceback" not in run.log
 
 
-def poison(what: str, parameter: str, iteration: int) -> None:
-    """The last rank that has the parameter gets a NaN."""
-    if os.environ["RANK"] == "1" or ".3." in parameter or "layers.0" in parameter:
-        poison_training(what, parameter, iteration)
+def poison(what: str, parameter: str, iteration: int, *value: float) -> None:
+    """The last rank that has the parameter gets a NaN, or another value."""
+    if os.environ["RANK"] == "1" or "experts." in parameter or "layers.0" in parameter:
+        poison_training(what, parameter, iteration, *value)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,12 @@ def poison(what: str, parameter: str, iteration: int) -> None:
             [*MOE, "--expert-model-parallel-size", "2"],
             marks=pytest.mark.full,
         ),
+        pytest.param(
+            "gradient",
+            "decoder.layers.1.mlp.experts.linear_fc1.weight3",
+            [*MOE, "--moe-grouped-gemm", "--expert-model-parallel-size", "2"],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 @pytest.mark.parametrize("iteration", [1, 3])
@@ -155,6 +161,14 @@ def test_nan_stops_all_ranks_and_names_layer_and_step(tmp_path, what, parameter,
     assert f"at iteration {iteration}:" in line
     saved = iteration // 2 * 2
     assert sorted(folder.name for folder in save.glob("iter_*")) == [f"iter_{n:07d}" for n in range(2, saved + 1, 2)]
+
+
+def test_a_gradient_whose_norm_overflows_stops_all_ranks(tmp_path):
+    parameter = "decoder.layers.1.mlp.linear_fc1.weight"
+    run, codes = run_hurt(tmp_path, poison, ("gradient", parameter, 2, 1e30))
+    assert codes == [17, 17], run.log[-3000:]
+    (line,) = re.findall(r".*nothing was updated or saved.*", run.log)
+    assert f"the gradient of {parameter} overflows in its norm, at iteration 2: " in line
 
 
 def poison_once() -> None:

@@ -9,15 +9,17 @@ import sys
 from megatron_moa import startup
 
 
-def poison(what: str, parameter: str, iteration: int) -> None:
-    """Makes one value NaN in a training that then begins in this process: of a parameter before an iteration, or of its
-    gradient in it.
+def poison(what: str, parameter: str, iteration: int, value: float = float("nan")) -> None:
+    """Spoils a training that then begins in this process: one value of a parameter before an iteration, or its gradient
+    in it.
 
     Args:
         what: "parameter" or "gradient".
         parameter: its global name (megatron_moa.training.nan_guard).
         iteration: counted from 1, as in the log.
+        value: what it becomes.
     """
+    import torch
     from megatron.core.utils import unwrap_model
     from megatron.training import training
 
@@ -32,9 +34,9 @@ def poison(what: str, parameter: str, iteration: int) -> None:
                     if global_name(chunk, name) != parameter:
                         continue
                     if what == "parameter":
-                        tensor.data.view(-1)[0] = float("nan")
+                        tensor.data.view(-1)[0] = value
                     else:
-                        tensor.register_hook(lambda gradient: gradient * float("nan"))
+                        tensor.register_hook(lambda gradient: torch.full_like(gradient, value))
         return train_step(forward_step, data_iterator, model, *rest, **options)
 
     training.train_step = poisoned_step
