@@ -6,6 +6,8 @@ scales as well (docs/mixture.md, "Scale at the start").
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -20,13 +22,24 @@ def coefficient_scale(mixture: MixtureConfig, config: TransformerConfig) -> floa
     For ``matched`` the layer's output then has, at step 0, the mean square of SwiGLU's (GELU's for type1).
 
     Raises:
-        UserError: an initialisation whose standard deviation is not ``--init-method-std``.
+        UserError: weights or inputs whose standard deviation is not known.
     """
     if mixture.init_scale == "paper":
         return 1.0
-    if config.init_method is torch.nn.init.xavier_uniform_:
+    std = initial_std(config)
+    if std is None:
+        flag = "--moe-latent-size" if config.moe_latent_size else "--init-method-xavier-uniform"
         raise UserError(
-            "--moa-init-scale matched: reckons with normal weights; drop --init-method-xavier-uniform, "
+            f"--moa-init-scale matched: reckons with normal weights and normalised inputs; drop {flag}, "
             "or take --moa-init-scale paper"
         )
-    return matching_scale(mixture, config.init_method_std, config.hidden_size)
+    return matching_scale(mixture, std, config.hidden_size)
+
+
+def initial_std(config: TransformerConfig) -> float | None:
+    """The standard deviation that Megatron draws fc1's weights with (TransformerConfig.__post_init__); None where
+    preactivations are not known from it: of weights that are not normal, and of experts of a latent MoE.
+    """
+    if config.init_method is torch.nn.init.xavier_uniform_ or config.moe_latent_size:
+        return None
+    return config.init_method_std / math.sqrt(config.mup_width_mult if config.use_mup else 1)

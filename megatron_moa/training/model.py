@@ -26,6 +26,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from megatron_moa.layer_specs import layer_spec, mtp_spec
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP
+from megatron_moa.layers.init_scale import initial_std
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
@@ -165,8 +166,9 @@ def report_mixture(
         f"{report.layers} layers, {report.extra_parameters:,} extra parameters "
         f"({report.extra_percent:.4f} % of {report.parameters - report.extra_parameters:,})"
     )
-    if mixture.init_scale == "paper" and config.init_method is not torch.nn.init.xavier_uniform_:
-        scale = output_scale(mixture, config.init_method_std, config.hidden_size)
+    std = initial_std(config)
+    if mixture.init_scale == "paper" and std is not None:
+        scale = output_scale(mixture, std, config.hidden_size)
         line += f", output at step 0 about {scale:.1f} x {'SwiGLU' if mixture.gated else 'GELU'}'s"
     print(line, flush=True)
     return models

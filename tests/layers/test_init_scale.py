@@ -9,6 +9,7 @@ import torch
 from megatron.core import tensor_parallel
 
 from megatron_moa.errors import UserError
+from megatron_moa.layers.init_scale import coefficient_scale, initial_std
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.mixture.start_scale import matching_scale, output_scale
 from tests.support.layers import build_feed_forward, make_config
@@ -69,6 +70,32 @@ def test_the_gates_own_standard_deviation_decides_the_scale() -> None:
         assert output_scale(mixture, INIT_STD, 512) == pytest.approx(ratio, rel=0.1)
         matched = dataclasses.replace(mixture, init_scale="matched")
         assert mean_square(matched, True) == pytest.approx(mean_square(None, True), rel=0.2)
+
+
+def test_the_width_of_mup_decides_the_scale() -> None:
+    """Megatron draws fc1 with --init-method-std over the root of the width's multiple."""
+    mup = {"hidden_size": 512, "init_method_std": INIT_STD, "use_mup": True, "mup_base_hidden_size": 32}
+    config = make_config(True, ffn_hidden_size=1024, **mup)
+    layer = build_feed_forward(config, MixtureConfig(backend="eager"))
+    assert initial_std(config) == INIT_STD / 4
+    assert layer.linear_fc1.weight.std().item() == pytest.approx(INIT_STD / 4, rel=0.01)
+    matched = MixtureConfig(init_scale="matched", backend="eager")
+    assert coefficient_scale(matched, config) == matching_scale(matched, INIT_STD / 4, 512)
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"init_method": torch.nn.init.xavier_uniform_}, "--init-method-xavier-uniform"),
+        ({"moe_latent_size": 16}, "--moe-latent-size"),
+    ],
+)
+def test_no_scale_is_reckoned_from_preactivations_that_are_not_known(settings: dict, flag: str) -> None:
+    config = dataclasses.replace(make_config(True), **settings)
+    assert initial_std(config) is None
+    assert coefficient_scale(MixtureConfig(), config) == 1
+    with pytest.raises(UserError, match=f"--moa-init-scale matched: .*; drop {flag}, or take --moa-init-scale paper"):
+        coefficient_scale(MixtureConfig(init_scale="matched"), config)
 
 
 def test_scale_of_fixed_amplitude_is_in_the_checkpoint() -> None:
