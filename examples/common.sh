@@ -10,6 +10,17 @@ fail() {
 # show_help: the comment at the head of the script
 show_help() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
 
+# run_name MODEL MIXING FLAG...: what a run is called, with its folder in runs/; MIXING may be empty
+run_name() {
+    local name
+    name=$(basename "$1" .sh)
+    [ "${FFN:-type2}" = type2 ] || name+=-$FFN
+    name+=${2:+-$2}
+    # What random tokens have trained is nothing that a run on text may go on with.
+    case " ${*:3} " in *' --mock-data '*) name+=-mock ;; esac
+    echo "$name"
+}
+
 # print_command WORD...: a command as one could type it, a flag a line
 print_command() {
     local word separator=''

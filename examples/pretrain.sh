@@ -19,7 +19,7 @@
 #   TOKENS_PER_PARAMETER (20; MoE models: 100 for each that a token meets)  TOKENS (that many)  WARMUP_TOKENS (TOKENS/50, ours)
 #   SEQ_LENGTH  GLOBAL_BATCH_SIZE  MICRO_BATCH_SIZE (as the model's file says)
 #   TP PP CP EP (1)  DISTRIBUTED_OPTIMIZER (1): tools/plan.py says which splits fit and are fast
-#   RUN_DIR (runs/MODEL-MIXING, with FFN=type1 runs/MODEL-type1-MIXING)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
+#   RUN_DIR (runs/MODEL-MIXING, with FFN=type1 runs/MODEL-type1-MIXING, with --mock-data …-mock)  SAVE_INTERVAL EVAL_INTERVAL (500)  KEEP_LAST (2)
 #   EVAL_ITERS (20 batches an evaluation)  LOG_INTERVAL (10 iterations)
 #   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
 set -euo pipefail
@@ -55,8 +55,7 @@ done
 # The model: MODEL_ARGS, BASELINE_ARGS, PARAMETERS, and the defaults of its training.
 case $MODEL in */* | *.sh) MODEL_FILE=$MODEL ;; *) MODEL_FILE=$EXAMPLES/models/$MODEL.sh ;; esac
 [ -f "$MODEL_FILE" ] || fail "MODEL $MODEL: there is no such recipe; take one of: $(names models)"
-FFN_SUFFIX=''
-[ "${FFN:-type2}" = type2 ] || FFN_SUFFIX=-$FFN
+RUN_DIR=${RUN_DIR:-runs/$(run_name "$MODEL" "$MIXING" "${FLAGS[@]}")} # before the model's file, which may set FFN
 BASELINE_ARGS=() PARAMETERS=''
 # shellcheck source=examples/models/dense-0.12b.sh
 source "$MODEL_FILE"
@@ -151,7 +150,6 @@ fi
 DATA_ARGS+=(${DATA_CACHE_PATH:+--data-cache-path "$DATA_CACHE_PATH"})
 
 # A run that is started again goes on where it was saved; SIGTERM and SIGUSR2 save first (docs/reliability.md).
-RUN_DIR=${RUN_DIR:-runs/$(basename "$MODEL_FILE" .sh)$FFN_SUFFIX-$MIXING}
 RUN_ARGS=(
     --save "$RUN_DIR/checkpoints"
     --load "$RUN_DIR/checkpoints"

@@ -22,9 +22,7 @@ MODEL=${MODEL:-dense-0.12b}
 read -ra MIXINGS <<<"${MIXINGS:-none la moa}"
 read -ra LRS <<<"${LRS:-1e-3 2e-3 4e-3}"
 read -ra SEEDS <<<"${SEEDS:-1 2 3}"
-FFN_SUFFIX=''
-[ "${FFN:-type2}" = type2 ] || FFN_SUFFIX=-$FFN
-SWEEP_DIR=${SWEEP_DIR:-runs/sweep-$(basename "$MODEL" .sh)$FFN_SUFFIX}
+SWEEP_DIR=${SWEEP_DIR:-runs/sweep-$(run_name "$MODEL" '')} # with other flags, such as --mock-data, a run is refused
 
 ACTION=all
 case ${1:-} in

@@ -451,6 +451,8 @@ def test_a_models_file_of_ones_own(tmp_path: Path) -> None:
     words = dry_run(str(mine), "moa", **DATA)
     assert value(words, "--hidden-size") == "512"
     assert value(words, "--save") == "runs/mine-moa/checkpoints"
+    # Random tokens train into a folder that a run on text does not go on with.
+    assert value(dry_run(str(mine), "moa", "--mock-data"), "--load") == "runs/mine-moa-mock/checkpoints"
     assert "512" in read_recipe(mine)
 
 
