@@ -281,6 +281,13 @@ def test_the_readme_is_short() -> None:
     assert max(map(len, lines)) <= 120
 
 
+@pytest.mark.parametrize("page", [page for page in PRESENT if page.name != "flags.md"], ids=name_of)
+def test_lines_of_prose_are_short(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    prose = [line for line in text.splitlines() if not line.startswith(("|", "    ", "!["))]
+    assert max(map(len, prose)) <= 120
+
+
 def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
     assert draw_forms.main(["--out", str(tmp_path / "forms.svg")]) == 0
     assert (tmp_path / "forms.svg").read_bytes() == (ROOT / "docs" / "pictures" / "forms.svg").read_bytes()

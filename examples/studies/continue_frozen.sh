@@ -2,7 +2,7 @@
 # Trains a MoA on in three ways: as it is; with its gates frozen (they still depend on the token); collapsed to LA, with
 # every gate replaced by its mean over the training data. Is learning on in the gates, or their variation, worth anything?
 #
-#   DATA_PATH=data/corpus LR=4e-4 examples/studies/continue_frozen.sh runs/dense-0.12b-moa/checkpoints
+#   DATA_PATH=data/corpus LR=2e-4 examples/studies/continue_frozen.sh runs/dense-0.12b-moa/checkpoints
 #
 # CHECKPOINT  of a MoA, what training's --save named
 # flags       of pretrain_gpt_moa.py, for every training: they come last, so they win. --dry-run prints the commands and runs

@@ -28,7 +28,7 @@ def what_was_run(study: Material) -> Lines:
     sizes = {cell.size: lines[cell]["non_embedding"] for cell in cells if cell.arm == BASELINE}
     sizes = {cell.size: lines[cell]["non_embedding"] for cell in cells if cell.size not in sizes} | sizes
     text = listed(f"{size_title(size)} ({count:,})" for size, count in sorted(sizes.items(), key=lambda s: s[1]))
-    yield f"- Sizes (SwiGLU's parameters without embedding and output layer): {text}."
+    yield f"- Sizes, by their names in the studies (SwiGLU's parameters without embedding and output layer): {text}."
     budgets = sorted({cell.tokens for cell in cells})
     yield f"- Tokens: {listed(f'{tokens / 1e6:g}M' for tokens in budgets)}."
     plans = dict.fromkeys(plan_title(cell.optimizer, cell.schedule) for cell in cells)
