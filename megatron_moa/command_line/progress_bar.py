@@ -10,9 +10,9 @@ _LOG_SECONDS = 30  # between two lines in a log file
 class ProgressLines:
     """A progress bar for log files: a plain line on stderr now and then."""
 
-    def __init__(self, total: int, title: str, seconds: float = _LOG_SECONDS) -> None:
-        """Counts up to ``total`` bytes; a line at most every ``seconds``."""
-        self.total, self.title, self.seconds = total, title, seconds
+    def __init__(self, total: int, title: str) -> None:
+        """Counts up to ``total`` bytes."""
+        self.total, self.title = total, title
         self.done = 0
         self.start = self.printed = time.monotonic()
 
@@ -20,7 +20,7 @@ class ProgressLines:
         """Adds bytes that are done."""
         self.done += count
         now = time.monotonic()
-        if now - self.printed < self.seconds or not self.done:
+        if now - self.printed < _LOG_SECONDS or not self.done:
             return
         self.printed = now
         elapsed = now - self.start

@@ -87,7 +87,7 @@ class HuggingFaceFolder:
         ends = self.config.eos_token_id
         if (self.root / "generation_config.json").exists():
             path = file_in(self.root, "generation_config.json", f"--hf {self.root}")
-            found = _json(path).get("eos_token_id")
+            found = read_json(path).get("eos_token_id")
             ends = ends if found is None else found
             if not all(type(end) is int for end in _as_list(ends)):
                 raise UserError(f"{path}, eos_token_id {ends!r}: is neither an id nor a list of ids; correct it")
@@ -195,7 +195,9 @@ def _check_finished(root: Path) -> None:
 # Settings.
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of the folder. Raises UserError: it is none, or has a key twice."""
+
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
@@ -208,17 +210,17 @@ def _json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({one_line(error)}); fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({one_line(error)}); fetch or export it again") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object; fetch it again")
+        raise UserError(f"{path}: holds no JSON object; fetch or export it again")
     return value
 
 
 def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
     """config.json as the class of its architecture reads it; ``auto_map`` and other names of code mean nothing here."""
     path = file_in(root, "config.json", f"--hf {root}")
-    settings = _json(path)
+    settings = read_json(path)
     architectures, kind = settings.get("architectures"), settings.get("model_type")
     if not architectures:  # old files name the type alone
         of_type = [family for family in (*FAMILIES, OWN) if family.config_class.model_type == kind]
@@ -269,7 +271,7 @@ def indexed_files(root: Path, path: Path) -> dict[Path, set[str] | None]:
     Raises:
         UserError: it is damaged, or names anything but files of weights in the folder itself.
     """
-    names = _json(path).get("weight_map")
+    names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
         raise UserError(f"{path}: has no weight_map from names to files; fetch it again")
     suffix = ".bin" if path.name in _PICKLES else ".safetensors"

@@ -6,7 +6,6 @@ folder is never run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.folder import file_in, indexed_files
+from megatron_moa.hf.folder import file_in, indexed_files, read_json
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixture_config
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.text_model import TextModel
@@ -158,12 +157,11 @@ def register() -> None:
     AutoModelForCausalLM.register(GPTMoAConfig, GPTMoAForCausalLM, exist_ok=True)
 
 
-def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
+def load_folder(folder: Path) -> FolderModel:
     """The model of an export of ours, or of a causal language model that transformers knows. Nothing is downloaded.
 
     Args:
         folder: with config.json and safetensors files.
-        dtype: None for the folder's.
 
     Raises:
         UserError: no such folder, a model that needs other code, or files that are damaged or do not fit.
@@ -173,7 +171,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, notes = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **local
+            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
         )
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
         has_tokenizer = any((folder / name).is_file() for name in names)
@@ -196,7 +194,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> FolderModel:
 def _check_config(folder: Path) -> None:
     """Raises UserError for a model that no code here is for, and for files that lie elsewhere."""
     path = file_in(folder, "config.json", f"--load {folder}")
-    kind = _json(path).get("model_type")
+    kind = read_json(path).get("model_type")
     if kind not in CONFIG_MAPPING:
         raise UserError(
             f"{path}, model_type {kind}: is neither this project's nor one that transformers knows without code from "
@@ -205,13 +203,3 @@ def _check_config(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         indexed_files(folder, index)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path}: cannot be read as JSON; export the model again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object; export the model again")
-    return value

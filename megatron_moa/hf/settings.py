@@ -72,7 +72,7 @@ def config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None, vo
         gated=args.swiglu,
         hidden_act=_activation(args, mixture),
         mixing=None if mixture is None else mixture.to_json(),
-        mixing_scale=mixture is not None and mixture.kind == "moa" and _has_scale(mixture),
+        mixing_scale=mixture is not None and mixture.has_scale,
         tie_word_embeddings=not args.untie_embeddings_and_output_weights,
         initializer_range=args.init_method_std,
         **(_experts(args) if args.num_experts else {}),
@@ -83,11 +83,6 @@ def _activation(args: argparse.Namespace, mixture: MixtureConfig | None) -> str:
     if args.swiglu:
         return "silu"
     return TANH_GELU if mixture is None and has_tanh_gelu(args) else "gelu"
-
-
-def _has_scale(mixture: MixtureConfig) -> bool:
-    """Whether gates carry a constant factor (megatron_moa.layers.coefficients)."""
-    return mixture.init_scale == "matched" and mixture.amplitude == "fixed"
 
 
 def _rope(args: argparse.Namespace) -> dict[str, Any]:

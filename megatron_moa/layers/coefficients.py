@@ -231,7 +231,7 @@ class GateCoefficients(Coefficients):
         scale = coefficient_scale(mixture, config)
         if self.amplitude is not None:
             self._fill(self.amplitude, scale)
-        elif mixture.init_scale == "matched":
+        elif mixture.has_scale:
             self.register_buffer("scale", torch.full((self.experts or 1,), scale, device=self.weight.device))
         if self.layout is InputLayout.SEQUENCE_SHARD:
             # Each rank sees its tokens only; Megatron sums the gradients of parameters marked so.

@@ -152,8 +152,9 @@ class TorchAttention(MegatronModule):
             )
         mask, is_causal = self._mask(query, key, attention_mask, attn_mask_type or self.attn_mask_type)
         key_size, value_size = query.size(3), value.size(3)
-        # The fused kernels want one head size. Zeros change neither scores nor the columns that are kept.
-        query, key, value = (F.pad(x, (0, max(key_size, value_size) - x.size(3))) for x in (query, key, value))
+        if key_size != value_size:
+            # The fused kernels want one head size. Zeros change neither scores nor the columns that are kept.
+            query, key, value = (F.pad(x, (0, max(key_size, value_size) - x.size(3))) for x in (query, key, value))
         # [s, b, n/p, hn] -> [b, n/p, s, hn], as views
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout if self.training else 0.0

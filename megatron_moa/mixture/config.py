@@ -330,6 +330,11 @@ class MixtureConfig:
         return self.num_coefficients if self.form == "quadratic" else self.num_activations
 
     @property
+    def has_scale(self) -> bool:
+        """Whether gates carry a constant factor: they start at another scale, which no amplitude can hold."""
+        return self.kind == "moa" and self.init_scale == "matched" and self.amplitude == "fixed"
+
+    @property
     def psi_hat(self) -> tuple[float, float]:
         """(slope, offset) of psi_hat = slope psi + offset, the gate of learned amplitudes, for which psi_hat(0) = 1."""
         return {"sigmoid": (2.0, 0.0), "softmax": (float(self.softmax_size), 0.0), "tanh": (1.0, 1.0)}[self.gate]
@@ -374,9 +379,9 @@ def _word(value: object) -> str:
 
 
 def auto_form(gated_linear_unit: bool, routed_experts: bool) -> tuple[str, str]:
-    """What ``--moa-form auto`` stands for, and why: the forms the paper goes on with (section 5).
+    """What ``--moa-form auto`` stands for, and why: our choice, after the paper's results (section 5).
 
-    Bi-sided is its best form in dense models and gained nothing in MoE models, where one-sided did.
+    Bi-sided is its best form in dense models and gained nothing in MoE models, where one-sided and quadratic did.
     """
     if not gated_linear_unit:
         return "type1", "no --swiglu"

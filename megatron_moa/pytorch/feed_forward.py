@@ -56,8 +56,7 @@ class MixtureCoefficients(nn.Module):
         self.weight = parameter(n, hidden_size) if moa else None
         self.bias = parameter(n) if moa and mixture.gate_bias else None
         self.amplitude = parameter(n) if moa and mixture.amplitude == "learned" else None
-        has_scale = moa and self.amplitude is None and mixture.init_scale == "matched"
-        self.register_buffer("scale", torch.empty(1, device=device) if has_scale else None)
+        self.register_buffer("scale", torch.empty(1, device=device) if mixture.has_scale else None)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -69,7 +68,7 @@ class MixtureCoefficients(nn.Module):
         if self.weight is not None and self.mixture.gate_init_std:
             nn.init.normal_(self.weight, std=self.mixture.gate_init_std)
         elif self.weight is not None:
-            nn.init.zeros_(self.weight)
+            nn.init.zeros_(self.weight)  # and draws nothing: replace_feed_forward leaves random numbers alone
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         if self.scale is not None:

@@ -294,7 +294,7 @@ def upcycled(
             return read(f"{module}.value").float()
         if source.amplitude == "learned":
             return read(f"{module}.amplitude").float()
-        scale = read(f"{module}.scale").float() if source.init_scale == "matched" else torch.ones(1)
+        scale = read(f"{module}.scale").float() if source.has_scale else torch.ones(1)
         return (scale * _gate_factor(source)).expand(source.num_coefficients)
 
     def read_converted(name: str) -> Tensor:

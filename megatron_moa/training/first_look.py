@@ -92,7 +92,10 @@ def _names_of_megatrons_flags() -> str:
     """Every flag of Megatron's by what it decides, for the end of the help."""
     parts = [f"Megatron {megatron_flags.VERSION} has further flags; --help-megatron explains them."]
     for title, names in (
-        ("decide the model's function, and come back with --use-checkpoint-args", megatron_flags.FUNCTION),
+        (
+            "decide the function; like the mixture's they come back with --use-checkpoint-args",
+            megatron_flags.FUNCTION,
+        ),
         ("decide how text becomes tokens", megatron_flags.TOKENIZER),
         ("decide the training", megatron_flags.TRAINING),
         ("decide the execution", megatron_flags.EXECUTION),

@@ -236,6 +236,10 @@ def test_an_interrupted_run_leaves_nothing(stop: signal.Signals, model: str, tmp
 def test_workers_end_with_a_killed_parent(model: str, tmp_path: Path) -> None:
     """SIGKILL lets nobody clean up, but no worker may stay behind."""
     process = start_long_run(tmp_path / "in.jsonl", tmp_path / "out", model)
-    time.sleep(0.5)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    while len(children.read_text().split()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(children.read_text().split()) >= 2
     process.kill()
     process.communicate(timeout=60)  # ends only when the last worker has closed the pipes

@@ -523,7 +523,9 @@ def test_results_of_other_settings_are_refused(tmp_path):
 @pytest.mark.parametrize("folder", ["study", "study-h200"])
 def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder):
     """They were recorded with flags of version 0.1; one-sided, quadratic and LA from 0.5 meant something else then."""
-    for line in read_results(ROOT / "docs" / "results" / folder / RESULTS):
+    lines = read_results(ROOT / "docs" / "results" / folder / RESULTS)
+    assert lines
+    for line in lines:
         arm, flags = ARMS[line["cell"]["arm"]], line["flags"]
         if arm.mixture is None:
             assert flags[flags.index("--moa-mixing") + 1] == "none"

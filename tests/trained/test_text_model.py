@@ -302,7 +302,7 @@ def test_weights_that_do_not_fit_the_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing: model\.layers\.0\.mlp\.down_proj\.bias"):
         load_folder(path)
     (path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"config\.json: is not JSON"):
         load_folder(path)
 
 

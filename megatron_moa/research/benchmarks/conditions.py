@@ -22,9 +22,8 @@ from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TOKENS = 40  # on which a mixture is compared before it is timed
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -125,7 +124,6 @@ def require_correct(
     *,
     width: int,
     hidden: int,
-    tokens: int = 40,
     scale: bool = False,
 ) -> None:
     """Compares what is to be timed with the reference in float64, and leaves with exit code 1 where it is wrong.
@@ -135,7 +133,6 @@ def require_correct(
         mixtures: with the backends they will be timed with.
         width: f, as timed: compiled code then serves both.
         hidden: h of the gates.
-        tokens: few are enough.
         scale: whether the mixture multiplies by a router's probability.
     """
     from megatron_moa.research.benchmarks import kernel_errors
@@ -143,10 +140,10 @@ def require_correct(
     try:
         for mixture in dict.fromkeys(mixtures):
             kernel_errors.require(
-                kernel_errors.check_mixture(mixture, dtype, device, tokens=tokens, width=width, scale=scale)
+                kernel_errors.check_mixture(mixture, dtype, device, tokens=_TOKENS, width=width, scale=scale)
             )
             if mixture.kind == "moa":
-                kernel_errors.require(kernel_errors.check_gate(mixture, dtype, device, tokens=tokens, hidden=hidden))
+                kernel_errors.require(kernel_errors.check_gate(mixture, dtype, device, tokens=_TOKENS, hidden=hidden))
     except kernel_errors.AccuracyError as error:
         text = " ".join(str(error).split())
         if os.environ.get("RANK", "0") == "0":

@@ -102,9 +102,9 @@ class Timings:
         pairs = zip(self.milliseconds[contender][phase], self.milliseconds[baseline][phase], strict=True)
         return statistics.median(own / base for own, base in pairs)
 
-    def fastest(self, contenders: Iterable[str], phase: str = TOTAL) -> str:
+    def fastest(self, contenders: Iterable[str]) -> str:
         """The one with the smallest median."""
-        return min(contenders, key=lambda name: self.median(name, phase))
+        return min(contenders, key=lambda name: self.median(name, TOTAL))
 
     def record(self, contender: str) -> dict[str, Any]:
         """Median and quartiles of every phase, for JSON."""
