@@ -26,7 +26,7 @@ def run_drill(options: argparse.Namespace) -> int:
         How many faults did not end as expected.
 
     Raises:
-        UserError: a flag has a value that cannot be, or the undisturbed run failed.
+        UserError: a flag has an invalid value, or the undisturbed run failed.
     """
     chosen = _chosen_faults(options)
     folder = Path(tempfile.mkdtemp(prefix="fault_drill_", dir=options.work_dir))

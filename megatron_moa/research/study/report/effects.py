@@ -17,9 +17,9 @@ from megatron_moa.research.study.statistics import CONFIDENCE, Setting
 from megatron_moa.research.study.steps import CHAINS, MATCHED, OWN_SCALE
 
 
-def due_to_what(study: Material) -> Lines:
+def effects_of_choices(study: Material) -> Lines:
     """Writes the chains of steps in the main setting, each step with its effect on the loss."""
-    yield "## What is due to what\n"
+    yield "## Effect of each choice\n"
     yield f"{setting_title(study.main)}. Each line changes one thing; a negative difference is a gain.\n"
     yield from steps_of(study, study.main, in_words=True)
     yield from _comparisons(study)

@@ -36,7 +36,7 @@ def in_short(study: Material) -> Lines:
         parts = [(step, study.difference(step.arm, step.to)) for step in chain]
         if all(known for _, known in parts):
             text = "; ".join(f"{step.what} {difference_text(known)} ({known.verdict})" for step, known in parts)
-            yield f"- What that is due to, {name}: {text}."
+            yield f"- Effect of each choice, {name}: {text}."
     for to, what in (("swiglu-params", "as many parameters"), ("swiglu-time", "the same step time")):
         for arm in BI_SIDED[:2]:
             known = study.difference(arm, to)

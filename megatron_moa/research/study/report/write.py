@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_moa.research.study.evidence import Evidence
 from megatron_moa.research.study.pictures import setting_title
 from megatron_moa.research.study.report.claims import papers_claims
-from megatron_moa.research.study.report.effects import due_to_what, settings_beside_one_another
+from megatron_moa.research.study.report.effects import effects_of_choices, settings_beside_one_another
 from megatron_moa.research.study.report.gates import trained_gates
 from megatron_moa.research.study.report.growth import against_parameters, against_steps, against_tokens_and_time
 from megatron_moa.research.study.report.learning_rates import larger_rates
@@ -39,7 +39,7 @@ def _chapters(study: Material, command: str) -> Lines:
     yield from beside_the_paper(study)
     yield from what_was_run(study)
     yield from not_shown(study)
-    yield from due_to_what(study)
+    yield from effects_of_choices(study)
     yield from settings_beside_one_another(study)
     yield from one_setting(study, study.main, "The main setting, arm by arm")
     yield from larger_rates(study)
