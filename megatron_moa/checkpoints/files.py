@@ -1,4 +1,6 @@
-"""Finds, checks and deletes the files of checkpoints: which ones a folder holds, and whether one is whole.
+"""Finds, checks and deletes the files of checkpoints.
+
+Its functions say which checkpoints a folder holds, and whether one is whole.
 
 A checkpoint is a folder ``iter_NNNNNNN``. Once all its files are written, ``manifest.json`` is added with the size and
 CRC-32 of each; then ``latest_checkpointed_iteration.txt`` beside the folders is replaced. So a manifest says that a
@@ -96,7 +98,10 @@ def mistaken_folder(root: Path) -> str | None:
 
 
 def write_tracker(root: Path, iteration: int) -> None:
-    """Replaces ``latest_checkpointed_iteration.txt``: whoever reads it finds the old number or the new one."""
+    """Replaces ``latest_checkpointed_iteration.txt`` in one step.
+
+    Whoever reads the file finds the old number or the new one.
+    """
     _write_atomically(root / TRACKER, str(iteration))
 
 
@@ -219,7 +224,9 @@ def check_files(folder: Path, manifest: dict[str, dict], names: Iterable[str], c
 
 
 def find_damage(folder: Path, checksums: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files, or None; collective. Without a manifest nothing is compared.
+    """Returns what is wrong with a checkpoint's files, or None; collective.
+
+    Without a manifest nothing is compared.
 
     Args:
         checksums: read all files (shared among the ranks), not only their sizes.
@@ -250,8 +257,9 @@ def last_complete_before(checkpoint: Checkpoint) -> Checkpoint | None:
 
 
 def check_writable(root: Path) -> None:
-    """Makes the folder if need be, and raises UserError unless a file can be written there; collective, tried by one
-    rank of every machine.
+    """Makes the folder if need be, and raises UserError unless a file can be written there.
+
+    Collective; one rank of every machine tries it.
     """
     problem = None
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:

@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 
 
 def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
-    """The checkpoint Megatron is going to load; None if there is none, and training starts at the beginning.
+    """Returns the checkpoint that Megatron is going to load, or None if there is none.
 
-    A folder that is named and holds none is refused, unless it is also the one to save to.
-    With ``--moa-load-last-complete`` a lost or unreadable ``latest_checkpointed_iteration.txt`` is written anew.
+    With None training starts at the beginning. A folder that is named and holds none is refused, unless it is also the
+    one to save to. With ``--moa-load-last-complete`` a lost or unreadable ``latest_checkpointed_iteration.txt`` is
+    written anew.
 
     Raises:
         UserError: it is named wrongly, or cannot be told.
@@ -74,8 +75,9 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 
 
 def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> None:
-    """Raises UserError for a folder without a checkpoint: Megatron would train from random weights, or, with
-    ``--exit-on-missing-checkpoint``, leave with exit code 0.
+    """Raises UserError for a folder without a checkpoint.
+
+    Megatron would train from random weights, or, with ``--exit-on-missing-checkpoint``, leave with exit code 0.
     """
     for flag, root in folders:
         mistaken = mistaken_folder(root)
@@ -215,7 +217,9 @@ def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> 
 
 
 def check_before_setup(args: argparse.Namespace, tokenizer: Any) -> tuple[Checkpoint | None, argparse.Namespace | None]:
-    """Checks the folders to load from and save to, when the ranks can talk and before a model is built; collective.
+    """Checks the folders to load from and save to before a model is built; collective.
+
+    Call it when the ranks can talk.
 
     Args:
         args: the run's; gets a fingerprint of the tokenizer, which checkpoints carry.
@@ -299,7 +303,10 @@ def match_tensors(sharded_state_dict: dict, folder: str) -> None:
 
 
 def changed_scales(config: TransformerConfig, checkpoint: CheckpointTensors) -> str:
-    """What becomes of fp8 scales that a checkpoint or a model alone has; empty if both have them, or neither."""
+    """Returns what becomes of fp8 scales that a checkpoint or a model alone has.
+
+    The text is empty if both have them, or neither.
+    """
     scaled = bool(config.fp8) and config.fp8_recipe == "delayed"
     if checkpoint.has_fp8_scales == scaled:
         return ""

@@ -30,7 +30,9 @@ _GATES = ("moa_gate", "moa_gate_bias", "moa_amplitude")
 
 
 def upgrade_saved_settings(saved: argparse.Namespace, checkpoint: Checkpoint | Path) -> None:
-    """Brings the args in a checkpoint to this format version, in place; args without a version are of the first one.
+    """Brings the args in a checkpoint to this format version, in place.
+
+    Args without a version are of the first one.
 
     Args:
         checkpoint: where they are from, for the message.
@@ -117,9 +119,10 @@ _DATA = (
 
 
 def changed_data(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
-    """What a run that goes on from a checkpoint reads otherwise than the one that saved it, a line for each setting.
+    """Yields a line for each setting by which a run reads other data than before its checkpoint.
 
-    Arguments are those of :func:`check_saved_settings`.
+    The run that goes on from a checkpoint is compared with the one that saved it. Arguments are those of
+    :func:`check_saved_settings`.
     """
     if args.finetune or args.skip_train or checkpoint.flag != "--load":
         return
@@ -145,8 +148,9 @@ def loads_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpo
 
 
 def vocabulary_digest(tokenizer: Any) -> str | None:
-    """A fingerprint (SHA-256, hexadecimal) of what every id of Megatron's tokenizer stands for; None for one of numbers
-    alone.
+    """Returns a fingerprint of what every id of Megatron's tokenizer stands for.
+
+    The fingerprint is a SHA-256, hexadecimal. For a tokenizer of numbers alone it is None.
     """
     try:
         pieces = tokenizer.inv_vocab
@@ -156,12 +160,13 @@ def vocabulary_digest(tokenizer: Any) -> str | None:
 
 
 def changed_tokens(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> Iterator[str]:
-    """A line if a run's tokenizer has other tokens than that of the run that saved a checkpoint, and finetunes.
+    """Yields a line if a run that finetunes has other tokens than the checkpoint it starts from.
 
-    Arguments are those of :func:`check_saved_settings`.
+    It compares the run's tokenizer with that of the run that saved the checkpoint. Arguments are those of
+    :func:`check_saved_settings`.
 
     Raises:
-        UserError: it has, and the run does not finetune.
+        UserError: the tokens differ, and the run does not finetune.
     """
     trained = getattr(saved, "moa_vocabulary", None)  # None of an older version and of numbers alone
     if None in (trained, args.moa_vocabulary) or args.moa_vocabulary == trained:
@@ -178,8 +183,10 @@ def changed_tokens(args: argparse.Namespace, saved: argparse.Namespace, checkpoi
 def check_vocabulary(
     args: argparse.Namespace, saved: argparse.Namespace, vocab_size: int, checkpoint: Checkpoint
 ) -> None:
-    """Raises UserError if the checkpoint's embedding is not of a vocabulary of the tokenizer's size: Megatron lets
-    padded vocabularies differ, and would cut the larger one off or leave rows of the smaller one as they start.
+    """Raises UserError if the checkpoint's embedding does not fit the tokenizer's vocabulary.
+
+    Megatron lets padded vocabularies differ, and would cut the larger one off or leave rows of the smaller one as they
+    start.
 
     Args:
         vocab_size: the run's tokenizer's, without padding.

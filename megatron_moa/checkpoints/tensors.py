@@ -1,8 +1,9 @@
-"""Reads torch_dist checkpoints tensor by tensor, without Megatron or a model, and without trusting the files.
+"""Reads torch_dist checkpoints tensor by tensor, without Megatron or a model.
 
-A checkpoint's ``.metadata`` and the settings in it are pickles, which can run what they like when they are read. Here
-they cannot: classes they name are not loaded. What a checkpoint needs gets a :class:`StandIn`, anything else is an
-error. Tensors are read by torch's own restricted reader, each chunk from its own bytes of its file.
+The files are not trusted. A checkpoint's ``.metadata`` and the settings in it are pickles, which can run what they
+like when they are read. Here they cannot: classes they name are not loaded. What a checkpoint needs gets a
+:class:`StandIn`, anything else is an error. Tensors are read by torch's own restricted reader, each chunk from its own
+bytes of its file.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a checkpoint says of a tensor: shape, dtype and the chunks that make it up, in order of their offsets."""
+    """The shape and dtype of a checkpoint's tensor, and its chunks in order of their offsets."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -83,7 +84,10 @@ class TensorInfo:
         return max((chunk.shape[0] for chunk in self.chunks), default=0)
 
     def chunks_near(self, first: int, length: int) -> Sequence[Chunk]:
-        """Those that may have elements in these places of the first axis: of layers and experts there are thousands."""
+        """Returns the chunks that may have elements in these places of the first axis.
+
+        A tensor of many layers or experts has thousands of chunks.
+        """
         start = bisect_left(self.chunks, first - self._reach + 1, key=lambda chunk: chunk.offset[0])
         return self.chunks[start : bisect_left(self.chunks, first + length, key=lambda chunk: chunk.offset[0])]
 
@@ -151,7 +155,10 @@ class CheckpointTensors:
             raise self._damaged(f"cannot be read ({describe_problem(error)})") from None
 
     def _take(self, index: Any) -> None:
-        """Fills the tables from .metadata; whatever is not as it must be raises one of the errors __init__ expects."""
+        """Fills the tables from .metadata.
+
+        Whatever is not as it must be raises one of the errors __init__ expects.
+        """
         places: dict[tuple[str, tuple[int, ...] | None], StandIn] = {}
         for place, where in index.storage_data.items():
             offset = getattr(place, "offset", None)
@@ -325,7 +332,9 @@ class CheckpointTensors:
 
     @property
     def content_metadata(self) -> dict[str, Any]:
-        """How Megatron laid the tensors out, what it gives to ``sharded_state_dict``; empty where it does not say.
+        """Returns how Megatron laid the tensors out; empty where the checkpoint does not say.
+
+        Megatron gives this description to ``sharded_state_dict``.
 
         Raises:
             UserError: as :attr:`common_state`.
@@ -356,7 +365,9 @@ def _size(values: Any) -> tuple[int, ...]:
 
 
 def check_pickles(root: Path, iteration: int | None) -> None:
-    """Reads what is pickled in a checkpoint by rules that admit no code, before Megatron reads it without any.
+    """Reads what is pickled in a checkpoint by rules that admit no code.
+
+    Call it before Megatron, which reads the same pickles without such rules.
 
     Args:
         root: what training's ``--save`` named.

@@ -36,8 +36,9 @@ _SETTINGS_CLASSES = ("signal.Signals", "pathlib.PosixPath", "types.SimpleNamespa
 
 
 class StandIn:
-    """In place of an object whose class is not loaded: the class's name (``path``), what it was made of (``args``) and
-    its attributes.
+    """Stands in for an object whose class is not loaded.
+
+    It has the class's name (``path``), what the object was made of (``args``) and its attributes.
     """
 
     path = ""
@@ -88,13 +89,19 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 def describe_problem(error: BaseException) -> str:
-    """Returns in one line why a pickle cannot be read; the reader's own errors are plain without their type."""
+    """Returns in one line why a pickle cannot be read.
+
+    The reader's own errors are plain without their type.
+    """
     return one_line(error)[:200] if isinstance(error, pickle.UnpicklingError) else one_line(error, typed=True)
 
 
 @contextmanager
 def _no_classes_admitted() -> Iterator[None]:
-    """Inside, torch's reader admits no class but its own: Megatron, once imported, admits more for the process."""
+    """Makes torch's reader admit no class but its own inside the block.
+
+    Megatron, once imported, admits more for the process.
+    """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
     try:

@@ -51,8 +51,9 @@ def sharding_metadata(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_release(model: GPTModel, args: argparse.Namespace, root: Path, read: Callable[[str], Tensor]) -> Path:
-    """Writes a checkpoint without iteration, optimizer or random states: Megatron's ``release``, from which a run
-    starts at iteration 0. One tensor is in memory at a time; a line on stderr says how far it is.
+    """Writes Megatron's ``release``: a checkpoint without iteration, optimizer or random states.
+
+    A run starts from it at iteration 0. One tensor is in memory at a time; a line on stderr says how far it is.
 
     Args:
         model: the whole model, on one process and without memory (``PreparedCheckpoint.build_empty``).

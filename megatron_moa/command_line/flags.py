@@ -275,9 +275,10 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
 
 
 def check_progress_flags(args: argparse.Namespace) -> None:
-    """Raises UserError for invalid flags, and for TensorBoard and W&B where they are asked for and not installed.
+    """Raises UserError for invalid progress flags and for TensorBoard or W&B that cannot be used.
 
-    Megatron trains on without TensorBoard, after a warning, and without W&B ends in a traceback.
+    Both must be installed where they are asked for. Megatron trains on without TensorBoard, after a warning, and
+    without W&B ends in a traceback.
     """
     if args.moa_progress not in PROGRESS_MODES:
         raise UserError(f"--moa-progress {args.moa_progress}: unknown; choose one of {', '.join(PROGRESS_MODES)}")

@@ -1,9 +1,10 @@
-"""Sorts Megatron's flags by what they decide; those of the function come back with ``--use-checkpoint-args``.
+"""Sorts Megatron's flags by what they decide.
 
-The command line, resuming, ``--use-checkpoint-args`` and the export all go by these tables. Names are those of the
-parsed args; fields of TransformerConfig that no flag sets are here too. A test compares the tables with the installed
-Megatron (tests/command_line/test_megatron_flags.py). This module imports neither torch nor Megatron: it answers before
-they are loaded.
+Those that decide the model's function come back with ``--use-checkpoint-args``. The command line, resuming,
+``--use-checkpoint-args`` and the export all go by these tables. Names are those of the parsed args; fields of
+TransformerConfig that no flag sets are here too. A test compares the tables with the installed Megatron
+(tests/command_line/test_megatron_flags.py). This module imports neither torch nor Megatron: it answers before they are
+loaded.
 """
 
 from __future__ import annotations
@@ -479,7 +480,10 @@ def is_negative(name: str) -> bool:
 
 
 def as_typed(name: str, value: object) -> str:
-    """A setting as one would type it: ``--num-layers 4``, ``--swiglu``; ``no --swiglu`` where its flag is missing."""
+    """Returns a setting as one would type it, such as ``--num-layers 4`` or ``--swiglu``.
+
+    Where its flag is missing, the result is ``no --swiglu``.
+    """
     flag = spellings(name)[0]
     if is_negative(name):
         value = not value

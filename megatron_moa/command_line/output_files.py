@@ -32,7 +32,10 @@ def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool
 
 @contextmanager
 def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
-    """Yields a temporary name beside each target. All are renamed at the end; if anything goes wrong none remains."""
+    """Yields temporary names, one beside each target, and renames all the files at the end.
+
+    If anything goes wrong no temporary file remains.
+    """
     temporary = [f"{target}.{os.getpid()}.tmp" for target in targets]
     folder = os.path.dirname(os.path.abspath(targets[0]))
     created = []

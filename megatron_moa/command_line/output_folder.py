@@ -29,7 +29,9 @@ _UNFINISHED = r"\.\d+\.unfinished"  # how the name ends of a folder that a tool 
 
 
 def check_output_folders(args: argparse.Namespace) -> None:
-    """Raises UserError for a folder that a training is to write to and cannot; makes none that was not there.
+    """Raises UserError for a folder that a training is to write to and cannot.
+
+    It makes no folder that was not there.
 
     Args:
         args: Megatron's, parsed.
@@ -70,10 +72,11 @@ def is_unfinished(name: str) -> bool:
 
 @contextmanager
 def written_folder(flag: str, target: Path, replace: Collection[str] | None = None) -> Iterator[Path]:
-    """Yields a temporary folder beside the target, which gets its name at the end; if anything goes wrong none remains.
+    """Yields a temporary folder beside the target, which gets its name at the end.
 
-    A tool that is killed leaves the temporary folder (:func:`is_unfinished`). It is not deleted, since another process
-    may be writing it, but named on stderr by the next one that writes to the same target.
+    If anything goes wrong no temporary folder remains; only a tool that is killed leaves one (:func:`is_unfinished`).
+    It is not deleted, since another process may be writing it, but named on stderr by the next one that writes to the
+    same target.
 
     Args:
         flag: that names the target, for messages.

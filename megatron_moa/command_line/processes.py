@@ -1,4 +1,7 @@
-"""Starts processes that a tool can end whenever it is stopped, and ends them with those that they have started."""
+"""Starts processes that a tool can end whenever it is stopped, and ends them.
+
+What these processes have started ends with them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,9 @@ def _held(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def end_processes(processes: Sequence[subprocess.Popen], seconds: float = 5) -> None:
-    """Ends processes and all that they have started: by SIGTERM, and by SIGKILL what is left after some seconds.
+    """Ends processes and all that they have started.
+
+    It sends SIGTERM, and after some seconds SIGKILL to what is left.
 
     Args:
         processes: each of :func:`start_process`, and not known to have ended.

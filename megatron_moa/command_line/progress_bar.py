@@ -40,7 +40,10 @@ class ProgressLines:
 
 
 def progress_bar(total: int, title: str) -> Any:
-    """Shows on stderr how many bytes are done: a bar on a terminal, a line every half minute in a log file."""
+    """Shows on stderr how many bytes are done.
+
+    On a terminal it is a bar, in a log file a line every half minute.
+    """
     if not sys.stderr.isatty():
         return ProgressLines(total, title)
     from tqdm import tqdm
@@ -50,7 +53,10 @@ def progress_bar(total: int, title: str) -> Any:
 
 
 def counting_bar(count: int, title: str, unit: str) -> Any:
-    """Shows on stderr how many things are done: all the time on a terminal, every half minute in a log file."""
+    """Shows on stderr how many things are done.
+
+    On a terminal it does so all the time, in a log file every half minute.
+    """
     from tqdm import tqdm
 
     return tqdm(total=count, unit=unit, desc=title, mininterval=0.5 if sys.stderr.isatty() else _LOG_SECONDS)

@@ -1,4 +1,7 @@
-"""Checks numbers of the command line that must fit each other, where Megatron fails late or names no flag."""
+"""Checks numbers of the command line that must fit each other.
+
+They are those for which Megatron fails late or names no flag.
+"""
 
 from __future__ import annotations
 

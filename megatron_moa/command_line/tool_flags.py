@@ -1,4 +1,7 @@
-"""Adds the flags that several tools share: checkpoint, tolerance, and the mixture to convert a model to."""
+"""Adds the flags that several tools share.
+
+They name a checkpoint, a tolerance, and the mixture to convert a model to.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,9 @@ def add_target_flags(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def target_settings(flags: argparse.Namespace) -> dict[str, Any] | None:
-    """What ``megatron_moa.trained.upcycling.target_mixture`` takes, from parsed flags; None without ``--mixing``.
+    """Returns what ``megatron_moa.trained.upcycling.target_mixture`` takes, from parsed flags.
+
+    Without ``--mixing`` it is None.
 
     Raises:
         UserError: another flag of them without ``--mixing``.

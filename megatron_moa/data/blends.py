@@ -85,7 +85,9 @@ def _prefixes(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def read_blend_file(flag: str, path: str) -> list[tuple[str, str]]:
-    """The prefixes of a blend file (words: prefixes, or a weight before each), each with its place in the file.
+    """Returns the prefixes of a blend file, each with its place in the file.
+
+    The file consists of words: prefixes, or a weight before each.
 
     Raises:
         UserError: the file cannot be read or is empty, a weight is missing or none, with the line.

@@ -46,8 +46,9 @@ def cache_folder(prefix: str, cache_path: str | None) -> Path:
 
 
 def check_cached_arrays(folder: Path) -> None:
-    """Raises UserError if an array of Megatron's index cache is cut off: it takes any file of the right name for a
-    finished one, also what a run left that was killed while it wrote.
+    """Raises UserError if an array of Megatron's index cache is cut off.
+
+    Megatron takes any file of the right name for a finished one, also what a run left that was killed while it wrote.
     """
     for path in sorted(folder.glob("*_index.npy")):
         problem = _damage_of_array(path)

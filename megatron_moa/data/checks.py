@@ -15,8 +15,9 @@ from megatron_moa.errors import UserError
 
 
 def check_data_files(args: argparse.Namespace) -> list[Source]:
-    """Checks that the tokenizer's files and the datasets are there and can be read, which takes neither torch nor
-    Megatron.
+    """Checks that the tokenizer's files and the datasets are there and can be read.
+
+    That takes neither torch nor Megatron.
 
     Args:
         args: Megatron's parsed namespace, or what it says about data and tokenizer.
@@ -77,7 +78,10 @@ def check_data_arguments(args: argparse.Namespace) -> None:
 
 
 def _check_validation(sources: Sequence[Source]) -> None:
-    """Megatron evaluates at the end at the latest, and without validation data the run would be lost there."""
+    """Raises UserError if there is no validation data.
+
+    Megatron evaluates at the end at the latest, and the run would be lost there.
+    """
     split = sources[0].split
     if split is None and not any(source.part == VALIDATION for source in sources):
         raise UserError("--valid-data-path is missing: a part for validation; add it, or use --eval-iters 0")
@@ -86,8 +90,10 @@ def _check_validation(sources: Sequence[Source]) -> None:
 
 
 def _check_full_validation(args: argparse.Namespace, sources: Sequence[Source]) -> None:
-    """Megatron's full validation takes several validation sets, and falls over at the first evaluation without them;
-    several sets without full validation it does not know.
+    """Raises UserError for flags of full validation that do not go together.
+
+    Megatron's full validation takes several validation sets, and fails at the first evaluation without them. It does
+    not know several sets without full validation.
     """
     pair = ("full_validation", "multiple_validation_sets")
     given = [name for name in pair if getattr(args, name, False)]

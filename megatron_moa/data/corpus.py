@@ -1,7 +1,8 @@
-"""Reads the documents of text, JSON-lines and Parquet files; every tool gets the same texts from the same file.
+"""Reads the documents of text, JSON-lines and Parquet files.
 
-These functions serve the tools alone; checks.py checks what a training is given. torch and Megatron
-are not needed, and no more than a document or a block is held, but for a text file, which is one document.
+Every tool gets the same texts from the same file. These functions serve the tools alone; checks.py checks what a
+training is given. torch and Megatron are not needed, and no more than a document or a block is held, but for a text
+file, which is one document.
 """
 
 from __future__ import annotations
@@ -103,8 +104,10 @@ def find_text_files(
     errors: str = "strict",
     compressed: bool = False,
 ) -> list[TextFile]:
-    """The input files, in the order given; the files of a folder by name. Raises UserError for what cannot be read,
-    compressed files among it unless ``compressed``.
+    """Returns the input files in the order given, the files of a folder by name.
+
+    Raises:
+        UserError: a file cannot be read, or is compressed without ``compressed``.
     """
     files = []
     for name in inputs:
@@ -249,7 +252,10 @@ def texts(file: TextFile, start: int = 0, end: int | None = None, lines: bytes |
 
 
 def lines_between(file: TextFile, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    """Yields ``(byte offset, line)`` for the lines that begin in ``[start, end)``: ranges cut a file exactly."""
+    """Yields ``(byte offset, line)`` for the lines that begin in ``[start, end)``.
+
+    Ranges that follow each other yield each line exactly once.
+    """
     with _reading(file), open(file.path, "rb") as stream:
         offset = start
         if start:
@@ -279,14 +285,20 @@ def blocks_of_lines(file: TextFile, size: int) -> Iterator[tuple[int, bytes, int
 
 
 def _lines_of(block: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
-    """Yields ``(byte offset, line)`` for the lines of a block that begins at a byte offset of its file's text."""
+    """Yields ``(byte offset, line)`` for the lines of a block.
+
+    The block begins at ``offset``, in bytes of its file's text.
+    """
     for line in io.BytesIO(block):
         yield offset, line
         offset += len(line)
 
 
 def line_number(file: TextFile, offset: int) -> int:
-    """The number (from 1) of the line that begins at a byte offset: only errors need it, so only they count lines."""
+    """Returns the number (from 1) of the line that begins at a byte offset.
+
+    Only errors need the number, so only they count lines.
+    """
     count = 1
     if offset == 0:
         return count
@@ -327,7 +339,11 @@ def _or_replace(file: TextFile) -> str:
 
 
 def _json_text(line: bytes, file: TextFile, number: Callable[[], int]) -> Iterator[str]:
-    """Yields the text of one JSON line; nothing for a blank line. Raises UserError with file and line number."""
+    """Yields the text of one JSON line; nothing for a blank line.
+
+    Raises:
+        UserError: with file and line number.
+    """
     source = without_bom(decode(line, file, number))  # in any line: files with marks may have been put together
     if not source.strip():
         return
@@ -401,7 +417,11 @@ def row_groups(file: TextFile) -> int:
 
 
 def _parquet_texts(file: TextFile, start: int, end: int | None) -> Iterator[str]:
-    """Yields the texts of the row groups ``start`` to ``end - 1``. Raises UserError with file and row number."""
+    """Yields the texts of the row groups ``start`` to ``end - 1``.
+
+    Raises:
+        UserError: with file and row number.
+    """
     types = _pyarrow(file).types
     with _opened_parquet(file) as parquet:
         groups = range(start, parquet.metadata.num_row_groups if end is None else end)
@@ -441,7 +461,9 @@ def read_documents(
     errors: str = "strict",
     has_reading_flags: bool = False,
 ) -> list[str]:
-    """The documents of a file that have any text: a text file is one, a JSON line or a row of Parquet is one.
+    """Returns the documents of a file that have any text.
+
+    A text file is one document; so is a JSON line or a row of Parquet.
 
     Raises:
         UserError: the file cannot be read, or has none.

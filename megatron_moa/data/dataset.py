@@ -50,7 +50,11 @@ class DatasetIndex:
 
 
 def read_index(prefix: str, flag: str = "--data-path") -> DatasetIndex:
-    """Reads and checks the header of ``prefix.idx`` and the sizes of both files; raises UserError for what is wrong."""
+    """Reads and checks the header of ``prefix.idx`` and the sizes of both files.
+
+    Raises:
+        UserError: with what is wrong, the flag and the remedy.
+    """
     for ending in (".bin", ".idx"):
         if prefix.endswith(ending):
             raise UserError(f"{flag} {prefix}: a prefix without ending is wanted: {flag} {prefix.removesuffix(ending)}")
@@ -171,7 +175,10 @@ def _split_remedy(sequences: int) -> str:
 
 
 def check_token_ids(prefix: str, vocab_size: int, flag: str = "--data-path", sample: int = 1 << 20) -> None:
-    """Raises UserError if a sample of the tokens has one outside the vocabulary: data of another tokenizer."""
+    """Raises UserError if a sample of the tokens has one outside the vocabulary.
+
+    Such data is of another tokenizer.
+    """
     index = read_index(prefix, flag)
     tokens = numpy.memmap(prefix + ".bin", index.dtype, "r", 0, (index.tokens,))
     windows = 64

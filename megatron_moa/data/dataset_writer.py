@@ -30,7 +30,9 @@ _PART_NAME = re.compile(r"\.part-(\d+)-of-(\d+)\.json$")
 
 
 def write_index(path: str, dtype: type, lengths: numpy.ndarray) -> None:
-    """Writes an .idx byte for byte as Megatron's ``IndexedDatasetBuilder`` does, without an object for each document.
+    """Writes an .idx byte for byte as Megatron's ``IndexedDatasetBuilder`` does.
+
+    It makes no object for each document.
 
     Args:
         dtype: of the tokens in the .bin.
@@ -135,7 +137,10 @@ def input_digest(files: Sequence[corpus.TextFile]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a part was made from and what it holds; PREFIX.part-K-of-N.json, there only if the part is finished."""
+    """The record of what a part was made from and what it holds.
+
+    Its file is PREFIX.part-K-of-N.json, there only if the part is finished.
+    """
 
     part: int
     parts: int
@@ -255,8 +260,10 @@ def merge(
     idx_path: str,
     done: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Writes the dataset that one process would have written: the parts in their order, or shuffled as their settings
-    say. Without shuffling bytes are copied and no token is looked at.
+    """Writes the dataset that one process would have written.
+
+    The parts come in their order, or shuffled as their settings say. Without shuffling bytes are copied and no token is
+    looked at.
 
     Args:
         prefixes, manifests: of the parts, as :func:`finished_parts` gives them.
@@ -296,12 +303,18 @@ def _append(path: str, target: BinaryIO, done: Callable[[int], object]) -> None:
 
 
 def remove_parts(prefixes: Sequence[str]) -> None:
-    """Deletes parts, what killed runs left of them included; manifests first, for without one a part counts as none."""
+    """Deletes parts, and what killed runs left of them.
+
+    Manifests go first, for without one a part counts as none.
+    """
     for prefix in prefixes:
         for path in sorted(glob.glob(f"{glob.escape(prefix)}.*"), key=lambda path: not path.endswith(".json")):
             os.unlink(path)
 
 
 def drop_index_cache(prefix: str) -> None:
-    """Deletes Megatron's index cache beside a dataset that was replaced: found by name, it would fit the old one."""
+    """Deletes Megatron's index cache beside a dataset that was replaced.
+
+    Megatron would find the cache by its name, but its indices fit the old dataset.
+    """
     shutil.rmtree(os.path.join(prefix, "cache", "GPTDataset_indices"), ignore_errors=True)

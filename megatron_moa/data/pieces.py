@@ -26,8 +26,10 @@ class Piece:
 
 
 def pieces(files: Sequence[corpus.TextFile], begin: int = 0, end: float = math.inf) -> Iterator[Piece]:
-    """Cuts what lies between two bytes of all files end to end. JSON lines are cut there and into pieces of
-    TASK_BYTES; any other file goes whole to where it begins, a Parquet file in a piece for each of its row groups.
+    """Cuts all files, laid end to end, into pieces between the bytes ``begin`` and ``end``.
+
+    JSON lines that are not compressed are cut there and into pieces of TASK_BYTES. Any other file goes whole to where
+    it begins, a Parquet file in a piece for each of its row groups.
     """
     offset = 0
     for file in files:
@@ -47,7 +49,10 @@ def pieces(files: Sequence[corpus.TextFile], begin: int = 0, end: float = math.i
 
 
 def tasks(work: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Puts pieces together to tasks of about TASK_BYTES; reads compressed JSON lines, which no worker can share."""
+    """Puts pieces together to tasks of about TASK_BYTES.
+
+    It reads compressed JSON lines, which no worker can share.
+    """
     task: list[Piece] = []
     size = 0
     for piece in work:

@@ -110,7 +110,10 @@ def decisive_settings(files: Sequence[corpus.TextFile], args: argparse.Namespace
 def write_dataset(
     work: Sequence[Piece], settings: Settings, args: argparse.Namespace, bin_path: str, idx_path: str
 ) -> Totals:
-    """Tokenizes the documents of ``work`` into the two files; a part keeps their order, whatever the order wanted."""
+    """Tokenizes the documents of ``work`` into the two files.
+
+    A part keeps their order, whatever the order wanted.
+    """
     seed = args.shuffle_documents if args.part is None else None
     ordered_path = bin_path if seed is None else f"{bin_path}.ordered"
     try:
@@ -150,7 +153,10 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
 
 
 def report(totals: Totals, args: argparse.Namespace) -> None:
-    """Prints what was made and how fast; MB are 10^6 bytes of text, decompressed and without JSON around it."""
+    """Prints what was made and how fast.
+
+    MB are 10^6 bytes of text, decompressed and without JSON around it.
+    """
     rate = totals.text_bytes / totals.seconds / 1e6
     busy = totals.busy_seconds / totals.seconds / args.workers
     print(f"documents      {totals.documents:,}")

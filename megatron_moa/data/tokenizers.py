@@ -14,7 +14,9 @@ SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "L
 
 
 def check_tokenizer(args: argparse.Namespace) -> None:
-    """Raises UserError unless the files of ``--tokenizer-type`` are there and look like it. Never uses the network.
+    """Raises UserError unless the files of ``--tokenizer-type`` are there and look like it.
+
+    It never uses the network.
 
     Args:
         args: Megatron's namespace, or one with only some of the attributes of its TokenizerConfig.

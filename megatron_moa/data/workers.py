@@ -48,7 +48,10 @@ def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> 
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Puts Ctrl-C and SIGTERM off until the end. A signal mask would not do: another thread may take the signal."""
+    """Puts Ctrl-C and SIGTERM off until the end of the block.
+
+    A signal mask would not do: another thread may take the signal.
+    """
     caught: list[int] = []
     process = os.getpid()
 
@@ -73,7 +76,10 @@ _worker_settings: Settings | None = None
 
 
 def start_worker(settings: Settings) -> None:
-    """Keeps the settings, which forking brought along; lets Ctrl-C, and the end of the parent, end the worker."""
+    """Keeps the settings in a worker, and lets Ctrl-C and the parent's end stop the worker.
+
+    Forking brought the settings along.
+    """
     global _worker_settings
     _worker_settings = settings
     for number in _STOP_SIGNALS:

@@ -80,7 +80,10 @@ def check_recipe(model: str) -> Finding:
 
 
 def check_host(model: str) -> Finding:
-    """Estimates whether GPUs wait for Python while they train a recipe's mixture, its variables as they are set."""
+    """Estimates whether GPUs wait for Python while they train a recipe's mixture.
+
+    The recipe's variables are taken as they are set.
+    """
     from megatron_moa.runs.recipes import recipe_flags
 
     return judge_host(recipe_flags(model, "moa", ["--mock-data"]))

@@ -1,7 +1,8 @@
-"""Estimates from a training's flags whether its GPUs will wait for Python: whether the run is bound by the host.
+"""Estimates from a training's flags whether its GPUs will wait for Python.
 
-Nothing is measured here. A layer's matrix products are counted for one micro-batch on one rank, forward and backward,
-and divided by a rate that GPUs reach. If that takes less time than Python needs to launch the layer, the GPU waits.
+A run whose GPUs wait is bound by the host. Nothing is measured here. A layer's matrix products are counted for one
+micro-batch on one rank, forward and backward, and divided by a rate that GPUs reach. If that takes less time than
+Python needs to launch the layer, the GPU waits.
 
 Assumed, from one H200 with 16 CPU cores (docs/results/h200):
 

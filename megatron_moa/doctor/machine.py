@@ -14,7 +14,10 @@ from megatron_moa.doctor.processes import run
 
 
 def ask_driver(seconds: float = 30) -> Facts:
-    """What nvidia-smi says: version, CUDA version served, number of GPUs, NVLink; ``error`` says why it cannot."""
+    """Returns what nvidia-smi says: version, CUDA version served, number of GPUs, NVLink.
+
+    ``error`` says why it lists no GPU.
+    """
     if shutil.which("nvidia-smi") is None:
         return {"gpus": 0, "error": "no nvidia-smi: no NVIDIA driver"}
     code, text = run(["nvidia-smi"], seconds)
@@ -36,7 +39,10 @@ def ask_driver(seconds: float = 30) -> Facts:
 
 
 def check_compiler(gpu: bool) -> list[Finding]:
-    """A C++ compiler and Python's headers, by compiling what torch.compile would: an extension of one line."""
+    """Checks for a compiler (of C with a GPU, else of C++) and for Python's headers.
+
+    It compiles what Triton or torch.compile would: an extension of one line.
+    """
     use = "Triton's launchers need a C compiler" if gpu else "torch.compile needs a C++ compiler"
     fallback = (
         "kernels fail at the first step" if gpu else "the mixture runs in eager PyTorch, slower and with more memory"

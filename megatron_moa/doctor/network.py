@@ -1,4 +1,4 @@
-"""Tests all-reduces across all ranks: whether sums are right, how fast they are, and which rank or link is slow.
+"""Tests all-reduces across all ranks: their sums, their speed, and which rank or link is slow.
 
 NCCL on GPUs, gloo on CPUs.  An all-reduce makes all ranks wait for the slowest, so its time alone names nobody: each
 rank's own speed (a product of matrices) and each link to the next rank are measured, too.  What ranks have to tell each
@@ -210,7 +210,10 @@ def _now(device: torch.device) -> float:
 
 
 def _links(ranks: _Ranks, device: torch.device, size: int) -> dict[tuple[int, int], float]:
-    """Bytes/s, one direction of two at once, between each rank and the next, the last one's being the first."""
+    """Measures the links between each rank and the next, in bytes/s.
+
+    Both directions run at once; the speed is that of one of them. The last rank's next is the first.
+    """
     pairs = [(rank, (rank + 1) % ranks.size) for rank in range(ranks.size)][: ranks.size if ranks.size > 2 else 1]
     if ranks.size == 1:
         return {}
@@ -236,7 +239,11 @@ def _links(ranks: _Ranks, device: torch.device, size: int) -> dict[tuple[int, in
 
 
 def turn_of(pair: tuple[int, int], size: int) -> int:
-    """Even ranks' links first, then odd ranks'; of an odd number of ranks the one that closes the ring by itself."""
+    """Returns the turn (0, 1 or 2) in which a link is measured.
+
+    Even ranks' links come first, then odd ranks'. Of an odd number of ranks, the link that closes the ring has turn 2
+    by itself.
+    """
     return 2 if size % 2 and pair[0] == size - 1 else pair[0] % 2
 
 
@@ -252,8 +259,9 @@ def slow_ranks(seconds: Sequence[float], hosts: Sequence[str]) -> list[str]:
 
 
 def slow_links(links: Mapping[tuple[int, int], float], hosts: Sequence[str]) -> list[str]:
-    """A line for each link below :data:`SLOW_LINK` of the median of its kind: within a host, or between hosts; one for
-    a rank all of whose links of that kind are.
+    """Returns a line for each slow link: below :data:`SLOW_LINK` of the median of its kind.
+
+    The kinds are within a host and between hosts. A rank all of whose links of a kind are slow gets one line for them.
 
     Args:
         links: bytes/s between two ranks.

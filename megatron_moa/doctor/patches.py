@@ -1,4 +1,7 @@
-"""Lists what megatron_moa changes in Megatron and torch in place: where, why, for which version, and until when."""
+"""Lists what megatron_moa changes in Megatron and torch in place.
+
+For each change it says where, why, for which version, and until when.
+"""
 
 from __future__ import annotations
 

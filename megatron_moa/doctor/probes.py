@@ -1,4 +1,7 @@
-"""Finds out what the packages here can do, each in a process of its own: an import may raise, crash or hang."""
+"""Finds out what the packages here can do, each in a process of its own.
+
+An import may raise, crash or hang.
+"""
 
 from __future__ import annotations
 
