@@ -1,4 +1,4 @@
-"""Defines the configuration of GPTMoAForCausalLM: GPT models whose feed-forward layers mix activations."""
+"""Defines the settings of GPTMoAForCausalLM: GPTs whose feed-forward layers mix activations."""
 
 from __future__ import annotations
 
@@ -137,7 +137,10 @@ class GPTMoAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
-        """How transformers and vLLM split the model's modules over GPUs: both branches of a layer are cut alike."""
+        """Returns how transformers and vLLM split the model's modules over GPUs.
+
+        Both branches of a layer are cut alike.
+        """
         plan = dict.fromkeys((f"layers.*.self_attn.{name}_proj" for name in "qkv"), "colwise")
         plan["layers.*.self_attn.o_proj"] = "rowwise"
         if self.qk_norm:

@@ -85,7 +85,9 @@ def export(
     with_tokenizer: bool,
     architecture: str | None = None,
 ) -> Exported:
-    """Writes everything but the model card; never more than one shard and one of Megatron's tensors is in memory.
+    """Writes an export's files, everything but the model card.
+
+    Never more than one shard and one of Megatron's tensors is in memory.
 
     Args:
         prepared: the checkpoint.
@@ -229,8 +231,10 @@ def _umask() -> int:
 
 
 def _return_memory() -> None:
-    """Gives what was freed back to the system: of thousands of small tensors glibc keeps it, a whole shard beside the
-    model that is verified next (4.5 GiB of moe-2b).
+    """Gives freed memory back to the system.
+
+    Of thousands of small tensors glibc keeps it: a whole shard, beside the model that is verified next (4.5 GiB of
+    moe-2b).
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
@@ -238,7 +242,10 @@ def _return_memory() -> None:
 
 
 def code_files() -> dict[str, str]:
-    """The Python files of an export, by name: the model's and those of this package that it uses, all in one folder."""
+    """Returns the Python files of an export, their text by name.
+
+    These are the model's files and those of this package that it uses, all in one folder.
+    """
     files: dict[str, str] = {}
     pending = ["modeling_gpt_moa"]
     while pending:
@@ -260,7 +267,9 @@ def code_files() -> dict[str, str]:
 
 
 def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype | None) -> Comparison:
-    """Compares the exported model, in a process without megatron_moa, to the checkpoint's; one after the other.
+    """Compares the exported model's logits to those of the checkpoint's model.
+
+    The export runs in a process without megatron_moa. The two models run one after the other.
 
     Args:
         folder: the export.
@@ -293,8 +302,10 @@ _ACTIVATIONS = {"silu": "SwiGLU", "gelu": "GELU", TANH_GELU: "GELU, tanh approxi
 
 
 def validation_loss(saved: argparse.Namespace, root: Path) -> float | None:
-    """The last validation loss up to the checkpoint, in nats a token, from the TensorBoard files or the log of its run,
-    in the folder of checkpoints or the one around it; None where neither tells it.
+    """Returns the last validation loss up to the checkpoint, in nats a token.
+
+    The loss is read from the TensorBoard files or the log of the checkpoint's run, in the folder of checkpoints or the
+    one around it. It is None where neither folder tells it.
     """
     tokens = getattr(saved, "consumed_train_samples", 0) * saved.seq_length
     for folder in (root, root.parent):

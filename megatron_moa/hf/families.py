@@ -1,4 +1,4 @@
-"""Maps transformers' own model classes (Llama, Qwen, …) to this project's: settings and weights, both ways.
+"""Maps transformers' own models (Llama, Qwen, …) to this project's: settings and weights, both ways.
 
 A family says what its config.json means as a :class:`GPTMoAConfig`, and which names and layouts its weights have on
 disk. Whether a model is one of a family is not written down twice: it is, if its settings come back unchanged from the
@@ -150,7 +150,10 @@ class Family:
             yield self.relaid(dataclasses.replace(entry, hf=tuple(map(self._renamed, entry.hf))))
 
     def stored_name(self, name: str) -> str | None:
-        """The name in :meth:`entries` of a tensor in a file, old ones included; None for a buffer that is computed."""
+        """Returns the name that :meth:`entries` has for a tensor in a file, or None for a computed buffer.
+
+        Old names are known, too.
+        """
         if self.prefix and not name.startswith((self.prefix, "lm_head.")):
             name = self.prefix + name
         return None if re.fullmatch(self.computed, name) else name
@@ -476,7 +479,10 @@ def family_of(architecture: str, named_by: str = "config.json, architectures") -
 
 
 def stock_family(own: GPTMoAConfig) -> tuple[Family | None, str]:
-    """The first family that a model is one of; if there is none, what keeps it from the nearest one, as a sentence."""
+    """Returns the first family that a model is one of.
+
+    If there is none, it returns as a sentence what keeps the model from the nearest family.
+    """
     differences = {family.architecture: family.differences(own) for family in FAMILIES}
     for family in FAMILIES:
         if not differences[family.architecture]:

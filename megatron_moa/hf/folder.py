@@ -38,8 +38,9 @@ _OUTPUT = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a weight lies: its file and its name there, and what it is; ``dtype`` None for a type that is not read,
-    which ``written`` names.
+    """The place of a stored weight: its file and its name there, with its shape and its dtype.
+
+    ``dtype`` is None for a type that is not read; ``written`` names that type.
     """
 
     file: Path
@@ -134,7 +135,7 @@ class HuggingFaceFolder:
 
 
 def open_folder(root: Path, allow_pickle: bool = False) -> HuggingFaceFolder:
-    """Reads a folder's settings and the names, shapes and dtypes of its weights, and checks them against each other.
+    """Reads a folder's settings and its weights' names, shapes and dtypes, and checks that they agree.
 
     Args:
         root: as ``--hf`` names it.
@@ -156,7 +157,9 @@ def open_folder(root: Path, allow_pickle: bool = False) -> HuggingFaceFolder:
 
 
 def file_in(root: Path, name: str, named_by: str) -> Path:
-    """The path of a file of the folder. A link may lead to where the hub's cache keeps its files, and nowhere else.
+    """Returns the path of a file of the folder.
+
+    A link may lead to where the hub's cache keeps its files, and nowhere else.
 
     Args:
         named_by: who says so, for the message.
@@ -218,7 +221,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
-    """config.json as the class of its architecture reads it; ``auto_map`` and other names of code mean nothing here."""
+    """Returns the family that config.json names, and config.json as the family's class reads it.
+
+    ``auto_map`` and other names of code mean nothing here.
+    """
     path = file_in(root, "config.json", f"--hf {root}")
     settings = read_json(path)
     architectures, kind = settings.get("architectures"), settings.get("model_type")
@@ -247,7 +253,10 @@ def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
 
 
 def _weight_files(root: Path, allow_pickle: bool) -> tuple[dict[Path, set[str] | None], bool]:
-    """The files of weights, each with the names that an index promises there (None without one); whether pickled."""
+    """Returns the files of weights, and whether they are pickled.
+
+    Each file comes with the names that an index promises there, or None without an index.
+    """
     for names, pickled in ((_SAFETENSORS, False), (_PICKLES, True)):
         there = [name for name in names if (root / name).is_symlink() or (root / name).exists()]
         if not there:
@@ -310,7 +319,10 @@ def _tensors(file: Path) -> Iterator[Stored]:
 
 
 def _open(file: Path) -> Any:
-    """An open safetensors file, or the dictionary of tensors in a pickle, mapped from its file where torch can."""
+    """Opens a file of weights: safetensors, or a pickle as a dictionary of tensors.
+
+    A pickle's tensors are mapped from the file where torch can.
+    """
     if file.suffix == ".safetensors":
         try:
             return safe_open(file, framework="pt")

@@ -1,6 +1,6 @@
-"""Turns a Hugging Face model into a Megatron checkpoint, and compares what lies on disk with transformers' model.
+"""Turns a Hugging Face model into a Megatron checkpoint, and compares the two models.
 
-Settings become flags; weights are written one at a time.
+Settings become flags; weights are written one at a time. What lies on disk is compared with transformers' model.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ class Split:
 
 
 def flags_from_config(own: GPTMoAConfig) -> list[str]:
-    """Megatron's flags, and ours, for a model: the inverse of :func:`megatron_moa.hf.settings.config_from_args`.
+    """Returns the flags that stand for a model, Megatron's and this project's.
 
-    Numbers are written so that they are read back to the last bit.
+    This is the inverse of :func:`megatron_moa.hf.settings.config_from_args`. Numbers are written so that they are read
+    back to the last bit.
     """
     flags: list[Any] = []
     flags += ["--num-layers", own.num_hidden_layers, "--hidden-size", own.hidden_size]
@@ -145,7 +146,10 @@ def _expert_flags(own: GPTMoAConfig) -> list[Any]:
 
 
 def _layer_freq(moe_layers: list[bool]) -> str:
-    """As a distance if it is one, else as a pattern: of a pattern Megatron's checkpoints have the layers one by one."""
+    """Returns which layers are MoE layers as a distance if there is one, else as a pattern.
+
+    Of a pattern Megatron's checkpoints have the layers one by one.
+    """
     for distance in range(1, len(moe_layers) + 1):
         if moe_layers == [layer % distance == 0 for layer in range(len(moe_layers))]:
             return str(distance)
@@ -359,7 +363,9 @@ def _one_process() -> None:
 def verify(
     folder: HuggingFaceFolder, root: Path, imported: Imported, dtype: torch.dtype, tolerance: float
 ) -> Comparison:
-    """Compares the checkpoint as Megatron loads it with transformers' own model, in float32; one after the other.
+    """Compares the checkpoint, as Megatron loads it, with transformers' own model, in float32.
+
+    The two models run one after the other.
 
     Args:
         root: of the checkpoint.

@@ -88,12 +88,18 @@ class FolderModel(TextModel):
         return self.tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """The text's tokens; those that a tokenizer puts around a text only in front of a prompt (:meth:`start`)."""
+        """Returns the text's tokens without those that a tokenizer puts around a text.
+
+        The latter stand in front of a prompt only (:meth:`start`).
+        """
         # Not verbose: it would warn of texts longer than the context, which are taken in windows.
         return self._some_tokenizer().encode(text, add_special_tokens=False, verbose=False)
 
     def start(self, text: str) -> list[int]:
-        """As in :class:`TextModel`; for models of others with the tokens that their tokenizer puts before a text."""
+        """Returns the tokens that the model is given for a prompt, as in :class:`TextModel`.
+
+        Models of others get the tokens, too, that their tokenizer puts before a text.
+        """
         return self._before_text() + self.encode(text) or super().start(text)
 
     @property
@@ -148,9 +154,9 @@ class _Chosen(LogitsProcessor):
 
 
 def register() -> None:
-    """Tells transformers' Auto classes of GPTMoA: exports then load with this package's code, not that in the folder.
+    """Tells transformers' Auto classes of GPTMoA.
 
-    Calling it again changes nothing.
+    Exports then load with this package's code, not that in their folder. Another call changes nothing.
     """
     AutoConfig.register("gpt_moa", GPTMoAConfig, exist_ok=True)
     AutoModel.register(GPTMoAConfig, GPTMoAModel, exist_ok=True)
@@ -158,7 +164,9 @@ def register() -> None:
 
 
 def load_folder(folder: Path) -> FolderModel:
-    """The model of an export of ours, or of a causal language model that transformers knows. Nothing is downloaded.
+    """Loads an export of this project, or a causal language model that transformers knows.
+
+    Nothing is downloaded.
 
     Args:
         folder: with config.json and safetensors files.

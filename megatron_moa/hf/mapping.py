@@ -144,7 +144,9 @@ def to_hf(
     config: GPTMoAConfig,
     table: Iterable[Entry] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of the transformers model from those of the whole Megatron model, one of these at a time.
+    """Yields every parameter of the transformers model, from those of the whole Megatron model.
+
+    It takes Megatron's parameters one at a time.
 
     Args:
         state: Megatron's, vocabulary padded or not; ``_extra_state`` is passed over.
@@ -199,7 +201,8 @@ def from_hf(read: Callable[[str], Tensor], table: Iterable[Entry], padded_vocab_
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of transformers' model is no parameter; then it keeps its precision: an expert bias is a sum of
-    small steps.
+    """Returns whether a tensor of transformers' model is no parameter.
+
+    Such a tensor keeps its precision: an expert bias is a sum of small steps.
     """
     return name.endswith(("router_bias", "coefficients.scale"))

@@ -49,7 +49,10 @@ _CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters 
 
 
 def _refuse_unknown_caches(kwargs: dict[str, Any]) -> None:
-    """Raises TypeError for a cache under a name that nothing here reads: a step without it sees one token only."""
+    """Raises TypeError for a cache under a name that nothing here reads.
+
+    A step without its cache sees one token only.
+    """
     if unread := sorted(name for name, value in kwargs.items() if isinstance(value, Cache)):
         raise TypeError(f"forward() got {', '.join(unread)}: give a cache as cache or past_key_values")
 
@@ -90,7 +93,10 @@ class RotaryEmbedding(nn.Module):
 
     @staticmethod
     def compute_default_rope_parameters(config: GPTMoAConfig, **kwargs: Any) -> tuple[Tensor, float]:
-        """Inverse frequencies [d/2], d the part of a head that is rotated, and the factor on cosines and sines."""
+        """Returns inverse frequencies [d/2], and the factor on cosines and sines.
+
+        d is the size of the part of a head that is rotated.
+        """
         size = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, size, 2, dtype=torch.float) / size
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
@@ -218,7 +224,7 @@ class MixtureCoefficients(nn.Module):
 
 
 def _summing_gradients(x: Tensor, linear: nn.Module) -> Tensor:
-    """Returns x; under tensor parallelism its gradient is summed over the ranks between which ``linear`` is split.
+    """Returns x; under tensor parallelism its gradient is summed over the ranks that split ``linear``.
 
     Each rank multiplies the same x by its own columns only, so that each has a part of the gradient. What goes in
     through a linear layer is summed by transformers.
@@ -290,8 +296,10 @@ class GPTMoARouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
     def forward(self, tokens: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """For tokens [t, h]: logits [t, experts] whose softmax the balance of experts is measured by (those of sigmoid
-        scores are their logarithms), and probabilities and numbers of the experts chosen, [t, k] each.
+        """Chooses k experts for each of the tokens [t, h].
+
+        It returns logits [t, experts], and probabilities and numbers of the experts chosen, [t, k] each. By the softmax
+        of these logits the balance of experts is measured; those of sigmoid scores are the scores' logarithms.
         """
         config, k = self.config, self.config.num_experts_per_tok
         with maybe_autocast(device_type=tokens.device.type, enabled=False):
@@ -357,7 +365,10 @@ class GPTMoASparseMLP(nn.Module):
         return output.view_as(x)
 
     def _check_experts(self) -> None:
-        """Raises TypeError where a library has put experts of its own, which mix no activations, in ours' place."""
+        """Raises TypeError where a library has put experts of its own in place of this project's.
+
+        Such experts mix no activations.
+        """
         experts = self.experts.values() if hasattr(self.experts, "values") else [self.experts]
         for expert in experts:  # others may lie around ours, as a wrapper for sharding does
             if not isinstance(expert, GPTMoAMLP) and not any(isinstance(m, GPTMoAMLP) for m in expert.modules()):
@@ -425,8 +436,9 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As training starts them (Megatron's defaults; docs/mixture.md): normal weights, smaller before the residual
-        connection, coefficients by the mixture's settings.
+        """Initialises a module as training starts it (Megatron's defaults; docs/mixture.md).
+
+        Weights are normal, smaller before the residual connection; coefficients follow the mixture's settings.
         """
         super()._init_weights(module)
         std = self.config.initializer_range
@@ -549,7 +561,9 @@ class GPTMoAForCausalLM(GPTMoAPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Logits [b, s, vocabulary], of the last ``logits_to_keep`` positions if given; the loss of labels [b, s].
+        """Computes logits [b, s, vocabulary], and the loss of labels [b, s] if given.
+
+        With ``logits_to_keep`` the logits are those of that many last positions.
 
         ``output_router_logits`` of a MoE model gives those of every layer of experts, [t, experts], and the loss of
         their balance as transformers' MoE models have it, which is added to the labels' by ``router_aux_loss_coef``.

@@ -1,4 +1,4 @@
-"""Computes an export's logits without megatron_moa: run as ``python -I standalone.py FOLDER TOKENS LOGITS``.
+"""Computes an export's logits without megatron_moa: ``python -I standalone.py FOLDER TOKENS LOGITS``.
 
 It also generates with the cache, whose name differs between releases of transformers. A process of its own, in which
 the import of megatron_moa fails, so that what is compared is what a stranger will get.
@@ -33,7 +33,9 @@ def main(folder: str, tokens: str, logits: str) -> None:
 
 
 def check_cache(model: torch.nn.Module, prompt: torch.Tensor) -> None:
-    """Ends the program where generating with the cache, greedily, meets other logits than the model has without it.
+    """Ends the program where generating with the cache gives other logits than the model without.
+
+    Tokens are generated greedily.
 
     Args:
         prompt: [1, s]; at most s tokens are generated.

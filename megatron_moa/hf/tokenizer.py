@@ -1,6 +1,7 @@
-"""Exports the tokenizer that a model was trained with for transformers: a folder that gives the same ids.
+"""Exports the tokenizer that a model was trained with to a folder for transformers.
 
-A sentencepiece model becomes one of the tokenizers library, so that nothing has to be installed to use it.
+The folder gives the same ids. A sentencepiece model becomes one of the tokenizers library, so that nothing has to be
+installed to use it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of pieces in a sentencepiece
 
 
 def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path) -> bool:
-    """Writes the tokenizer's files and compares its ids to the trained one's on :data:`SAMPLE` and special tokens.
+    """Writes the tokenizer's files and compares their ids to the trained tokenizer's.
+
+    They are compared on :data:`SAMPLE` and special tokens.
 
     Args:
         tokenizer: Megatron's.
@@ -130,8 +133,10 @@ def _from_sentencepiece(path: Path, max_length: int) -> Any:
 
 
 def _merges(pieces: list[Any]) -> list[tuple[str, str]]:
-    """The pairs that BPE joins, best first: sentencepiece takes the pair whose joined piece has the best score, and of
-    equal ones the leftmost. The latter joins runs of one character from the left, where longer left parts stand.
+    """Returns the pairs that BPE joins, best first.
+
+    Sentencepiece takes the pair whose joined piece has the best score, and of equal ones the leftmost. The latter joins
+    runs of one character from the left, where longer left parts stand.
     """
     scores = {piece.piece: piece.score for piece in pieces if piece.type in (_NORMAL, _USER_DEFINED)}
     pairs = [

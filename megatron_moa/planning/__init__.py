@@ -1,4 +1,6 @@
-"""What a training needs before it runs: parameters, memory, communication, time, a split over GPUs (docs/planning.md).
+"""Estimates what a training needs before it runs, and splits it over GPUs (docs/planning.md).
+
+A training needs parameters, memory, communication and time.
 
 Letters: h hidden size, f a feed-forward layer's width, V vocabulary, n mixing coefficients, s sequence length, b
 micro-batch size, m micro-batches a step, p tensor-parallel ranks, t tokens of a micro-batch on a rank where the

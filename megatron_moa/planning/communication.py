@@ -111,7 +111,10 @@ def _bandwidth(gpu: Gpu, stride: int, size: int) -> float:
 
 
 def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -> Iterator[Traffic]:
-    """Ranks lie as Megatron places them: tensor-parallel ones side by side, then context-, data-parallel, stages."""
+    """Yields what a GPU sends in a step, one kind of message at a time.
+
+    Ranks lie as Megatron places them: tensor-parallel ones side by side, then context-, data-parallel, stages.
+    """
     tp, pp, vpp, ep, cp = split.tp, split.pp, split.vpp, split.ep, split.cp
     m = split.micro_batches(model)
     h, e = model.hidden, model.element
@@ -155,8 +158,10 @@ def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -
 def _data_parallel(
     model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float, traffic: Callable[..., Traffic]
 ) -> Iterator[Traffic]:
-    """Once a step: gradients are summed behind the last micro-batch's backward (two thirds of its time), weights are
-    gathered behind the first one's forward.
+    """Yields the messages of data parallelism, each sent once a step.
+
+    Gradients are summed behind the last micro-batch's backward (two thirds of its time), weights are gathered behind
+    the first one's forward.
     """
     groups = {
         "DP": (split.dp * split.cp, split.tp, lambda weight: weight.cut is not Cut.EXPERT),

@@ -1,4 +1,7 @@
-"""Turns a recipe's flags into what the planner needs, parsed and checked by Megatron for any world size."""
+"""Turns a recipe's flags into what the planner needs.
+
+Megatron parses and checks the flags, for any world size.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def split_flags(split: Split, model: Model) -> list[str]:
 
 @contextlib.contextmanager
 def _world(gpus: int, flags: Sequence[str]) -> Iterator[None]:
-    """Inside, Megatron finds this command line and this many ranks, and does not print; errors still come through."""
+    """Gives Megatron this command line and this many ranks inside a ``with`` block.
+
+    Megatron does not print there; errors still come through.
+    """
     before, argv = dict(os.environ), sys.argv
     os.environ.update(WORLD_SIZE=str(gpus), RANK="0", LOCAL_RANK="0")
     sys.argv = ["pretrain_gpt_moa.py", *flags]

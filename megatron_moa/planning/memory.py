@@ -149,10 +149,11 @@ def _largest(model: Model, split: Split, weights: Weights) -> float:
 
 
 def _head(model: Model, split: Split, software: Software) -> tuple[float, float, float]:
-    """Bytes on the last stage: kept of the final norm; then what the loss holds; then the output layer's backward.
+    """Returns bytes on the last stage: of the final norm, the loss and the output layer.
 
-    Logits of the model's dtype become float32 probabilities, which become their gradient in place, which becomes the
-    model's dtype again.
+    These are what is kept of the final norm; then what the loss holds; then the output layer's backward. Logits of the
+    model's dtype become float32 probabilities, which become their gradient in place, which becomes the model's dtype
+    again.
     """
     tokens = _tokens(model, split)
     u = tokens / split.tp
@@ -172,7 +173,10 @@ def _tokens(model: Model, split: Split) -> float:
 
 
 def in_flight(model: Model, split: Split, stage: int) -> float:
-    """Micro-batches whose activations a stage holds at most, in units of all its layers (Megatron's 1F1B schedules)."""
+    """Returns how many micro-batches' activations a stage holds at most (Megatron's 1F1B schedules).
+
+    They are counted in units of all the stage's layers.
+    """
     micro_batches = split.micro_batches(model)
     if split.vpp == 1:
         return min(micro_batches, split.pp - stage)
@@ -223,7 +227,10 @@ def _norm(model: Model, u: float, software: Software) -> float:
 
 
 def _feed_forward(model: Model, software: Software, t: float, u: float, f: float, routed: bool = False) -> float:
-    """fc1's output, fc2's input, and 4 n a token for coefficients: once as the gates gave them, once gathered."""
+    """Returns the bytes that a feed-forward layer saves for its backward.
+
+    These are fc1's output, fc2's input, and 4 n a token for coefficients: once as the gates gave them, once gathered.
+    """
     unfused = model.mixture is None and model.gated and not software.fused_glu
     widths = model.halves + 1 + (2 + routed) * unfused  # routed: its output before the router's probability, too
     coefficients = FLOAT32 * model.coefficients * (t + (u if u != t else 0))
@@ -259,11 +266,12 @@ def _fc2_inputs(model: Model, split: Split, is_moe: bool) -> float:
 
 
 def _backward_workspace(model: Model, split: Split, is_moe: bool, software: Software) -> float:
-    """Bytes that a feed-forward layer's backward holds beyond what forward saved, at its peak, and what is recomputed.
+    """Returns the bytes that a feed-forward layer's backward holds at its peak.
 
-    Always there is the gradient of the layer's output. The peak is at fc2 (gradients of its input and weight), at the
-    mixture (of fc1's output, and of fc2's input in place of that), or at fc1 (of its weight and input; all that the
-    activation step saved is gone). A weight's gradient is made whole, and then added to the sum.
+    Counted is what it holds beyond what forward saved, and what is recomputed. Always there is the gradient of the
+    layer's output. The peak is at fc2 (gradients of its input and weight), at the mixture (of fc1's output, and of
+    fc2's input in place of that), or at fc1 (of its weight and input; all that the activation step saved is gone). A
+    weight's gradient is made whole, and then added to the sum.
     """
     h = model.hidden
     t = _tokens(model, split)

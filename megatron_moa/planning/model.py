@@ -1,4 +1,7 @@
-"""Describes what is planned: a model and its training by Megatron's arguments, and how both lie over GPUs."""
+"""Describes what is planned: a model, its training, and how both lie over GPUs.
+
+Model and training are described by Megatron's arguments.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ OPTIMIZERS = ("adam", "muon")
 
 @dataclass(frozen=True)
 class Experts:
-    """The feed-forward part of a MoE layer: routed experts, and a shared one of width ``shared_ffn`` (0: none)."""
+    """The feed-forward part of a MoE layer: routed experts, and a shared one.
+
+    ``shared_ffn`` is the shared expert's width; 0 means that there is none.
+    """
 
     number: int
     topk: int
@@ -152,7 +158,10 @@ class Model:
 
     @property
     def coefficients(self) -> int:
-        """n of a feed-forward layer or expert whose coefficients depend on the token; 0 for LA and the stock model."""
+        """Returns n, how many coefficients of a feed-forward layer or expert depend on the token.
+
+        n is 0 for LA and the stock model.
+        """
         return self.mixture.num_coefficients if self.mixture and self.mixture.kind == "moa" else 0
 
     @property
@@ -161,7 +170,10 @@ class Model:
         return 2 if self.gated else 1
 
     def widths(self, tp: int) -> dict[str, tuple[int, int]]:
-        """Widths of feed-forward layers and experts by name, each with the tensor-parallel ranks that share it."""
+        """Returns the widths of feed-forward layers and experts by name.
+
+        Each comes with the number of tensor-parallel ranks that share it.
+        """
         found = {}
         if not all(self.moe_layers):
             found["feed-forward width"] = (self.ffn, tp)

@@ -20,7 +20,10 @@ class Cut(enum.Enum):
 
 
 class Kind(enum.Enum):
-    """What a weight is to the optimizer: matrix-wise optimizers leave all but matrices to Adam (docs/mixture.md)."""
+    """The kind of a weight to the optimizer.
+
+    Matrix-wise optimizers leave all but matrices to Adam (docs/mixture.md).
+    """
 
     MATRIX = "matrix"
     OTHER = "other"
@@ -29,7 +32,10 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of the model; an expert's stands for those of all experts, ``elements`` for all of them together."""
+    """One weight of the model; an expert's stands for those of all experts.
+
+    ``elements`` then counts those of all experts together.
+    """
 
     name: str
     elements: int
@@ -112,7 +118,10 @@ def first_weights(model: Model, tp: int) -> list[Weight]:
 
 
 def last_weights(model: Model, tp: int, *, other_stage: bool) -> list[Weight]:
-    """Of the last stage beside its layers; a tied embedding has its copy there, where that is another stage."""
+    """Returns the weights of the last stage beside its layers.
+
+    A tied embedding has its copy there, where that is another stage than the first.
+    """
     weights = [Weight("final norm", model.norm_vectors * model.hidden)]
     if not model.tied or other_stage:
         weights.append(Weight("output layer", model.padded_vocabulary(tp) * model.hidden, Cut.TENSOR))

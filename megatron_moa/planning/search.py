@@ -49,7 +49,10 @@ def divisors(number: int, most: int) -> list[int]:
 
 
 def problems(model: Model, split: Split) -> dict[str, str]:
-    """What keeps a split from being built: the attribute, and a line with the nearest values that would not."""
+    """Returns what keeps a split from being built, by the split's attribute.
+
+    Each is told in a line with the nearest values that would do.
+    """
     found: dict[str, str] = {}
     rules = list(_rules(model, split))
     for name, works, why in rules:
@@ -158,7 +161,10 @@ class Planner:
         return found
 
     def _ranked(self, plans: Iterable[Plan]) -> list[Plan]:
-        """Sorted by time to a thousandth; where that is the same, less split, less recomputed, larger micro-batches."""
+        """Returns the best plan of each TP, PP, EP, CP, sorted by time to three digits; at most ``_KEPT``.
+
+        Where times are the same, less split ones come first, then less recomputed, then larger micro-batches.
+        """
 
         def order(plan: Plan) -> tuple[float, ...]:
             split = plan.split
@@ -197,7 +203,10 @@ class Planner:
                                 yield dataclasses.replace(split, recompute=kind)
 
     def _explain(self, gpus: int, fixed: Mapping[str, int | str]) -> None:
-        """Raises for the first given number that does not divide what it splits, else for all of them together."""
+        """Raises UserError for the first given number that does not divide what it splits.
+
+        If there is none, the error is raised for all of them together.
+        """
         found = problems(self.model, Split(gpus, **fixed))
         for name in fixed:
             if name in found:
@@ -208,7 +217,10 @@ class Planner:
         )
 
     def _nearest_gpus(self, gpus: int, fixed: Mapping[str, int | str]) -> str:
-        """The nearest number of GPUs, in whole nodes, that can be split: TP PP CP times a divisor of the batch."""
+        """Returns as advice the nearest number of GPUs, in whole nodes, that can be split.
+
+        Such a number is TP PP CP times a divisor of the batch.
+        """
         model, batch = self.model, self.model.global_batch
         tps = (fixed["tp"],) if "tp" in fixed else divisors(model.heads, GPUS_PER_NODE)
         pps = (fixed["pp"],) if "pp" in fixed else divisors(model.layers, model.layers)

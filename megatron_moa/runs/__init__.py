@@ -1,1 +1,1 @@
-"""What a run is started with and what it leaves: recipes, a tiny model's flags, the log and the curves in it."""
+"""Reads what runs start with and leave: recipes, a tiny model's flags, the log and its curves."""

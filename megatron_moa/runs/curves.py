@@ -70,7 +70,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Course:
-    """A run: training loss, validation loss (of length 0 if there is none), and the last statistics of coefficients."""
+    """A run: its training and validation loss, and the last statistics of coefficients.
+
+    ``validation`` is of length 0 if there is none.
+    """
 
     path: Path
     loss: Curve
@@ -162,7 +165,10 @@ class _Recorder:
 
 
 def _layer_order(label: str) -> tuple[bool, int, str]:
-    """Decoder layers by number, those of multi-token prediction after them, shared experts after routed ones."""
+    """Returns the key that layers are sorted by.
+
+    Decoder layers come by number, those of multi-token prediction after them, shared experts after routed ones.
+    """
     return label.startswith("mtp"), int(re.search(r"\d+", label)[0]), label
 
 

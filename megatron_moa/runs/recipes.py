@@ -1,4 +1,4 @@
-"""Reads the recipes of examples/: their names, and the flags of pretrain_gpt_moa.py that one stands for."""
+"""Reads the recipes of examples/: their names, and the flags of pretrain_gpt_moa.py they stand for."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def model_path(model: str) -> Path:
 
 
 def read_recipe(path: Path, baseline: bool = False) -> list[str]:
-    """The array MODEL_ARGS of a bash file, as bash reads it; with ``baseline`` BASELINE_ARGS, too, where there are any.
+    """Returns the array MODEL_ARGS of a bash file, as bash reads it.
+
+    With ``baseline`` it returns BASELINE_ARGS, too, where there are any.
 
     Raises:
         UserError: no such file, or no such array.
@@ -136,7 +138,9 @@ def feed_forward_widths(flags: Iterable[str]) -> dict[str, tuple[int, int]]:
 
 
 def awkward_widths(widths: Mapping[str, tuple[int, int]]) -> str:
-    """Names in one line the widths that tensor cores or tensor parallelism do not take well; empty if there is none.
+    """Names the widths that tensor cores or tensor parallelism do not take well.
+
+    The names are in one line, which is empty if there is no such width.
 
     Args:
         widths: as :func:`feed_forward_widths` gives them.

@@ -36,7 +36,10 @@ _BEGINNINGS = re.compile(
 
 @dataclass(frozen=True)
 class IterationLine:
-    """One line of Megatron's training log; ``loss`` is None where every step since the last line was skipped."""
+    """One line of Megatron's training log.
+
+    ``loss`` is None where every step since the last line was skipped.
+    """
 
     iteration: int
     total: int
@@ -54,9 +57,10 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def records(line: str) -> list[str]:
-    """Divides a line where another one begins, which was written behind what a killed run left without its end.
+    """Divides a line of the log where another one begins.
 
-    What has no mark of its end is left out before another one: the next start prints it again.
+    The latter was written behind what a killed run left without its end. What has no mark of its end is left out before
+    another one: the next start prints it again.
     """
     *cut, last = _BEGINNINGS.split(line.replace("\0", ""))
     whole = [record for record in cut if parse_setting(record) is None and parse_parameters(record) is None]
@@ -76,7 +80,10 @@ def parse_iteration(line: str) -> IterationLine | None:
 
 
 def parse_validation(line: str) -> tuple[int, float] | None:
-    """``(iteration, loss)`` of a validation line, or None; lines about the test set are not validation lines."""
+    """Returns ``(iteration, loss)`` of a validation line, or None for other lines.
+
+    Lines about the test set are not validation lines.
+    """
     match = _VALIDATION.search(line)
     return (int(match[1]), float(match[2])) if match is not None else None
 
@@ -148,7 +155,10 @@ class TrainingLog:
 
     @property
     def milliseconds(self) -> float:
-        """Median time of an iteration over the log's lines, its first fifth (warm-up) left out; NaN without lines."""
+        """Returns the median time of an iteration over the log's lines; NaN without lines.
+
+        The first fifth of the lines (warm-up) is left out.
+        """
         steady = [step.milliseconds for step in self.iterations[len(self.iterations) // 5 :]]
         return statistics.median(steady) if steady else math.nan
 

@@ -55,7 +55,9 @@ class Comparison:
 
 
 def compared_tokens(vocab_size: int, length: int, text: Sequence[int] = ()) -> Tensor:
-    """What two models are given, [b, s] int64: two rows of random tokens, and two of a text where there is one.
+    """Returns what two models are given to be compared, tokens [b, s] int64.
+
+    These are two rows of random tokens, and two of a text where there is one.
 
     Args:
         length: the models' longest sequence.
@@ -71,8 +73,9 @@ def compared_tokens(vocab_size: int, length: int, text: Sequence[int] = ()) -> T
 
 @torch.inference_mode()
 def reference_logits(prepared: PreparedCheckpoint, tokens: Tensor, rounded_to: torch.dtype | None = None) -> Tensor:
-    """Logits of a checkpoint's model, the mixture by the reference, whatever backend the run had. The model is in
-    memory as long as this takes.
+    """Returns logits of a checkpoint's model, the mixture computed by the reference.
+
+    It is the reference whatever backend the run had. The model is in memory as long as this takes.
 
     Args:
         tokens: [b, s].

@@ -113,7 +113,9 @@ class LoadedModel(TextModel):
 
 @dataclass(frozen=True)
 class PreparedCheckpoint:
-    """A checkpoint whose settings have been read and whose files have been checked, before any weights are.
+    """A checkpoint whose settings have been read and whose files have been checked.
+
+    Its weights have not been read yet.
 
     Attributes:
         args: Megatron's args, the model's settings as in the checkpoint.
@@ -131,15 +133,19 @@ class PreparedCheckpoint:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding without padding. An imported model may have more than its tokenizer has tokens;
-        ``--vocab-size`` has their number then.
+        """Returns the number of rows of the embedding without padding.
+
+        An imported model may have more rows than its tokenizer has tokens; ``--vocab-size`` has their number then.
         """
         known = self.args.vocab_size if self.args.tokenizer_type == "HuggingFaceTokenizer" else None
         return max(self.tokenizer.vocab_size, known or 0)
 
     @property
     def saved_ends(self) -> Sequence[int] | None:
-        """The tokens that end a text by the Hugging Face folder the model came from; None where it came from none."""
+        """Returns the tokens that end a text by the Hugging Face folder the model came from.
+
+        This is None where the model came from no such folder.
+        """
         return getattr(self.saved, "moa_end_tokens", None)
 
     def build_empty(self) -> GPTModel:

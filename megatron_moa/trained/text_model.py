@@ -1,7 +1,8 @@
-"""Defines what a trained model is used for, from any folder: logits, text drawn from it, the loss of a text.
+"""Defines what a trained model is used for: logits, text drawn from it, the loss of a text.
 
-:class:`TextModel` is the common part; ``megatron_moa/trained/from_megatron.py`` has the model of a Megatron checkpoint,
-``megatron_moa/hf/loading.py`` that of a Hugging Face folder, and ``megatron_moa/load.py`` takes either.
+:class:`TextModel` is what models from any folder have in common; ``megatron_moa/trained/from_megatron.py`` has the
+model of a Megatron checkpoint, ``megatron_moa/hf/loading.py`` that of a Hugging Face folder, and
+``megatron_moa/load.py`` takes either.
 """
 
 from __future__ import annotations
@@ -95,7 +96,10 @@ class TextModel(ABC):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        """The tokens that end what the model writes: that between documents, and others of models tuned elsewhere."""
+        """Returns the tokens that end what the model writes.
+
+        These are the one between documents, and others of models tuned elsewhere.
+        """
         return () if self.end is None else (self.end,)
 
     @property
@@ -113,7 +117,10 @@ class TextModel(ABC):
 
     @abstractmethod
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits [b, t, vocabulary] for tokens [b, t] on the model's device; every row is seen from its left end on."""
+        """Computes logits [b, t, vocabulary] for tokens [b, t] on the model's device.
+
+        Every row is seen from its left end on.
+        """
 
     @abstractmethod
     def _continued(self, rows: list[list[int]], steps: int, choose_next: Callable[[Tensor], Tensor]) -> list[list[int]]:

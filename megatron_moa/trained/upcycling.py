@@ -90,9 +90,10 @@ def target_mixture(
     stock: bool = False,
     routed_experts: bool = False,
 ) -> MixtureConfig:
-    """The mixture to convert to: what is not given is the source's (of a stock one, the default of training).
+    """Returns the mixture to convert to; what is not given is the source's.
 
-    Gates of the result have learned amplitudes: the amplitude makes a gate start as the source's coefficient.
+    Of a stock source it is the default of training. Gates of the result have learned amplitudes: the amplitude makes a
+    gate start as the source's coefficient.
 
     Args:
         source: the mixture there is (:func:`stock_as_mixture`).
@@ -139,7 +140,10 @@ def target_mixture(
 
 
 def _default_dictionary(source: MixtureConfig, form: str) -> tuple[str, ...]:
-    """Training's, of which GELU's tanh approximation takes the exact one's place where that is the source's."""
+    """Returns training's dictionary of activations for a form.
+
+    GELU's tanh approximation takes the exact one's place where the source's activation is the approximation.
+    """
     names = DICTIONARIES.get(form, ())  # none: MixtureConfig refuses the form
     if source.activations == ("gelu_tanh",):
         return tuple("gelu_tanh" if name == "gelu" else name for name in names)
@@ -189,7 +193,10 @@ def _check_exact(source: MixtureConfig, target: MixtureConfig) -> None:
 
 
 def _check_order(source: MixtureConfig, target: MixtureConfig) -> None:
-    """Raises UserError, with an order that would do, if a quadratic target lacks a pair (k, l) that the source has."""
+    """Raises UserError if a quadratic target lacks a pair (k, l) that the source has.
+
+    The error names an order of activations that would do.
+    """
     names = target.activations
     lost = [pair for pair in _pairs(source) if names.index(pair[0]) > names.index(pair[1])]
     if not lost:
@@ -220,8 +227,10 @@ def _gate_factor(mixture: MixtureConfig) -> float:
 
 
 def origins(source: MixtureConfig, target: MixtureConfig) -> list[int]:
-    """Where each of the target's n coefficients comes from, in their order: an index of the source's, :data:`ONE` or
-    :data:`ZERO`; for mixtures that :func:`target_mixture` admits.
+    """Returns where each of the target's n coefficients comes from, in their order.
+
+    An origin is an index of the source's coefficients, :data:`ONE` or :data:`ZERO`. The function is for mixtures that
+    :func:`target_mixture` admits.
     """
     names = target.activations
     if target.form == "quadratic":
@@ -239,7 +248,10 @@ def origins(source: MixtureConfig, target: MixtureConfig) -> list[int]:
 
 
 def _pairs(source: MixtureConfig) -> dict[tuple[str, str], int]:
-    """The coefficient of each product sigma_k(y) sigma_l(z) of a one-sided or quadratic source, by its index."""
+    """Returns the index of each coefficient of a source by its product sigma_k(y) sigma_l(z).
+
+    The source is one-sided or quadratic.
+    """
     names = source.activations
     if source.form == "one-sided":
         return {(_FIXED, name): index for index, name in enumerate(names)}
@@ -252,7 +264,10 @@ def start_amplitudes(source: Tensor, origins: list[int]) -> Tensor:
 
 
 def _kept_rows(source: Tensor | None, rows: Tensor, origins: list[int]) -> Tensor:
-    """Gate weights [n', h] or biases [n'], filled in ``rows``: a kept gate's, 0 for every other, where psi_hat is 1."""
+    """Fills ``rows``, gate weights [n', h] or biases [n'], and returns them.
+
+    A kept gate gets its own; every other gets 0, where psi_hat is 1.
+    """
     rows.zero_()
     if source is None:
         return rows
@@ -343,7 +358,9 @@ class Conversion:
 def convert(
     load: str, root: Path, megatron_flags: Sequence[str] = (), iteration: int | None = None, **target_settings: Any
 ) -> Conversion:
-    """Writes the checkpoint of the new mixture and compares it, as it lies on disk, with the one it comes from.
+    """Writes the checkpoint of the new mixture and compares it with the one it comes from.
+
+    The new checkpoint is compared as it lies on disk.
 
     Args:
         load: what training's ``--save`` named.

@@ -1,4 +1,5 @@
-"""Looks into checkpoints without Megatron, a model or a GPU (tools/inspect_checkpoint.py, docs/checkpoints.md).
+"""Looks into checkpoints without Megatron, a model or a GPU (docs/checkpoints.md).
 
-Start with contents.py, which describes one checkpoint, and differences.py, which compares two.
+The command is tools/inspect_checkpoint.py. Start with contents.py, which describes one checkpoint, and differences.py,
+which compares two.
 """

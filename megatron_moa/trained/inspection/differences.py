@@ -48,7 +48,10 @@ class Difference:
 
 
 def difference(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Returns the largest absolute and relative difference of two tensors; equal infinities and NaNs do not differ."""
+    """Returns the largest absolute and relative difference of two tensors.
+
+    Equal infinities and NaNs do not differ.
+    """
     absolute = largest = 0.0
     # In parts: an embedding in float64, twice, is more memory than the rest of this program.
     for one, two in zip(first.flatten().split(_PART), second.flatten().split(_PART), strict=True):
@@ -75,7 +78,10 @@ def compare_tensors(first: CheckpointTensors, second: CheckpointTensors, key: st
 
 
 def compare(first: CheckpointTensors, second: CheckpointTensors) -> dict[str, Any]:
-    """Returns in what two checkpoints differ, as JSON has it: settings, tensors, and parameters' values by kind."""
+    """Returns in what two checkpoints differ, as JSON has it.
+
+    Compared are settings, tensors, and parameters' values by kind.
+    """
     settings = [{name: plain(value) for name, value in vars(settings_of(each)[0]).items()} for each in (first, second)]
     tensors = [{key for key in each.tensors if kind_of(key) != "optimizer"} for each in (first, second)]
     other_shapes, differences = {}, {}

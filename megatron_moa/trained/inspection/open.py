@@ -19,7 +19,9 @@ from megatron_moa.errors import UserError
 
 
 def open_checkpoint(path: Path, iteration: int | None) -> CheckpointTensors:
-    """Opens the checkpoint of an iteration, by default the latest, in a folder of checkpoints; or the folder of one.
+    """Opens the checkpoint of an iteration in a folder of checkpoints, or the folder of one.
+
+    The default is the latest iteration.
 
     Raises:
         UserError: there is none, or a file of it is missing or has another size than its manifest says.

@@ -21,9 +21,10 @@ SHAPE = """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_
 
 
 def settings_of(checkpoint: CheckpointTensors) -> tuple[argparse.Namespace, str | None]:
-    """Returns a checkpoint's settings under today's names, and why this version does not compute its mixture, or None.
+    """Returns a checkpoint's settings under today's names, and why its mixture is not computed.
 
-    Settings that this version does not understand are as they were saved.
+    The reason is None where this version computes the mixture. Settings that this version does not understand are as
+    they were saved.
     """
     saved = checkpoint.args
     args = argparse.Namespace(**vars(saved))

@@ -50,7 +50,10 @@ def report(about: dict[str, Any]) -> str:
 
 
 def _typed(settings: dict[str, Any], names: str) -> str:
-    """Returns some of the settings as one would type them, without those that are off or belong to what is off."""
+    """Returns some of the settings as one would type them.
+
+    Those that are off or belong to what is off are left out.
+    """
     flags = [
         as_typed(name, settings[name])
         for name in names.split()
