@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 def start_process(command: Sequence[str], **settings: Any) -> subprocess.Popen:
     """subprocess.Popen in a session of its own, in the main thread.
@@ -21,7 +23,7 @@ def start_process(command: Sequence[str], **settings: Any) -> subprocess.Popen:
     """
     process = None
     try:
-        with _held(signal.SIGINT, signal.SIGTERM):
+        with signals_held():
             process = subprocess.Popen(command, start_new_session=True, **settings)
     except BaseException:
         if process is not None:
@@ -31,18 +33,28 @@ def start_process(command: Sequence[str], **settings: Any) -> subprocess.Popen:
 
 
 @contextmanager
-def _held(*numbers: signal.Signals) -> Iterator[None]:
-    """Signals that have a handler reach it at the end of the block."""
-    came: list[int] = []
-    handled = {number: signal.getsignal(number) for number in numbers if callable(signal.getsignal(number))}
-    for number in handled:
-        signal.signal(number, lambda number, _: came.append(number))
+def signals_held() -> Iterator[None]:
+    """Puts Ctrl-C and SIGTERM off until the end of the block, in the main thread.
+
+    A signal mask would not do: another thread may take the signal.
+    """
+    caught: list[int] = []
+    owner = os.getpid()
+
+    def hold(number: int, _: object) -> None:
+        if os.getpid() != owner:
+            # A process just forked in the block, before it has handlers of its own.
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        caught.append(number)
+
+    previous = {number: signal.signal(number, hold) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in handled.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
-        for number in came:
+        for number in caught[:1]:
             signal.raise_signal(number)
 
 

@@ -55,7 +55,7 @@ def check_cached_arrays(folder: Path) -> None:
         if problem is not None:
             raise UserError(
                 f"{path}, part of the index cache, {problem}; unless another run is writing it now, delete the cache, "
-                f"it is made again: rm -r {folder}"
+                f"it is made again: rm -r {shlex.quote(str(folder))}"
             )
 
 

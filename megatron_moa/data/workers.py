@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 
+from megatron_moa.command_line.processes import STOP_SIGNALS, signals_held
 from megatron_moa.data.pieces import Piece
 from megatron_moa.data.tokenizing import Batch, Settings, tokenize
 from megatron_moa.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # of Linux: a worker must not wait for ever for work from a parent that was killed
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> Iterator[Batch]:
@@ -46,32 +44,6 @@ def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> 
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """Puts Ctrl-C and SIGTERM off until the end of the block.
-
-    A signal mask would not do: another thread may take the signal.
-    """
-    caught: list[int] = []
-    process = os.getpid()
-
-    def hold(number: int, _: object) -> None:
-        if os.getpid() != process:
-            # A worker just forked: its pool ends it, when another died, before it has handlers of its own.
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        caught.append(number)
-
-    previous = {number: signal.signal(number, hold) for number in _STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if caught:
-        signal.raise_signal(caught[0])
-
-
 _worker_settings: Settings | None = None
 
 
@@ -82,7 +54,7 @@ def start_worker(settings: Settings) -> None:
     """
     global _worker_settings
     _worker_settings = settings
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
