@@ -1,9 +1,10 @@
-"""Pretrains GPT models, dense and MoE, whose feed-forward layers mix activations: Megatron's training loop, our layers.
+"""Pretrains GPT models, dense and MoE, whose feed-forward layers mix activations.
 
     python pretrain_gpt_moa.py --num-layers 4 ... --swiglu --moa-mixing moa        one process, GPU or CPU
     torchrun --nproc-per-node 8 pretrain_gpt_moa.py ... --tensor-model-parallel-size 2
 
-Every Megatron flag holds; --help shows ours, --help-megatron Megatron's.
+The training loop is Megatron's, the layers are ours. Every Megatron flag holds; --help shows ours, --help-megatron
+Megatron's.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ _REFUSED = (
 
 
 def predicts_further_tokens(vp_stage: int | None) -> bool:
-    """Whether layers of multi-token prediction are on this pipeline stage: they need tokens and labels too."""
+    """Tells whether layers of multi-token prediction are on this pipeline stage.
+
+    They need tokens and labels too.
+    """
     args = get_args()
     return mtp_on_this_rank(
         layout=args.pipeline_model_parallel_layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage

@@ -69,9 +69,10 @@ def one_line(error: BaseException, *, typed: bool = False) -> str:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turns a :class:`UserError` or a full disk inside into one line on stderr and exit code 2, no traceback.
+    """Turns a :class:`UserError` or a full disk inside into one line on stderr and exit code 2.
 
-    Where whoever reads the output leaves early (``| head``) the program ends in silence, as by SIGPIPE: exit code 141.
+    No traceback is printed. Where whoever reads the output leaves early (``| head``) the program ends in silence, as by
+    SIGPIPE: exit code 141.
     """
     try:
         try:

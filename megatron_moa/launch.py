@@ -1,4 +1,4 @@
-"""Runs torchrun, forwards the scheduler's signals to the ranks and the ranks' exit code to the scheduler.
+"""Runs torchrun, sends the scheduler's signals to the ranks, and ends with the ranks' exit code.
 
     python -m megatron_moa.launch --nproc-per-node 8 pretrain_gpt_moa.py ... --exit-signal-handler
 
@@ -65,10 +65,10 @@ def children(parent: int) -> list[int]:
 
 
 def exit_code(codes: list[int], received: set[int]) -> int:
-    """The exit code for the training, from those of this node's processes that failed, in the order of their failing.
+    """Returns the training's exit code, from those of this node's processes that failed.
 
     Args:
-        codes: as subprocess has them: a negative one is the signal that ended the process.
+        codes: in the order of failing, as subprocess has them: a negative one is the signal that ended the process.
         received: stop signals that were sent on to them; a process that was still starting has died of one.
     """
     for code in codes:

@@ -1,7 +1,8 @@
-"""Gives Megatron layer specs whose feed-forward layers mix activations: the stock spec, its mlp slot swapped.
+"""Gives Megatron layer specs whose feed-forward layers mix activations.
 
-Usable from Megatron's own script, ``--spec megatron_moa.layer_specs moa_layer_spec``, and from ``MixedGPTModelConfig``
-(megatron_moa.training.model), which also reaches the layers of multi-token prediction.
+They are the stock specs with the mlp slot swapped. They are usable from Megatron's own script,
+``--spec megatron_moa.layer_specs moa_layer_spec``, and from ``MixedGPTModelConfig`` (megatron_moa.training.model),
+which also reaches the layers of multi-token prediction.
 """
 
 from __future__ import annotations
@@ -240,8 +241,10 @@ def _mixed_mlp(mlp: functools.partial, mixture: MixtureConfig | None, config: Tr
 
 
 def _experts(stock: Builder, mixture: MixtureConfig | None, config: TransformerConfig) -> Builder:
-    """The routed experts' builder. Without Transformer Engine Megatron builds sequential ones, whatever the flag says:
-    with it they are grouped over linears of ours.
+    """Returns the builder of the routed experts, which mix activations if ``mixture`` is given.
+
+    Without Transformer Engine Megatron builds sequential experts, whatever ``--moe-grouped-gemm`` says: with that flag
+    they are grouped over linears of ours.
     """
     kind = getattr(stock, "func", stock)
     grouped = kind is TEGroupedMLP
@@ -279,9 +282,9 @@ def _norm_is_inside_fc1(mlp: functools.partial) -> bool:
 
 
 def _with_norm_before_mlp(submodules: Any) -> Any:
-    """Takes the norm out of Transformer Engine's fused norm + fc1: the gates need the normalised input too.
+    """Takes the norm out of Transformer Engine's fused norm + fc1, and puts it before the mlp.
 
-    Checkpoint keys stay those of the fused module.
+    The gates need the normalised input too. Checkpoint keys stay those of the fused module.
     """
     mlp_submodules = dataclasses.replace(submodules.mlp.keywords["submodules"], linear_fc1=TEColumnParallelLinear)
     keys = {**submodules.sharded_state_dict_keys_map, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -294,8 +297,9 @@ def _with_norm_before_mlp(submodules: Any) -> Any:
 
 
 def _without_apex(module: Any) -> Any:
-    """Megatron's plain-torch norm refuses sequence parallelism, its attention keeps s x s scores: ours do neither.
+    """Replaces Megatron's plain-torch norm and attention, and Apex's norm without Apex, by ours.
 
+    Megatron's plain-torch norm refuses sequence parallelism, its attention keeps s x s scores: ours do neither.
     Megatron 0.19.2 takes Apex's norm wherever a package of that name can be imported, PyPI's other one included.
     """
     if module is FusedLayerNorm and not fused_layer_norm.HAVE_FUSED_LAYER_NORM:
@@ -304,8 +308,10 @@ def _without_apex(module: Any) -> Any:
 
 
 def _final_norm(module: Any, config: TransformerConfig) -> Any:
-    """Behind the last layer. Megatron 0.19.2 takes Apex's there where Apex is and Transformer Engine is not, also for
-    RMSNorm, which Apex's refuses.
+    """Returns the norm behind the last layer: ours where Megatron takes Apex's for RMSNorm.
+
+    Megatron 0.19.2 takes Apex's norm where Apex is there and Transformer Engine is not, also for RMSNorm, which Apex's
+    refuses.
     """
     if module is FusedLayerNorm and config.normalization != "LayerNorm":
         return TorchNorm

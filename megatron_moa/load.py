@@ -44,14 +44,15 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
 
 
 def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:
-    """A model for a notebook: as :func:`load`, without Megatron's messages and without a trace in the environment.
+    """Loads a model for a notebook, as :func:`load` does, in silence.
 
         model = megatron_moa.from_checkpoint("runs/demo/moa")
         model.generate("def ", num_tokens=20)[0].text
         model.logits("def f(x):")                       # [tokens, vocabulary]
         model.text_loss(text).bits_per_byte
 
-    It needs no torchrun, may be called again for other checkpoints, and leaves ``sys.argv`` alone. A checkpoint's
+    The call prints none of Megatron's messages and leaves no trace in the environment. It needs no torchrun, may be
+    called again for other checkpoints, and leaves ``sys.argv`` alone. A checkpoint's
     :class:`megatron_moa.trained.from_megatron.LoadedModel` further has ``model``, ``tokenizer``, ``mixture``, ``args``
     and ``iteration``; a folder's :class:`megatron_moa.hf.loading.FolderModel` the first three, and ``config``.
     """
@@ -67,7 +68,10 @@ def _silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment_stays() -> Iterator[None]:
-    """What Megatron is told there (RANK, MASTER_PORT, …) would mislead programs that a notebook starts later."""
+    """Puts the environment's variables back at the end, as they were before.
+
+    What Megatron is told there (RANK, MASTER_PORT, …) would mislead programs that a notebook starts later.
+    """
     before = dict(os.environ)
     try:
         yield

@@ -1,4 +1,7 @@
-"""Stands for megatron_moa.megatron_fixes.expected_warnings, which scripts written for 0.1 import by this name."""
+"""Stands for megatron_moa.megatron_fixes.expected_warnings.
+
+Scripts written for 0.1 import that module by this name.
+"""
 
 import sys
 

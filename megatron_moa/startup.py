@@ -6,9 +6,9 @@ from megatron_moa.megatron_fixes.single_process import single_process_environmen
 
 
 def prepare() -> None:
-    """Sets what torchrun would set, mends Megatron from PyPI, and switches to the CPU where there is no CUDA device.
+    """Prepares the process, before Megatron's arguments are parsed.
 
-    To be called before Megatron's arguments are parsed.
+    Sets what torchrun would set, mends Megatron from PyPI, and switches to the CPU where there is no CUDA device.
     """
     single_process_environment()
     if not enable():  # which mends it, too

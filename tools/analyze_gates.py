@@ -125,7 +125,10 @@ def read_texts(texts: Sequence[str], part: str | None, prepared: PreparedCheckpo
 
 
 def token_texts(loaded: LoadedModel, tokens: Sequence[int]) -> list[str]:
-    """How tokens are shown. A token's text in the middle of one: a tokenizer may drop the space before the first."""
+    """Returns the texts that tokens are shown as.
+
+    A token's text is the one in the middle of a text: a tokenizer may drop the space before the first.
+    """
     from megatron_moa.research.gates.analysis import shown_token
 
     return [

@@ -1,11 +1,12 @@
-"""Times the activation step alone, forward and backward apart, beside SwiGLU's: every form, LA and MoA, every backend.
+"""Times the activation step alone, beside SwiGLU's: every form, LA and MoA, every backend.
 
     python tools/benchmark_kernels.py --tokens 8192 --ffn 8192
     python tools/benchmark_kernels.py --grow activations          # also: ffn, tokens
     python tools/benchmark_kernels.py --check                     # accuracy against float64, nothing timed
 
-Ratios are to Megatron's own fused SwiGLU (type1: to its fused bias and GELU), compiled by torch.compile on CPUs too.
-GB/s counts what any implementation has to move, in tensors of tokens x f elements, and nothing more:
+Forward and backward are timed apart. Ratios are to Megatron's own fused SwiGLU (type1: to its fused bias and GELU),
+compiled by torch.compile on CPUs too. GB/s counts what any implementation has to move, in tensors of tokens x f
+elements, and nothing more:
 
   type1                             forward 2: read z, write out        backward 3: read z and grad, write grad z
   one-sided, bi-sided, quadratic    forward 3: read 2 z, write out      backward 5: read 2 z and grad, write 2 grad z
@@ -282,7 +283,10 @@ def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
 
 
 def check(options: argparse.Namespace, backends: list[str], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Accuracy of all forms, sources, gates and backends: odd and empty sizes, bias, scale, groups; a record each."""
+    """Checks the accuracy of all forms, sources, gates and backends, and yields a record each.
+
+    The cases have odd and empty sizes, bias, scale and groups.
+    """
     for dtype, mixture in itertools.product(options.dtypes, mixtures(options, backends)):
         own = conditions.DTYPES[dtype]
         results: list[Any] = []

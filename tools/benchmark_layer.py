@@ -135,7 +135,10 @@ class Built:
 
 
 def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> Built:
-    """The layer with random input [tokens, 1, h] and random gradient of its output, the same for every arm."""
+    """Builds the layer with random input [tokens, 1, h] and a random gradient of its output.
+
+    Input and gradient are the same for every arm.
+    """
     from megatron.core.transformer.moe.experts import SequentialMLP
 
     from megatron_moa.layers.coefficients import Coefficients

@@ -1,17 +1,17 @@
-"""Times the whole training step of a recipe's model with a mixture and without, in alternation, in one process.
+"""Times the whole training step of a recipe's model with a mixture and without.
 
     python tools/benchmark_step.py dense-0.5b --arms moa compiled --micro-batch-size 4
     python tools/benchmark_step.py dense-0.5b --type1 --arms moa compiled --micro-batch-size 4
     python tools/benchmark_step.py moe-2b --layers 4 -- --moe-grouped-gemm --moa-backend compile
     torchrun --nproc-per-node 2 tools/benchmark_step.py dense-2b -- --tensor-model-parallel-size 2
 
-A step is Megatron's own train_step: forward, backward, reduction of gradients by its DDP, clipping, Adam, schedule.
-Tokens are random and on the device already. RECIPE is a model of examples/models, or a bash file with an array
-MODEL_ARGS; flags after ``--`` are pretrain_gpt_moa.py's and hold for all arms. The stock arm, to which all are
-compared, has the recipe's baseline: SwiGLU, with --type1 squared ReLU. The arm "compiled" is MoA's equations by plain
-torch.compile, as the paper timed them (megatron_moa/research/benchmarks/plain_compile.py). Every arm's model and
-optimizer are held at once: where two do not fit, --layers cuts the depth, and the output says so. bf16 on a GPU,
-float32 on a CPU, unless --dtype says otherwise.
+The arms take turns in one process. A step is Megatron's own train_step: forward, backward, reduction of gradients by
+its DDP, clipping, Adam, schedule. Tokens are random and on the device already. RECIPE is a model of examples/models, or
+a bash file with an array MODEL_ARGS; flags after ``--`` are pretrain_gpt_moa.py's and hold for all arms. The stock arm,
+to which all are compared, has the recipe's baseline: SwiGLU, with --type1 squared ReLU. The arm "compiled" is MoA's
+equations by plain torch.compile, as the paper timed them (megatron_moa/research/benchmarks/plain_compile.py). Every
+arm's model and optimizer are held at once: where two do not fit, --layers cuts the depth, and the output says so. bf16
+on a GPU, float32 on a CPU, unless --dtype says otherwise.
 
 Results of the mixture are compared with float64 first; a wrong one ends the program, exit code 1. TFLOP/s are the
 model's, as Megatron counts them for the stock model; "state" is what model, gradients and optimizer hold, "peak"
@@ -102,7 +102,10 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
 
 
 def check(options: argparse.Namespace, arms: dict[str, tuple[argparse.Namespace, MixtureConfig | None]]) -> None:
-    """Accuracy at the widths of this model, dense, shared and routed; leaves with exit code 1 where it is not given."""
+    """Checks the accuracy at the widths of this model, dense, shared and routed.
+
+    Leaves with exit code 1 where a result is wrong.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = conditions.DTYPES[options.dtype]
     for args, mixture in arms.values():

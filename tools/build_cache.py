@@ -108,7 +108,10 @@ def build_cache(flags: Sequence[str], world_size: int) -> None:
 
 
 def parse_run_flags() -> argparse.Namespace:
-    """The run's flags from ``sys.argv``, checked and completed by Megatron as at its start, then its global args."""
+    """Parses the run's flags from ``sys.argv``, and sets Megatron's global args.
+
+    Megatron checks and completes the flags as at its start.
+    """
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 

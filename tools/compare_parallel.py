@@ -38,7 +38,10 @@ _SIZES = {
 
 
 def fewest_processes(flags: list[str]) -> int:
-    """The smallest world that serves these flags: a whole number of dense and of expert groups a pipeline stage."""
+    """Returns the smallest number of processes that serves these flags.
+
+    A pipeline stage has a whole number of dense and of expert groups.
+    """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name, flag in _SIZES.items():
         parser.add_argument(*flag, dest=name, type=int)
@@ -98,7 +101,10 @@ def print_table(comparison: Comparison) -> None:
 
 
 def _with_values_attached(arguments: list[str]) -> list[str]:
-    """``--a '--swiglu'`` as ``--a=--swiglu``: argparse takes a word that begins with a dash for a flag of its own."""
+    """Joins ``--a '--swiglu'`` to ``--a=--swiglu``, and ``--b`` likewise.
+
+    argparse takes a word that begins with a dash for a flag of its own.
+    """
     attached: list[str] = []
     for word in arguments:
         if attached and attached[-1] in ("--a", "--b"):

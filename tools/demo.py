@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Trains the same small GPT with SwiGLU, LA and MoA on Python's own source text and compares them; no GPU needed.
+"""Trains a small GPT with SwiGLU, LA and MoA on Python's own source text, and compares the three.
 
 Usage: ``make demo`` or ``python tools/demo.py [--iterations N] [--seed S] [--out DIR] [--quick]``.
-Hardware: two CPU cores are enough. Duration: about 4 minutes; a slow machine takes longer, and says how long.
+Hardware: two CPU cores are enough, no GPU. Duration: about 4 minutes; a slow machine takes longer, and says how long.
 Result: a table and a verdict on the screen; ``loss.png``, ``results.json``, logs and checkpoints in ``runs/demo``.
 
 Every step is a command that a user could type, and is shown as such. The trainings' flags are those of a study's arms.
@@ -146,7 +146,10 @@ def prepare_folder(out: Path) -> None:
 
 
 def make_data(settings: Settings, out: Path) -> None:
-    """Makes tokenizer and dataset. Documents are shuffled, or else the validation set were a corner of the library."""
+    """Makes the tokenizer and the dataset.
+
+    Documents are shuffled, or else the validation set would be a corner of the library.
+    """
     from megatron_moa.research.study.corpora import LEFT_OUT
 
     text = ["--input", sysconfig.get_paths()["stdlib"], "--glob", settings.files, "--exclude", *LEFT_OUT]

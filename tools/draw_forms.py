@@ -1,9 +1,9 @@
-"""Draws docs/pictures/forms.svg: the four forms of a mixture, from a token's vector x to the layer's output.
+"""Draws the four forms of a mixture: docs/pictures/forms.svg.
 
     python tools/draw_forms.py            writes it, the same bytes each time
 
-Blue is a linear map, white an activation that stays fixed, orange a mixture over the dictionary, and green is where
-the coefficients of the mixture come from.
+Each form goes from a token's vector x to the layer's output. Blue is a linear map, white an activation that stays
+fixed, orange a mixture over the dictionary, and green is where the coefficients of the mixture come from.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Runs tasks of lm-evaluation-harness on an export, or on another Hugging Face folder; examples/evaluate.sh starts it.
+"""Runs tasks of lm-evaluation-harness on an export, or on another Hugging Face folder.
 
     python tools/evaluate.py --load exports/moa --tasks hellaswag arc_easy --data benchmarks
 
-This project's model is loaded with this package's classes, others with transformers' own: no code that lies in the
-folder is run. Each task's result is a JSON file in --out, written when the task is finished; a task that has one is not
-evaluated again, and the table says so. A result of other settings, or of files that have changed since, is refused.
+examples/evaluate.sh starts this program. This project's model is loaded with this package's classes, others with
+transformers' own: no code that lies in the folder is run. Each task's result is a JSON file in --out, written when the
+task is finished; a task that has one is not evaluated again, and the table says so. A result of other settings, or of
+files that have changed since, is refused.
 
 --data FOLDER has a folder for each task, named like it, with its splits as the hub has them: files in it, however deep,
 whose names begin with the split's (validation-00000-of-00001.parquet, test.jsonl). Nothing is asked of the hub then.
@@ -111,7 +112,10 @@ def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_folders(flags: argparse.Namespace) -> None:
-    """Raises UserError for a folder that is not there, before the harness is imported, which takes seconds."""
+    """Raises UserError for a folder that is not there.
+
+    To be called before the harness is imported, which takes seconds.
+    """
     for flag, folder in (("--data", flags.data), ("--tasks-folder", flags.tasks_folder)):
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"{flag} {folder}: no such folder; check the path")

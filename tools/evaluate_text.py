@@ -1,14 +1,14 @@
-"""Measures how well a model predicts texts it was not trained on: nats a token, bits and perplexity a byte.
+"""Measures how well a model predicts texts that the model was not trained on.
 
     python tools/evaluate_text.py --load runs/demo/moa --text held-out.txt
     python tools/evaluate_text.py --load exports/moa --text held-out/*.txt --stride 256
 
-The folder is a Megatron checkpoint or a Hugging Face folder; further Megatron flags may follow for the former. Files
-are read as by preprocess_data.py: a text file is one document, and so is a JSON line and a row of Parquet. The
-end-of-document token stands before each, is not predicted, and has no bytes; nothing is predicted behind the last
-token. Longer documents than the model's context are read in windows that overlap: --stride is how far a window moves,
-so that all tokens but a document's first see at least window minus stride tokens. Bytes make models of different
-tokenizers comparable. The last line is JSON.
+The measures are nats a token, and bits and perplexity a byte. The folder is a Megatron checkpoint or a Hugging Face
+folder; further Megatron flags may follow for the former. Files are read as by preprocess_data.py: a text file is one
+document, and so is a JSON line and a row of Parquet. The end-of-document token stands before each, is not predicted,
+and has no bytes; nothing is predicted behind the last token. Longer documents than the model's context are read in
+windows that overlap: --stride is how far a window moves, so that all tokens but a document's first see at least window
+minus stride tokens. Bytes make models of different tokenizers comparable. The last line is JSON.
 """
 
 from __future__ import annotations

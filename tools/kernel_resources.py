@@ -118,7 +118,10 @@ class Resources:
 
 
 def recorded(module: ModuleType, launcher: Callable[..., Any], *arguments: Any) -> list[Launch]:
-    """The launches a launcher of this module makes, none of which happens: so choices are the launcher's own."""
+    """Returns the launches that a launcher of ``module`` makes; none of them happens.
+
+    So the choices in them are the launcher's own.
+    """
     launches: list[Launch] = []
 
     def record(
@@ -268,7 +271,9 @@ def _read(launch: Launch, architecture: int) -> tuple[int, int, int, list[str]]:
 
 
 def column_loop(code: Sequence[str], moved: int) -> tuple[list[str], int] | None:
-    """The instructions of the loop over columns, and how many passes the assembler made one of; None if there is none.
+    """Finds the loop over columns: its instructions, and how many passes the assembler made one of.
+
+    Returns None if there is no such loop.
 
     Args:
         code: disassembled.
@@ -318,7 +323,10 @@ def tensors_moved(form: str, kernel: str) -> int:
 
 
 def bounds(found: Resources) -> dict[str, float]:
-    """The least time of the instructions of an output element on a whole H100 or H200, ps, by what it waits for."""
+    """Returns the least time of an output element's instructions, in ps, by what they wait for.
+
+    The time is that on a whole H100 or H200.
+    """
     per_lane = 1e12 / (MULTIPROCESSORS * HERTZ)
     return {
         "issue": per_lane * found.issued / LANES,

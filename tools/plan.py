@@ -1,14 +1,15 @@
-"""Plans the training of a recipe on so many GPUs: parameters, FLOPs, memory, communication, time, cost, and the split.
+"""Plans the training of a recipe on so many GPUs: memory, time, cost, and the split.
 
     python tools/plan.py moe-2b --gpus 64 --gpu h200                 # the mixture's plan: searches splits, ranks them
     python tools/plan.py dense-2b none --gpus 8 --gpu h100 --tp 2    # the baseline's, TP given
     python tools/plan.py dense-1.3b --gpus 8 --gpu h100 --brief      # four lines, for a recipe's header
     TOKENS=100000000000 python tools/plan.py dense-2b --gpus 128 --gpu b200 -- --seq-length 4096
 
-RECIPE is a file of examples/models/ without its .sh, or the path of one; MIXING as in examples/pretrain.sh (default
-moa); its variables hold, and flags of pretrain_gpt_moa.py may follow ``--``. What is not given is searched.
-Formulas, and what was checked: docs/planning.md. Seconds are estimates: kernels are taken to reach --mfu of
-the GPU's peak while it computes, in every split; messages to run at the wires' full bandwidth.
+A plan also has parameters, FLOPs and communication. RECIPE is a file of examples/models/ without its .sh, or the path
+of one; MIXING as in examples/pretrain.sh (default moa); its variables hold, and flags of pretrain_gpt_moa.py may follow
+``--``. What is not given is searched. Formulas, and what was checked: docs/planning.md. Seconds are estimates: kernels
+are taken to reach --mfu of the GPU's peak while it computes, in every split; messages to run at the wires' full
+bandwidth.
 """
 
 from __future__ import annotations

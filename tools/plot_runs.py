@@ -1,11 +1,12 @@
-"""Draws runs beside one another, as PNG files: losses against tokens and time, difference to a baseline, coefficients.
+"""Draws the losses and coefficients of runs beside one another, as PNG files.
 
     python tools/plot_runs.py runs/dense-0.12b-none runs/dense-0.12b-moa --baseline runs/dense-0.12b-none
     python tools/plot_runs.py a/1 a/2 b/1 b/2 --labels SwiGLU SwiGLU MoA MoA --baseline a/1      two seeds an arm
 
-A RUN is a run's folder (its tensorboard/, else its train.log), a folder of TensorBoard files, or a log file. Runs with
-the same label are seeds of one arm: drawn as their mean, with a band of one standard deviation. Training losses are
-smoothed by a running mean; differences are taken at the same number of tokens, the later run interpolated.
+Losses are drawn against tokens and time, and as differences to a baseline. A RUN is a run's folder (its tensorboard/,
+else its train.log), a folder of TensorBoard files, or a log file. Runs with the same label are seeds of one arm: drawn
+as their mean, with a band of one standard deviation. Training losses are smoothed by a running mean; differences are
+taken at the same number of tokens, the later run interpolated.
 """
 
 from __future__ import annotations
@@ -148,7 +149,10 @@ class Page:
             axes.fill_between(places, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
 
     def finish(self, figure: Figure, name: str) -> None:
-        """Lays the figure out; it is written when all are drawn. A further figure of a name gets a number behind it."""
+        """Lays the figure out, to be written when all figures are drawn.
+
+        A further figure of a name gets a number behind it.
+        """
         for axes in figure.axes:
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=9)
@@ -200,7 +204,10 @@ def new_axes(x: str, y: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def draw_training(page: Page, arms: Sequence[Arm], along: str, part: float) -> None:
-    """Training loss against tokens or seconds; the fall of the first steps is cut off, or it is all there is to see."""
+    """Draws the training loss against tokens or seconds.
+
+    The fall of the first steps is cut off, or the fall is all there is to see.
+    """
     most = max(getattr(run.loss, along)[-1] for arm in arms for run in arm.runs)
     size, label = token_unit(most) if along == "tokens" else time_unit(most)
     figure, (axes,) = new_axes(label, "training loss (nats per token)")

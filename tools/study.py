@@ -1,17 +1,16 @@
-"""Trains every arm of a study at every learning rate, seed, size and token budget it asks for, several runs at once.
+"""Trains every arm of a study at every learning rate, seed, size and token budget it asks for.
 
     python tools/study.py --study examples/studies/paper-table1.toml --scale smoke   # minutes on 2 CPU cores
     python tools/study.py --study examples/studies/paper-table1.toml --plan          # H100 hours of the paper's own
     python tools/study.py --study my.toml --out runs/my                              # a study of your own, on your data
     python tools/study_report.py runs/my --out runs/my/report.md
 
-A study's file says what is compared (examples/studies/paper-table1.toml explains the keys; docs/reproduction.md has
-all of the paper's). Every run is one of pretrain_gpt_moa.py; a finished one is a line of OUT/results.jsonl. Killed at
-any moment and started again the study goes on: finished runs stay, cut-off ones start from their last checkpoint where
-the file has save_interval, else anew. Learning rates come first, with one seed, further seeds at each arm's best; a
-grid that says so goes on where the best lies at its end.
-Before all that the arms' steps are timed in turn, if the file asks for it (OUT/timing.jsonl): leave the machine alone
-while it says so.
+A study's file says what is compared (examples/studies/paper-table1.toml explains the keys; docs/reproduction.md has all
+of the paper's). Several runs go at once, each one of pretrain_gpt_moa.py; a finished one is a line of
+OUT/results.jsonl. Killed at any moment and started again the study goes on: finished runs stay, cut-off ones start from
+their last checkpoint where the file has save_interval, else anew. Learning rates come first, with one seed, further
+seeds at each arm's best; a grid that says so goes on where the best lies at its end. Before all that the arms' steps
+are timed in turn, if the file asks for it (OUT/timing.jsonl): leave the machine alone while it says so.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Prints a table of finished runs: each mixture's best learning rate, and its distance to the baseline's best.
+"""Prints a table of finished runs, with each mixture's best learning rate.
 
     python tools/tabulate_runs.py runs/sweep-dense-0.12b          every train.log below that folder
     python tools/tabulate_runs.py runs/a/train.log runs/b/train.log --csv
 
-Runs that differ in the seed alone are one line: mean validation loss after the last iteration, and the standard
-deviation over seeds. Settings are read from the list of arguments that a run prints, not from names of folders. Runs
-that are not at their end, or have no finite validation loss, are listed on stderr and counted nowhere.
+The table has each mixture's distance to the baseline's best. Runs that differ in the seed alone are one line: mean
+validation loss after the last iteration, and the standard deviation over seeds. Settings are read from the list of
+arguments that a run prints, not from names of folders. Runs that are not at their end, or have no finite validation
+loss, are listed on stderr and counted nowhere.
 """
 
 from __future__ import annotations
@@ -184,7 +185,10 @@ def best_of(lines: Sequence[Line]) -> dict[tuple[str, ...], Line]:
 
 
 def untuned(lines: Sequence[Line]) -> list[str]:
-    """A line on each arm whose best learning rate is the lowest or highest tried: a better one may lie beyond."""
+    """Returns a line on each arm whose best learning rate is the lowest or highest tried.
+
+    A better one may lie beyond.
+    """
     names = arm_names(lines)
     notes = []
     for arm, best in best_of(lines).items():

@@ -1,11 +1,12 @@
-"""Measures launch configurations of the mixture's kernels on the GPU at hand and writes the fastest to a file.
+"""Finds the fastest launch configurations of the mixture's kernels on the GPU at hand.
 
     python tools/tune_kernels.py --ffn 3072 8192 --output kernels.json
     MEGATRON_MOA_KERNELS=kernels.json python pretrain_gpt_moa.py ...        uses them
 
-The file has an entry for each architecture, kernel, form and width; what it holds of others stays. Nothing is tuned
-while a model trains: all ranks must launch alike, and CUDA graphs be captured. Times are of kernels alone, with an
-empty cache; the fastest is compared with float64 before it is written.
+Configurations are measured, and the fastest are written to a file. The file has an entry for each architecture, kernel,
+form and width; what it holds of others stays. Nothing is tuned while a model trains: all ranks must launch alike, and
+CUDA graphs be captured. Times are of kernels alone, with an empty cache; the fastest is compared with float64 before it
+is written.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ def tune(
     tried: Sequence[Any],
     rounds: int,
 ) -> dict[str, Any]:
-    """The fastest of the configurations ``tried`` and the one in use, as an entry of the file, after a line that says
-    how fast.
+    """Returns the fastest of the configurations ``tried`` and the one in use, as an entry of the file.
+
+    Prints a line before that, which says how fast it is.
 
     Raises:
         AccuracyError: its results are wrong.
@@ -138,8 +140,9 @@ def read(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def write(path: Path, architecture: str, entries: list[dict[str, Any]]) -> None:
-    """Adds entries to a file, in place of those of the same kernel, form and width; a reader sees the old file or the
-    new one.
+    """Adds entries to a file, in place of those of the same kernel, form and width.
+
+    A reader sees the old file or the new one.
 
     Raises:
         UserError: it cannot be read or written.

@@ -1,10 +1,11 @@
-"""Writes docs/flags.md: every flag of the training script, the tools and the modules, from their own parsers.
+"""Writes docs/flags.md: every flag of this project's programs, from their own parsers.
 
     python tools/write_flags.py            writes it
     python tools/write_flags.py --check    changes nothing; exit code 1 and the first difference if it is not current
 
-Each program is started with --help in this process and stopped where its parser would print, so what is written is what
-runs. New files in tools/, examples/ and modules that can be run are found by themselves.
+The programs are the training script, the tools and the modules. Each program is started with --help in this process and
+stopped where its parser would print, so what is written is what runs. New files in tools/, examples/ and modules that
+can be run are found by themselves.
 """
 
 from __future__ import annotations
@@ -137,7 +138,10 @@ def flags_document() -> str:
 
 
 def _training_script(parser: argparse.ArgumentParser) -> list[str]:
-    """Our flags of pretrain_gpt_moa.py, Megatron's defaults that change, and its flags that a CPU cannot serve."""
+    """Returns the section on pretrain_gpt_moa.py.
+
+    The section has our flags, Megatron's defaults that change, and Megatron's flags that a CPU cannot serve.
+    """
     with warnings.catch_warnings(action="ignore"):  # Megatron's on what is not installed
         from megatron.training.arguments import add_megatron_arguments
 

@@ -15,8 +15,10 @@ def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _of_any_sizes(original: Callable) -> Callable:
-    """For ``all_gather`` and ``reduce_scatter`` (one tensor a rank in a list): NCCL takes tensors of different lengths,
-    as experts' ranks have tokens; gloo wants equal ones.  Megatron uses both without ``async_op``.
+    """Lets ``all_gather`` and ``reduce_scatter`` take tensors of different lengths under gloo.
+
+    Both have one tensor a rank in a list. NCCL takes different lengths, as experts' ranks have tokens; gloo wants equal
+    ones. Megatron uses both without ``async_op``.
     """
     gathers = original.__name__ == "all_gather"
 

@@ -1,4 +1,7 @@
-"""Switches off Megatron's compiled fusions, and keeps torch.compile working beside what is replaced in torch."""
+"""Switches off Megatron's compiled fusions, and keeps torch.compile itself working.
+
+torch.compile works beside what is replaced in torch.
+"""
 
 import functools
 import sys
@@ -9,9 +12,10 @@ from megatron_moa.cpu.patching import wrapped
 
 
 def _no_fuser(jit_fuser: Callable) -> Callable:
-    """Switches off Megatron's ``jit_fuser``: it is torch.compile, which takes long on a CPU and needs a C++ compiler.
+    """Returns a decorator that changes nothing, in place of Megatron's ``jit_fuser``.
 
-    torch.compile itself is left alone.
+    ``jit_fuser`` is torch.compile, which takes long on a CPU and needs a C++ compiler. torch.compile itself is left
+    alone.
     """
     from megatron.core.jit import noop_decorator
 
@@ -19,7 +23,10 @@ def _no_fuser(jit_fuser: Callable) -> Callable:
 
 
 def _originals_of_fused() -> Iterator[tuple[Any, str, Any]]:
-    """The functions that jit_fuser has decorated before: module or class, name, and the undecorated original."""
+    """Yields the functions that ``jit_fuser`` has decorated before.
+
+    Each comes as a module or class, a name, and the undecorated original.
+    """
     for module_name, module in list(sys.modules.items()):
         if not module_name.startswith("megatron.") or module is None:
             continue

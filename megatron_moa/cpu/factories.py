@@ -53,7 +53,11 @@ def _to_cpu(original: Callable) -> Callable:
 
 
 def _cuda_type_name(original: Callable) -> Callable:
-    """Megatron's optimizers compare ``tensor.type()`` with "torch.cuda.FloatTensor"; only they are told so."""
+    """Tells Megatron that a tensor's ``type()`` on the CPU is that of a CUDA tensor.
+
+    Megatron's optimizers compare ``tensor.type()`` with "torch.cuda.FloatTensor"; only modules of Megatron's are told
+    so.
+    """
 
     @functools.wraps(original)
     def type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Answers with the CPU what Megatron asks of torch.cuda: devices, memory, streams, events, random numbers."""
+"""Gives the CPU's answers to what Megatron asks of torch.cuda.
+
+Megatron asks about devices, memory, streams, events and random numbers.
+"""
 
 import contextlib
 import os
@@ -28,7 +31,10 @@ def _no_context(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager:
 
 
 class CpuStream:
-    """Stands in for ``torch.cuda.Stream``: CPU work is done when the call returns, so there is nothing to wait for."""
+    """Stands in for ``torch.cuda.Stream``, with nothing to wait for.
+
+    CPU work is done when the call returns.
+    """
 
     cuda_stream = 0
     device = torch.device("cpu")

@@ -1,4 +1,7 @@
-"""Registers changes that are made without a GPU alone, as megatron_moa.megatron_fixes.patching does for all."""
+"""Registers changes to Megatron and torch that are made without a GPU alone.
+
+megatron_moa.megatron_fixes.patching registers changes for all machines.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any

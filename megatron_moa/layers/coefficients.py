@@ -44,9 +44,10 @@ _GATE_SEED_OFFSET = 40_961  # from the run's seed; Megatron's own streams lie at
 
 @contextlib.contextmanager
 def gate_random_numbers(config: TransformerConfig) -> Iterator[None]:
-    """Inside, the default generator is a stream of the gates' own: the same on all ranks of a pipeline stage, so that
-    copies of a gate start equal, and apart from all others, so that with the same seed stock, LA and MoA models share
-    their other initial weights and their dropout.
+    """Makes a random stream of the gates' own the default generator inside.
+
+    The stream is the same on all ranks of a pipeline stage, so that copies of a gate start equal. It is apart from all
+    others, so that with the same seed stock, LA and MoA models share their other initial weights and their dropout.
 
     With --use-cpu-initialization Megatron draws everything from one generator, and so do the gates.
     """
@@ -81,7 +82,9 @@ class Preactivation(NamedTuple):
 
 
 class Coefficients(torch.nn.Module):
-    """Base of :class:`GateCoefficients` and :class:`FreeCoefficients`: for a layer, an expert, or a rank's experts.
+    """Holds the coefficients of a layer, an expert, or a rank's experts.
+
+    Base of :class:`GateCoefficients` and :class:`FreeCoefficients`.
 
     Args:
         mixture: the mixture's settings.
@@ -112,7 +115,10 @@ class Coefficients(torch.nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
 
     def _new_vector(self) -> Parameter:
-        """[n], or [experts * n] of experts: Megatron goes by the number of dimensions, a vector has no weight decay."""
+        """Makes a parameter of one dimension: [n], or [experts * n] of experts.
+
+        Megatron goes by the number of dimensions: a vector has no weight decay.
+        """
         return self._new_parameter(self.mixture.num_coefficients * (self.experts or 1))
 
     def _by_expert(self, vector: Tensor | None) -> Tensor | None:
@@ -134,7 +140,9 @@ class Coefficients(torch.nn.Module):
     def forward(
         self, hidden_states: Tensor, group_ends: Tensor | None = None, preactivation: Preactivation | None = None
     ) -> Tensor:
-        """The coefficients; with ``preactivation`` the mixture of it, which is faster than one after the other.
+        """Returns the coefficients, or the mixture of ``preactivation`` where that is given.
+
+        The mixture is faster than coefficients and mixing one after the other.
 
         Args:
             hidden_states: fc1's input, [s, b, h] ([s/p, b, h] under sequence parallelism), or [tokens, h].
@@ -153,7 +161,10 @@ class Coefficients(torch.nn.Module):
         parameter.copy_((values * scale).repeat(self.experts or 1))
 
     def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Identity forward; backward sums the gradient over the tensor-parallel ranks. Costs nothing for one rank."""
+        """Returns the tensor itself; backward sums the gradient over the tensor-parallel ranks.
+
+        Costs nothing for one rank.
+        """
         if self.tp_group.size() == 1:
             return tensor
         return copy_to_tensor_model_parallel_region(tensor, group=self.tp_group)
@@ -175,7 +186,10 @@ class Coefficients(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """All tensors, as replicas over this layer's own tensor-parallel group (an expert's is not the model's)."""
+        """Returns all tensors, as replicas over this layer's own tensor-parallel group.
+
+        An expert's group is not the model's.
+        """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
@@ -188,7 +202,10 @@ class Coefficients(torch.nn.Module):
 
 
 class FreeCoefficients(Coefficients):
-    """LA: the n coefficients are parameters, the same for every token. State: ``value`` [n] ([experts * n])."""
+    """Holds LA's n coefficients: parameters, the same for every token.
+
+    State: ``value`` [n] ([experts * n]).
+    """
 
     def __init__(self, mixture: MixtureConfig, config: TransformerConfig, *args: object, **kwargs: object) -> None:
         super().__init__(mixture, config, *args, **kwargs)
@@ -274,8 +291,9 @@ class GateCoefficients(Coefficients):
         return GateInputs(hidden_states, weight, bias, amplitude, scale, group_ends)
 
     def _dispatched(self, parameter: Tensor | None) -> Tensor | None:
-        """A parameter where the dispatcher sums the input's gradient over ranks: so that must stay partial, and it is
-        the parameter's own gradient that is summed, in float32.
+        """Prepares a parameter for a layer whose dispatcher sums the input's gradient over ranks.
+
+        The input's gradient must stay partial, and it is the parameter's own gradient that is summed, in float32.
         """
         return None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
 
@@ -285,8 +303,9 @@ def _at_least_float32(parameter: Tensor) -> Tensor:
 
 
 def experts_reduce_apart(config: TransformerConfig) -> bool:
-    """Whether experts' gradients are reduced over a data-parallel group of their own: Megatron's rule for its own
-    expert weights (tensor_parallel/layers.py).
+    """Tells whether experts' gradients are reduced over a data-parallel group of their own.
+
+    This is Megatron's rule for its own expert weights (tensor_parallel/layers.py).
     """
     return (
         config.expert_model_parallel_size > 1 or config.expert_tensor_parallel_size != config.tensor_model_parallel_size
@@ -303,7 +322,9 @@ def build_coefficients(
     input_size: int | None = None,
     experts: int | None = None,
 ) -> Coefficients:
-    """The coefficients of one feed-forward layer, one expert or all of a rank's experts, parallel as its fc1 is.
+    """Builds the coefficients of one feed-forward layer, one expert or all of a rank's experts.
+
+    They are parallel as the layer's fc1 is.
 
     Args:
         is_expert: a routed expert; :func:`draw_gates_of_experts` draws the gates of all.

@@ -58,16 +58,20 @@ class MixedSequentialMLP(SequentialMLP):
 
 @dataclass(kw_only=True)
 class MixedGroupedMLPSubmodules(GroupedMLPSubmodules):
-    """Megatron's submodules plus the mixture's settings, as :class:`megatron_moa.layers.mlp.MixedMLPSubmodules`."""
+    """Megatron's submodules of grouped experts plus the mixture's settings.
+
+    As :class:`megatron_moa.layers.mlp.MixedMLPSubmodules`.
+    """
 
     mixture: MixtureConfig
 
 
 class MixedGroupedMLP(TEGroupedMLP):
-    """Routed experts at once (``--moe-grouped-gemm``): Megatron's TEGroupedMLP with the mixture as activation step.
+    """Computes routed experts at once, with the mixture as activation step.
 
-    One grouped gate and one mixture serve all experts' tokens. The grouped linears are Transformer Engine's or those of
-    megatron_moa.layers.grouped_linear, as the submodules say.
+    For ``--moe-grouped-gemm``; the rest is Megatron's TEGroupedMLP. One grouped gate and one mixture serve all experts'
+    tokens. The grouped linears are Transformer Engine's or those of megatron_moa.layers.grouped_linear, as the
+    submodules say.
 
     State: TEGroupedMLP's ``linear_fc1`` and ``linear_fc2``, and ``coefficients`` of all of the rank's experts. A
     checkpoint has the keys and the layout of :class:`MixedSequentialMLP`'s. Arguments are those of TEGroupedMLP.
@@ -149,8 +153,9 @@ class MixedGroupedMLP(TEGroupedMLP):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The linears as TEGroupedMLP places them; coefficients as SequentialMLP does, one by one and stacked over all
-        experts.
+        """Returns the linears as TEGroupedMLP places them, the coefficients as SequentialMLP does.
+
+        SequentialMLP has the coefficients one by one and stacked over all experts.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         entries = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -162,7 +167,10 @@ class MixedGroupedMLP(TEGroupedMLP):
     def _split_by_expert(
         self, prefix: str, name: str, tensor: Tensor, sharded_offsets: tuple, metadata: dict
     ) -> ShardedTensorFactory:
-        """A tensor of all of the rank's experts as each one's part, for the optimizer's state as for the parameter."""
+        """Splits a tensor of all of the rank's experts into each expert's part.
+
+        This holds for the optimizer's state as for the parameter.
+        """
         shape, experts = tensor.shape, self.num_local_experts
         first, every = self.ep_group.rank() * experts, self.ep_group.size() * experts
         replica_id = (0, self.tp_group.rank(), self.dp_group.rank())
@@ -186,10 +194,16 @@ class MixedGroupedMLP(TEGroupedMLP):
 
 
 class MixedSharedExpertMLP(SharedExpertMLP, MixedMLP):
-    """The shared expert: Megatron's SharedExpertMLP over a :class:`MixedMLP`, overlap with the dispatcher included."""
+    """Computes the shared expert: Megatron's SharedExpertMLP over a :class:`MixedMLP`.
+
+    The overlap with the dispatcher is included.
+    """
 
     def input_is_dispatched(self, is_expert: bool) -> bool:
-        """With the overlap the dispatcher gathers the input and sums its gradient, as it does for routed experts."""
+        """Tells whether the dispatcher gathers the input and sums the input's gradient.
+
+        With the overlap it does, as for routed experts.
+        """
         return is_expert or self.config.moe_shared_expert_overlap
 
     @overlap_state_check(SharedExpertState.PRE_FORWARD_COMM_DONE, SharedExpertState.FC1_FORWARD_DONE)

@@ -139,9 +139,10 @@ class TorchGroupedLinear(torch.nn.Module):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Tensors stacked over all experts under the keys of SequentialMLP; as Megatron's TEGroupedLinear makes it.
+        """Returns tensors stacked over all experts, under the keys of SequentialMLP.
 
-        The layers SequentialMLP is made of have an empty extra state each, so these have one too.
+        They are as Megatron's TEGroupedLinear makes them. The layers SequentialMLP is made of have an empty extra state
+        each, so these have one too.
         """
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         single = metadata.get("singleton_local_shards", False)
@@ -180,7 +181,10 @@ class TorchColumnParallelGroupedLinear(TorchGroupedLinear):
 
 
 class TorchRowParallelGroupedLinear(TorchGroupedLinear):
-    """Each expert-tensor-parallel rank has some of the inputs: fc2. The dispatcher sums the outputs over ranks."""
+    """Splits an expert's inputs over the expert-tensor-parallel ranks: fc2.
+
+    The dispatcher sums the outputs over ranks.
+    """
 
     partition_dim = 1
 
@@ -205,7 +209,10 @@ class TorchGroupedMLP(TEGroupedMLP):
 
 
 def draw_expert(experts: TEGroupedMLP, expert: int) -> None:
-    """Draws one expert's weights where they are ours: called expert after expert, they are SequentialMLP's."""
+    """Draws one expert's weights, if the linears are of this module.
+
+    Called expert after expert, it draws the weights of SequentialMLP.
+    """
     if experts.config.perform_initialization and isinstance(experts.linear_fc1, TorchGroupedLinear):
         experts.linear_fc1.draw(expert)
         experts.linear_fc2.draw(expert)

@@ -1,7 +1,7 @@
-"""Scales a mixture's coefficients so that a layer's output is, at step 0, as large as SwiGLU's (--moa-init-scale).
+"""Scales a mixture's coefficients so that a layer's output starts as large as SwiGLU's.
 
-With the paper's initial values a mixture starts several times larger than SwiGLU, so a comparison of the two compares
-scales as well (docs/mixture.md, "Scale at the start").
+This is --moa-init-scale, and holds at step 0. With the paper's initial values a mixture starts several times larger
+than SwiGLU, so a comparison of the two compares scales as well (docs/mixture.md, "Scale at the start").
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ def coefficient_scale(mixture: MixtureConfig, config: TransformerConfig) -> floa
 
 
 def initial_std(config: TransformerConfig) -> float | None:
-    """The standard deviation that Megatron draws fc1's weights with (TransformerConfig.__post_init__); None where
-    preactivations are not known from it: of weights that are not normal, and of experts of a latent MoE.
+    """Returns the standard deviation that Megatron draws fc1's weights with, or None.
+
+    The value is that of TransformerConfig.__post_init__. None where preactivations are not known from it: of weights
+    that are not normal, and of experts of a latent MoE.
     """
     if config.init_method is torch.nn.init.xavier_uniform_ or config.moe_latent_size:
         return None

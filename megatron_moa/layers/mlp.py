@@ -21,7 +21,10 @@ from megatron_moa.mixture.functional import mixed_activation
 
 @dataclass(kw_only=True)
 class MixedMLPSubmodules(MLPSubmodules):
-    """Megatron's submodules plus the mixture's settings: the spec carries them, so constructors stay Megatron's."""
+    """Megatron's submodules plus the mixture's settings.
+
+    The spec carries the settings, so constructors stay Megatron's.
+    """
 
     mixture: MixtureConfig
 

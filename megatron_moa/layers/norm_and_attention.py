@@ -1,7 +1,7 @@
-"""Computes norms and core attention in plain PyTorch, without Transformer Engine and Apex (on GPUs too).
+"""Computes norms and core attention in plain PyTorch, without Transformer Engine and Apex.
 
-Megatron's own plain modules fall short in two places: its torch norm refuses sequence parallelism, and its
-DotProductAttention keeps [b, np, s, s] scores.  State dicts have the layout of Megatron's modules.
+They run on GPUs too. Megatron's own plain modules fall short in two places: its torch norm refuses sequence
+parallelism, and its DotProductAttention keeps [b, np, s, s] scores. State dicts have the layout of Megatron's modules.
 
 Letters in shapes: s sequence, b batch, n heads, p tensor-parallel ranks, hn size of a key head, hv of a value head.
 """
@@ -62,11 +62,11 @@ _NORMS = {"LayerNorm": TorchLayerNorm, "RMSNorm": TorchRMSNorm}
 
 
 class TorchNorm:
-    """Builds torch's LayerNorm or RMSNorm, as ``config.normalization`` says, for any norm slot of a Megatron spec.
+    """Builds torch's LayerNorm or RMSNorm for any norm slot of a Megatron spec.
 
-    Unlike Megatron's WrappedTorchNorm it works with sequence parallelism.  Parameters are ``weight`` and, for
-    LayerNorm, ``bias``, of ``config.params_dtype``; inside, torch's kernels compute in fp32.  The output has the
-    parameters' dtype also where the input is fp32 (``--fp32-residual-connection``).
+    ``config.normalization`` says which. Unlike Megatron's WrappedTorchNorm it works with sequence parallelism.
+    Parameters are ``weight`` and, for LayerNorm, ``bias``, of ``config.params_dtype``; inside, torch's kernels compute
+    in fp32. The output has the parameters' dtype also where the input is fp32 (``--fp32-residual-connection``).
 
     Further keywords that Megatron passes to norms choose kernels of Apex and are ignored.
     """
@@ -177,7 +177,10 @@ class TorchAttention(MegatronModule):
     def _mask(
         query: Tensor, key: Tensor, attention_mask: Tensor | None, mask_type: AttnMaskType
     ) -> tuple[Tensor | None, bool]:
-        """What the torch function takes: a mask with True where attention is allowed, and whether it is causal."""
+        """Returns a mask for the torch function, and whether attention is causal.
+
+        The mask has True where attention is allowed.
+        """
         if attention_mask is not None:
             return attention_mask.logical_not(), False
         causal = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
 
 
 def install(args: argparse.Namespace) -> None:
-    """Puts all of it around Megatron's training loop; before ``pretrain``, after Megatron's own checks of ``args``."""
+    """Puts this module's checks around Megatron's training loop.
+
+    To be called before ``pretrain``, after Megatron's own checks of ``args``.
+    """
     _SETUP.install()
     _LOAD_CHECKPOINT.install()
     if args.save is None or "://" in args.save:
@@ -69,8 +72,9 @@ def install(args: argparse.Namespace) -> None:
 
 @contextmanager
 def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
-    """Inside, Megatron loads all of a checkpoint into these models and leaves none of their parameters as it was;
-    collective.
+    """Makes Megatron load all of a checkpoint into these models; collective.
+
+    Inside, a load leaves none of the models' parameters as it was.
 
     Raises:
         UserError: on every rank.
@@ -150,7 +154,10 @@ class Saver:
         return call
 
     def schedule(self, schedule_async_save: Callable) -> Callable:
-        """Wraps Megatron's ``schedule_async_save``: the last thing done for a save in the background, by all ranks."""
+        """Wraps Megatron's ``schedule_async_save``, so that :meth:`complete` ends the save.
+
+        That is the last thing done for a save in the background, by all ranks.
+        """
 
         @functools.wraps(schedule_async_save)
         def call(request: Any) -> Any:
@@ -171,8 +178,10 @@ class Saver:
         return call
 
     def tracker_name(self, get_checkpoint_tracker_filename: Callable) -> Callable:
-        """Wraps Megatron's function of that name: during a save it is given a file beside the tracker, which replaces
-        the tracker when the save is complete; Megatron empties the file before it writes into it.
+        """Wraps Megatron's ``get_checkpoint_tracker_filename``, to keep the tracker during a save.
+
+        During a save Megatron is given a file beside the tracker, because Megatron empties the file before it writes
+        into it. When the save is complete, :meth:`complete` writes the tracker and deletes that file.
         """
 
         @functools.wraps(get_checkpoint_tracker_filename)
@@ -221,8 +230,10 @@ class Saver:
 
     @contextmanager
     def clear_errors(self, iteration: int | None = None) -> Iterator[None]:
-        """Turns the failure of a save into a UserError: Megatron raises on all ranks when one of them cannot write its
-        part, and on the first one alone where only that writes.
+        """Turns the failure of a save into a UserError.
+
+        Megatron raises on all ranks when one of them cannot write its part, and on the first rank alone where only that
+        writes.
         """
         try:
             yield

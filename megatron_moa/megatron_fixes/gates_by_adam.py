@@ -17,9 +17,10 @@ _MARK = "moa_gate"  # attribute of a gate's matrix
 
 
 def train_by_adam(gate: Parameter) -> Parameter:
-    """Marks a gate's matrix, so that Muon, SOAP and the like, which take every matrix [.., ..], leave it to Adam.
+    """Marks a gate's matrix, so that Muon, SOAP and the like leave the matrix to Adam.
 
-    ``is_embedding_or_output_parameter`` would do that too, but it also asks for --decoupled-lr.
+    They take every matrix [.., ..] that is not marked. ``is_embedding_or_output_parameter`` would leave the gate to
+    Adam too, but it also asks for --decoupled-lr.
 
     Megatron 0.19.2 decides by shape in two places that must agree. One is which optimizer a parameter's group gets, by
     the overrides of each optimizer's registry entry. The other is which buffer of the layer-wise distributed optimizer

@@ -1,4 +1,7 @@
-"""Sets the flags of Megatron's whose default needs a kernel, where that kernel is not there; on GPUs and CPUs alike."""
+"""Sets the flags of Megatron's whose default needs a kernel, where that kernel is not there.
+
+This holds on GPUs and CPUs alike.
+"""
 
 import argparse
 import importlib.util
@@ -84,6 +87,9 @@ def set_defaults(parser: argparse.ArgumentParser, defaults: Iterable[Default]) -
 
 
 def set_plain_torch_defaults(parser: argparse.ArgumentParser) -> None:
-    """Replaces the defaults whose kernels are not there, each by what Megatron itself asks for; for GPUs too."""
+    """Replaces the defaults whose kernels are not there, each by what Megatron itself asks for.
+
+    This is for GPUs too.
+    """
     absent = [default for default in KERNEL_DEFAULTS if not default.is_there()]
     set_defaults(parser, [(default.name, default.value, default.kernel) for default in absent])

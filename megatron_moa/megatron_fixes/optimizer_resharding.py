@@ -164,7 +164,9 @@ def _saved_group(group: dict, saved: list[dict]) -> dict:
 
 
 def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raises UserError if the checkpoint holds a distributed optimizer's state in a form for another split.
+    """Raises UserError if the checkpoint's optimizer state is in a form for another split.
+
+    This is about a distributed optimizer's state.
 
     Args:
         args: the run's, validated by Megatron.

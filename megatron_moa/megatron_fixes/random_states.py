@@ -74,8 +74,11 @@ _RNG_STATE = patch(
 
 
 def check_saved(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
-    """Marks the run's args for the checkpoints it will save, and decides whether those of the one it loads, saved with
-    the args ``saved``, can be restored: a state belongs to one split. If not, says so and sets ``args.no_load_rng``.
+    """Decides whether the random number states of the checkpoint to load can be restored.
+
+    ``saved`` are the args that checkpoint was saved with. A state belongs to one split. If the states cannot be
+    restored, says so and sets ``args.no_load_rng``. Also marks the run's args, for the checkpoints that the run will
+    save.
     """
     setattr(args, _MARK, True)
     if saved is None or args.no_load_rng or args.finetune or not (differ_by_rank(args) or differ_by_rank(saved)):
