@@ -23,8 +23,10 @@ load_once()
 
 @pytest.fixture(autouse=True)
 def _what_processes_inherit_stays() -> Iterator[None]:
-    """Later tests start other processes. Our script sets RANK and MASTER_PORT, Megatron's check of arguments NVTE_*;
-    transformers puts the folder of a model's own code on the path.
+    """Restores the environment and the import path after each test, since later tests start processes.
+
+    Our script sets RANK and MASTER_PORT, Megatron's check of arguments sets NVTE_*, and transformers puts the folder of
+    a model's own code on the path.
     """
     environment, path = dict(os.environ), sys.path.copy()
     yield

@@ -1,4 +1,7 @@
-"""What the pages say: links lead somewhere, commands and flags exist, Python snippets run, maps are complete."""
+"""Checks what the pages say: links lead somewhere, commands and flags exist.
+
+Python snippets run, and maps are complete.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ def code_blocks(text: str) -> Iterator[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each program that code names, with the words behind it: up to the next program, a comment or a new command."""
+    """Finds each program that code names, with the words behind it.
+
+    The words go up to the next program, a comment or a new command.
+    """
     code = [block.replace("\\\n", " ") for block in code_blocks(text)]
     spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
     for line in [line for block in code for line in block.splitlines()] + [" ".join(span.split()) for span in spans]:

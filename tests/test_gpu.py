@@ -60,7 +60,10 @@ def test_capture_in_a_cuda_graph(form: str, mixing_name: str) -> None:
 @pytest.mark.parametrize("kind", ["moa", "la"])
 @pytest.mark.parametrize("form", FORMS)
 def test_plain_layer_by_kernels_and_compiled(form: str, kind: str) -> None:
-    """MixedFeedForward in bfloat16: kernels, torch.compile and autocast are as near to float64 as eager PyTorch is."""
+    """Compares MixedFeedForward in bfloat16 with float64: by kernels, by torch.compile and under autocast.
+
+    Each is as near to float64 as eager PyTorch is.
+    """
     layer = MixedFeedForward(256, 512, MixtureConfig(kind, form), init_std=0.06, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
 
@@ -115,7 +118,10 @@ def test_mixture_is_accurate(backend: str, form: str, mixing_name: str, dtype: t
 
 
 def test_tanh_has_eleven_bits_everywhere() -> None:
-    """``tanh.approx.f32`` of every float32, in 64 parts: what tests/mixture/test_approximations.py emulates."""
+    """Bounds the error of ``tanh.approx.f32`` on every float32, in 64 parts.
+
+    tests/mixture/test_approximations.py emulates this instruction.
+    """
     import triton
     import triton.language as tl
 

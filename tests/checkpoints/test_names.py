@@ -1,4 +1,7 @@
-"""Names and objects that differ between Transformer Engine's layers and local ones, matched before loading."""
+"""Tests how names and objects of Transformer Engine's layers are matched with those of local ones.
+
+The two differ, and are matched before loading.
+"""
 
 from __future__ import annotations
 

@@ -286,7 +286,10 @@ FLAGS = [*SWIGLU, "--train-iters", "2", "--save-interval", "2"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of a mixture, of stock SwiGLU, and of forgeries whose settings say what their tensors do not."""
+    """Trains and saves checkpoints of a mixture and of stock SwiGLU, and forges others.
+
+    The settings of a forgery say what its tensors do not.
+    """
     folder = tmp_path_factory.mktemp("checkpoints")
     train(*FLAGS, *MIXTURE, "--save", folder / "moa")
     train(*FLAGS, "--moa-mixing", "none", "--save", folder / "stock")

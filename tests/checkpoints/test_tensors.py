@@ -1,4 +1,7 @@
-"""Tensors of a checkpoint without Megatron: the same as Megatron loads, from any split; damaged and hostile files."""
+"""Checks that tensors read without Megatron are those that Megatron loads, from any split.
+
+Damaged and hostile files are refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""megatron_moa/checkpoints/writer.py: what Megatron's own saving would have written, one tensor at a time."""
+"""Checks that megatron_moa/checkpoints/writer.py writes what Megatron's own saving would have written.
+
+The writer takes one tensor at a time.
+"""
 
 from __future__ import annotations
 

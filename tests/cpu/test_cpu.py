@@ -1,4 +1,4 @@
-"""Megatron on CPU over gloo: Megatron's own training loop in processes of its own, and the parts by themselves."""
+"""Tests Megatron on CPU over gloo: its own training loop in processes of its own, and the parts alone."""
 
 import os
 import runpy
@@ -154,7 +154,10 @@ def on_cpu(arguments: list[str]) -> None:
 
 
 def train(folder: Path, *flags: str, processes: int = 1) -> tuple[Run, list[dict]]:
-    """Trains, one process in a fresh one, several in forked ones; returns the log and the parameters of every rank."""
+    """Trains, and returns the log and the parameters of every rank.
+
+    A single process is a fresh one; several are forked.
+    """
     script = folder / "train_gpt.py"
     script.write_text(SCRIPT)
     arguments = [str(script), *TINY, *flags, "--write-parameters", str(folder)]

@@ -1,4 +1,7 @@
-"""What the training script checks about data and tokenizer before Megatron starts: each mistake, in one line."""
+"""Tests what the training script checks about data and tokenizer before Megatron starts.
+
+Each mistake is answered in one line.
+"""
 
 import errno
 import json
@@ -105,7 +108,10 @@ def megatron_sizes(prefix: str, sequence_length: int, split: str, sizes: list[in
 @pytest.mark.parametrize("split", ["969, 30, 1", "99,1,0", "0.5,0.25,0.25", "1", "7,3", "1,1,1"])
 @pytest.mark.parametrize("documents", [1000, 1037])
 def test_splits_are_megatrons(split: str, documents: int, tmp_path: Path) -> None:
-    """Documents of 33 tokens and sequences of 32 + 1: one sample a document, so the sample counts tell the bounds."""
+    """Compares the bounds of each part of a split with the number of samples that Megatron finds there.
+
+    Documents have 33 tokens and sequences 32 + 1, so a document is one sample and the counts tell the bounds.
+    """
     prefix = make_dataset(tmp_path / "d", [33] * documents)
     dataset.check_dataset(prefix, 32, split, needs_validation=True)
     bounds = dataset.split_bounds(split, documents)
@@ -123,7 +129,10 @@ def test_splits_are_megatrons(split: str, documents: int, tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("alarm")
 def test_megatron_hangs_on_a_split_without_documents_and_the_check_says_so(tmp_path: Path) -> None:
-    """Twenty documents leave none to a share of 1 percent, even if nothing is evaluated; the remedy then works."""
+    """Splits twenty documents, of which a share of 1 percent gets none, even if nothing is evaluated.
+
+    The remedy that the message names then works.
+    """
     prefix = make_dataset(tmp_path / "d", [93] * 20)
     with pytest.raises(Hang):
         megatron_sizes(prefix, 64, "99,1,0", [1, 0, 0], tmp_path / "cache")
@@ -472,7 +481,10 @@ def test_blends_that_are_not_evaluated(model: str, tmp_path: Path) -> None:
 
 
 def test_stale_index_cache(model: str, tmp_path: Path) -> None:
-    """Megatron finds a cached index by name: after the data were made again it would mix old offsets and new text."""
+    """Checks that an index cache older than the data is refused.
+
+    Megatron finds a cached index by name: after the data were made again, it would mix old offsets and new text.
+    """
     prefix = make_dataset(tmp_path / "d", [100] * 20)
     args = arguments(model, data_path=[prefix], split="19,1,0")
     cache = tmp_path / "d" / "cache" / "GPTDataset_indices"

@@ -60,7 +60,7 @@ def test_speed_is_printed(corpus: Path, model: str, tmp_path: Path, capsys: pyte
 
 
 def test_gpt_dataset_draws_the_same_tokens(corpus: Path, model: str, tmp_path: Path) -> None:
-    """From text to a training sample: Megatron's GPTDataset yields pieces of the text, labels moved by one."""
+    """Follows a text to training samples: Megatron's GPTDataset yields pieces of it, labels moved by one."""
     preprocess(model, tmp_path / "data", "--input", corpus, "--glob", "**/*.py")
     dataset.check_dataset(str(tmp_path / "data"), 64, "80,20,0", needs_validation=True)
     with quiet_imports():
@@ -148,7 +148,10 @@ def test_huggingface_folder(huggingface: Path, tmp_path: Path) -> None:
 def test_special_tokens_in_a_text_are_told(
     huggingface: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Read as such by a Hugging Face tokenizer, unless it is told otherwise; never by a sentencepiece model."""
+    """Checks that special tokens written out in a text are reported where they are read as such.
+
+    A Hugging Face tokenizer reads them as such, unless it is told otherwise; a sentencepiece model never does.
+    """
     rows = ["one <|end|> two", "<|end|><|end|>", "three </s>", "four"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     folder = tmp_path / "tokenizer"

@@ -1,4 +1,7 @@
-"""tools/preprocess_data.py: mistakes, full disks, killed and interrupted runs leave one line and no files."""
+"""Tests failures of tools/preprocess_data.py, which leave one line and no files.
+
+They are mistakes, full disks, and runs that are killed or interrupted.
+"""
 
 from __future__ import annotations
 

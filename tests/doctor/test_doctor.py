@@ -1,4 +1,7 @@
-"""The doctor: surroundings really broken where that is cheap, and what it says of GPUs from facts about them."""
+"""Tests the doctor in surroundings that are really broken, where breaking them is cheap.
+
+What the doctor says of GPUs is tested on facts about them.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,10 @@ def test_here_training_can_start() -> None:
 
 @pytest.mark.slow
 def test_broken_surroundings_are_findings(broken: Path) -> None:
-    """Four at once, in one run: an old Megatron, a foreign apex, the placeholder, Transformer Engine and no GPU."""
+    """Checks that four broken packages are found in one run, without a GPU.
+
+    They are an old Megatron, a foreign apex, the placeholder of emerging-optimizers, and Transformer Engine.
+    """
     fake_package(broken, "apex", "__version__ = '0.9.10dev'")
     fake_package(broken, "emerging_optimizers", "", "emerging-optimizers", "999.9.9")
     fake_package(broken, "transformer_engine", "raise OSError('libcudnn.so.9: cannot open\\nshared object file')")
@@ -204,7 +210,10 @@ def test_driver_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_gpus_from_facts() -> None:
-    """No GPU is needed to judge what is known about one; that the facts are right is for a GPU machine to show."""
+    """Judges facts about GPUs, which needs no GPU.
+
+    That the facts are right is for a GPU machine to show.
+    """
     findings = {finding.name: finding for finding in judgements.judge_cuda(GPU_TORCH, DRIVER, {})}
     assert [finding.state for finding in findings.values()] == ["ok"] * 3
     assert "79.0 of 80.0 GiB" in findings["GPU 0"].text

@@ -1,4 +1,6 @@
-"""Builds the largest recipes as single ranks of 64, 512 and 4096: shapes, counts, bytes of the mixture's messages.
+"""Builds the largest recipes as single ranks of worlds of 64, 512 and 4096 ranks.
+
+Compared are shapes, counts, and the bytes of the mixture's messages.
 
 The MoE model is moe-1b, whose 12 layers 4 pipeline stages divide, with widths rounded up for tensor parallelism.
 """
@@ -72,7 +74,11 @@ class Split:
 
     @property
     def one_rank_a_stage(self) -> tuple[int, ...]:
-        """Stages are blocks of ranks; one of each, at another place in each, the first and the last rank among them."""
+        """Picks one rank of each pipeline stage, the first and the last rank of the world among them.
+
+        Stages are blocks of ranks, and the rank is at another place in each. One stage alone gives its first and last
+        rank.
+        """
         block = self.world // self.pp
         if self.pp == 1:
             return (0, self.world - 1)

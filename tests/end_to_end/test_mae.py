@@ -1,4 +1,7 @@
-"""examples/vision/pretrain_mae.py: it learns, goes on bit for bit after a kill, and splits a batch over processes."""
+"""Tests examples/vision/pretrain_mae.py: it learns, and splits a batch over processes.
+
+After a kill the training goes on bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +137,10 @@ class TestRun:
     @pytest.mark.distributed
     @pytest.mark.parametrize("part", ["8", pytest.param("4", marks=pytest.mark.full)])
     def test_two_processes_have_one_s_losses(self, part: str, whole_run: Path, tmp_path: Path) -> None:
-        """Each of 8 crops a step: one of the two parts of the whole run, or parts of its own, with other roundings."""
+        """Trains on two processes, each with 8 crops a step, to the losses of the whole run.
+
+        The 8 crops are one of the two parts of the whole run, or parts of the process's own, with other roundings.
+        """
         assert train(tmp_path / "run", "--micro-batch-size", part, processes=2) == (0, "")
         for key in ("loss", "validation_loss"):
             exact = part == "8" and key == "loss"

@@ -1,4 +1,7 @@
-"""examples/: every recipe's command, its training scaled down, data, optimizers, schedules, mistakes, sweeps."""
+"""Tests examples/: every recipe's command, and its training scaled down.
+
+Data, optimizers, schedules, mistakes and sweeps are tested, too.
+"""
 
 from __future__ import annotations
 
@@ -207,7 +210,10 @@ def test_every_recipe_trains_scaled_down(model: str, mixing: str, tmp_path: Path
 
 @pytest.mark.slow
 def test_the_script_itself_trains_and_goes_on(tmp_path: Path) -> None:
-    """A MoE with Muon and WSD on two processes, from the checkpoint of the same command without its launcher."""
+    """Trains a MoE with Muon and WSD on two processes by the script, from a checkpoint.
+
+    The checkpoint is that of the same command without its launcher.
+    """
     settings = {
         "NPROC_PER_NODE": "2",
         "EP": "2",
@@ -254,7 +260,10 @@ def _orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _muon_update(name: str, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """The paper's Muon update, over the rate: Nesterov 0.95, each matrix by itself, times 0.2 sqrt(max(m, n))."""
+    """Computes the paper's Muon update, divided by the rate.
+
+    Nesterov momentum is 0.95; each matrix is taken by itself, times 0.2 sqrt(max(m, n)).
+    """
     momentum = torch.zeros_like(gradients[0])
     for gradient in gradients:
         momentum = 0.95 * momentum + 0.05 * gradient
@@ -309,7 +318,10 @@ def _take_two_steps(words: list[str], results: str) -> None:
 
 @pytest.mark.parametrize("grouped", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_muon_is_the_papers(grouped: bool, tmp_path: Path) -> None:
-    """Scale, momentum, decay, and whose: matrices of the blocks; gates, embeddings and vectors are AdamW's."""
+    """Compares Muon's scale, momentum and decay with the paper's, and which parameters it trains.
+
+    It trains the matrices of the blocks; gates, embeddings and vectors are AdamW's.
+    """
     settings = {"PRECISION": "fp32", "DISTRIBUTED_OPTIMIZER": "0", "RUN_DIR": str(tmp_path), **SMALL_BATCH}
     words = dry_run("moe-0.25b", "moa", *small("moe-0.25b", "moa"), **settings)
     if not grouped:

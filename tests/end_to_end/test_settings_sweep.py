@@ -1,4 +1,7 @@
-"""Every setting that decides the function comes back with --use-checkpoint-args, and is exported or refused."""
+"""Checks that every setting which decides the function comes back with --use-checkpoint-args.
+
+Each such setting is exported or refused.
+"""
 
 from __future__ import annotations
 

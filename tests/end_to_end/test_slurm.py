@@ -1,4 +1,6 @@
-"""examples/slurm/ under a real Slurm: two nodes on this machine (tests/slurm/start.sh), one task each over gloo.
+"""Tests examples/slurm/ under a real Slurm on this machine (tests/slurm/start.sh).
+
+There are two nodes, with one task each over gloo.
 
 Skipped where Slurm is not installed and cannot be. What does not depend on a training runs a few lines of bash in its
 place: PYTHON names what is started on every node.
@@ -61,7 +63,10 @@ class Slurm:
     folder: Path
 
     def call(self, *command: str, **variables: str) -> str:
-        """What one of Slurm's commands prints; the jobs' environment is what ``variables`` say, and little else."""
+        """Returns what one of Slurm's commands prints.
+
+        The jobs' environment is what ``variables`` say, and little else.
+        """
         environment = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         environment |= {"SLURM_CONF": str(self.configuration), "PYTHON": sys.executable, **variables}

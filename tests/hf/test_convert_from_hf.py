@@ -1,5 +1,6 @@
-"""tools/convert_from_hf.py: a folder's model is the same function in Megatron, to the last bit if it came from there,
-and it goes on training.
+"""Tests tools/convert_from_hf.py: a folder's model is the same function in Megatron, and trains on.
+
+If the model came from Megatron, it is the same to the last bit.
 """
 
 from __future__ import annotations
@@ -94,7 +95,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 def settings_there_and_back(settings: list[dict[str, Any]]) -> None:
-    """A target of :func:`run`: every configuration as flags, parsed as training parses them, and read from the args."""
+    """Writes configurations as flags, parses these as training does, and reads them back from the args.
+
+    This is a target of :func:`run`.
+    """
     from megatron_moa.hf.importing import flags_from_config, parse
     from megatron_moa.hf.settings import config_from_args
 
@@ -162,7 +166,10 @@ CODE = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "Auto
 @pytest.mark.full
 @pytest.mark.slow
 def test_training_goes_on_and_nothing_of_the_folder_is_run(tmp_path: Path) -> None:
-    """The loss of the first step, with TP 2, is the one that transformers computes; code in the folder stays unread."""
+    """Checks that the loss of the first step, with TP 2, is the one that transformers computes.
+
+    Code in the folder stays unread.
+    """
     torch.manual_seed(3)
     sizes = {"vocab_size": 101, "hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -233,7 +240,10 @@ def changed(flags: list[Any]) -> None:
 
 
 def write_data(pattern: list[int], prefix: str) -> None:
-    """A target of :func:`run`: a dataset whose every sample is this pattern, wherever it starts in the stream."""
+    """Writes a dataset whose every sample is this pattern, wherever the sample starts in the stream.
+
+    This is a target of :func:`run`.
+    """
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
 
     builder = IndexedDatasetBuilder(get_bin_path(prefix))

@@ -1,4 +1,7 @@
-"""tools/convert_to_hf.py: the folder stands alone, computes what the checkpoint does, and tokenizes as training did."""
+"""Tests tools/convert_to_hf.py: its folder stands alone and computes what the checkpoint does.
+
+The folder tokenizes as training did.
+"""
 
 from __future__ import annotations
 
@@ -180,7 +183,10 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
 
 
 def check_mistakes(checkpoint: Path, out: Path, folder: Path) -> None:
-    """A wrong result, an iteration and a file that are not there, a hostile file: one line, and nothing is written."""
+    """Checks that each mistake is answered in one line, and that nothing is written.
+
+    The mistakes are a wrong result, an iteration and a file that are not there, and a hostile file.
+    """
     new = folder / "new"
     code, log = launch.launch(export_wrongly, (["--load", str(checkpoint), "--out", str(new)],), 1, folder)
     assert code == 1, log[-3000:]

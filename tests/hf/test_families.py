@@ -1,4 +1,7 @@
-"""megatron_moa/hf/families.py: transformers' own models become this project's and back, of the same function."""
+"""Tests megatron_moa/hf/families.py: transformers' own models become this project's and back.
+
+They stay the same function.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,10 @@ from tests.support.tiny_hf import build, tokens_of
 
 
 def test_balance_of_experts() -> None:
-    """k times the mean over layers of Megatron's: experts * sum of (share of choices / k) * (mean probability)."""
+    """Compares the balancing loss with k times the mean over layers of Megatron's.
+
+    Megatron's is experts * sum of (share of choices / k) * (mean probability).
+    """
     model = build("la, experts", router_aux_loss_coef=0.5)
     tokens = tokens_of(model, 2, 9)
     plain = model(tokens, labels=tokens)
@@ -56,7 +59,10 @@ def test_a_biased_experts_output_is_scaled_with_its_bias() -> None:
 
 
 def test_experts_that_a_library_replaces_are_noticed() -> None:
-    """vLLM puts SwiGLU experts in the place of an nn.ModuleList ``experts``, or of one whose parameters are all 3-D."""
+    """Checks that experts which a library replaces are noticed.
+
+    vLLM puts SwiGLU experts in the place of an nn.ModuleList ``experts``, or of one whose parameters are all 3-D.
+    """
     model = build("la, experts")
     tokens = tokens_of(model, 1, 5)
     layer = model.model.layers[1].mlp
@@ -79,7 +85,10 @@ def test_experts_that_a_library_replaces_are_noticed() -> None:
 @pytest.mark.parametrize("kind", ["la", "moa"])
 @pytest.mark.parametrize("form", ["type1", "one-sided", "bi-sided", "quadratic"])
 def test_feed_forward_layers_compute_the_papers_equations(form: str, kind: str) -> None:
-    """Equations 3 to 10, written out in numpy: W1 is gate_proj (up_proj without a second branch), W2 is up_proj."""
+    """Compares feed-forward layers with equations 3 to 10, written out in numpy.
+
+    W1 is gate_proj (up_proj without a second branch), W2 is up_proj.
+    """
     names = ["gelu", "silu", "tanh", "identity"]
     start = {"gate_init_std": 0.3} if kind == "moa" else {}
     model = build("moa", mixing={"mixing": kind, "form": form, "activations": names, **start}, gated=form != "type1")

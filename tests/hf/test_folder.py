@@ -1,4 +1,7 @@
-"""megatron_moa/hf/folder.py: what a Hugging Face folder says is data; what is damaged or hostile is one line."""
+"""Tests megatron_moa/hf/folder.py: what a Hugging Face folder says is data.
+
+What is damaged or hostile is answered in one line.
+"""
 
 from __future__ import annotations
 

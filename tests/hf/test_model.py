@@ -1,4 +1,7 @@
-"""megatron_moa/hf: the transformers model does what transformers' models do, and starts as training does."""
+"""Tests megatron_moa/hf: the transformers model does what transformers' models do.
+
+The model starts as training does.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,10 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "vllm"])
 def test_attention_functions_get_what_transformers_promises_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flash attention needs a GPU; a function in its place is given the same arguments, and what it returns is used."""
+    """Puts a function in the place of flash attention, which needs a GPU.
+
+    The function is given the same arguments, and what it returns is used.
+    """
     model = build("moa")
     tokens = tokens_of(model, 1, 9)
     states = model.model(tokens).last_hidden_state
@@ -244,7 +250,10 @@ def test_trains_with_labels_and_gradient_checkpointing(kind: str) -> None:
 
 
 def test_starts_as_training_does() -> None:
-    """Megatron's default initialisation, and the mixture's own settings (megatron_moa.layers.coefficients)."""
+    """Compares initial values with Megatron's defaults and the mixture's own settings.
+
+    The latter are those of megatron_moa.layers.coefficients.
+    """
     wide = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "moe_intermediate_size": 128}
     model = build("la, experts", **wide, initializer_range=0.05, num_hidden_layers=8, moe_layers=[False, True] * 4)
     weights = dict(model.named_parameters())

@@ -1,4 +1,7 @@
-"""What transformers' users do with the model: Trainer, LoRA, tensor parallelism, other libraries' layers."""
+"""Tests what transformers' users do with the model.
+
+That is Trainer, LoRA, tensor parallelism, and other libraries' layers.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +148,10 @@ def test_tensor_parallelism_of_transformers(tmp_path: Path) -> None:
 
 
 class Replaced(nn.Module):
-    """In a linear layer's place, as vLLM's or a quantization's: it computes the same, without weight or bias."""
+    """Takes a linear layer's place, as a layer of vLLM's or of a quantization does.
+
+    It computes the same, without weight or bias.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -157,7 +163,10 @@ class Replaced(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_layers_can_be_replaced(kind: str) -> None:
-    """Nothing reaches past a linear layer's module to its weight, so those of other libraries take its place."""
+    """Checks that nothing reaches past a linear layer's module to its weight.
+
+    So layers of other libraries can take its place.
+    """
     model = build(kind, mlp_bias=True)
     tokens = tokens_of(model, 2, 9)
     logits = model(tokens).logits

@@ -1,4 +1,7 @@
-"""Exports of format version 1, made by megatron_moa 0.1: what still computes the same is read, the rest refused."""
+"""Tests exports of format version 1, made by megatron_moa 0.1.
+
+What still computes the same is read, the rest refused.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,10 @@ def test_forms_that_changed_are_refused(name: str, tmp_path: Path, capsys: pytes
 
 
 def test_an_exports_own_code_takes_its_own_mixture() -> None:
-    """Code of version 1 takes the mixture from an installed megatron_moa, and from its folder where this fails."""
+    """Checks that the imports of version 1's code fail with the installed megatron_moa.
+
+    Such code takes the mixture from an installed megatron_moa, and from its own folder where this fails.
+    """
     imports = [
         "from megatron_moa.mixture.config import MixtureConfig",
         "from megatron_moa.mixture.functional import gate_coefficients, mixed_activation",

@@ -1,4 +1,7 @@
-"""Grouped experts against sequential ones and the reference: values, gradients, memory, training and checkpoints."""
+"""Compares grouped experts with sequential ones and with the reference.
+
+Compared are values, gradients, memory, training and checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ SIZES = {"uneven": [3, 0, 5, 2], "one has all": [0, 0, 7, 0], "none": [0, 0, 0, 
 
 
 def build(grouped: bool, mixture: MixtureConfig | None, **settings: Any) -> SequentialMLP | TEGroupedMLP:
-    """A layer's routed experts; the same weights at each call, biases and amplitudes other than they start."""
+    """Builds a layer's routed experts, with the same weights at each call.
+
+    Biases and amplitudes are other than they start.
+    """
     gated = mixture is None or mixture.gated
     settings = moe_settings(moe_grouped_gemm=grouped) | {"moe_ffn_hidden_size": 24} | settings
     tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True)
@@ -52,8 +58,9 @@ def build(grouped: bool, mixture: MixtureConfig | None, **settings: Any) -> Sequ
 
 
 def by_expert(experts: SequentialMLP | TEGroupedMLP, gradients: bool = False) -> dict[str, Tensor | None]:
-    """Parameters (or gradients) by the names they have in a sequential expert, ``0.linear_fc1.weight``; of a grouped
-    layer's coefficients views.
+    """Returns parameters (or gradients) by the names they have in a sequential expert.
+
+    Such a name is ``0.linear_fc1.weight``. Of a grouped layer's coefficients the values are views.
     """
     named: dict[str, Tensor | None] = {}
     for name, parameter in experts.named_parameters():
@@ -138,7 +145,10 @@ def test_equal_the_reference_and_sequential_experts(mixture: MixtureConfig, size
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mixture", [MOA, LA, MixtureConfig(form="type1", backend="eager")], ids=MixtureConfig.describe)
 def test_are_as_exact_as_sequential_experts(mixture: MixtureConfig, dtype: torch.dtype, sizes: list[int]) -> None:
-    """At most twice the sequential path's error against float64, and a rounding of the largest entry beside it."""
+    """Checks that errors against float64 are at most twice those of the sequential path.
+
+    A rounding of the largest entry is allowed beside that.
+    """
     sequential = build(False, mixture, params_dtype=dtype)
     expected = reference_step(sequential, mixture, sizes)
     usual = step(sequential, sizes, dtype)
@@ -332,7 +342,11 @@ def test_weights_are_taken_where_they_lie(dtype: torch.dtype, width: int, distri
 
 
 def test_weights_apart_are_copied_and_are_right(caplog: pytest.LogCaptureFixture) -> None:
-    """A bucket's end between two experts, padded; and ``.to(dtype)``, which moves every parameter by itself."""
+    """Checks that weights which do not lie side by side are copied, and that the model still computes.
+
+    A bucket ends between two experts, padded, where logits stay the same; and ``.to(dtype)`` moves every parameter by
+    itself.
+    """
     grouped_linear._log_copy.cache_clear()
     caplog.set_level("INFO", logger="megatron_moa.layers.grouped_linear")
     config = make_config(**moe_settings(moe_grouped_gemm=True, moe_ffn_hidden_size=9))
@@ -432,8 +446,9 @@ def test_train_as_sequential_experts_do(tmp_path: Path, flags: str, splits: list
     ],
 )  # fmt: skip
 def test_checkpoints_are_those_of_sequential_experts(tmp_path: Path, flags: str, legs: list[tuple[int, str]]) -> None:
-    """Every leg goes on from the last one's checkpoint, optimizer and all: parameters bit for bit, and the losses are
-    those of sequential experts that were never stopped.
+    """Checks that every leg goes on from the last one's checkpoint, optimizer and all.
+
+    Parameters are the same bit for bit, and the losses are those of sequential experts that were never stopped.
     """
     steps = 2 * len(legs)
     base = [*arm(flags), "--ckpt-format", "torch_dist", "--save-interval", "100", "--train-iters", str(steps)]

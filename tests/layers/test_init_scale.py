@@ -62,7 +62,10 @@ def test_the_papers_scale_is_what_is_reported(mixing_name: str, form: str) -> No
 
 
 def test_the_gates_own_standard_deviation_decides_the_scale() -> None:
-    """Sharp tanh gates are +-1, flat ones near 0: the output grows with the gates' std and not with fc1's alone."""
+    """Checks that the output grows with the gates' standard deviation, not with fc1's alone.
+
+    Sharp tanh gates are +-1, flat ones near 0.
+    """
     flat, sharp = (MixtureConfig(gate="tanh", gate_init_std=std, backend="eager") for std in (0.002, 0.5))
     assert mean_square(sharp, True) > 100 * mean_square(flat, True)
     for mixture in (flat, sharp):

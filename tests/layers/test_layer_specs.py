@@ -1,4 +1,7 @@
-"""Specs: every kind of model gets the mixture in every feed-forward layer, and saves all its parameters."""
+"""Tests specs: every kind of model gets the mixture in every feed-forward layer.
+
+Every model saves all its parameters.
+"""
 
 from __future__ import annotations
 
@@ -262,7 +265,10 @@ def test_what_grouped_experts_do_not_serve_is_refused(
 def test_with_apex_alone_the_final_norm_is_one_that_can_be(
     normalization: str, nvidias: bool, expected: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Apex's norm, which Megatron then takes behind the last layer, refuses RMSNorm; another project's has none."""
+    """Checks which norm stands behind the last layer where some apex can be imported.
+
+    Megatron then takes Apex's norm there, which refuses RMSNorm; another project's package apex has no such norm.
+    """
     monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)  # what it is where some apex can be imported
     monkeypatch.setattr(fused_layer_norm, "HAVE_FUSED_LAYER_NORM", nvidias)
     assert layer_spec(make_config(normalization=normalization), None).layer_norm is expected
@@ -311,7 +317,10 @@ def test_report_counts_the_built_model(grouped: bool) -> None:
 
 
 def test_stock_model_keeps_its_keys_and_its_function() -> None:
-    """Mixing none is stock Megatron but for norm and attention in plain torch: the same keys, the same logits."""
+    """Checks that a model of mixing none has the keys and logits of stock Megatron.
+
+    The two differ in norm and attention alone, which are in plain torch.
+    """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     config = make_config(num_query_groups=2, qk_layernorm=True)

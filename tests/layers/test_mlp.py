@@ -1,4 +1,7 @@
-"""Megatron's layers with the mixture against the reference feed-forward layer, values and every gradient."""
+"""Compares Megatron's layers with the mixture to the reference feed-forward layer.
+
+Values and every gradient are compared.
+"""
 
 from __future__ import annotations
 

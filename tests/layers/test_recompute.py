@@ -1,4 +1,7 @@
-"""Recomputed activations: every gradient is bit for bit that of a model that keeps them, and they are recomputed."""
+"""Checks that recomputed activations give every gradient bit for bit.
+
+The gradients are those of a model that keeps its activations, and the activations are indeed recomputed.
+"""
 
 from __future__ import annotations
 
@@ -187,7 +190,10 @@ def test_moe_act_keeps_no_mixture_and_evaluation_needs_none() -> None:
 @pytest.mark.parametrize("kind", ["dense", "moe", "grouped moe"])
 @pytest.mark.parametrize("mixing_name", ["moa", "la"])
 def test_moa_recompute_keeps_no_mixture_anywhere(mixing_name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--moa-recompute: dense layers, routed and shared experts; gradients bit for bit, every mixture computed twice."""
+    """Tests --moa-recompute on dense layers, routed and shared experts.
+
+    Gradients are the same bit for bit, and every mixture is computed twice.
+    """
 
     def built(recompute: bool) -> torch.nn.Module:
         mixture = MixtureConfig(kind=mixing_name, backend="eager", recompute=recompute)

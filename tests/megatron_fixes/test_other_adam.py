@@ -1,4 +1,7 @@
-"""Optimizer state of torch's Adam and of a fused one, which count their steps in other places, load into each other."""
+"""Loads optimizer state of torch's Adam into a fused one, and the other way round.
+
+The two count their steps in different places.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW as Transformer Engine and Apex lay it out: one number of steps a group, a setting of their own."""
+    """Lays AdamW out as Transformer Engine and Apex do.
+
+    There is one number of steps a group, and a setting of their own.
+    """
 
     def __init__(self, parameters: list[torch.nn.Parameter], **settings: Any) -> None:
         super().__init__(parameters, {**settings, "bias_correction": True})

@@ -1,4 +1,7 @@
-"""What is changed in Megatron and torch in place: all of it through one door, listed, and nothing else."""
+"""Checks what is changed in Megatron and torch in place.
+
+All of it goes through one door and is listed, and nothing else is changed.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,10 @@ def _parts(node: ast.expr) -> list[ast.expr]:
 
 
 def _of_libraries(tree: ast.AST) -> set[str]:
-    """Names that are imported from a library, and those that stand for one of them in a loop or an assignment."""
+    """Returns the names that are imported from a library, or that stand for one of these.
+
+    A name stands for another in a loop or an assignment.
+    """
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -129,7 +135,10 @@ def test_every_change_has_its_target(changes: list[Patch]) -> None:
 
 
 def _ours(value: object) -> bool:
-    """Whether a function or class was written in megatron_moa; asks nothing of objects, which may answer anything."""
+    """Says whether a function or class was written in megatron_moa.
+
+    Objects are asked nothing, since they may answer anything.
+    """
     if type(value) is FunctionType:
         return Path(value.__code__.co_filename).is_relative_to(ROOT / "megatron_moa")
     return issubclass(type(value), type) and value.__module__.startswith("megatron_moa.")
@@ -150,7 +159,10 @@ def _in_libraries() -> dict[str, object]:
 
 
 def _train_and_note(file: str, flags: list[str]) -> None:
-    """Trains, in a process of its own, and writes what was changed: by the parser, in the end, and past the list."""
+    """Trains, in a process of its own, and writes what was changed.
+
+    Written are changes by the parser, those made in the end, and those past the list.
+    """
     from megatron_moa import startup
     from megatron_moa.training.arguments import parse_arguments
 
@@ -224,7 +236,10 @@ def test_modules_are_found_by_their_source() -> None:
 
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A module with a function, known to the import system; what is registered here is forgotten afterwards."""
+    """Builds a module with a function, known to the import system.
+
+    What is registered in a test is forgotten afterwards.
+    """
     module = SimpleNamespace(double=lambda x: 2 * x, other=0)
     monkeypatch.setitem(sys.modules, "a_library", module)
     monkeypatch.setattr(patching, "_PATCHES", dict(patching._PATCHES))

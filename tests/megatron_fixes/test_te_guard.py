@@ -1,4 +1,7 @@
-"""Transformer Engine and Apex are kept out where there is no CUDA device, by whatever way Megatron is imported."""
+"""Checks that Transformer Engine and Apex are kept out where there is no CUDA device.
+
+This holds by whatever way Megatron is imported.
+"""
 
 from __future__ import annotations
 

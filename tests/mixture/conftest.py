@@ -1,4 +1,7 @@
-"""Fills memory that torch.empty hands out with NaN, so that an output which a kernel does not write shows."""
+"""Fills memory that torch.empty hands out with NaN.
+
+So an output which a kernel does not write shows.
+"""
 
 from collections.abc import Iterator
 

@@ -51,7 +51,10 @@ def test_value_and_derivative_are_the_definition_s(name: str) -> None:
 
 
 def test_exact_gelu_is_exact_to_bf16_rounding_in_the_tail() -> None:
-    """Where Phi(x) is tiny its relative error counts: below a hundredth of bfloat16's rounding down to x = -12."""
+    """Bounds the relative error of gelu, which counts where Phi(x) is tiny.
+
+    The error stays below a hundredth of bfloat16's rounding down to x = -12.
+    """
     x = torch.linspace(-12, 0, 2001)
     exact = x.double() * 0.5 * torch.erfc(-x.double() / math.sqrt(2))
     relative = ((value_and_derivative("gelu", x)[0].double() - exact) / exact)[:-1].abs().max().item()
@@ -87,7 +90,10 @@ def test_a_dictionary_of_terms_is_the_sum_of_its_activations(dictionary: tuple[s
 
 
 def test_a_dictionary_has_no_more_terms_than_activations() -> None:
-    """So lowering never costs: the default dictionaries even lose one, since relu and leaky_relu share theirs."""
+    """Checks that lowering never costs: no dictionary gets more terms than it has activations.
+
+    The default dictionaries even lose one, since relu and leaky_relu share theirs.
+    """
     for form, dictionary in DICTIONARIES.items():
         terms = len(lower(dictionary).matrix[0])
         assert terms == len(dictionary) - (form in ("one-sided", "bi-sided")), form

@@ -1,4 +1,7 @@
-"""What stands in for activations where bfloat16 goes in: errors below bfloat16's own, at the instructions' worst."""
+"""Tests what stands in for activations where bfloat16 goes in.
+
+Errors are below bfloat16's own, at the instructions' worst.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def test_added_error_is_a_fraction_of_bfloat16_s_rounding(instruction: str, form
 
 @pytest.mark.parametrize("form", DICTIONARIES)
 def test_gradients_of_coefficients_lose_less_than_by_rounding_what_came_in(instruction: str, form: str) -> None:
-    """Why they may have a floor of 2^-9 (kernel_errors.py): the upstream gradient was rounded to bfloat16 before."""
+    """Shows why gradients of coefficients may have a floor of 2^-9 (kernel_errors.py).
+
+    The upstream gradient was rounded to bfloat16 before.
+    """
     basis = lower(DICTIONARIES[form])
     x = numbers(8, 1.0, 2).bfloat16().float()
     wide = numbers(8, 1.0, 3).double()

@@ -1,4 +1,6 @@
-"""The fused backends: errors against float64, bit-equal gradients, what is saved for backward, odd shapes and strides.
+"""Tests the fused backends: errors against float64, bit-equal gradients, what is saved for backward.
+
+Inputs have odd shapes and strides, too.
 
 Without a GPU the Triton kernels run in Triton's interpreter, a row at a time in numpy, so sizes here are small where it
 is; tests/test_gpu.py has the same checks on a GPU.
@@ -38,7 +40,10 @@ SIZES = (0, 1, 3, 35, *(pytest.param(size, marks=FULL) for size in (1000, 4097))
 def mixtures(
     *compiled: str, forms: tuple[str, ...] = FORMS, kinds: tuple[str, ...] = ("moa", "la")
 ) -> pytest.MarkDecorator:
-    """Each backend, form and kind. torch.compile takes seconds for each: of its own, `make test` has those named."""
+    """Parametrizes a test by each backend, form and kind.
+
+    torch.compile takes seconds for each: of its cases, `make test` runs those that ``compiled`` names.
+    """
     cases = []
     for backend, form, kind in itertools.product(BACKENDS, FORMS, ("moa", "la")):
         often = form in forms and kind in kinds if backend == "triton" else f"{form} {kind}" in compiled
@@ -193,7 +198,10 @@ def test_gates_of_any_number_of_tokens(backend: str, tokens: int) -> None:
 
 
 def make_layer(mixture: MixtureConfig, tokens: int, f: int, h: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Tensors of a feed-forward layer's activation step: x, gate weight, fc1's output, scale; gradients asked for."""
+    """Draws the tensors of a feed-forward layer's activation step, with gradients asked for.
+
+    They are x, the gate weight, fc1's output, and the scale.
+    """
     generator = torch.Generator().manual_seed(8)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -234,7 +242,10 @@ def test_two_runs_give_the_same_bits(backend: str, form: str, mixing_name: str) 
 def test_saved_for_backward_is_swiglu_s_and_the_coefficients(
     backend: str, form: str, mixing_name: str, dtype: torch.dtype
 ) -> None:
-    """SwiGLU's: fc1's output and the router's probabilities, as in Megatron; x is fc1's too, so saved anyway."""
+    """Checks that what is saved for backward is what SwiGLU saves, and the coefficients.
+
+    SwiGLU saves fc1's output and the router's probabilities, as in Megatron; x is fc1's too, so saved anyway.
+    """
     mixture = MixtureConfig(kind=mixing_name, form=form, activations=("silu", "tanh"), backend=backend)
     layer = make_layer(mixture, 6, 16, 8, dtype)
     saved = saved_for_backward(lambda: activation_step(layer, mixture), (layer["weight"], layer["value"]))
@@ -251,7 +262,10 @@ def test_the_count_of_saved_bytes_can_fail() -> None:
 
 
 def test_rows_that_begin_beyond_two_to_the_31() -> None:
-    """Addresses are 64 bits wide: three rows with 2^30 elements from one to the next, in memory never touched."""
+    """Checks that addresses are 64 bits wide, by three rows far apart.
+
+    There are 2^30 elements from one row to the next, in memory never touched.
+    """
     mixture = MixtureConfig(activations=("silu", "relu2"), backend="triton")
     f, distance = 24, 2**30
     storage = torch.UntypedStorage(2 * (2 * distance + 2 * f), device=DEVICE)
@@ -423,6 +437,9 @@ def test_training_through_the_kernels(tmp_path: Path) -> None:
 
 
 def test_unwritten_memory_is_nan() -> None:
-    """What these tests rely on (conftest.py): an output that no kernel writes is not what was there before."""
+    """Checks what these tests rely on (conftest.py): new memory holds NaN.
+
+    So an output that no kernel writes is not what was there before.
+    """
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.ones(2, dtype=torch.bfloat16)).isnan().all()

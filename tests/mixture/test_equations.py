@@ -1,4 +1,7 @@
-"""Compares every form with the paper's equations 3 to 10 (tests/support/equations.py): values, gradients, SwiGLU."""
+"""Compares every form with the paper's equations 3 to 10 (tests/support/equations.py).
+
+Compared are values, gradients, and SwiGLU.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def config(form: str, k: int, gate: str | None, backend: str = "eager") -> Mixtu
 
 
 def make_weights(mixture: MixtureConfig, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """Tokens, W1 and W2 as fc1, the down projection, and LA's coefficients or MoA's gate vectors, all N(0, 1)."""
+    """Draws tokens, W1 and W2 as fc1, the down projection, and the mixing's parameters, all from N(0, 1).
+
+    The mixing's parameters are LA's coefficients or MoA's gate vectors.
+    """
     generator = torch.Generator().manual_seed(4)
     n, halves = mixture.num_coefficients, 2 if mixture.gated else 1
     shapes = {"x": (T, H), "fc1": (halves * FFN, H), "fc2": (H, FFN)}
@@ -101,7 +107,10 @@ def test_megatron_s_layer_is_the_equation(form: str, megatron: None) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backend", [pytest.param("compile", marks=pytest.mark.full), "triton"])
 def test_the_fused_backends_in_float32_are_the_equation(backend: str, form: str) -> None:
-    """To what kernel_errors.py allows in float32: twice the error of PyTorch's own functions, and 16 roundings."""
+    """Compares the fused backends with the equation, to what kernel_errors.py allows in float32.
+
+    That is twice the error of PyTorch's own functions, and 16 roundings.
+    """
     # torch.compile takes seconds for each dictionary and source of coefficients.
     for k, gate in [(3, None), (3, "sigmoid")] if backend == "compile" else SOURCES:
         mixture = config(form, k, gate, backend)
@@ -208,7 +217,10 @@ def test_swiglu_is_contained_bit_for_bit(form: str, dtype: torch.dtype) -> None:
 def test_swiglu_by_a_fused_backend_has_the_same_bits_in_every_form(
     backend: str, dtype: torch.dtype, activations: tuple[str, ...]
 ) -> None:
-    """Those of the backend's own one-sided form over identity alone, which is SwiGLU; () is the form's dictionary."""
+    """Compares SwiGLU's bits in every form with the backend's one-sided form over identity alone.
+
+    The latter is SwiGLU. Activations () are the form's dictionary.
+    """
     z, grad = preactivation(dtype)
 
     def result(mixture: MixtureConfig, one_hot: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,7 @@
-"""mixed_activation: finite differences, odd shapes, compilations, mistakes; values are in test_equations.py."""
+"""Tests mixed_activation: finite differences, odd shapes, compilations, mistakes.
+
+Values are in test_equations.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,10 @@ SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
 
 
 def make_inputs(mixture: MixtureConfig, tokens: tuple[int, ...], f: int, dtype: torch.dtype = torch.float64) -> dict:
-    """Random inputs with gradients asked for; coefficients in float32 for half precision, as layers give them."""
+    """Draws random inputs, with gradients asked for.
+
+    Coefficients are in float32 for half precision, as layers give them.
+    """
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

@@ -1,4 +1,7 @@
-"""The short way to launch a kernel starts what Triton's own would, with the same arguments; nothing runs."""
+"""Checks that the short way to launch a kernel starts what Triton's own way would.
+
+The arguments are the same; nothing runs.
+"""
 
 from __future__ import annotations
 

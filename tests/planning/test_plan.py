@@ -1,4 +1,7 @@
-"""The planner against the truth: built models' parameters, measured memory, worlds that its splits can build."""
+"""Compares the planner with the truth.
+
+The truth is built models' parameters, measured memory, and worlds that the planner's splits can build.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +131,10 @@ def test_the_papers_models_have_its_parameters(name: str) -> None:
     ],
 )
 def test_gate_vectors_are_counted_by_form(recipe: str, mixing: str, n: int, layers: int) -> None:
-    """K, 2K, K(K + 1)/2 vectors of h a layer or expert; ``moa`` is bi-sided in dense models, one-sided with experts."""
+    """Checks that forms have K, 2K or K(K + 1)/2 gate vectors of h a layer or expert.
+
+    ``moa`` is bi-sided in dense models, one-sided with experts.
+    """
     model = model_of(recipe_flags(recipe, mixing, ["--mock-data"]))
     assert parameters.count(model).mixture == layers * n * model.hidden
     assert model.coefficients == n

@@ -9,7 +9,10 @@ from megatron_moa.mixture import functional
 
 @pytest.fixture
 def eager_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default backend is the eager one: which it is says nothing about what is replaced, and takes its time."""
+    """Makes the eager backend the default one.
+
+    Which backend is the default says nothing about what is replaced; a fused one takes its time.
+    """
     resolve = functional.resolve_backend
     monkeypatch.setattr(
         functional,

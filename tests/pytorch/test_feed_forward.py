@@ -1,4 +1,7 @@
-"""pytorch: MixedFeedForward is the Megatron layer and the reference, and lives in PyTorch's own surroundings."""
+"""Checks that pytorch's MixedFeedForward is the Megatron layer and the reference.
+
+The layer is also used in PyTorch's own surroundings: compilation, export, autocast, accelerate.
+"""
 
 from __future__ import annotations
 

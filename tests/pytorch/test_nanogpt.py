@@ -1,4 +1,7 @@
-"""examples/nanogpt.py: its mixture by hand is the layer's, its SwiGLU is SwiGLU, and a few steps of it learn."""
+"""Tests examples/nanogpt.py: its mixture by hand is the layer's, and its SwiGLU is SwiGLU.
+
+A few steps of its training learn.
+"""
 
 from __future__ import annotations
 

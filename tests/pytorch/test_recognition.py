@@ -1,4 +1,7 @@
-"""pytorch: layers of others are recognised by what they compute, taken over exactly, or refused with the reason."""
+"""Tests how pytorch recognises layers of others by what they compute.
+
+The layers are taken over exactly, or refused with the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""pytorch: layers are replaced in whole models, which compute what they did, train, and come back from a folder."""
+"""Tests how pytorch replaces layers in whole models.
+
+These compute what they did, train, and come back from a folder.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,10 @@ def tool(*arguments: str | Path, code: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def analysed(trained: Path) -> tuple[dict[str, Any], str]:
-    """The JSON and the output of the tool's run on ``dense``, into the folder ``out``, with an LA in ``la``."""
+    """Runs the tool on ``dense``, and returns its JSON and its output.
+
+    The run writes into the folder ``out``, with an LA in ``la``.
+    """
     flags = ["--tokens", "2000", "--fewest", "5", "--continued", trained / "continued.jsonl"]
     flags += ["--write-la", trained / "la", "--out", trained / "out"]
     log = tool(trained / "dense", trained / "text.jsonl", *flags)

@@ -254,7 +254,10 @@ def test_recipes_are_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [pytest.param("type1", marks=pytest.mark.full), "bi-sided"])
 def test_plain_compile_computes_the_reference(form: str) -> None:
-    """Gate and mixture, in bfloat16 and float32, also with a gate a group; the reference stands again afterwards."""
+    """Compares compiled gate and mixture with the reference, which stands again afterwards.
+
+    They are in bfloat16 and float32, also with a gate a group.
+    """
     mixture = MixtureConfig(form=form, backend="eager")
     plain = reference.mixed_activation
     for dtype, groups in ((torch.bfloat16, None), (torch.float32, None), (torch.float32, [3, 3, 12])):

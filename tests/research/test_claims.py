@@ -1,4 +1,7 @@
-"""megatron_moa/research/study/claims.py: verdicts on the paper's claims, of lines whose truth is known."""
+"""Tests megatron_moa/research/study/claims.py, which gives verdicts on the paper's claims.
+
+The lines that are judged are such whose truth is known.
+"""
 
 from __future__ import annotations
 

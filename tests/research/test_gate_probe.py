@@ -1,4 +1,7 @@
-"""research/gates/probe.py on models made by hand: recorded coefficients, losses with others in their place."""
+"""Tests research/gates/probe.py on models made by hand.
+
+Tested are recorded coefficients, and losses with others in their place.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,10 @@ def loss_without_probe(model: GPTModel, tokens: Tensor) -> Tensor:
 
 
 def edited(loaded: LoadedModel, edit: Callable[[int, Coefficients], object]) -> GPTModel:
-    """Another model of the same weights, without hooks, after an edit of each module that owns coefficients."""
+    """Builds another model of the same weights, without hooks, and edits its coefficients.
+
+    ``edit`` is called for each module that owns coefficients.
+    """
     model = build_model(loaded.model.config, loaded.mixture).eval()
     model.load_state_dict(loaded.model.state_dict())
     for number, module in enumerate(owners(model)):

@@ -36,8 +36,11 @@ def _cut_off(x: Tensor, bits: Tensor | int) -> Tensor:
 
 
 def as_tensor_cores(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight': 8 exact products and the sum so far at a time, each cut off 2 bits below the last that float32 has of
-    the largest of them, and their sum to float32."""
+    """Adds up x weight' as tensor cores do: 8 exact products and the sum so far at a time.
+
+    Each of these is cut off 2 bits below the last bit that float32 has of the largest of them, and their sum is cut off
+    to float32.
+    """
     x, weight = x.double(), weight.double()
     total = x.new_zeros(len(x), len(weight))
     for start in range(0, x.shape[1], 8):
@@ -65,7 +68,10 @@ def error_of_gates(
     h: int,
     groups: int,
 ) -> float:
-    """On check_gate's numbers, the logits added up by ``add``; of ``groups``, if any, the first and last have rows."""
+    """Returns the relative error of gates on check_gate's numbers, the logits added up by ``add``.
+
+    Of ``groups``, if any, the first and last have rows.
+    """
     random = kernel_errors._Random(dtype, "cpu", 1)
     shape = (groups, n) if groups else (1, n)
     x = random.normal(tokens, h).detach()
@@ -114,7 +120,10 @@ def test_a_gate_is_off_by_what_its_sum_explains(
 
 
 def test_a_bias_gradient_adds_up_rounded_gradients() -> None:
-    """The kernels round z's gradient to its dtype, and the bias gets the sum of that, as from a linear layer."""
+    """Checks that a bias gets the sum of rounded gradients, as from a linear layer.
+
+    The kernels round z's gradient to its dtype before the sum.
+    """
     record = measured("moa type1", "bf16")
     assert record["worst"].endswith(" [128, 1024] triton bias")
     mixture = MixtureConfig(form="type1", activations=tuple(record["activations"]), backend="eager")

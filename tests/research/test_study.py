@@ -1,4 +1,7 @@
-"""Studies: what is compared, what is run next, what survives a kill. test_study_report.py: what is made of it."""
+"""Tests studies: what is compared, what is run next, what survives a kill.
+
+test_study_report.py tests what is made of their results.
+"""
 
 import copy
 import datetime
@@ -522,7 +525,10 @@ def test_results_of_other_settings_are_refused(tmp_path):
 
 @pytest.mark.parametrize("folder", ["study", "study-h200"])
 def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder):
-    """They were recorded with flags of version 0.1; one-sided, quadratic and LA from 0.5 meant something else then."""
+    """Compares the flags of the committed results with the arms that the results are named after.
+
+    They were recorded with flags of version 0.1, in which one-sided, quadratic and LA from 0.5 meant something else.
+    """
     lines = read_results(ROOT / "docs" / "results" / folder / RESULTS)
     assert lines
     for line in lines:
@@ -778,7 +784,10 @@ def test_two_kills_change_nothing(smoke, tmp_path):
 
 
 def check_killed(killed, again_text, tmp_path):
-    """Every cell of a killed study is there once, and those of a second study's text are what that one finds."""
+    """Checks that every cell of a killed study is there once.
+
+    The cells that a second study's text asks for are what that study finds.
+    """
     lines = read_results(killed / RESULTS)
     cells = [json.dumps(line["cell"]) for line in lines]
     assert len(set(cells)) == len(cells)

@@ -1,4 +1,7 @@
-"""tools/study_report.py: what it says of lines whose truth is known, of lines that are missing, and of broken ones."""
+"""Tests what tools/study_report.py says of lines whose truth is known.
+
+Lines that are missing and lines that are broken are tested, too.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +171,10 @@ def test_what_is_due_to_what(tmp_path: Path) -> None:
 
 
 def test_what_fades_over_steps(tmp_path: Path) -> None:
-    """An arm that begins 0.8 above its baseline and ends 0.1 above it; one of a single point, one of one seed."""
+    """Checks the report on an arm that begins 0.8 above its baseline and ends 0.1 above it.
+
+    Another arm has a single point, and another one seed.
+    """
     lines = study()
     for arm, start in (("moa-type1", 0.8), ("la-type1", 0.8), ("relu2", 0.0)):
         for seed, draw in enumerate((0.0, 0.01, -0.01)[: 1 if arm == "la-type1" else 3], start=1):

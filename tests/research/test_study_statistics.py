@@ -1,4 +1,7 @@
-"""megatron_moa/study/statistics.py: intervals, best rates, differences and fits, against scipy and known truth."""
+"""Tests megatron_moa/research/study/statistics.py against scipy and known truth.
+
+Tested are intervals, best rates, differences and fits.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""examples/theory/containment.py, and theorems 4.1 and 4.2 in the layers that are trained: fixed ⊂ LA ⊂ MoA."""
+"""Tests examples/theory/containment.py, and theorems 4.1 and 4.2 in the layers that are trained.
+
+The theorems say: fixed ⊂ LA ⊂ MoA.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,10 @@ def one_line(capsys: pytest.CaptureFixture[str], call: object, *arguments: objec
 
 
 def write_json_lines(folder: Path, count: int) -> list[str]:
-    """Three files of documents of very different lengths, with blank lines, a byte order mark and a missing newline."""
+    """Writes three files of documents of very different lengths, and returns the documents' texts.
+
+    The files have blank lines, a byte order mark and a missing newline.
+    """
     draw = numpy.random.default_rng(0)
     kept = []
     for i in range(3):
@@ -82,7 +85,10 @@ def write_json_lines(folder: Path, count: int) -> list[str]:
 
 
 def make_dataset(prefix: Path, lengths: Sequence[int], highest: int = 90, dtype: type = numpy.uint16) -> str:
-    """Writes documents of these lengths with Megatron's own builder; their tokens count from 1 to the highest."""
+    """Writes documents of these lengths with Megatron's own builder.
+
+    Their tokens count from 1 to the highest.
+    """
     with quiet_imports():
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 

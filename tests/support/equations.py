@@ -1,4 +1,7 @@
-"""Writes out equations 3 to 10 of the paper in float64, number by number, apart from the package's own maths."""
+"""Writes out equations 3 to 10 of the paper in float64, number by number.
+
+The package's own maths takes no part.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def number_of_coefficients(form: str, k: int) -> int:
 
 
 def phi(gate: str, form: str, logits: Sequence[float]) -> list[float]:
-    """The coefficients of one token from its n logits u_k x; softmax over a branch's K, over all of quadratic's."""
+    """Returns the coefficients of one token, computed from its n logits u_k x.
+
+    Softmax is over a branch's K, or over all of quadratic's.
+    """
     if gate == "sigmoid":
         return [1 / (1 + math.exp(-value)) for value in logits]
     if gate == "tanh":
@@ -65,7 +71,10 @@ def mixed_unit(form: str, names: Sequence[str], c: Sequence[float], y: float, z:
 
 
 def mixed(form: str, names: Sequence[str], coefficients: Array, preactivation: Array) -> Array:
-    """[t, f]: :func:`mixed_unit` of preactivation [t, f] or [t, 2f], y first, with coefficients [n] or [t, n]."""
+    """Returns :func:`mixed_unit` of every token and unit, [t, f].
+
+    The preactivation is [t, f] or [t, 2f], y first; the coefficients are [n] or [t, n].
+    """
     f = preactivation.shape[1] // (1 if form == "type1" else 2)
     rows = np.broadcast_to(coefficients, (len(preactivation), coefficients.shape[-1]))
     return np.array(

@@ -1,4 +1,7 @@
-"""Runs in a process of its own: models as a notebook loads them, one after the other, and what they say."""
+"""Loads models, one after the other, as a notebook does, and writes what they say.
+
+This runs in a process of its own.
+"""
 
 from __future__ import annotations
 

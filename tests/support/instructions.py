@@ -1,4 +1,6 @@
-"""Spares processes that compile what torch.compile does at each start: the check of the CPU's instructions.
+"""Spares processes that compile a check which torch.compile makes at each start.
+
+The check is that of the CPU's instructions.
 
 Inductor compiles a few lines for each set of instructions and loads the result in a new Python that has imported torch,
 four times 2 seconds. Here what was loaded once, on this machine from this very file, is not loaded again.

@@ -1,4 +1,6 @@
-"""Starts scripts in processes that have imported torch and Megatron already: half of a small run is imports otherwise.
+"""Starts scripts in processes that have imported torch and Megatron already.
+
+Imports would be half of a small run otherwise.
 
 A server process imports them once and forks for every process of every run (multiprocessing's fork server); nothing of
 Megatron is set up in it. The processes find the environment torchrun would give them.
@@ -32,7 +34,10 @@ def without_compiler(environment: Mapping[str, str] = os.environ) -> dict[str, s
 
 
 def start_server() -> None:
-    """Starts the server, once; one thread a process, as the runs shall have, is settled when torch is imported."""
+    """Starts the server, once.
+
+    Runs shall have one thread a process, which is settled when torch is imported.
+    """
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -46,7 +51,9 @@ def start_server() -> None:
 def launch(
     target: Callable[..., None], arguments: tuple[Any, ...], processes: int, folder: Path, timeout: float = 280
 ) -> tuple[int, str]:
-    """Runs ``target(*arguments)`` on every rank, in ``folder``; ``processes=0``: in one process that is no rank.
+    """Runs ``target(*arguments)`` on every rank, in ``folder``.
+
+    With ``processes=0`` it runs in one process that is no rank.
 
     Returns:
         The first exit code that was not 0, or 0, and everything that was printed. All ranks are killed when one fails,
@@ -71,8 +78,9 @@ def launch(
 
 
 class Forked:
-    """Takes the place of subprocess.Popen where a tool starts another script of ours, with output to a file: that
-    script, in a process that has Megatron imported.
+    """Takes the place of subprocess.Popen where a tool starts another script of ours.
+
+    The script's output goes to a file, and its process has Megatron imported.
     """
 
     def __init__(

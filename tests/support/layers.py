@@ -16,7 +16,10 @@ from megatron_moa.mixture.config import MixtureConfig
 
 
 def make_config(gated: bool = True, **settings: Any) -> TransformerConfig:
-    """A tiny config without Transformer Engine; larger initial weights, so that gates differ from token to token."""
+    """Builds a tiny config without Transformer Engine.
+
+    Initial weights are larger, so that gates differ from token to token.
+    """
     defaults = {
         "num_layers": 2,
         "hidden_size": 16,

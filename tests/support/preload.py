@@ -1,4 +1,7 @@
-"""What launch.py's server imports before it forks; nothing here may start a thread or touch Megatron's state."""
+"""Imports what launch.py's server needs before it forks.
+
+Nothing here may start a thread or touch Megatron's state.
+"""
 
 import argparse
 import functools

@@ -10,7 +10,10 @@ OURS = ("megatron", "megatron_moa", "tools")
 
 
 def use(folder: str, modules_cache: str, result: str) -> None:
-    """A target of launch.py: writes the model's class, logits, hidden states' shape and greedy tokens as JSON."""
+    """Writes the model's class, logits, hidden states' shape and greedy tokens as JSON.
+
+    This is a target of launch.py.
+    """
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         del sys.modules[name]
     sys.modules |= dict.fromkeys(OURS)  # importing any of them is an ImportError from here on

@@ -57,7 +57,7 @@ def tokens_of(model: GPTMoAForCausalLM, *shape: int) -> torch.Tensor:
 
 
 def in_parallel(folder: str) -> None:
-    """On every rank: loads the models in a folder by their plans of tensor parallelism, computes, and compares.
+    """Loads the models in a folder by their plans of tensor parallelism, and computes, on every rank.
 
     Rank 0 writes logits, generated text, gradients and how many rows of a feed-forward layer it has beside each model.
     """

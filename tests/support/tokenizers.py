@@ -13,7 +13,10 @@ from tests.support.training import ROOT
 
 
 def train_sentencepiece(path: Path, kind: str = "bpe", **settings: object) -> sentencepiece.SentencePieceProcessor:
-    """Writes a model of 1200 tokens, as tools/train_tokenizer.py makes them; the same settings are trained once."""
+    """Writes a model of 1200 tokens, as tools/train_tokenizer.py makes them.
+
+    The same settings are trained once.
+    """
     path.write_bytes(_trained(kind, json.dumps(settings)))
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
 

@@ -81,7 +81,10 @@ def torchrun(processes: int) -> list[str]:
 def run_script(
     script: str | Path, arguments: list[str | Path], processes: int = 1, check: bool = True, fresh: bool = False
 ) -> Run:
-    """Runs a script of the project: in a forked process, or ``fresh`` and under torchrun in one that imports all."""
+    """Runs a script of the project, in a forked process or in one that imports all by itself.
+
+    The latter is for ``fresh`` and for several processes, which torchrun starts.
+    """
     flags = list(map(str, arguments))
     if processes == 1 and not fresh:
         return _launched(launch.script, (str(ROOT / script), flags), 0, check)
@@ -109,8 +112,9 @@ def record(
     start_from: Path | None = None,
     check: bool = True,
 ) -> Run:
-    """As :func:`train`, of the tiny model or another, recorded (compare_runs.py) in a folder; ``start_from`` another
-    record's weights.
+    """Trains the tiny model or another as :func:`train` does, and records the run in a folder.
+
+    The record is compare_runs.py's; ``start_from`` is the folder of another record, whose weights the run starts from.
     """
     target = (str(ROOT / "pretrain_gpt_moa.py"), _flags(arguments, model), folder, start_from)
     return _launched(compare_runs.run, target, processes, check)

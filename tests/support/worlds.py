@@ -1,4 +1,6 @@
-"""Builds one rank of a large world without its peers (Megatron's --fake-process-group), and counts its messages.
+"""Builds one rank of a large world without its peers, and counts its messages.
+
+Megatron's --fake-process-group stands in for the peers.
 
 A world can be set up once per process next to nothing else of Megatron's, so tests hand jobs to another process.
 """
@@ -44,7 +46,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterInfo:
-    """One parameter on one rank; ``pieces``: ranks that together hold all of it and, of experts, of its siblings."""
+    """Describes one parameter on one rank.
+
+    ``pieces`` is the number of ranks that together hold all of it and, of experts, of its siblings.
+    """
 
     shape: tuple[int, ...]
     pieces: int
@@ -53,7 +58,9 @@ class ParameterInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """Collectives of one kind: phase (forward, backward, finalize), operation, group, their number, and bytes in all.
+    """Describes collectives of one kind, by phase (forward, backward, finalize), operation and group.
+
+    ``number`` is how many there are, and ``bytes`` is the size of all.
 
     A collective's bytes are those of its larger side: the input of an all-reduce or reduce-scatter, the output of an
     all-gather.

@@ -89,7 +89,10 @@ def rmsnorm_fwd(
     fwd_ln_sm_margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[torch.Tensor, None, torch.Tensor]:
-    """Scales rows to a root mean square of 1; returns output [n, h], None and inverse root mean square [n]."""
+    """Scales rows to a root mean square of 1.
+
+    Returns the output [n, h], None, and the inverse root mean square [n].
+    """
     assert output_quantizer is None
     assert not zero_centered_gamma
     x = inputmat.float()
@@ -304,7 +307,10 @@ _TENSORS = ("query_layer", "key_layer", "value_layer")
 
 
 def _causal(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Puts torch's causal attention behind the parameters of Transformer Engine's DotProductAttention.forward."""
+    """Puts torch's causal attention behind the parameters of DotProductAttention.forward.
+
+    The parameters are those of Transformer Engine's function.
+    """
     signature = inspect.signature(forward)
 
     def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -322,7 +328,10 @@ def _causal(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def install() -> None:
-    """Puts the emulation in, imports Transformer Engine, and lets its layers be chosen on a CPU; once in a process."""
+    """Puts the emulation in, imports Transformer Engine, and lets its layers be chosen on a CPU.
+
+    This happens once in a process.
+    """
     if "transformer_engine_torch" in sys.modules:
         return
     assert "megatron.core" not in sys.modules, "Megatron has been imported without Transformer Engine"

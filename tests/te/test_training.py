@@ -1,4 +1,7 @@
-"""Trainings with Transformer Engine's layers: alone, split, and going on from checkpoints of local layers and back."""
+"""Trains with Transformer Engine's layers, alone and split.
+
+Trainings also go on from checkpoints of local layers, and back.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def same(run: Run, other: Run, iterations: tuple[int, ...]) -> None:
 
 
 def compute_alike(folder: str) -> None:
-    """A target of tests.support.launch: checks that a checkpoint computes the same with layers of either kind."""
+    """Checks that a checkpoint computes the same with layers of either kind.
+
+    This is a target of tests.support.launch.
+    """
     from megatron_moa.trained.from_megatron import load_model
 
     found = {}

@@ -1,4 +1,7 @@
-"""Models of Transformer Engine's layers compute, save and learn what those of Megatron's local layers do."""
+"""Compares models of Transformer Engine's layers with models of Megatron's local layers.
+
+They compute, save and learn the same.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,9 @@ Tensors = dict[tuple[str, tuple[int, ...]], ShardedTensor]
 
 
 def tensors(model: GPTModel, stored: Collection[str] = ()) -> Tensors:
-    """What the model saves, by name and place in the whole tensor; the data are the parameters' own memory.
+    """Returns what the model saves, by name and place in the whole tensor.
+
+    The data are the parameters' own memory.
 
     Args:
         stored: names in a checkpoint that it shall load from; none, for the model's own names.

@@ -1,4 +1,7 @@
-"""tools/build_cache.py, and what the training script says about the index cache: a run after it builds nothing."""
+"""Tests tools/build_cache.py, and what the training script says about the index cache.
+
+A run after the tool builds nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""tools/demo.py: its commands, its care with folders and processes, what a diverged run does, and one tiny demo."""
+"""Tests tools/demo.py: its commands, and its care with folders and processes.
+
+Tested are also what a diverged run does, and one tiny demo.
+"""
 
 from __future__ import annotations
 
@@ -239,7 +242,10 @@ def test_a_diverged_run_is_where_it_has_finite_values(
 def test_quick_demo_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three short runs, table, verdict, pictures and text, as `make demo` starts them, in forked processes."""
+    """Runs the quick demo in forked processes, as `make demo` starts it.
+
+    There are three short runs, a table, a verdict, pictures and text.
+    """
     out = tmp_path / "demo"
     monkeypatch.setattr(demo.signal, "signal", lambda *_: None)
     monkeypatch.setattr(demo.subprocess, "Popen", launch.Forked)

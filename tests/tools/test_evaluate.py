@@ -1,4 +1,7 @@
-"""examples/evaluate.sh and tools/evaluate.py: the real harness on a tiny model, its results computed again by hand."""
+"""Tests examples/evaluate.sh and tools/evaluate.py with the real harness on a tiny model.
+
+The results are computed again by hand.
+"""
 
 from __future__ import annotations
 

@@ -161,7 +161,10 @@ def evaluated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, floa
 
 
 def test_json_lines_of_every_name_have_one_loss(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """By hand: the byte before predicts the next with the logit 10, all others have 0; the first byte is unknown."""
+    """Compares the loss of files of every name with one computed by hand.
+
+    The byte before predicts the next with the logit 10, all others have 0; the first byte is unknown.
+    """
     lines = b'\xef\xbb\xbf{"text": "aab"}\n\n{"text": ""}\n{"text": "  "}\n{"text": "ccc", "n": ' + b"9" * 5000 + b"}\n"
     rest = math.log(math.exp(10) + 256)
     expected = (6 * rest - 3 * 10) / 6  # aa, cc, cc are predicted

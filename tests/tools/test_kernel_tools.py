@@ -1,4 +1,7 @@
-"""tools/kernel_resources.py, tools/tune_kernels.py, and the configurations that the kernels are launched with."""
+"""Tests tools/kernel_resources.py and tools/tune_kernels.py.
+
+The configurations that the kernels are launched with are tested, too.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,10 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Counts]:
-    """What the tool writes, in a process of its own: it unsets TRITON_INTERPRET, which is set here without a GPU."""
+    """Reads what the tool writes in a process of its own.
+
+    The tool unsets TRITON_INTERPRET, which is set in this process without a GPU.
+    """
     folder = tmp_path_factory.mktemp("counts")
     runs = [[*flags, "--json", str(folder / name)] for name, flags in RUNS.items()]
     code = (

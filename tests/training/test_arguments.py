@@ -334,7 +334,10 @@ def test_writing_in_place_needs_the_kernels(failing_run: Callable[..., str]) -> 
 def test_each_default_that_needs_a_kernel_follows_that_kernel(
     monkeypatch: pytest.MonkeyPatch, has_te: bool, fuses_accumulation: bool
 ) -> None:
-    """Also with Transformer Engine and no Apex, as pip installs it, and with a package apex without this kernel."""
+    """Checks each default that needs a kernel, with and without Transformer Engine and Apex's kernel.
+
+    Among the cases are Transformer Engine and no Apex, as pip installs it, and a package apex without this kernel.
+    """
     monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", has_te)
     rotary = (lambda *_: None) if has_te else None
     monkeypatch.setattr("megatron.core.models.common.embeddings.rope_utils.fused_apply_rotary_pos_emb", rotary)

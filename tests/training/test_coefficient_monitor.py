@@ -142,7 +142,10 @@ class TestStatistics:
 
 @pytest.mark.distributed
 def test_splitting_the_model_changes_no_statistic(tmp_path: Path) -> None:
-    """Routed and shared experts, from the same weights: every token counts as often as any other, on whatever ranks."""
+    """Checks that every token counts as often as any other, on whatever ranks.
+
+    Routed and shared experts start from the same weights in every split.
+    """
     flags = [*SWIGLU, *MOE, "--moe-shared-expert-intermediate-size", "32", "--micro-batch-size", "1"]
     flags += ["--moa-gate-init-std", "0.3", "--moa-backend", "eager", "--moa-log-interval", "1", "--train-iters", "1"]
     start = tmp_path / "start"

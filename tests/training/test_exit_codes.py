@@ -1,4 +1,7 @@
-"""exit_codes.py, nan_guard.py and launch.py: signals, lost ranks, values that are not finite, exit codes."""
+"""Tests exit_codes.py, nan_guard.py and launch.py.
+
+Tested are signals, lost ranks, values that are not finite, and exit codes.
+"""
 
 import json
 import os
@@ -27,7 +30,10 @@ pytestmark = pytest.mark.distributed
 def run_hurt(
     tmp_path: Path, hurt: Callable[..., None], hurt_arguments: tuple, *flags: str, processes: int = 2
 ) -> tuple[Run, list[int]]:
-    """Trains the tiny model in processes that first call ``hurt(*hurt_arguments)``; the run, and all exit codes."""
+    """Trains the tiny model in processes that first call ``hurt(*hurt_arguments)``.
+
+    Returns the run, and all exit codes.
+    """
     flags = (*TINY, *SWIGLU, "--moa-backend", "eager", "--train-iters", "8", *flags)
     code, log = launch.launch(_hurt_rank, (hurt, hurt_arguments, str(tmp_path), list(flags)), processes, ROOT)
     codes = [int(file.read_text()) for file in sorted(tmp_path.glob("code*"))]

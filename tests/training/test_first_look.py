@@ -1,4 +1,7 @@
-"""Mistakes and --help are answered before torch and Megatron are imported: here both cannot be imported at all."""
+"""Checks that mistakes and --help are answered before torch and Megatron are imported.
+
+In these tests neither can be imported at all.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is counted, against torch's own counter of matrix products over built models, and against hand-written sums."""
+"""Compares counted operations with torch's own counter, and with sums written by hand.
+
+The counter counts matrix products of built models.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,10 @@ def parse(monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[argparse.Namesp
 
 
 def matrix_products(args: argparse.Namespace, mixture: MixtureConfig | None) -> int:
-    """Operations of forward and backward over one sequence that torch's dispatcher saw, attention as if not causal."""
+    """Counts operations of forward and backward over one sequence, as torch's dispatcher saw them.
+
+    Attention counts as if not causal.
+    """
     config = model_config_from_args(args, mixture)
     # Float32, on which attention's plain products are the ones torch counts.
     config.transformer.bf16 = False

@@ -1,4 +1,7 @@
-"""How the mixture's parameters are trained, read off the optimizer that a run builds, and off what it leaves."""
+"""Tests how the mixture's parameters are trained.
+
+That is read off the optimizer that a run builds, and off what the run leaves.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +47,9 @@ class Trained:
 
 
 def groups_of(folder: Path, flags: str, processes: int = 1) -> dict[str, Trained]:
-    """What a run with these flags would train, and how, by parameter name (an expert's by its number on its rank).
+    """Returns what a run with these flags would train, and how, by parameter name.
+
+    An expert's name has its number on its rank.
 
     The real script builds model, optimizer and schedule, and ends before the first step.
     """
@@ -235,7 +240,10 @@ def test_width_scaling_takes_gates_as_adams_matrices(tmp_path: Path, optimizer: 
 
 @pytest.mark.usefixtures("megatron")
 def test_layer_wise_buffers_leave_gates_out() -> None:
-    """Where Megatron lays out its buffers itself (its own script, --spec), they must agree with the groups."""
+    """Checks that buffers which Megatron lays out itself agree with the groups of parameters.
+
+    Megatron lays them out where its own script is run with --spec.
+    """
     from megatron.training.training import tag_params_for_buffer_routing
 
     model = build_model(make_config(), MixtureConfig())

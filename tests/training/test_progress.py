@@ -1,4 +1,7 @@
-"""Speeds, MFU, tokens and the end of a training: the arithmetic, and real runs in the log, TensorBoard and W&B."""
+"""Tests speeds, MFU, tokens and the end of a training.
+
+Tested are the arithmetic, and real runs in the log, TensorBoard and W&B.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +224,10 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_stages_and_then_two_data_parallel_ranks_that_go_on(tmp_path: Path) -> None:
-    """PP 2, whose last stage logs, is saved at 6; DP 2 goes on: tokens and FLOPs from there, the estimate anew."""
+    """Trains with PP 2, whose last stage logs, saves at 6, and goes on with DP 2.
+
+    Tokens and FLOPs go on from there, and the estimate starts anew.
+    """
     peak = 0.5
     common = [*STOCK, "--train-iters", "10", "--log-interval", "2", "--moa-peak-tflops", str(peak)]
     common += ["--tensorboard-dir", tmp_path / "tensorboard", "--eval-interval", "4", "--eval-iters", "1"]
@@ -310,7 +316,10 @@ def test_one_rank_of_a_large_world_logs_too() -> None:
 
 
 def on_a_terminal(arguments: list[str], output: str) -> None:
-    """A target of tests.support.launch: the script with a terminal as its stdout, and what was written there."""
+    """Runs the script with a terminal as its stdout, and writes what was printed there.
+
+    This is a target of tests.support.launch.
+    """
     master, slave = pty.openpty()
     os.dup2(slave, 1)
     os.close(slave)
@@ -384,7 +393,10 @@ def wandb_history(folder: Path) -> dict[int, dict[str, float]]:
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
-    """LevelDB's log format after seven bytes: blocks of 32 KiB with pieces of records: checksum, length, kind."""
+    """Yields the records of LevelDB's log format, which begin after seven bytes.
+
+    Blocks of 32 KiB hold pieces of records, each after checksum, length and kind.
+    """
     last_piece = {1: True, 2: False, 3: False, 4: True}
     at, record = 7, b""
     while at + 7 <= len(data):
