@@ -23,7 +23,10 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
 # ---- The mixture: what MixedFeedForward computes, by hand (bi-sided MoA, its default) --------------------------------
 def mixture_by_hand(layer: MixedFeedForward, x: Tensor) -> Tensor:
-    """[tokens, h] -> [tokens, h]. SwiGLU is fc2(silu(y) * z); a mixture takes the place of silu(y) and of z."""
+    """Computes by hand what a layer that mixes activations computes, [tokens, h] -> [tokens, h].
+
+    SwiGLU is fc2(silu(y) * z); a mixture takes the place of silu(y) and of z.
+    """
     activations = (F.gelu, F.silu, lambda v: F.relu(v) ** 2, F.leaky_relu, torch.tanh, F.relu, lambda v: v)
     y, z = layer.fc1(x).chunk(2, dim=-1)  # the two branches, [tokens, f] each
     gates = torch.sigmoid(x @ layer.coefficients.weight.T)  # 14 numbers a token, the same for all f hidden units
@@ -34,7 +37,10 @@ def mixture_by_hand(layer: MixedFeedForward, x: Tensor) -> Tensor:
 
 
 def mixture(feed_forward: str, form: str | None) -> MixtureConfig:
-    """The coefficients come from gates (moa), are trained numbers (la), or stay what makes the layer SwiGLU."""
+    """Returns the mixture's settings for a kind of feed-forward layer: moa, la or swiglu.
+
+    The coefficients come from gates (moa), are trained numbers (la), or stay what makes the layer SwiGLU.
+    """
     if feed_forward != "swiglu":
         return MixtureConfig(kind=feed_forward, form=form or "bi-sided")
     if form is not None:
@@ -86,7 +92,10 @@ def windows_of_text(held_out: bool, device: str) -> Tensor:
 
 
 def train(model: GPT, steps: int, seed: int, device: str, peak: float = 4e-3, batch: int = 16) -> None:
-    """AdamW, its rate up in a line, then down to peak / 20 along a cosine; norms and LA's numbers are not decayed."""
+    """Trains a model with AdamW, and prints its loss on held-out text.
+
+    The rate goes up in a line, then down to peak / 20 along a cosine. Norms and LA's numbers are not decayed.
+    """
     source, held_out = windows_of_text(False, device), windows_of_text(True, device)[:: 40 * CONTEXT].long()
     decayed, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], weight_decay=0.1)

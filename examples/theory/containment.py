@@ -1,9 +1,10 @@
-"""Compares one mixed hidden unit with fixed layers and LA that do not contain it: theorems 4.1, 4.2 (arXiv 2605.26647).
+"""Compares one mixed hidden unit with fixed layers and LA that do not contain it.
 
     python examples/theory/containment.py --out runs/containment
 
-At every width, fixed layers are a strict part of LA, and LA is a strict part of MoA. Four functions witness it. Inputs
-have a 1 appended (biases), the output is one number, gates are tanh with bias, distances are in W^{1,inf} on [-1, 1]^d.
+At every width, fixed layers are a strict part of LA, and LA is a strict part of MoA: theorems 4.1 and 4.2 (arXiv
+2605.26647). Four functions witness it. Inputs have a 1 appended (biases), the output is one number, gates are tanh with
+bias, distances are in W^{1,inf} on [-1, 1]^d.
 
 | theorem | witness | one hidden unit of | not in | distance |
 | --- | --- | --- | --- | --- |
@@ -134,7 +135,11 @@ class Layer:
     coefficients: Mapping[str, float | tuple[float, ...]] = field(default_factory=dict)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """fc1 by branch, with biases as a last column; fc2 with its bias last; gates with biases, or coefficients."""
+        """Returns the shapes of a layer's parameters by name.
+
+        fc1 is by branch, with biases as a last column; fc2 has its bias last; coefficients are gates with biases (MoA)
+        or numbers (LA).
+        """
         inputs, n = self.witness.dimensions + 1, self.mixture.num_coefficients
         shapes = {"fc1": (1 + self.mixture.gated, width, inputs), "fc2": (width + 1,)}
         if self.fixed is None:
@@ -371,7 +376,10 @@ def descend(layer: Layer, start: Tensor, width: int, x: Tensor) -> Iterator[Tens
 
 
 def fit(layer: Layer, width: int, seed: int, given: Sequence[Tensor] = (), narrower: Fit | None = None) -> Fit:
-    """The nearest layer over all starts (those given, a narrower fit, the layer's own) and ends of fits from them."""
+    """Returns the nearest layer among all starts and the ends of fits from them.
+
+    Starts are those given, the fit of a narrower layer, and the layer's own.
+    """
     x = layer.witness.grid(61 if layer.witness.dimensions == 1 else 8)
     generator = torch.Generator().manual_seed(seed)
     before = list(given)

@@ -1,4 +1,7 @@
-"""Builds masked autoencoders (arXiv 2111.06377) with SwiGLU or a mixture of activations as feed-forward layers."""
+"""Builds the masked autoencoders (arXiv 2111.06377) that pretrain_mae.py trains.
+
+Their feed-forward layers are SwiGLU or mixtures of activations.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,11 @@ from megatron_moa import MixedFeedForward, MixtureConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model: crops of pixels x pixels, square patches; width, layers and heads of both transformers."""
+    """The sizes of a masked autoencoder.
+
+    Crops have pixels x pixels, patches are square. ``encoder`` and ``decoder`` are width, layers and heads of these
+    transformers.
+    """
 
     pixels: int
     patch: int
@@ -29,7 +36,10 @@ class Shape:
 
 
 class SwiGLU(nn.Module):
-    """The baseline's feed-forward layer, fc2(silu(y) * z) with [y z] = fc1(x), x and output [..., d]; no biases."""
+    """Computes the baseline's feed-forward layer, fc2(silu(y) * z) with [y z] = fc1(x).
+
+    x and the output are [..., d]; there are no biases.
+    """
 
     def __init__(self, width: int, ffn_width: int, init_std: float) -> None:
         super().__init__()
@@ -81,7 +91,10 @@ def build_model(shape: Shape, mixture: MixtureConfig | None, seed: int) -> ViTMA
 
 
 def sine_positions(grid: int, width: int) -> Tensor:
-    """Fixed embeddings [1, 1 + grid², width]: a class token's zeros, then sines of x and y (MAE, section 3)."""
+    """Returns the fixed position embeddings [1, 1 + grid², width] (MAE, section 3).
+
+    A class token's zeros come first, then sines and cosines of x and y.
+    """
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64).outer(frequencies)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, width / 2]
@@ -91,7 +104,11 @@ def sine_positions(grid: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(model: ViTMAEForPreTraining, pixels: Tensor, noise: Tensor) -> Tensor:
-    """[3 b, 3, s, s] in [0, 1]: each crop, its seen patches, and these with the predicted ones beside them."""
+    """Returns pictures [3 b, 3, s, s] in [0, 1] of what the model sees and predicts.
+
+    They are each crop, its seen patches, and these with the predicted ones beside them. Crops of at most 64 pixels a
+    side are enlarged.
+    """
     result = model(pixels, noise=noise)
     patches, hidden = model.patchify(pixels), result.mask.unsqueeze(-1)
     # A prediction has the scale of a normalised patch: it takes the hidden patch's own mean and variance to be seen.

@@ -1,4 +1,7 @@
-"""Makes the samples of pretrain_mae.py, crops of pictures with noise that masks them, each from a seed and a number."""
+"""Makes the samples of pretrain_mae.py: crops of pictures, with noise that masks them.
+
+Each sample is made from a seed and a number.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,9 @@ def order_of_epoch(seed: int, stream: int, epoch: int, count: int) -> np.ndarray
 
 
 class Crops(Dataset):
-    """Endless samples: pixels [3, s, s], scaled to ImageNet's mean and variance, and noise [patches] in [0, 1).
+    """Gives endless samples: pixels of a crop, and the noise that masks the crop.
+
+    Pixels are [3, s, s], scaled to ImageNet's mean and variance; noise is [patches] in [0, 1).
 
     Args:
         size: s, the pixels of a crop's side.
@@ -119,7 +124,10 @@ class Crops(Dataset):
         )
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor] | UserError:
-        """Sample ``number`` of the run. An error is returned: a worker's exception would arrive as a traceback."""
+        """Returns sample ``number`` of the run, or an error for a picture that cannot be read.
+
+        The error is returned, since a worker's exception would arrive as a traceback.
+        """
         epoch, position = divmod(number, len(self.names))
         name = str(self.names[order_of_epoch(self.seed, self.stream, epoch, len(self.names))[position]])
         try:
@@ -135,7 +143,10 @@ class Crops(Dataset):
 
 
 def collate(samples: list[tuple[Tensor, Tensor] | UserError]) -> list[Tensor] | UserError:
-    """Stacks samples into pixels [b, 3, s, s] and noise [b, patches]; returns the first error among them, if any."""
+    """Stacks samples into pixels [b, 3, s, s] and noise [b, patches].
+
+    If there are errors among the samples, the first of them is returned instead.
+    """
     errors = [sample for sample in samples if isinstance(sample, UserError)]
     return errors[0] if errors else default_collate(samples)
 

@@ -1,4 +1,4 @@
-"""Pretrains a masked autoencoder whose feed-forward layers mix activations: the paper's vision experiment.
+"""Pretrains a masked autoencoder whose feed-forward layers mix activations, as the paper does.
 
     pip install -c constraints.txt '.[vision]'                           # make does it, too
     python examples/vision/pretrain_mae.py                               # tiny, on three pictures: 1 minute on 2 cores
@@ -105,7 +105,10 @@ SIZES = {
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """Two groups: matrices and gate vectors, which decay by 0.05; tokens and all of one dimension, which do not."""
+    """Returns two groups of parameters: those that decay by 0.05, and those that do not.
+
+    Matrices and gate vectors decay; tokens and all of one dimension do not.
+    """
     groups = [{"params": [], "weight_decay": decay} for decay in (0.05, 0.0)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -114,7 +117,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The rate of a step, counted from 1: linear up to the peak over a share of the steps, then a cosine down to 0."""
+    """Returns the learning rate of a step, counted from 1.
+
+    The rate goes up in a line to the peak over a share of the steps, then down to 0 along a cosine.
+    """
     rising = max(1, round(warmup * steps))
     if step <= rising:
         return peak * step / rising

@@ -1,4 +1,7 @@
-"""Keeps what a run of pretrain_mae.py writes so that it can be killed at any moment: settings, losses, checkpoint."""
+"""Keeps what a run of pretrain_mae.py writes, so that the run can be killed at any moment.
+
+That is settings, losses, checkpoint and the picture of reconstructions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ UNFINISHED = ".unfinished"  # how the name ends of a file that is being written
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file under another name, then renames it: a run that is killed leaves the old file or the new one.
+    """Writes a file under another name, then renames the file.
+
+    So a run that is killed leaves the old file or the new one.
 
     Raises:
         UserError: it cannot be written.
@@ -38,7 +43,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class RunFolder:
-    """The folder of a run: ``settings.json``, ``losses.jsonl``, ``checkpoint.pt``, ``reconstructions.png``."""
+    """Reads and writes the files in the folder of a run.
+
+    The files are ``settings.json``, ``losses.jsonl``, ``checkpoint.pt`` and ``reconstructions.png``.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path, self.checkpoint = folder, folder / "checkpoint.pt"
@@ -91,9 +99,10 @@ class RunFolder:
 
 
 class Journal:
-    """Tells how a run goes: a progress bar, ``losses.jsonl``, and TensorBoard's curves in ``tensorboard/``.
+    """Tells how a run goes, by a progress bar and by files.
 
-    Times are in the bar and in TensorBoard only, so that equal runs have equal files of losses.
+    The files are ``losses.jsonl`` and TensorBoard's curves in ``tensorboard/``. Times are in the bar and in TensorBoard
+    only, so that equal runs have equal files of losses.
     """
 
     def __init__(self, folder: RunFolder, settings: dict[str, object], done: int, steps: int, title: str) -> None:

@@ -1,7 +1,8 @@
-"""Defines the activations once, for torch.compile and Triton alike, as sums of a few terms that they share.
+"""Defines the activations once, for torch.compile and Triton alike.
 
-A mixture of K activations costs less as one of its terms: identity, relu and leaky_relu are two slopes, gelu and silu
-each x times one function. lowering.py turns a dictionary's coefficients into those of its terms.
+Each activation is a sum of a few terms that the activations share. A mixture of K activations costs less as one of its
+terms: identity, relu and leaky_relu are two slopes, gelu and silu each x times one function. lowering.py turns a
+dictionary's coefficients into those of its terms.
 
 The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``, ``torch.abs``,
 ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of them by reading ``torch`` as

@@ -1,8 +1,8 @@
-"""Defines cheaper functions that stand in for those of activations.py where bfloat16 goes in, in the same words.
+"""Defines cheaper functions that stand in for those of activations.py where bfloat16 goes in.
 
-Sigmoid's derivative is one multiply-add. Phi is a fit whose tanh is one instruction of NVIDIA's GPUs. All errors lie
-below bfloat16's rounding of the results (docs/design/performance.md has the table; tests/mixture/test_approximations.py
-holds it).
+They use the words that activations.py uses. Sigmoid's derivative is one multiply-add. Phi is a fit whose tanh is one
+instruction of NVIDIA's GPUs. All errors lie below bfloat16's rounding of the results (docs/design/performance.md has
+the table; tests/mixture/test_approximations.py holds it).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Defines the autograd functions of all fast backends: what they take and save for backward, who gets a gradient.
+"""Defines the autograd functions that all fast backends share.
+
+Each says what it takes and saves for backward, and who gets a gradient.
 
 Autograd over plain PyTorch saves every activation of the dictionary, K tensors of fc1's size. Here the mixture saves
 what came in (fc1's output, which SwiGLU saves too, the coefficients, bias and scale), and a gate saves its input (which
@@ -21,10 +23,10 @@ _Context = torch.autograd.function.FunctionCtx
 
 
 class MixtureInputs(NamedTuple):
-    """What the mixture of ``z + bias`` times ``per_token_scale`` is computed from; letters as in docs/mixture.md.
+    """Holds the tensors that the mixture of ``z + bias`` times ``per_token_scale`` is computed from.
 
-    Backends get tokens in any dimensions [...], all tensors contiguous, but for z of two dimensions, whose rows may
-    lie at any distance.
+    Letters are as in docs/mixture.md. Backends get tokens in any dimensions [...], all tensors contiguous, but for z of
+    two dimensions, whose rows may lie at any distance.
 
     Attributes:
         z: [..., f] (type1) or [..., 2f], fc1's output.
@@ -40,7 +42,9 @@ class MixtureInputs(NamedTuple):
 
 
 class GateInputs(NamedTuple):
-    """What a gate's coefficients are computed from; with groups, each has a weight, bias and amplitude of its own.
+    """Holds the tensors that a gate's coefficients are computed from.
+
+    With groups, each group has a weight, bias and amplitude of its own.
 
     Attributes:
         x: [..., h], fc1's input, contiguous as z above.
@@ -85,7 +89,9 @@ class Backend(Protocol):
     def gate_backward(
         inputs: GateInputs, mixture: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, weight (where ``needed``), bias and amplitude (where they are), in their tensors' dtypes.
+        """Returns the gradients of x, weight, bias and amplitude, in their tensors' dtypes.
+
+        x and weight have one where ``needed``, bias and amplitude where they are not None.
 
         Args:
             grad: that of the coefficients, [..., n], contiguous.

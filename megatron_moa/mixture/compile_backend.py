@@ -65,10 +65,11 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _uniform(inputs: MixtureInputs) -> MixtureInputs:
-    """The inputs by rows, and such that calls do not differ in what the compiler specialises to: it compiles once.
+    """Returns the inputs by rows, alike in all that the compiler specialises to.
 
-    The number of tokens changes from call to call in a MoE, whether a gradient is asked for in evaluation, and an
-    expert's scales are a view into all experts' with an offset of its own.
+    So the compiler compiles once. Calls would differ otherwise: the number of tokens changes from call to call in a
+    MoE, evaluation may ask for no gradient, and an expert's scales are a view into all experts' with an offset of its
+    own.
     """
     z, coefficients, bias, scale = (None if tensor is None else tensor.detach() for tensor in inputs)
     z, coefficients = _rows(z), _rows(coefficients) if coefficients.dim() > 1 else coefficients
@@ -88,7 +89,10 @@ def _kind(inputs: MixtureInputs) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class _ByTokens:
-    """A function of tokens, compiled when it is first called with more than one: to one it would specialise."""
+    """A function of tokens: a plain version for one token, and a compiled one for more.
+
+    The compiled version is compiled when it is first called. To a single token the compiler would specialise.
+    """
 
     plain: Callable[..., object]
     compiled: Callable[..., object]
@@ -296,7 +300,10 @@ def _per_row(parameter: Tensor | None, group_ends: Tensor | None, rows: Tensor) 
 
 
 def _summed(rows: Tensor, group_ends: Tensor | None, parameter: Tensor) -> Tensor:
-    """[t, n] summed over the rows that share a parameter, [n] or [groups, n]; in the same order at every call."""
+    """Sums [t, n] over the rows that share a parameter, to [n] or [groups, n].
+
+    The order is the same at every call.
+    """
     total = rows.sum(0) if group_ends is None else grouped_sum(rows, group_ends)
     return total.to(parameter.dtype)
 

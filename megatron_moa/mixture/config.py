@@ -1,4 +1,7 @@
-"""Holds the settings of a mixture, with the paper's dictionaries and start values as defaults, and checks them."""
+"""Holds the settings of a mixture, and checks them.
+
+Defaults are the paper's dictionaries and start values.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,10 @@ def _require_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 
 
 def in_range(value: float) -> bool:
-    """Whether a number is one to start from: 0, or of a magnitude from :data:`SMALLEST` to :data:`LARGEST`."""
+    """Tells whether a number is one to start from.
+
+    Such a number is 0, or of a magnitude from :data:`SMALLEST` to :data:`LARGEST`.
+    """
     return value == 0 or SMALLEST <= abs(value) <= LARGEST
 
 
@@ -336,7 +342,10 @@ class MixtureConfig:
 
     @property
     def psi_hat(self) -> tuple[float, float]:
-        """(slope, offset) of psi_hat = slope psi + offset, the gate of learned amplitudes, for which psi_hat(0) = 1."""
+        """Returns (slope, offset) of psi_hat = slope psi + offset, the gate of learned amplitudes.
+
+        With these, psi_hat(0) = 1.
+        """
         return {"sigmoid": (2.0, 0.0), "softmax": (float(self.softmax_size), 0.0), "tanh": (1.0, 1.0)}[self.gate]
 
     @property

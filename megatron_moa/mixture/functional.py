@@ -1,4 +1,7 @@
-"""Offers ``mixed_activation``, ``gate_coefficients`` and both in one: check shapes, then call the fastest backend."""
+"""Offers ``mixed_activation``, ``gate_coefficients``, and both in one, ``gated_mixture``.
+
+Each checks shapes, then calls the fastest backend.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,9 @@ def mixed_activation(
     per_token_scale: Tensor | None = None,
     group_ends: Tensor | None = None,
 ) -> Tensor:
-    """Mixes the dictionary's activations of fc1's output (equations in :func:`megatron_moa.mixture.reference.mix`).
+    """Mixes the dictionary's activations of fc1's output.
+
+    Equations are in :func:`megatron_moa.mixture.reference.mix`.
 
     Args:
         preactivation: fc1's output, [..., f] for type1, else [..., 2f] (activated branch first); bf16, fp16, fp32
@@ -70,8 +75,10 @@ def gate_coefficients(
     scale: Tensor | None = None,
     group_ends: Tensor | None = None,
 ) -> Tensor:
-    """The mixing coefficients of every token (MoA): c_k = scale psi(u_k x + b_k), or with learned amplitudes
-    c_k = scale a_k psi_hat(u_k x + b_k); equations in :func:`megatron_moa.mixture.reference.gate`.
+    """Computes the mixing coefficients of every token (MoA).
+
+    The coefficients are c_k = scale psi(u_k x + b_k), or with learned amplitudes c_k = scale a_k psi_hat(u_k x + b_k).
+    Equations are in :func:`megatron_moa.mixture.reference.gate`.
 
     Args:
         x: fc1's input, [..., h]; [t, h] with ``group_ends``.
@@ -109,7 +116,9 @@ def gated_mixture(
     bias: Tensor | None = None,
     per_token_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`mixed_activation` with the :func:`gate_coefficients` of ``gate``, as one function of autograd's.
+    """Computes :func:`mixed_activation` with the :func:`gate_coefficients` of ``gate``.
+
+    The two are one function of autograd's.
 
     Args:
         preactivation: [..., f] or [..., 2f]; further arguments are those of the two.
@@ -156,8 +165,10 @@ def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fused_backend(mixture: MixtureConfig, tensor: Tensor, weight: Tensor | None = None) -> autograd.Backend | None:
-    """The backend's module; None for eager, inside a graph, where tensors are shapes alone (on the meta device, fake),
-    whatever backend is named, and for float64, which is for checks and has the reference only.
+    """Returns the module of the backend, or None where the reference computes.
+
+    None is for eager. Whatever backend is named, None is also for what runs inside a graph, for tensors that are shapes
+    alone (on the meta device, fake), and for float64, which is for checks and has the reference only.
     """
     if torch.compiler.is_compiling():
         check_overwrite(mixture, "eager")
@@ -253,8 +264,9 @@ def check_overwrite(mixture: MixtureConfig, backend: str) -> None:
 
 @functools.cache
 def resolve_backend(backend: str, device_type: str) -> str:
-    """The backend that runs: ``auto`` takes ``triton`` on GPUs, else ``compile``, or ``eager`` without a compiler, and
-    logs that.
+    """Returns the name of the backend that runs.
+
+    ``auto`` takes ``triton`` on GPUs, else ``compile``. Without a compiler it takes ``eager``, and logs that.
 
     Raises:
         UserError: for a backend asked for by name that is not there.

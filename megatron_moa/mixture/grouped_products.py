@@ -1,4 +1,6 @@
-"""Multiplies tokens sorted by expert with each expert's own matrix, by torch's grouped product made safe.
+"""Multiplies tokens sorted by expert with each expert's own matrix.
+
+The product is torch's grouped product, made safe.
 
 ``group_ends`` [groups] int32 is the number of tokens up to and with each group: group g has the rows from
 ``group_ends[g - 1]`` to ``group_ends[g]`` (torch.nn.functional.grouped_mm calls it ``offs``). A group may be empty.
@@ -57,7 +59,10 @@ def grouped_linear_input_gradient(grad: Tensor, weight: Tensor, group_ends: Tens
 
 
 def grouped_linear_weight_gradient(grad: Tensor, x: Tensor, group_ends: Tensor) -> Tensor:
-    """grad[rows of g].T @ x[rows of g] for every group: [t, f] and [t, h] -> [groups, f, h]; 0 for an empty group."""
+    """Returns grad[rows of g].T @ x[rows of g] for every group g.
+
+    [t, f] and [t, h] give [groups, f, h], with 0 for an empty group.
+    """
     if x.dtype == torch.float64:
         sizes = group_sizes(group_ends)
         return torch.stack([g.t() @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)])
@@ -78,12 +83,18 @@ def _product_float64(rows: Tensor, matrices: Tensor, group_ends: Tensor) -> Tens
 
 
 def _dense(rows: Tensor) -> Tensor:
-    """The same rows one after the other: the gradient of a sum is one number with strides of 0, also without rows."""
+    """Returns the same rows, one after the other in memory.
+
+    The gradient of a sum is one number with strides of 0, also without rows.
+    """
     return rows.contiguous() if rows.numel() else rows.new_empty(rows.shape)
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The same rows with zeros behind each, where torch's product needs them: a gate's n is seldom a multiple."""
+    """Returns the same rows, with zeros behind each where torch's product needs them.
+
+    A gate's n is seldom a multiple of what the product asks for.
+    """
     multiple = _ALIGNMENT // tensor.element_size()
     missing = -tensor.shape[-1] % multiple
     return F.pad(tensor, (0, missing)) if missing else tensor

@@ -1,4 +1,6 @@
-"""Lowers a dictionary of activations to the terms they are made of (activations.py), and evaluates these with torch.
+"""Lowers a dictionary of activations to the terms that these are made of (activations.py).
+
+Functions here also evaluate the terms with torch.
 
 With r = max(x, 0), a mixture of a dictionary is
 
@@ -24,7 +26,9 @@ from megatron_moa.mixture.activations import ACTIVATIONS, FACTORS, LEVELS, POWER
 
 @dataclass(frozen=True)
 class Basis:
-    """The terms of a dictionary. Coefficients a are in this order: that of x, of powers, of factors, of levels.
+    """The terms of a dictionary of activations.
+
+    Their coefficients a are in this order: that of x, of powers, of factors, of levels.
 
     Attributes:
         linear: whether x itself is a term.

@@ -1,7 +1,7 @@
-"""Specifies the mixture by the paper's equations (arXiv 2605.26647) in plain PyTorch; the eager backend.
+"""Specifies the mixture by the paper's equations (arXiv 2605.26647) in plain PyTorch.
 
-Exported models carry this file, so it needs nothing but PyTorch (megatron_moa/hf). Notation of docs/mixture.md: K
-activations sigma_k, n coefficients, h the model's width, f the FFN's.
+This is the eager backend. Exported models carry this file, so it needs nothing but PyTorch (megatron_moa/hf). Notation
+of docs/mixture.md: K activations sigma_k, n coefficients, h the model's width, f the FFN's.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ def gate_coefficients(
     scale: Tensor | None = None,
     group_ends: Tensor | None = None,
 ) -> Tensor:
-    """:func:`gate` of the logits u_k x + b_k, times ``scale``; arguments as in functional.py's ``gate_coefficients``.
+    """Returns :func:`gate` of the logits u_k x + b_k, times ``scale``.
 
-    Float32 throughout, whatever the parameters are.
+    Arguments are as in functional.py's ``gate_coefficients``. All is computed in float32, whatever x is (in float64 for
+    a float64 weight).
     """
     if group_ends is not None:
         return torch.cat(
@@ -98,7 +99,9 @@ def _of(tensor: Tensor | None, group: int) -> Tensor | None:
 
 
 def mix(preactivation: Tensor, coefficients: Tensor, mixture: MixtureConfig) -> Tensor:
-    """The mixed activation, before the down projection: W2's input (type1) or W3's, eq. 3 to 10 of the paper.
+    """Returns the mixed activation, before the down projection.
+
+    It is W2's input (type1) or W3's, eq. 3 to 10 of the paper.
 
     | form | value | equations (LA, MoA) |
     | --- | --- | --- |
@@ -171,7 +174,9 @@ def feed_forward(
     amplitude: Tensor | None = None,
     coefficients: Tensor | None = None,
 ) -> Tensor:
-    """A whole feed-forward layer: f(x) = W2 sigma(W1 x) (Type I) or g(x) = W3 (sigma(W1 x) * W2 x) (Type II).
+    """Computes a whole feed-forward layer.
+
+    The layer is f(x) = W2 sigma(W1 x) (Type I) or g(x) = W3 (sigma(W1 x) * W2 x) (Type II).
 
     Args:
         x: [..., h], normalised.

@@ -1,4 +1,7 @@
-"""Measures how large a mixture's output is at step 0, beside SwiGLU's; needs PyTorch only, since exports carry it."""
+"""Measures how large a mixture's output is at step 0, beside SwiGLU's.
+
+This file needs PyTorch only, since exports carry it.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,9 @@ _SEED = 1234
 # Must not be named start_scale. Exports of format version 1 try to import that from here; where it is missing they use
 # their own copy of the mixture, whose one-sided and quadratic forms are other functions than this package's.
 def matching_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) -> float:
-    """The factor on all coefficients with which the layer's output has, at step 0, the mean square of SwiGLU's (GELU's
-    for type1); arguments as in :func:`output_scale`.
+    """Returns the factor on all coefficients that gives the output SwiGLU's mean square at step 0.
+
+    For type1 that is GELU's mean square. Arguments are as in :func:`output_scale`.
 
     Raises:
         UserError: one of the two is 0, and no factor makes them equal.
@@ -37,11 +41,11 @@ def matching_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) ->
 
 @functools.cache
 def output_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) -> float:
-    """Root mean square of the mixture before the down projection, over SwiGLU's (GELU's for type1), both at step 0.
+    """Returns the root mean square of the mixture over that of SwiGLU (GELU for type1) at step 0.
 
-    A normalised input makes preactivations and gate logits independent normal numbers, whose standard deviations are
-    the weights' times sqrt(h). The reference itself is sampled, with a seed of its own: the same on every rank and in
-    every run.
+    Both are taken before the down projection. A normalised input makes preactivations and gate logits independent
+    normal numbers, whose standard deviations are the weights' times sqrt(h). The reference itself is sampled, with a
+    seed of its own: the same on every rank and in every run.
 
     Args:
         mixture: the mixture; has the standard deviation of its gate vectors.

@@ -23,9 +23,10 @@ DEFAULT_INIT_STD = 0.02  # of fc1 and fc2, as GPT models have it
 
 
 class MixtureCoefficients(nn.Module):
-    """The mixing coefficients of one layer: gates (MoA), or numbers that are the same for every token (LA).
+    """Holds the mixing coefficients of one layer.
 
-    Nothing is filled in before :meth:`reset_parameters`.
+    They are gates (MoA), or numbers that are the same for every token (LA). Nothing is filled in before
+    :meth:`reset_parameters`.
 
     State: LA ``value`` [n]. MoA ``weight`` u [n, h]; ``bias`` b [n] with gate_bias; ``amplitude`` a [n] where learned;
     ``scale`` [1], a constant, with init_scale="matched" and fixed amplitude.
@@ -84,9 +85,10 @@ class MixtureCoefficients(nn.Module):
         return any((self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The coefficients [..., n] of x [..., h]; for LA [n], whatever x is. Float32 (of float64 parameters float64).
+        """Returns the coefficients [..., n] of x [..., h]; for LA [n], whatever x is.
 
-        Under autocast too: a gate's logits are a small product and decide over all hidden units.
+        They are float32 (of float64 parameters float64), under autocast too: a gate's logits are a small product and
+        decide over all hidden units.
         """
         if self.value is not None:
             # A copy: who shards the parameter may free its memory after this.
@@ -114,12 +116,13 @@ def _linear(*sizes: int, **where: Any) -> nn.Linear:
 
 
 class MixedFeedForward(nn.Module):
-    """A feed-forward layer whose activation is a mixture: fc2(mix(fc1(x), coefficients(x))) (docs/mixture.md).
+    """Computes a feed-forward layer whose activation is a mixture (docs/mixture.md).
 
-    With dropout on its output, as many models have. State: ``fc1.weight`` [f, h], for gated forms [W1; W2] as [2f, h];
-    ``fc2.weight`` [h, f]; ``fc1.bias`` and ``fc2.bias`` with ``bias``; ``coefficients.…`` as
-    :class:`MixtureCoefficients` has it. All are the same as in the Megatron layer, but that there they are called
-    linear_fc1 and linear_fc2.
+    The output is fc2(mix(fc1(x), coefficients(x))), with dropout on it, as many models have.
+
+    State: ``fc1.weight`` [f, h], for gated forms [W1; W2] as [2f, h]; ``fc2.weight`` [h, f]; ``fc1.bias`` and
+    ``fc2.bias`` with ``bias``; ``coefficients.…`` as :class:`MixtureCoefficients` has it. All are the same as in the
+    Megatron layer, but that there they are called linear_fc1 and linear_fc2.
 
     Under torch.compile and torch.export plain PyTorch computes the mixture and the compiler fuses it, unless the
     backend ``triton`` or ``compile`` is named.
@@ -180,7 +183,10 @@ class MixedFeedForward(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws fc1, then fc2, then the gates: with the same seed all mixtures start from the same linear maps."""
+        """Draws fc1, then fc2, then the gates.
+
+        With the same seed all mixtures start from the same linear maps.
+        """
         for linear, std in zip((self.fc1, self.fc2), self.init_stds, strict=True):
             nn.init.normal_(linear.weight, std=std)
             if linear.bias is not None:
@@ -226,9 +232,10 @@ class MixedFeedForward(nn.Module):
         up: str | None = None,
         down: str | None = None,
     ) -> Self:
-        """Takes over a trained gated layer, down(σ(gate(x)) ⊙ up(x)); computes the same function to begin with.
+        """Takes over a trained gated layer, down(σ(gate(x)) ⊙ up(x)).
 
-        Of Llama, Qwen, Gemma, Phi and others. SwiGLU has σ = SiLU; of other activations the dictionary must have σ.
+        The mixture computes the same function to begin with. Such layers are those of Llama, Qwen, Gemma, Phi and
+        others. SwiGLU has σ = SiLU; of other activations the dictionary must have σ.
 
         Args:
             module: the layer. Its weights are copied, it stays as it is.

@@ -1,7 +1,8 @@
-"""Finds out what a feed-forward layer of somebody else's computes, by its linear layers and by trying it.
+"""Finds out what a feed-forward layer of somebody else's computes.
 
-Names do not say it: in Gemma's layer act_fn is GELU, and Phi's gate_up_proj holds two matrices. So every reading of the
-layer that its shapes allow, with every activation of the dictionary, is computed and compared with the layer's output.
+The functions here look at its linear layers and try it. Names do not say what a layer computes: in Gemma's layer act_fn
+is GELU, and Phi's gate_up_proj holds two matrices. So every reading of the layer that its shapes allow, with every
+activation of the dictionary, is computed and compared with the layer's output.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ class Reading(NamedTuple):
     swapped: bool = False
 
     def fc1(self, module: nn.Module) -> Weights:
-        """Of [f, h], gated [2f, h] with the activated branch first; a bias of only one branch is 0 for the other."""
+        """Returns fc1's weights [f, h], gated [2f, h] with the activated branch first.
+
+        A bias of only one branch is 0 for the other.
+        """
         parts = [_weights(module.get_submodule(name)) for name in self.first]
         if self.swapped:
             linear, activated = _halves(parts[0])
@@ -131,9 +135,10 @@ def _halves(both: Weights) -> tuple[Weights, Weights]:
 
 
 def readings(module: nn.Module, names: Mapping[str, str | None] | None = None) -> list[Reading]:
-    """The ways in which the shapes of a module's linear layers make it a feed-forward layer; none for other modules.
+    """Lists the ways in which the shapes of linear layers make a module a feed-forward layer.
 
-    With ``names`` of roles, those ways in which each role that is named is played by the layer of that name.
+    For other modules there are none. With ``names`` of roles, the list has those ways in which each role that is named
+    is played by the layer of that name.
     """
     shapes = {name: tuple(_weights(linear).weight.shape) for name, linear in linear_layers(module).items()}
     roles = {3: ("gate", "up", "down"), 2: ("up", "down")}.get(len(shapes), ())
@@ -247,7 +252,10 @@ def _texts_for(way: Reading, module: nn.Module) -> Tensor:
 
 
 def _run(module: nn.Module, ways: list[Reading], what: str) -> tuple[Tensor, Tensor]:
-    """An input, and the module's output; of two linear layers either may be the first, so h may have two values."""
+    """Returns an input that the module takes, and the module's output.
+
+    Of two linear layers either may be the first, so h may have two values.
+    """
     why = ""
     for way in ways:
         x = _texts_for(way, module)
@@ -263,7 +271,10 @@ def _run(module: nn.Module, ways: list[Reading], what: str) -> tuple[Tensor, Ten
 
 
 def _errors(module: nn.Module, ways: list[Reading], x: Tensor, output: Tensor) -> Iterator[tuple[float, str, Reading]]:
-    """How far the output is from every activation in every reading, in parts of what fc2 gives a token at most."""
+    """Yields how far the output is from every activation in every reading.
+
+    Distances are in parts of the largest number that fc2, without its bias, gives a token.
+    """
     for way in ways:
         fc1, fc2 = way.fc1(module), way.fc2(module)
         if fc1.weight.shape[1] != x.shape[-1]:

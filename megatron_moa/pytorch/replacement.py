@@ -1,4 +1,7 @@
-"""Replaces the feed-forward layers of a model by mixtures that compute the same function to begin with."""
+"""Replaces the feed-forward layers of a model by mixtures.
+
+The mixtures compute the same function to begin with.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +59,10 @@ def replace_feed_forward(
 def load_replaced(
     folder: str | Path, model_class: type | None = None, backend: str = "auto", **settings: Any
 ) -> nn.Module:
-    """Loads a model of transformers whose layers :func:`replace_feed_forward` replaced, saved by ``save_pretrained``.
+    """Loads a model of transformers whose layers :func:`replace_feed_forward` replaced.
 
-    The stock class alone would build its own feed-forward layers and leave them as they start.
+    The model was saved by ``save_pretrained``. The stock class alone would build its own feed-forward layers and leave
+    them as they start.
 
     Args:
         folder: local, or a name on the Hugging Face Hub.
@@ -196,7 +200,10 @@ def _shown(match: OneMatch) -> str:
 
 
 def _swap(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Puts layers in the place of those of their names, and wherever else these are, since layers may be shared."""
+    """Puts layers in the place of a model's layers of the same names.
+
+    The new layers also take every other place of the old ones, since layers may be shared.
+    """
     new_of = {id(model.get_submodule(name)): layer for name, layer in new.items()}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children leaves out what was there before
@@ -256,7 +263,10 @@ def _noted(model: nn.Module, noted: list[dict[str, Any]], backend: str) -> dict[
 
 
 def _name_here(named: Mapping[str, nn.Module], noted: str) -> str:
-    """The module that a note speaks of; the replaced model may have been a part of this one, or this one of that."""
+    """Returns the name of the module that a note speaks of.
+
+    The replaced model may have been a part of this model, or this model a part of that.
+    """
     if noted in named:
         return noted
     alike = [name for name in named if name and (name.endswith(f".{noted}") or noted.endswith(f".{name}"))]

@@ -1,4 +1,6 @@
-"""Computes gates in one launch: product, bias, psi, amplitude and scale, for one gate or one per expert.
+"""Computes gates in one launch, for one gate or one per expert.
+
+The launch does product, bias, psi, amplitude and scale.
 
 A program has TOKENS rows of one expert. Which, it finds by counting tiles of the experts before it, so the host need
 not know how many tokens each has; experts that end inside a tile leave at most one tile each without work. TF32 holds
@@ -265,7 +267,10 @@ def _gate_sum_kernel(
     PARTIALS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """total[group] = the sum of its programs' rows of partial [programs, SIZE]; 0 for a group without tokens."""
+    """Sets total[group] to the sum of its programs' rows of partial [programs, SIZE].
+
+    A group without tokens gets 0.
+    """
     group = tl.program_id(1)
     begin = tl.full([], 0, tl.int32)
     end = programs
@@ -302,7 +307,10 @@ def forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:
 def backward(
     inputs: GateInputs, mixture: MixtureConfig, grad: Tensor, coefficients: Tensor, needed: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """``gate_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch, and one a parameter."""
+    """Computes ``gate_backward`` of :class:`megatron_moa.mixture.autograd.Backend`.
+
+    It takes one launch, and one for each parameter.
+    """
     inputs = _dense(inputs)
     x, weight, bias, amplitude = inputs[:4]
     need_x, need_weight = needed

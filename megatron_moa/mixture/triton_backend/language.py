@@ -1,4 +1,7 @@
-"""Makes Triton functions of the activations in activations.py: the same code, with ``torch`` read as Triton."""
+"""Makes Triton functions of the activations in activations.py.
+
+The code is the same, with ``torch`` read as Triton.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,9 @@ def _in_triton(meaning: Any, target: Target) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class Terms:
-    """A dictionary's terms (megatron_moa.mixture.lowering.Basis), with Triton's functions; a constant of kernels.
+    """A dictionary's terms (megatron_moa.mixture.lowering.Basis) with Triton's functions.
+
+    Kernels take such an object as a constant.
 
     Attributes:
         linear, powers, matrix: as in Basis.
@@ -135,7 +140,11 @@ def terms_of(dictionary: tuple[str, ...], target: Target) -> Terms:
 
 @triton.jit
 def widened(x, NVIDIA: tl.constexpr):
-    """x in float32. bfloat16 is its upper half: one instruction a number, where Triton's own conversion takes more."""
+    """Returns x in float32.
+
+    bfloat16 is the upper half of float32. With NVIDIA, one instruction a number puts it there; Triton's own conversion
+    takes more.
+    """
     if NVIDIA and x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [x], dtype=tl.int32, is_pure=True, pack=2
@@ -155,7 +164,10 @@ def load_branch(z, bias, row_start, column, inside, HAS_BIAS: tl.constexpr, NVID
 
 @triton.jit
 def tile_columns(start, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """[BLOCK / VECTOR, VECTOR]: the columns from ``start`` on, VECTOR neighbours to a row, which one thread holds."""
+    """Returns the columns from ``start`` on as [BLOCK / VECTOR, VECTOR].
+
+    A row has VECTOR neighbours, which one thread holds.
+    """
     return start + tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
 
 
@@ -189,7 +201,10 @@ def lowered(c, TERMS: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def polynomial(r, a, TERMS: tl.constexpr, LOWEST: tl.constexpr, DERIVATIVE: tl.constexpr):
-    """sum_p a_p r^(p - LOWEST) over powers p from LOWEST on, times p - 1 each for DERIVATIVE; None without any."""
+    """Returns sum_p a_p r^(p - LOWEST) over powers p from LOWEST on, or None without any.
+
+    For DERIVATIVE each summand is multiplied by p - 1.
+    """
     total = None
     for power in tl.static_range(3, LOWEST - 1, -1):
         if total is not None:
@@ -254,7 +269,10 @@ def value_and_derivative(x, a, TERMS: tl.constexpr):
 
 @triton.jit
 def add_terms(sums, g, x, TERMS: tl.constexpr, FIRST: tl.constexpr):
-    """``sums``, accumulators, with g times each term of x, summed over a thread's columns, added from FIRST on."""
+    """Returns ``sums``, accumulators, with g times each term of x added from FIRST on.
+
+    Each product is summed over a thread's columns.
+    """
     powers: tl.constexpr = FIRST + TERMS.linear
     factors: tl.constexpr = powers + len(TERMS.powers)
     levels: tl.constexpr = factors + len(TERMS.factors)
@@ -284,7 +302,10 @@ def add_terms(sums, g, x, TERMS: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def store_raised(pointer, sums, TERMS: tl.constexpr, FIRST: tl.constexpr):
-    """Writes the gradients of a dictionary's coefficients from a pointer on; its terms have ``sums`` from FIRST on."""
+    """Writes the gradients of a dictionary's coefficients from a pointer on.
+
+    The dictionary's terms have ``sums`` from FIRST on.
+    """
     totals = ()
     for term in tl.static_range(len(TERMS.matrix[0])):
         totals = totals + (tl.sum(sums[FIRST + term], axis=0),)

@@ -1,4 +1,6 @@
-"""Launches kernels by looking the compiled one up; Triton binds and inspects all arguments again, 11 us a launch.
+"""Launches kernels by looking up the compiled one.
+
+Triton's own launch binds and inspects all arguments again, which takes 11 us.
 
 What is looked up is what Triton compiles anew for: constants, warps, device, each tensor's dtype and whether it is
 aligned to 16 bytes, and of each integer whether it is 1, divisible by 16, and beyond 32 bits. The first launch of each

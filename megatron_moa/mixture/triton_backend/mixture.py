@@ -222,8 +222,9 @@ def forward(inputs: MixtureInputs, mixture: MixtureConfig) -> Tensor:
 def backward(
     inputs: MixtureInputs, mixture: MixtureConfig, grad: Tensor, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`: one launch (LA: and one sum over
-    programs), of the quadratic form one for every MOST_SUMS coefficients.
+    """Computes ``mixture_backward`` of :class:`megatron_moa.mixture.autograd.Backend`.
+
+    It takes one launch (LA: and one sum over programs), for the quadratic form one for every MOST_SUMS coefficients.
     """
     z, coefficients, bias, scale = inputs
     need_z, need_coefficients, need_scale = needed

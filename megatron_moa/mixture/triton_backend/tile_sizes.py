@@ -1,9 +1,9 @@
-"""Fixes tile sizes and warps of the kernels by GPU architecture, so that nothing is tuned in a training.
+"""Fixes tile sizes and warps of the kernels by GPU architecture.
 
-Tuning at run time would break CUDA-graph capture and differ between ranks. ``tools/tune_kernels.py`` measures
-candidates on the GPU at hand and writes a file; the environment variable MEGATRON_MOA_KERNELS names it for later runs.
-Its value may also be ``exact``, or begin with ``exact,``: then bfloat16 is computed to float32's accuracy, too. It is
-read once, before the first launch.
+So nothing is tuned in a training. Tuning at run time would break CUDA-graph capture and differ between ranks.
+``tools/tune_kernels.py`` measures candidates on the GPU at hand and writes a file; the environment variable
+MEGATRON_MOA_KERNELS names it for later runs. Its value may also be ``exact``, or begin with ``exact,``: then bfloat16
+is computed to float32's accuracy, too. It is read once, before the first launch.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def using(kernel: str, form: str, f: int, chosen: Configuration) -> Iterator[Non
 
 @functools.cache
 def default_configuration(kernel: str, f: int) -> Configuration:
-    """The configuration of what has not been tuned: eight columns a thread, few of them outside a row of f."""
+    """Returns the configuration of what has not been tuned.
+
+    A thread has eight columns, few of which lie outside a row of f.
+    """
     if kernel == "backward":
         # One warp a row: sums need no barrier and no shared memory, and are taken once for many columns of a thread.
         return Configuration(_BLOCKS[-1], warps=1)
