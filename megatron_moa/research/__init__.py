@@ -1,1 +1,4 @@
-"""Does it pay? Studies, analyses of gates, benchmarks, comparisons of runs, the fault drill. No training imports it."""
+"""Answers whether the mixture pays: studies, analyses of gates, benchmarks, comparisons of runs.
+
+The fault drill is here, too. No training imports this package.
+"""

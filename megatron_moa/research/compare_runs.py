@@ -1,4 +1,6 @@
-"""Records what a training computed, exactly and by global name, and compares two however each was split.
+"""Records what a training computed, exactly and by global name, and compares two such records.
+
+The two trainings may have been split in different ways.
 
     torchrun --nproc-per-node 2 -m megatron_moa.research.compare_runs --to FOLDER pretrain_gpt_moa.py ARGS...
 
@@ -315,8 +317,10 @@ def copies(pieces: Iterator[Piece]) -> list[Piece]:
 
 
 def gather_sharded_gradients(models: list[torch.nn.Module]) -> None:
-    """With the distributed optimizer each rank has the sum of its own shard only: fetches the others' into the gradient
-    buffers, which nobody else reads any more in this step.
+    """Fetches the sums of the other ranks' shards into the gradient buffers.
+
+    With the distributed optimizer each rank has the sum of its own shard only. Nobody else reads the buffers any more
+    in this step.
     """
     from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 

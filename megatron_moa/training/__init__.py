@@ -1,4 +1,5 @@
-"""What stands around Megatron's training loop: flags, the model's builder, optimizer groups, progress, exit codes.
+"""Holds what stands around Megatron's training loop, from flags to exit codes.
 
-Start with arguments.py, which parses and checks a command line, and model.py, which builds the model.
+The model's builder, optimizer groups and progress are among it. Start with arguments.py, which parses and checks a
+command line, and model.py, which builds the model.
 """

@@ -1,4 +1,7 @@
-"""Parses and checks the command line of a training, and takes the settings of a checkpoint where that is asked for."""
+"""Parses and checks the command line of a training.
+
+Takes the settings of a checkpoint where that is asked for.
+"""
 
 from __future__ import annotations
 
@@ -174,7 +177,10 @@ def _graphs_cover_mixtures(args: argparse.Namespace) -> bool:
 
 
 def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argparse.Namespace | None) -> None:
-    """``--use-checkpoint-args``: the checkpoint's settings become the run's, where its flags do not contradict them."""
+    """Takes the checkpoint's settings for the run, as ``--use-checkpoint-args`` asks.
+
+    They become the run's where its flags do not contradict them.
+    """
     from megatron.training.checkpointing import load_args_from_checkpoint
 
     folder = args.load or args.pretrained_checkpoint
@@ -191,7 +197,10 @@ def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argpa
 
 
 def _settle(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
-    """Sets what follows from the mixture and the machine, and checks that this machine can compute the mixture."""
+    """Sets what follows from the mixture and the machine.
+
+    Checks that this machine can compute the mixture.
+    """
     if args.moa_log_interval and args.fake_process_group:
         raise UserError(
             f"--moa-log-interval {args.moa_log_interval}: with --fake-process-group there are no ranks to sum over; "

@@ -24,10 +24,10 @@ from megatron_moa.training.progress import write_scalars
 
 
 class CoefficientMonitor:
-    """Records coefficients during every ``interval``-th iteration and logs their statistics over all ranks.
+    """Records coefficients during every ``interval``-th iteration, and logs their statistics.
 
-    They are summed and logged at the iteration's end (progress.py), where all ranks meet; the last rank, which has
-    TensorBoard and W&B, logs.
+    Statistics are over all ranks. Coefficients are summed and logged at the iteration's end (progress.py), where all
+    ranks meet; the last rank, which has TensorBoard and W&B, logs.
     """
 
     def __init__(self, mixture: MixtureConfig, interval: int) -> None:
@@ -105,8 +105,9 @@ class CoefficientMonitor:
 
 
 def _accumulate(target: Tensor, coefficients: Tensor) -> None:
-    """Adds the sum over tokens of the products of (1, c_1 ... c_n) to target [1 + n, 1 + n]: in the corner the number
-    of tokens, beside it the sums.
+    """Adds the sum over tokens of the products of (1, c_1 ... c_n) to the target.
+
+    The target is [1 + n, 1 + n], with the number of tokens in the corner and the sums beside that.
 
     Args:
         target: float64.
@@ -126,9 +127,11 @@ def _statistics_of(sums: Tensor) -> GateStatistics:
 
 
 def _of_all_gates(statistics: GateStatistics) -> tuple[float, float, float]:
-    """Effective rank of the centred tokens-by-coefficients matrix C; spread, the root mean square of the gates'
-    standard deviations; and the relative distance from a constant, |C - 1 m| / |C| with m the mean over tokens and
-    Frobenius' norm. NaN where coefficients are not finite: nan_guard.py decides whether to stop.
+    """Returns the effective rank, spread and distance from a constant of all gates together.
+
+    The effective rank is that of the tokens-by-coefficients matrix C, centred; the spread is the root mean square of
+    the gates' standard deviations; the distance is relative, |C - 1 m| / |C| with m the mean over tokens and Frobenius'
+    norm. NaN where coefficients are not finite: nan_guard.py decides whether to stop.
     """
     if not statistics.products.isfinite().all():
         return math.nan, math.nan, math.nan

@@ -1,6 +1,6 @@
-"""Ends a run early, on a signal or a lost rank, with a checkpoint where possible and a telling exit code.
+"""Ends a run early, on a signal or a lost rank, with a telling exit code.
 
-docs/reliability.md has the table of exit codes.
+A checkpoint is saved where possible. docs/reliability.md has the table of exit codes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class StopSignals:
             report(f"{signal.Signals(number).name} received: {then} with exit code {EXIT_SAVED_ON_SIGNAL}")
 
     def ignore_from_now(self) -> None:
-        """For a rank that is done: Python gives signals their default back while it shuts down, and would be killed."""
+        """Ignores the signals from now on, for a rank that is done.
+
+        Python gives signals their default back while it shuts down, and the rank would be killed.
+        """
         for number in self._numbers:
             signal.signal(number, signal.SIG_IGN)
 

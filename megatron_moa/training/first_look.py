@@ -39,7 +39,9 @@ _BLENDS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 
 
 def look(program: str, words: Sequence[str]) -> None:
-    """Prints the help and leaves with exit code 0, or refuses a mistake in one line with exit code 2, or returns.
+    """Prints the help, or refuses a mistake in one line, or returns.
+
+    Leaves with exit code 0 after the help, and with 2 after a mistake.
 
     Args:
         program: for messages.

@@ -80,8 +80,9 @@ def flops_per_token(args: argparse.Namespace, mixture: MixtureConfig | None) -> 
 
 
 def install(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
-    """Makes Megatron count gates and mixture too: in the log's throughput, and in the sum that checkpoints carry.
+    """Makes Megatron count the operations of gates and mixture, too.
 
+    They are then in the log's throughput, and in the sum that checkpoints carry.
     ``training.num_floating_point_operations`` of megatron-core 0.19.2 is wrapped in place: it knows the layers from
     ``args`` alone, and the training loop calls it by that name.
     """
@@ -137,7 +138,10 @@ def _feed_forwards(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
 
 
 def _moe_pattern(args: argparse.Namespace) -> list[bool]:
-    """Whether each layer is one of experts; those of multi-token prediction come last and are as the last one is."""
+    """Returns of each layer whether it is one of experts.
+
+    Layers of multi-token prediction come last and are as the last of the others.
+    """
     pattern = moe_layers(args)
     return pattern + [pattern[-1]] * (args.mtp_num_layers or 0)
 

@@ -1,7 +1,7 @@
-"""Measures how mixing coefficients vary over tokens, batch by batch, for the log and for analyses of gates.
+"""Measures how mixing coefficients vary over tokens, batch by batch.
 
-Every result follows from sums in float64: of coefficients by group (token type, position, expert), and of their
-products. No matrix of tokens by coefficients is kept.
+The log and analyses of gates use it. Every result follows from sums in float64: of coefficients by group (token type,
+position, expert), and of their products. No matrix of tokens by coefficients is kept.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class GateStatistics:
         return torch.where(variance > _NO_VARIANCE * square, variance, 0.0)
 
     def share_between(self, groups: GroupSums, corrected: bool = True) -> Tensor:
-        """Share of the variance that lies between groups, [n]; NaN where nothing varies or every group is one row.
+        """Returns the share of the variance that lies between groups, [n].
+
+        NaN where nothing varies; the corrected share is NaN where every group is one row, too.
 
         The naive share is that of the groups' means, SSB / SST. With few rows a group it is far too high: means of few
         rows differ by chance alone; with as many groups as rows it is 1 whatever the data. The corrected one takes off
@@ -115,10 +117,11 @@ class GateStatistics:
         return torch.where(total > 0, (between / total).clamp(0, 1), torch.nan)
 
     def type_means(self) -> Tensor:
-        """Each type's mean, drawn towards the mean of all by as much as its few occurrences ask for, [types, n].
+        """Returns each type's mean, drawn towards the mean of all, [types, n].
 
-        The best linear prediction under a model of random effects: m + w (m_t - m) with w = n_t B / (n_t B + W), B the
-        variance between types and W that within (of :meth:`share_between`). A type that was not seen gets m.
+        It is drawn by as much as the type's few occurrences ask for: the best linear prediction under a model of random
+        effects, m + w (m_t - m) with w = n_t B / (n_t B + W), B the variance between types and W that within (of
+        :meth:`share_between`). A type that was not seen gets m.
         """
         share = self.share_between(self.by_type).nan_to_num(0.0)
         weight = self.by_type.counts[:, None] * share
@@ -131,9 +134,10 @@ class GateStatistics:
         return torch.where(self.by_expert.counts[:, None] > 0, means, self.mean)
 
     def effective_rank(self) -> float:
-        """exp of the entropy of the normalised singular values of the centred matrix of tokens by coefficients (Roy and
-        Vetterli, "The effective rank", 2007): 1 where all coefficients move together, n where none does; 0 where
-        nothing varies.
+        """Returns the effective rank of the centred matrix of tokens by coefficients.
+
+        That is exp of the entropy of the normalised singular values (Roy and Vetterli, "The effective rank", 2007): 1
+        where all coefficients move together, n where none does; 0 where nothing varies.
         """
         values = self._eigenvalues().sqrt()
         if not values.sum() > 0:
@@ -142,8 +146,9 @@ class GateStatistics:
         return math.exp(-torch.special.xlogy(part, part).sum().item())
 
     def participation_ratio(self) -> float:
-        """(sum of the covariance's eigenvalues)² over the sum of their squares: as :meth:`effective_rank`, from 1 to n,
-        but weak directions count less.
+        """Returns (sum of the covariance's eigenvalues)² over the sum of their squares.
+
+        It is from 1 to n as :meth:`effective_rank`, but weak directions count less.
         """
         values = self._eigenvalues()
         return (values.sum().square() / values.square().sum()).item() if values.sum() > 0 else 0.0
@@ -165,9 +170,10 @@ class Interval:
 
 
 def paired_interval(differences: Sequence[float], clusters: Sequence[int]) -> Interval:
-    """The mean of differences and its 95 % interval by Student's t over clusters, whose members may depend on one
-    another: the cluster-robust standard error, sqrt(C / (C - 1) sum_c (sum_i in c (d_i - mean))²) / N, with C - 1
-    degrees of freedom.
+    """Returns the mean of differences and its 95 % interval by Student's t over clusters.
+
+    Members of a cluster may depend on one another: the standard error is cluster-robust, sqrt(C / (C - 1) sum_c (sum_i
+    in c (d_i - mean))²) / N, with C - 1 degrees of freedom.
 
     Args:
         differences: [N], such as of each window's loss.

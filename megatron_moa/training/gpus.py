@@ -99,7 +99,10 @@ def this_gpu() -> Gpu | None:
 
 
 def gpu_named(device_name: str) -> Gpu | None:
-    """The GPU that CUDA calls so (``NVIDIA H100 80GB HBM3``); None for one that :data:`GPUS` does not have."""
+    """Returns the GPU that CUDA calls so (``NVIDIA H100 80GB HBM3``).
+
+    None for one that :data:`GPUS` does not have.
+    """
     if re.search(_OTHER_BOARDS, device_name):
         return None
     for key, pattern in _DEVICE_NAMES.items():

@@ -1,8 +1,8 @@
-"""Builds Megatron's index cache, which says what documents make up a sample, on the first rank for all.
+"""Builds Megatron's index cache on the first rank for all.
 
-A run that finds the cache builds nothing. Megatron names its files by a digest of what they depend on: the data's paths
-and the tokenizer's as they were typed, the number of samples, split, sequence length and seed. docs/data.md, "The index
-cache".
+The cache says what documents make up a sample; a run that finds the cache builds nothing. Megatron names its files by a
+digest of what they depend on: the data's paths and the tokenizer's as they were typed, the number of samples, split,
+sequence length and seed. docs/data.md, "The index cache".
 """
 
 import errno
@@ -23,7 +23,7 @@ _BLEND_ARRAYS = ("description.txt", "dataset_index.npy", "dataset_sample_index.n
 
 
 def cache_files(datasets: Any) -> tuple[list[str], int]:
-    """The cache's files behind what Megatron's builder returned, and the number of indices that it keeps in none.
+    """Returns the cache's files behind datasets, and the number of indices that it keeps in none.
 
     Megatron caches nothing for mock data, and for a blend only under --data-cache-path.
 
@@ -48,9 +48,10 @@ def cache_files(datasets: Any) -> tuple[list[str], int]:
 
 
 def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
-    """Megatron's ``builder.build()``; a cache that a node does not see and data that would run out are one line.
+    """Calls Megatron's ``builder.build()``, and checks the index cache and the amount of data.
 
-    All ranks call it. The first one prints what it found in the cache and what it built.
+    A cache that a node does not see and data that would run out are one line. All ranks call this function. The
+    first one prints what it found in the cache and what it built.
 
     Returns:
         training, validation and test datasets, None where there is none.
@@ -128,7 +129,9 @@ def _names_in_cache(config: Any) -> set[str]:
 
 
 def _check_enough(datasets: Sequence[Any], builder: BlendedMegatronDatasetBuilder) -> None:
-    """Megatron repeats a single dataset, and those of a blend with weights, as often as needed; without weights it goes
+    """Checks that data without weights are enough for the run.
+
+    Megatron repeats a single dataset, and those of a blend with weights, as often as needed; without weights it goes
     once through each, and a longer run would end in the middle.
     """
     for dataset, wanted, name in zip(datasets, builder.sizes, ("training", "validation", "test"), strict=True):

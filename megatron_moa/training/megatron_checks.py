@@ -68,7 +68,10 @@ def _statement(frame: traceback.FrameSummary) -> str:
 
 
 def _flags_named_in(text: str, args: argparse.Namespace) -> str:
-    """The settings a text names, as typed: those of the command line, or else those that differ from their default."""
+    """Returns the settings that a text names, as typed.
+
+    They are those of the command line, or else those that differ from their default, or else all.
+    """
     defaults = parser_defaults()
     words = dict.fromkeys(re.findall(r"[a-z][a-z0-9_]+", text.lower().replace("-", "_")))
     in_code = re.findall(r"\bargs\.(\w+)", text)

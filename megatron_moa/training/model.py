@@ -58,10 +58,11 @@ class MixedGPTModelConfig(GPTModelConfig):
 
 
 def model_config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None) -> MixedGPTModelConfig:
-    """Megatron's ``gpt_config_from_args`` with the mixture, and ``--recompute-modules moe_act`` for its experts.
+    """Builds the model's config: Megatron's ``gpt_config_from_args`` with the mixture.
 
-    Megatron 0.19.2 admits moe_act for grouped experts only; MixedMLP serves it, so Megatron's check does not see it.
-    And it drops ``--rope-scaling-factor``: whatever is given, a model gets 8.
+    It serves ``--recompute-modules moe_act`` for the mixture's experts: Megatron 0.19.2 admits moe_act for grouped
+    experts only; MixedMLP serves it, so Megatron's check does not see it. And Megatron drops ``--rope-scaling-factor``
+    (whatever is given, a model gets 8), which is set here.
 
     Raises:
         UserError: settings of Megatron's that contradict each other, or would be ignored.
@@ -85,7 +86,10 @@ def model_config_from_args(args: argparse.Namespace, mixture: MixtureConfig | No
 
 
 class MixedGPTModelBuilder(GPTModelBuilder):
-    """Builds GPTModel from our specs; Megatron's builder would give multi-token prediction the stock layer."""
+    """Builds GPTModel from our specs.
+
+    Megatron's builder would give multi-token prediction the stock layer.
+    """
 
     @megatron_checks()
     def build_model(
@@ -144,7 +148,9 @@ class MixtureReport:
 def report_mixture(
     models: list[MegatronModule], mixture: MixtureConfig | None, form_reason: str | None = None
 ) -> list[MegatronModule]:
-    """Checks that what was asked for was built, prints it in one line, and returns the models as they came.
+    """Checks that what was asked for was built, and prints it in one line.
+
+    Returns the models as they came.
 
     Args:
         form_reason: why ``--moa-form auto`` became the mixture's form; None where the form was named.

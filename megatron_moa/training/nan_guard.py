@@ -1,4 +1,6 @@
-"""Stops a run at a NaN or Inf in loss or gradient, before the optimizer or a save, and names the layer.
+"""Stops a run at a NaN or Inf in loss or gradient, and names the layer.
+
+The run stops before the optimizer or a save.
 
 Megatron 0.19.2 looks at the local loss and at the norm of every gradient bucket (--check-for-nan-in-loss-and-grad, its
 default), and computes a step anew that has a NaN in them.  If it comes again, Megatron saves a checkpoint, NaN and all,
@@ -98,7 +100,9 @@ class StopOnNonFinite(RerunStateMachine):
     def validate_result(
         self, result: Any, rejection_func: Callable[[Any], bool], message: str, *rest: Any, **options: Any
     ) -> None:
-        """As Megatron's; without reruns (in evaluation, with --rerun-mode disabled) a rejected value stops this rank.
+        """Validates a result as Megatron does; without reruns a rejected value stops this rank.
+
+        There are no reruns in evaluation, and with --rerun-mode disabled.
 
         Raises:
             SystemExit: for such a value.
@@ -142,9 +146,9 @@ class StopOnNonFinite(RerunStateMachine):
         return False, True, EXIT_NOT_FINITE
 
     def refuse_to_save(self) -> None:
-        """Lets all ranks leave if a parameter of any is not finite: the last checkpoint is better than the next.
+        """Lets all ranks leave if a parameter of any is not finite.
 
-        An update can overflow although its gradient was finite.
+        The last checkpoint is better than the next. An update can overflow although its gradient was finite.
 
         Raises:
             SystemExit: on every rank.
@@ -220,9 +224,9 @@ _CONSEQUENCE = f"nothing was updated or saved with it; exit code {EXIT_NOT_FINIT
 
 
 def install() -> None:
-    """Makes :class:`StopOnNonFinite` Megatron's state machine, and lets it look before every save; before ``pretrain``.
+    """Makes :class:`StopOnNonFinite` Megatron's state machine, which looks before every save, too.
 
-    It needs the model, too: :func:`watch`.
+    To be called before ``pretrain``. The machine needs the model, too: :func:`watch`.
     """
     for change in (_MACHINE, _CHECK, _SAVE):
         change.install()
@@ -281,7 +285,9 @@ _SAVE = patch(
 
 
 def global_name(model: torch.nn.Module, name: str) -> str:
-    """A module's or parameter's name with the layer's and the expert's index in the whole model, counted from 0.
+    """Returns a module's or parameter's name in the whole model.
+
+    The indices of layer and expert in it are those in the whole model, counted from 0.
 
     Args:
         model: the model chunk on this rank, whose own indices ``name`` has.
@@ -306,14 +312,18 @@ def global_name(model: torch.nn.Module, name: str) -> str:
 
 
 def _iteration() -> int:
-    """As the log counts them. The state machine's own count is one ahead: ``train`` sets it to the first iteration, and
-    the machine then adds one.
+    """Returns the current iteration as the log counts.
+
+    The state machine's own count is one ahead: ``train`` sets it to the first iteration, and the machine then adds one.
     """
     return get_args().curr_iteration + 1
 
 
 def _by_stage(models: list[MegatronModule]) -> Iterator[tuple[int, MegatronModule]]:
-    """The model chunks on this rank with their place in the order of the pipeline, virtual stages included."""
+    """Returns the model chunks on this rank with their place in the order of the pipeline.
+
+    Virtual stages are included.
+    """
     size = parallel_state.get_pipeline_model_parallel_world_size()
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return ((chunk * size + rank, model) for chunk, model in enumerate(models))

@@ -78,7 +78,10 @@ def _check_weight_decay(args: argparse.Namespace) -> None:
 
 
 def check_validated_arguments(args: argparse.Namespace) -> None:
-    """Raises UserError for what Megatron 0.19.2 only fails at in the first step; after its own checks of ``args``."""
+    """Raises UserError for what Megatron 0.19.2 only fails at in the first step.
+
+    To be called after Megatron's own checks of ``args``.
+    """
     if args.use_layer_wise_distributed_optimizer and not args.bf16:
         # LayerWiseDistributedOptimizer then chains torch's optimizers bare: 'no attribute get_loss_scale'.
         raise UserError(
@@ -117,10 +120,10 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
 
 
 def check_saved_schedule(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Raises UserError if the checkpoint's learning rate and weight decay go by another schedule than the run's.
+    """Raises UserError if the checkpoint goes by another schedule than the run.
 
-    Megatron 0.19.2 has an assertion for it once everything is built, which names no flag. Arguments are those of
-    :func:`check_saved_optimizer`.
+    That is the schedule of learning rate and weight decay. Megatron 0.19.2 has an assertion for it once everything is
+    built, which names no flag. Arguments are those of :func:`check_saved_optimizer`.
     """
     if not loads_optimizer(args, saved, checkpoint):
         return

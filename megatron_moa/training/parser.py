@@ -17,7 +17,10 @@ from megatron_moa.megatron_fixes.kernel_defaults import set_plain_torch_defaults
 
 
 def add_all_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds our flags to Megatron's parser, sets the defaults this machine can serve, and makes errors one line."""
+    """Adds our flags to Megatron's parser.
+
+    Sets the defaults this machine can serve, and makes errors one line.
+    """
     add_flags(parser)
     set_plain_torch_defaults(parser)
     parser.error = lambda message: fail(parser.prog, message)
@@ -50,7 +53,9 @@ def _told_in_one_line(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def parse_flags() -> argparse.Namespace:
-    """Parses ``sys.argv`` by Megatron's parser with our flags, and refuses numbers and flags that mean nothing.
+    """Parses ``sys.argv`` by Megatron's parser with our flags.
+
+    Refuses numbers and flags that mean nothing.
 
     Raises:
         UserError: a flag that nothing reads, or an invalid number.

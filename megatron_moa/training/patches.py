@@ -1,7 +1,7 @@
-"""Makes the changes to Megatron that a training needs once its arguments are known: all of them, in one place.
+"""Makes the changes to Megatron that a training needs once its arguments are known.
 
-What must be changed before arguments are parsed, :func:`megatron_moa.startup.prepare` changes.
-``python -m megatron_moa.doctor --patches`` lists both, with reasons.
+All of them are in this one place. What must be changed before arguments are parsed,
+:func:`megatron_moa.startup.prepare` changes. ``python -m megatron_moa.doctor --patches`` lists both, with reasons.
 """
 
 from __future__ import annotations

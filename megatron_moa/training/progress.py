@@ -37,7 +37,10 @@ _REDRAW = 0.2  # seconds
 
 @contextmanager
 def wandb_errors(args: argparse.Namespace) -> Iterator[None]:
-    """Turns what W&B has against a start, raised inside on the last rank alone, into one line and exit code 2."""
+    """Turns what W&B has against a start into one line and exit code 2.
+
+    W&B's error is raised inside, on the last rank alone.
+    """
     try:
         yield
     except Exception as error:
@@ -184,7 +187,10 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Gives the line back, and writes out what TensorBoard holds back: validation and test after training, too."""
+        """Gives the terminal's last line back, and writes out what TensorBoard holds back.
+
+        That is validation and test after training, too.
+        """
         from megatron.training import get_tensorboard_writer
 
         if self.terminal is not None:
@@ -351,9 +357,10 @@ _PRINT = patch(
 
 
 def peak_flops(args: argparse.Namespace) -> tuple[float | None, str]:
-    """FLOP/s of one GPU that MFU is a part of (None: not known), and in a few words what that is, or why not.
+    """Returns the FLOP/s of one GPU that MFU is a part of, and in a few words what that is.
 
-    Training in fp8 is measured by fp8's peak, although attention and logits stay in bf16.
+    None where they are not known; the words then say why. Training in fp8 is measured by fp8's peak, although attention
+    and logits stay in bf16.
     """
     if args.moa_peak_tflops is not None:
         return args.moa_peak_tflops * 1e12, f"of {args.moa_peak_tflops:g} TFLOP/s a GPU (--moa-peak-tflops)"

@@ -1,4 +1,7 @@
-"""Sets up a benchmark and records what it ran on (flags, device, versions, commit) beside what it found."""
+"""Sets up a benchmark, and records what it ran on beside what it found.
+
+That is flags, device, versions and commit.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype by the flags of :func:`add_arguments`; sets the number of threads, and hides a GPU that is not
-    asked for, since Megatron takes any there is. To be called before CUDA is used.
+    """Returns the device and dtype that the flags of :func:`add_arguments` ask for.
+
+    Sets the number of threads, and hides a GPU that is not asked for, since Megatron takes any there is. To be called
+    before CUDA is used.
 
     Raises:
         UserError: CUDA is asked for where there is none.
@@ -126,7 +131,9 @@ def require_correct(
     hidden: int,
     scale: bool = False,
 ) -> None:
-    """Compares what is to be timed with the reference in float64, and leaves with exit code 1 where it is wrong.
+    """Compares what is to be timed with the reference in float64.
+
+    Leaves with exit code 1 where a result is wrong.
 
     Args:
         program: for the message.

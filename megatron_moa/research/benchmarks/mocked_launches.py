@@ -1,7 +1,7 @@
-"""Runs the Triton kernels' host side without a GPU: everything happens but the launches, on tensors of the CPU.
+"""Runs the host side of the Triton kernels without a GPU, on tensors of the CPU.
 
-Kernels are compiled for an H100 or H200, and their results are whatever memory held. For timing what Python takes, and
-for tests of what would be launched.
+Everything happens but the launches: kernels are compiled for an H100 or H200, and their results are whatever memory
+held. For timing what Python takes, and for tests of what would be launched.
 """
 
 from __future__ import annotations

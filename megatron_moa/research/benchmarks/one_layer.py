@@ -1,4 +1,7 @@
-"""Builds one feed-forward layer of Megatron's, stock or mixed, to be timed: its config, processes and groups."""
+"""Builds one feed-forward layer of Megatron's, stock or mixed, to be timed.
+
+The layer's config, processes and groups are made here, too.
+"""
 
 from __future__ import annotations
 

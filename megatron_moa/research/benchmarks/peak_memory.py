@@ -1,4 +1,7 @@
-"""Measures the memory of what the benchmarks in tools/ compare: its peak, and what is saved for backward."""
+"""Measures the memory of what the benchmarks in tools/ compare.
+
+That is its peak, and what is saved for backward.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ def peak_bytes(run: Run, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Saved:
-    """Storages kept for backward; a storage that several operations keep, or several views share, is there once."""
+    """Storages that are kept for backward.
+
+    A storage that several operations keep, or several views share, is there once.
+    """
 
     storages: tuple[torch.UntypedStorage, ...]
 

@@ -1,7 +1,8 @@
-"""Computes the mixture by plain torch.compile: what the paper timed, a contender of the benchmarks and no backend.
+"""Computes the mixture by plain torch.compile, as the paper timed it.
 
-The specification (megatron_moa/mixture/reference.py) is compiled as it stands and differentiated by torch's autograd,
-which also decides what is saved for backward. The backend ``compile`` is another thing: it has a backward of its own.
+This is a contender of the benchmarks and no backend. The specification (megatron_moa/mixture/reference.py) is compiled
+as it stands and differentiated by torch's autograd, which also decides what is saved for backward. The backend
+``compile`` is another thing: it has a backward of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ def _functions() -> dict[str, Callable[..., Tensor]]:
 
 
 def _function(plain: Callable[..., Tensor], at: int) -> Callable[..., Tensor]:
-    """The function by torch.compile; groups have sizes on the host, so each group's rows go in by themselves."""
+    """Compiles a function by torch.compile for all calls without groups of rows.
+
+    Groups have sizes on the host. With them the function itself is called: ``gate_coefficients`` then puts each group's
+    rows through its compiled form by themselves, ``mixed_activation`` runs as it stands.
+    """
     compiled = torch.compile(plain, fullgraph=True)  # whole, or an error: it never falls back to eager PyTorch
 
     def call(*arguments: object) -> Tensor:

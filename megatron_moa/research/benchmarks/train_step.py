@@ -38,7 +38,10 @@ def build(
     batches: Iterator[dict],
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> TrainStep:
-    """Model, optimizer and schedule as Megatron sets them up; the run is one training step inside ``context``."""
+    """Builds model, optimizer and schedule as Megatron sets them up.
+
+    The run is one training step inside ``context``.
+    """
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.enums import ModelType
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -10,8 +10,9 @@ from megatron_moa import startup
 
 
 def poison(what: str, parameter: str, iteration: int, value: float = float("nan")) -> None:
-    """Spoils a training that then begins in this process: one value of a parameter before an iteration, or its gradient
-    in it.
+    """Spoils a training that then begins in this process.
+
+    Changes one value of a parameter before an iteration, or all of its gradient in that iteration.
 
     Args:
         what: "parameter" or "gradient".

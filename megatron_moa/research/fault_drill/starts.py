@@ -45,7 +45,10 @@ class Log:
 
     @property
     def losses(self) -> dict[int, str]:
-        """lm loss by iteration as printed, without the second one: Megatron prints the mean of the first two there."""
+        """Returns the lm loss by iteration as printed, without the second one.
+
+        Megatron prints the mean of the first two there.
+        """
         lines = re.findall(r"iteration +(\d+)/.*?lm loss: (\S+)", self.text)
         return {int(iteration): loss for index, (iteration, loss) in enumerate(lines) if index != 1}
 
@@ -147,7 +150,10 @@ class Start:
         return f"exit code {codes}, {(self.log.text.strip().splitlines() or ['nothing printed'])[-1][:200]}"
 
     def kill(self) -> None:
-        """SIGKILL for whatever is left, with all that the ranks have started: each leads a process group of its own."""
+        """Sends SIGKILL to whatever is left, with all that the ranks have started.
+
+        Each rank leads a process group of its own.
+        """
         leaders = [process.pid for process in self.processes]
         for leader in leaders:
             leaders += children(leader)

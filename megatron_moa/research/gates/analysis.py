@@ -175,8 +175,10 @@ def beside_one_another(analyses: Mapping[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def markdown(analysis: dict[str, Any], explained: bool = True) -> Iterator[str]:
-    """Lines of Markdown: what was analysed, a table of the layers, the ablations with their intervals, training
-    continued, and what all that does not show.
+    """Yields an analysis as lines of Markdown.
+
+    First what was analysed, then a table of the layers, the ablations with their intervals, training continued, and
+    what all that does not show.
 
     Args:
         analysis: as tools/analyze_gates.py writes it.
@@ -282,8 +284,9 @@ WAYS = {"gates": "its gates train on", "frozen": "its gates frozen", "la": "coll
 
 
 def continued_summary(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each way of training on: mean loss, and the difference to training on as it is by paired seeds with its
-    interval.
+    """Returns the mean loss of each way of training on, and its difference to training on as it is.
+
+    The difference is by paired seeds, with its interval.
 
     Args:
         lines: ``way``, ``seed`` and ``loss``, one a training.

@@ -34,8 +34,9 @@ def write_collapsed(
     root: Path,
     megatron_flags: Sequence[str] = (),
 ) -> Comparison:
-    """Writes the LA as a checkpoint from which training starts at iteration 0, and compares it, as it lies on disk,
-    with the MoA whose coefficients are replaced by the same means.
+    """Writes the LA as a checkpoint from which training starts at iteration 0.
+
+    Compares the LA, as it lies on disk, with the MoA whose coefficients are replaced by the same means.
 
     Args:
         prepared: the MoA's checkpoint.

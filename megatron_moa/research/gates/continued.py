@@ -1,4 +1,6 @@
-"""Writes the trainings of examples/studies/continue_frozen.sh as JSON lines, with differences to the first way.
+"""Writes the trainings of examples/studies/continue_frozen.sh as JSON lines.
+
+Those of other ways than the first have their differences to the first.
 
 python -m megatron_moa.research.gates.continued runs/continued
 """
@@ -22,8 +24,10 @@ _PROGRAM = "gate_continued"
 
 
 def read_trainings(folder: Path) -> list[dict[str, Any]]:
-    """By seed and way: ``way``, ``seed``, ``loss`` (validation, after the last iteration), ``iterations``, ``tokens``,
-    peak learning rate ``lr``, and the ``difference`` to ``gates`` of the same seed.
+    """Reads all trainings of a folder, sorted by seed and way.
+
+    Each has ``way``, ``seed``, ``loss`` (validation, after the last iteration), ``iterations``, ``tokens``, peak
+    learning rate ``lr``, and the ``difference`` to ``gates`` of the same seed, where it is of another way.
 
     Raises:
         UserError: none there, or one that has not ended.

@@ -1,4 +1,7 @@
-"""Draws an analysis of gates from its JSON: how much each gate varies, and the activations that result."""
+"""Draws an analysis of gates from its JSON.
+
+The pictures show how much each gate varies, and the activations that result.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,10 @@ _TOKENS, _MEAN = "tab:orange", "black"
 
 
 def draw_curves(analysis: dict[str, Any], file: Path) -> None:
-    """The effective activations at the mean coefficients and at sampled tokens': a row a layer, a panel a mixed branch.
+    """Draws the effective activations at the mean coefficients and at those of sampled tokens.
 
-    A quadratic form has no curve for each branch: its mean is a map over both pre-activations, and beside that the
-    standard deviation over the tokens.
+    A row is a layer, a panel a mixed branch. A quadratic form has no curve for each branch: its mean is a map over both
+    pre-activations, and beside that the standard deviation over the tokens.
 
     Args:
         analysis: as tools/analyze_gates.py writes it.
@@ -82,7 +85,11 @@ def quadratic_map(basis: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _values(analysis: dict[str, Any], site: dict[str, Any], points: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pre-activations [points], every activation there [K, points], the means [n], sampled tokens' [tokens, n]."""
+    """Returns points, the activations there, and the coefficients to draw.
+
+    Pre-activations are [points], every activation there [K, points], the coefficients' means [n], and those of sampled
+    tokens [tokens, n].
+    """
     x = torch.linspace(-4, 4, points, dtype=torch.float64)
     basis = torch.stack([DEFINITIONS[name](x) for name in analysis["mixing"]["activations"]])
     mean = torch.tensor([gate["mean"] for gate in site["gates"]], dtype=torch.float64)
@@ -91,8 +98,9 @@ def _values(analysis: dict[str, Any], site: dict[str, Any], points: int) -> tupl
 
 
 def draw_gates(analysis: dict[str, Any], file: Path) -> None:
-    """Every gate's mean with its standard deviation over tokens, the part of it between token types darker: a row a
-    layer. Arguments as :func:`draw_curves`.
+    """Draws every gate's mean with its standard deviation over tokens, a row a layer.
+
+    The part of the deviation between token types is darker. Arguments as :func:`draw_curves`.
     """
     sites = analysis["sites"]
     names = [gate["name"] for gate in sites[0]["gates"]]

@@ -1,7 +1,7 @@
-"""Records a trained mixture's coefficients on a text, and takes its loss with other coefficients in their place.
+"""Records a trained mixture's coefficients on a text.
 
-Hooks on the modules that own the coefficients see, and may replace, what those modules return. Nothing else of the
-model changes.
+It also takes the mixture's loss with other coefficients in their place. Hooks on the modules that own the coefficients
+see, and may replace, what those modules return. Nothing else of the model changes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ FEWEST_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Windows:
-    """A text as a model is trained on it: documents one after the other, each with its end, cut into windows.
+    """A text as a model is trained on it, cut into windows.
+
+    Its documents stand one after the other, each with its end.
 
     Attributes:
         tokens: [windows, context + 1]; the last token of one is the first of the next.
@@ -132,7 +134,10 @@ Change = Callable[[Site, int, Tensor, Tensor], Tensor]
 
 
 def find_sites(loaded: LoadedModel) -> list[Site]:
-    """Every layer with coefficients, those of multi-token prediction left out: they take no part in the loss."""
+    """Finds every layer with coefficients, except those of multi-token prediction.
+
+    Layers of multi-token prediction take no part in the loss.
+    """
     sites = []
     for layer_name, layer in loaded.model.named_modules():
         if not isinstance(layer, TransformerLayer) or ".mtp." in f".{layer_name}.":
@@ -272,9 +277,10 @@ class GateProbe:
 
     @torch.inference_mode()
     def output_changes(self, means: Sequence[Tensor]) -> list[float]:
-        """How much each layer's output changes when its coefficients, and no other's, are replaced by their mean: the
-        root of the summed squares of the change over that of the output, on the second half of the text. The input is
-        the trained model's own.
+        """Measures how much each layer's output changes when the mean replaces its coefficients.
+
+        No other layer's are replaced, and the input is the trained model's own. The measure is the root of the summed
+        squares of the change over that of the output, on the second half of the text.
 
         Args:
             means: of each site, [experts, n].

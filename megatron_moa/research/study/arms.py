@@ -46,7 +46,10 @@ class Size:
 
     @property
     def ungated_ffn(self) -> int:
-        """Width of a layer without a gated unit: 4 h beside the paper's int(8 h / 3), else for as many parameters."""
+        """Returns the width of a layer without a gated unit.
+
+        It is 4 h beside the paper's int(8 h / 3), else what gives as many parameters.
+        """
         return 4 * self.hidden if self.ffn == 8 * self.hidden // 3 else round(self.ffn * _UNGATED_WIDTH)
 
     @property
@@ -132,7 +135,10 @@ def _scale(mixture: MixtureConfig, size: Size) -> float:
 
 
 def _mixed(name: str, title: str, mixture: MixtureConfig) -> tuple[Arm, Arm]:
-    """A mixture that starts with the paper's values, and NAME-matched: with the output scale of SwiGLU or GELU."""
+    """Returns a mixture's two arms: one with the paper's values at the start, and NAME-matched.
+
+    The latter starts with the output scale of SwiGLU or GELU.
+    """
     fixed = "SwiGLU" if mixture.gated else "GELU"
     return (
         Arm(name, title, mixture),
@@ -146,7 +152,10 @@ def _scaled(name: str, title: str, form: str, activation: str, like: str) -> Arm
 
 
 def _of_every_form() -> Iterator[Arm]:
-    """The paper's own arms: LA and MoA of every form, with every kind of gate that its tables 1 and 2 have."""
+    """Yields LA and MoA of every form: the paper's own arms, and each with its scale matched.
+
+    They have every kind of gate that the paper's tables 1 and 2 have.
+    """
     for form in FORMS:
         words = "Type I" if form == "type1" else form
         yield from _mixed(f"la-{form}", f"{words} LA", MixtureConfig("la", form))

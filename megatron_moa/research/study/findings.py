@@ -1,4 +1,7 @@
-"""Finds what each setting of a study says of a claim: the four ways to ask, each a rule on differences."""
+"""Finds what each setting of a study says of a claim.
+
+There are four ways to ask, each a rule on differences.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +122,11 @@ def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
 
 
 def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[Finding]:
-    """A gain in a larger setting, after one in a smaller, confirms; none there, or hardly any, contradicts."""
+    """Yields what each larger setting says of the gain in a smaller one.
+
+    A gain in both confirms. After a gain in the smaller, a loss in the larger contradicts, and so does an undecided
+    difference whose interval lies above the smaller's.
+    """
     known = {setting: results.difference(setting, *pair) for setting in results.settings}
     known = {setting: difference for setting, difference in known.items() if difference is not None}
     for small, before in known.items():
@@ -136,7 +143,11 @@ def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[Finding
 
 
 def _larger(results: Results, small: Setting, large: Setting, to: str, tokens: bool) -> bool:
-    """Whether two settings differ in that alone: more tokens, or a larger model of the kind with no fewer tokens."""
+    """Returns whether two settings differ in tokens alone, or in the model's size.
+
+    With ``tokens`` the second has more of them. Else it has a larger model of the kind, whose weights start with the
+    same deviation or the same pre-activations, and no fewer tokens.
+    """
     if (small[0], *small[3:]) != (large[0], *large[3:]) or _is_moe(results, small) != _is_moe(results, large):
         return False
     if tokens:

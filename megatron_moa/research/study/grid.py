@@ -232,7 +232,9 @@ def _size(where: str, name: str, table: Mapping[str, Any]) -> Size:
 
 
 def _from_recipe(where: str, recipe: str) -> dict[str, Any]:
-    """What a study's size has from a model of examples/models; ``flags``: what has no name in :class:`Size`.
+    """Reads what a study's size has from a model of examples/models.
+
+    ``flags`` is what has no name in :class:`Size`.
 
     Raises:
         UserError: no such recipe.

@@ -52,7 +52,9 @@ class StepTimes:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of finished runs that may be absent; one that a kill cut off, at the end, is left out.
+    """Reads the lines of a file of finished runs, which may be absent.
+
+    A last line that a kill cut off is left out.
 
     Raises:
         UserError: the file cannot be read, or another line is not one that tools/study.py writes.
@@ -66,7 +68,10 @@ def read_timings(path: Path) -> list[dict[str, Any]]:
 
 
 def end_last_line(path: Path) -> None:
-    """Makes a file ready for further lines: a last one without its newline gets it, or goes if it is cut off."""
+    """Makes a file ready for further lines.
+
+    A last line without its newline gets one, or goes if it is cut off.
+    """
     content = path.read_bytes() if path.exists() else b""
     if not content.endswith(b"\n") and content:
         start = content.rfind(b"\n") + 1

@@ -1,4 +1,7 @@
-"""Holds what arXiv 2605.26647 reports: loss minus the baseline's, in nats a token, to stand beside results."""
+"""Holds what arXiv 2605.26647 reports, to stand beside results.
+
+Losses are minus the baseline's, in nats a token.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,9 @@ ROWS = (
 
 
 def reported(arm: str, size: str, tokens: int) -> tuple[float, str] | None:
-    """What the paper reports of an arm, and of which model: of this one where it has it, else of its smallest.
+    """Returns the difference that the paper reports of an arm, and of which model.
+
+    The model is this one where the paper has it, else its smallest of the kind. None where that has no such arm.
 
     Args:
         arm: of megatron_moa.research.study.arms; ``relu2`` is compared with SwiGLU here.

@@ -1,4 +1,7 @@
-"""Draws a report's pictures: an arm looks the same in all of them, and the same results give the same bytes."""
+"""Draws a report's pictures.
+
+An arm looks the same in all of them, and the same results give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ def arm_panel(arm: str) -> str:
 
 
 def style(arm: str) -> dict[str, str]:
-    """Colour by family, shade and marker within it; dashed and hollow: a mixture started at the fixed layer's scale."""
+    """Returns how an arm is drawn: colour by family, shade and marker within the family.
+
+    Dashed and hollow is a mixture that starts at the fixed layer's scale.
+    """
     family, base = arm.split("-")[0], arm.removesuffix("-matched")
     relatives = [name for name in ARMS if name.split("-")[0] == family and not name.endswith("-matched")]
     number = relatives.index(base) if base in relatives else 0
@@ -138,7 +144,10 @@ def draw_rates(results: Results, file: Path, setting: Setting) -> None:
 
 
 def _cut(grid: Sequence[Sequence[Axes]], values: Sequence[float]) -> None:
-    """One y axis for all, up to three times what most arms lose: a run that all but diverged hides the rest."""
+    """Gives all panels one y axis, up to three times what most arms lose.
+
+    A run that all but diverged would hide the rest.
+    """
     low, middle, high = min(values), float(np.quantile(values, 0.75)), max(values)
     top = min(high, low + 3 * (middle - low)) if middle > low else high
     margin = 0.05 * (top - low) or 0.01
@@ -149,7 +158,9 @@ def _cut(grid: Sequence[Sequence[Axes]], values: Sequence[float]) -> None:
 def draw_curves(
     results: Results, file: Path, setting: Setting, arms: Sequence[str], milliseconds: dict[str, float] | None = None
 ) -> None:
-    """Training loss at each arm's best rate, and how far it is from the baseline's, over the seeds that both have.
+    """Draws training loss at each arm's best rate, and how far it is from the baseline's.
+
+    The distance is over the seeds that both have.
 
     Args:
         arms: to draw, the baseline among them.
@@ -178,7 +189,10 @@ def draw_curves(
 
 
 def _frame(axes: Axes, lines: Sequence[Line2D], part: float, with_zero: bool = False) -> None:
-    """A y axis for what follows the first part of a training, whose differences are far larger than those that last."""
+    """Fits a y axis to what follows the first part of a training.
+
+    Differences in that part are far larger than those that last.
+    """
     values = [value for line in lines for value in line.get_ydata()[int(part * len(line.get_ydata())) :]]
     values += [0.0] if with_zero else []
     margin = 0.05 * (max(values) - min(values)) or 0.01
@@ -204,8 +218,10 @@ def _course(
 
 
 def draw_growth(results: Results, file: Path, settings: Sequence[Setting], against_tokens: bool = False) -> None:
-    """Loss at the best rate against non-embedding parameters, or tokens, and the difference to the baseline with its
-    interval; the fitted law is a thin line where there are points enough for one.
+    """Draws loss at the best rate against non-embedding parameters, or tokens.
+
+    The difference to the baseline is below, with its interval; the fitted law is a thin line where there are points
+    enough for one.
 
     Args:
         settings: that differ in the size, or in the tokens, alone.
@@ -243,7 +259,10 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
 
 @contextmanager
 def _figure(rows: int, size: tuple[float, float], file: Path) -> Iterator[np.ndarray]:
-    """Panels [rows, 1] with one x axis, a PNG in the end, legends outside; what a user has configured takes no part."""
+    """Yields panels [rows, 1] with one x axis, and writes them as a PNG in the end.
+
+    Legends are outside. What a user has configured takes no part.
+    """
     with matplotlib.style.context("default", after_reset=True):
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(rows, 1, squeeze=False, sharex=True)

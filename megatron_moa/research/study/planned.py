@@ -57,7 +57,10 @@ def planned(study: Study) -> Iterator[str]:
 
 
 def _at_least(study: Study) -> dict[Cell, None]:
-    """The runs of rates that the file names, and of further seeds at best rates, which are not known yet (0 here)."""
+    """Returns the runs of rates that the file names, and of further seeds at best rates.
+
+    Best rates are not known yet, and 0 here.
+    """
     seeds = (
         Cell(*setting, arm, 0.0, seed)
         for grid in study.grids

@@ -223,7 +223,9 @@ class Runner:
                 )
 
     def run(self) -> None:
-        """Runs all cells; what was running when it is interrupted is ended, and goes on (:meth:`_start`) the next time.
+        """Runs all cells of the study.
+
+        Runs that are going when it is interrupted are ended, and go on (:meth:`_start`) the next time.
 
         Raises:
             UserError: another process works on the study; a run failed.
@@ -371,7 +373,10 @@ class Runner:
         return f"{text}, about {left / self.at_a_time / 60:.0f} min left" if left else text
 
     def _seconds(self, cell: Cell) -> float:
-        """How long a run will take: as others of its size and tokens did, else by FLOPs; 0 while nothing is known."""
+        """Estimates how many seconds a run will take.
+
+        A run takes as long as others of its size and tokens did, else by FLOPs; 0 while nothing is known.
+        """
         here = [line for line in self.results if line["cell"]["size"] in self.study.sizes]
         alike = [line for line in here if all(line["cell"][key] == getattr(cell, key) for key in ("size", "tokens"))]
         if alike:

@@ -145,8 +145,9 @@ class Results:
 
     @property
     def main(self) -> Setting:
-        """The setting with the most runs of further seeds, which decide what rates alone do not; of several, that with
-        the most runs, then the first.
+        """Returns the setting with the most runs of further seeds.
+
+        Such runs decide what rates alone do not. Of several settings, the one with the most runs, then the first.
         """
         runs = Counter(cell.setting for cell in self.lines)
         further = Counter(cell.setting for cell in self.lines if cell.seed != self.tuning_seed)
@@ -179,10 +180,11 @@ class Results:
         )
 
     def kinds(self, settings: Collection[Setting]) -> dict[Setting, tuple[object, ...]]:
-        """What models of different sizes must have in common for a law over sizes to be one of them, by setting.
+        """Returns by setting what models of different sizes must share for one law over sizes.
 
-        All flags but those of the size itself (a dense model and a MoE are not two sizes of one model), and the weights
-        at step 0: where their standard deviation is not everywhere the same, pre-activations as large, to two digits.
+        That is all flags but those of the size itself (a dense model and a MoE are not two sizes of one model), and the
+        weights at step 0: where their standard deviation is not everywhere the same, pre-activations as large, to two
+        digits.
         """
         flags = {setting: self.flags(setting) for setting in settings}
         deviations = {values.get("--init-method-std") for values in flags.values()}
@@ -210,7 +212,10 @@ class Results:
         return flags
 
     def differences(self, setting: Setting, arm: str, to: str) -> dict[int, float]:
-        """By seed that both have: loss of one arm minus another's, each at its best rate of those that were tried."""
+        """Returns the loss of one arm minus another's, by seed that both have.
+
+        Each arm is at its best rate of those that were tried.
+        """
         first, second = self.tuned(setting, arm), self.tuned(setting, to)
         if first is None or second is None:
             return {}
@@ -219,7 +224,9 @@ class Results:
     def difference(
         self, setting: Setting, arm: str, to: str, confidence: float = CONFIDENCE, without: Collection[int] = ()
     ) -> Interval | None:
-        """Over :meth:`differences`: paired, since a seed stands for the data's order and all shared weights at step 0.
+        """Returns the mean of :meth:`differences` with its interval, paired by seed.
+
+        A seed stands for the data's order and all shared weights at step 0.
 
         Args:
             without: seeds to leave out.
@@ -238,9 +245,10 @@ class Results:
         return replace(Interval.of(values, confidence), bound=bound)
 
     def may_be_lower(self, setting: Setting, arm: str) -> bool:
-        """Whether a rate that was not tried may be an arm's best: the best is at the end of those that were tried.
+        """Returns whether a rate that was not tried may be an arm's best.
 
-        An arm with one rate alone is taken for tuned where that is its baseline's best, and for not tuned elsewhere.
+        That is so where the best is at the end of those that were tried. An arm with one rate alone is taken for tuned
+        where that is its baseline's best, and for not tuned elsewhere.
         """
         own = ARMS[arm].baseline if arm in ARMS else BASELINE
         tuned, baseline = self.tuned(setting, arm), self.tuned(setting, own) or self.tuned(setting, BASELINE)
@@ -249,9 +257,9 @@ class Results:
         return not tuned.inside
 
     def lost(self, setting: Setting, arm: str, factor: float) -> dict[int, float]:
-        """By seed: loss at ``factor`` times the best rate less that at the best; infinite where the run diverged.
+        """Returns by seed the loss at ``factor`` times the best rate less that at the best.
 
-        Empty where no such rate was tried.
+        It is infinite where the run diverged. The result is empty where no such rate was tried.
         """
         tuned = self.tuned(setting, arm)
         if tuned is None:

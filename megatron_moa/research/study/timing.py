@@ -1,7 +1,8 @@
-"""Times every arm's training step, in alternation in one process, with nothing else of the study running.
+"""Times every arm's training step, in alternation in one process.
 
-Times in a study's results are taken while other runs go on beside it; comparisons at equal time use these. runner.py
-runs it as a process of its own: arms come in on stdin, medians go out on stdout, as JSON.
+Nothing else of the study is running. Times in a study's results are taken while other runs go on beside it; comparisons
+at equal time use the times from here. runner.py runs this module as a process of its own: arms come in on stdin,
+medians go out on stdout, as JSON.
 """
 
 from __future__ import annotations

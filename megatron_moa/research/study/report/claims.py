@@ -25,7 +25,10 @@ _CURVES = {  # between which of the paper's models a claim of growth goes
 
 
 def papers_claims(study: Material) -> Lines:
-    """Writes a row for each claim with the paper's coefficients at the start, and one for ours where they were run."""
+    """Writes a row for each claim with the paper's coefficients at the start.
+
+    A claim has a second row for ours where they were run.
+    """
     papers, ours = ([(claim, judge(study.results, claim, own)) for claim in CLAIMS] for own in (False, True))
     run = [(claim, verdict) for claim, verdict in ours if verdict.deciding]
     yield "## The paper's claims\n"

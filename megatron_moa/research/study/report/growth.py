@@ -94,7 +94,10 @@ def against_steps(study: Material) -> Lines:
 
 
 def _gap(tuned: Tuned, fixed: Tuned, part: float) -> str:
-    """Returns the difference over the last eighth of all steps before this part of them; empty without any."""
+    """Returns the difference over the last eighth of all steps before this part of them.
+
+    The text is empty without losses there, or where one is not finite.
+    """
 
     def losses(line: Mapping[str, Any]) -> np.ndarray:
         tokens, values = np.array(line["loss"], float).T

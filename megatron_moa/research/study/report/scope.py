@@ -49,7 +49,10 @@ def what_was_run(study: Material) -> Lines:
 
 
 def _gate_starts(study: Material) -> Lines:
-    """Writes how large gate vectors were at step 0, by width; without a flag they were drawn as the weights."""
+    """Writes how large gate vectors were at step 0, by width.
+
+    Without a flag of their own they were drawn as the weights.
+    """
     found: dict[str, None] = {}
     for line in study.results.lines.values():
         given = dict(pairwise(line["flags"]))
