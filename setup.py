@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """The version in ``megatron_moa/__init__.py``, read as text: importing it would need torch at build time."""
+    """Reads the version in ``megatron_moa/__init__.py`` as text: importing needs torch, at build time."""
     text = (ROOT / "megatron_moa" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, flags=re.MULTILINE)
     if match is None:

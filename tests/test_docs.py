@@ -287,6 +287,15 @@ def test_the_readme_is_short() -> None:
     assert max(map(len, lines)) <= 120
 
 
+def test_first_lines_of_docstrings_are_short() -> None:
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for folder in ("", "megatron_moa/**/", "tools/**/", "examples/**/", "tests/**/"):
+        for path in ROOT.glob(f"{folder}*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                text = ast.get_docstring(node) if isinstance(node, documented) else None
+                assert text is None or len(text.splitlines()[0]) <= 100, (path, text)
+
+
 @pytest.mark.parametrize("page", [page for page in PRESENT if page.name != "flags.md"], ids=name_of)
 def test_lines_of_prose_are_short(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)

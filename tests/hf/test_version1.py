@@ -80,7 +80,7 @@ def test_forms_that_changed_are_refused(name: str, tmp_path: Path, capsys: pytes
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_an_exports_own_code_takes_its_own_mixture() -> None:
+def test_imports_of_version_1s_code_fail_here() -> None:
     """Checks that the imports of version 1's code fail with the installed megatron_moa.
 
     Such code takes the mixture from an installed megatron_moa, and from its own folder where this fails.

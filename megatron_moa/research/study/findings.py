@@ -137,8 +137,8 @@ def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[Finding
             found = _found(results, pair, large, after, f"at {what} {before.mean:+.4f}")
             if before.verdict != BETTER:
                 found = replace(found, word=UNDECIDED, reason="no decided gain in the smaller one")
-            elif after.verdict == UNDECIDED and after.low > before.high:
-                found = replace(found, word=CONTRADICTED)
+            elif found.reason == REASONS[UNDECIDED] and after.low > before.high:
+                found = replace(found, word=CONTRADICTED, reason="")
             yield found
 
 
