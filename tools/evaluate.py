@@ -33,7 +33,7 @@ TASKS = ("hellaswag", "arc_easy", "arc_challenge", "openbookqa", "winogrande", "
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 _FILES = {  # settings that are fingerprints, as a message names them
     "model_files": "other files in --load",
-    "task_files": "other files in --data or --tasks-folder",
+    "task_files": "other files in --data, --tasks-folder or examples/evaluation",
 }
 _FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {out}: is the model's own folder; name another, such as {out / 'evaluation'}")
     check_folders(flags)
     settings["model_files"] = fingerprint(path for path in folder.iterdir() if path.is_file())
-    further = files_below(Path(flags.tasks_folder) if flags.tasks_folder else None)
+    further = [*files_below(OWN_TASKS), *files_below(Path(flags.tasks_folder) if flags.tasks_folder else None)]
     made_of = {
         name: {**settings, "task_files": fingerprint([*further, *files_below(data and data / name)])}
         for name in flags.tasks
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=flags.batch_size,
             max_length=model.context,
             prefix_token_id=model.first,
-            add_bos_token=model.puts_before_text,
+            add_bos_token=bool(model.before_text),
         )
         make_folder(out)
         for name, task in tasks.items():

@@ -3,7 +3,8 @@
     python tools/tabulate_runs.py runs/sweep-dense-0.12b          every train.log below that folder
     python tools/tabulate_runs.py runs/a/train.log runs/b/train.log --csv
 
-The table has each mixture's distance to the baseline's best. Runs that differ in the seed alone are one line: mean
+The table has each mixture's distance to the best of the baseline that is gated as it is (SwiGLU), or is not (ReLU2,
+GELU). Runs that differ in the seed alone are one line: mean
 validation loss after the last iteration, and the standard deviation over seeds. Settings are read from the list of
 arguments that a run prints, not from names of folders. Runs that are not at their end, or have no finite validation
 loss, are listed on stderr and counted nowhere.
@@ -26,14 +27,20 @@ from megatron_moa.errors import OneLineParser, UserError, one_line_errors, print
 from megatron_moa.runs.training_log import COUNT, NUMBER, TrainingLog
 
 PROGRAM = "tabulate_runs.py"
-# What names an arm; the rest of the settings must be the same in all runs.
-_ARM = (
-    *("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_amplitude"),
+# What an arm is: of a mixture all of it, of a baseline the layer alone.
+_LAYER = ("swiglu", "squared_relu", "ffn_hidden_size", "moe_ffn_hidden_size")
+_MIXTURE = (
+    *("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_gate_bias", "moa_freeze_gates", "moa_amplitude"),
     *("moa_init", "moa_gate_init_std", "moa_init_scale"),
 )
+_SETTINGS = (*_MIXTURE, *_LAYER)  # of an arm, in this order
+_SWIGLU = _SETTINGS.index("swiglu")
 _NUMBERS = {"lr": re.compile(NUMBER), "seed": re.compile(r"-?" + COUNT)}
-# The size of a comparison: runs of different ones do not belong into one table.
-_SAME = ("num_layers", "hidden_size", "seq_length", "global_batch_size", "train_iters", "optimizer", "lr_decay_style")
+# The terms of a comparison: runs of different ones do not belong into one table.
+_SAME = (
+    *("num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_router_topk", "seq_length"),
+    *("global_batch_size", "train_iters", "optimizer", "lr_decay_style", "weight_decay", "init_method_std", "split"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,11 @@ class Run:
 
     @property
     def arm(self) -> tuple[str, ...]:
-        """The mixture's settings; for a baseline its name alone."""
-        values = tuple(self.log.settings.get(name, "") for name in _ARM)
-        return values[:1] if values[0] == "none" else values
+        """The values of :data:`_SETTINGS`; those of a mixture are empty for a baseline."""
+        values = [self.log.settings.get(name, "") for name in _SETTINGS]
+        if values[0] == "none":
+            values[1 : len(_MIXTURE)] = [""] * (len(_MIXTURE) - 1)
+        return tuple(values)
 
     @property
     def learning_rate(self) -> float:
@@ -119,11 +128,11 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
                 others.append(str(error))
             else:
                 runs.append(run)
-    for run in runs[1:]:
-        for name in _SAME:
-            first, value = (r.log.settings.get(name) for r in (runs[0], run))
-            if first != value:
-                raise UserError(f"{run.path}: has {name} {value}, {runs[0].path} has {first}; tabulate them apart")
+    for name in _SAME:
+        known = [(run.path, run.log.settings[name]) for run in runs if name in run.log.settings]
+        for path, value in known[1:]:
+            if value != known[0][1]:
+                raise UserError(f"{path}: has {name} {value}, {known[0][0]} has {known[0][1]}; tabulate them apart")
     return runs, others
 
 
@@ -168,13 +177,18 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
 
 
 def arm_names(lines: Sequence[Line]) -> dict[tuple[str, ...], str]:
-    """A name for each arm: its mixing, and what else tells it from the others."""
-    mixed = [arm for arm in dict.fromkeys(line.arm for line in lines) if len(arm) > 1]
-    differing = [index for index in range(1, len(_ARM)) if len({arm[index] for arm in mixed}) > 1]
-    return {
-        line.arm: " ".join([line.arm[0], *(line.arm[index] for index in differing if index < len(line.arm))])
-        for line in lines
-    }
+    """A name for each arm: its mixing, and what else tells it from other mixtures, or from other baselines."""
+    arms = list(dict.fromkeys(line.arm for line in lines))
+    names = {}
+    for arm in arms:
+        alike = zip(*(other for other in arms if (other[0] == "none") == (arm[0] == "none")), strict=True)
+        words = [
+            setting.removeprefix("moa_") if value == "True" else value
+            for setting, value, values in zip(_SETTINGS, arm, alike, strict=True)
+            if len(set(values)) > 1 and value != "False"
+        ]
+        names[arm] = " ".join(words if words and words[0] == arm[0] else [arm[0], *words])
+    return names
 
 
 def best_of(lines: Sequence[Line]) -> dict[tuple[str, ...], Line]:
@@ -206,16 +220,21 @@ def untuned(lines: Sequence[Line]) -> list[str]:
 def rows_of(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     """The table's cells, its header first."""
     names = arm_names(lines)
-    baseline = best_of(lines).get(("none",))
+    best = best_of(lines)
+    baselines: dict[str, Line] = {}  # the best one of gated layers, and of others
+    for line in sorted(best.values(), key=lambda line: -line.mean):
+        if line.arm[0] == "none":
+            baselines[line.arm[_SWIGLU]] = line
     rows = [("mixing", "learning rate", "seeds", "validation loss", "over seeds", "ms", "to the baseline's best")]
     for line in lines:
-        difference = "" if baseline is None or line.arm == baseline.arm else f"{line.mean - baseline.mean:+.4f}"
+        baseline = baselines.get(line.arm[_SWIGLU], line)
+        difference = "" if line.arm == baseline.arm else f"{line.mean - baseline.mean:+.4f}"
         rows.append(
             (
                 names[line.arm],
                 f"{line.learning_rate:g}",
                 ",".join(map(str, line.seeds)),
-                f"{line.mean:.4f}" + (" *" if best_of(lines)[line.arm] is line else ""),
+                f"{line.mean:.4f}" + (" *" if best[line.arm] is line else ""),
                 "" if math.isnan(line.spread) else f"+- {line.spread:.4f}",
                 f"{line.milliseconds:.0f}",
                 difference,

@@ -155,6 +155,11 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
             ) from None
 
 
+def adds_special_tokens(tokenizer: Any) -> bool:
+    """Returns whether Megatron's tokenizer puts its model's first and last tokens around a text, as Llama's does."""
+    return getattr(tokenizer._tokenizer, "include_special_tokens", False)
+
+
 _TOKENIZER_DEFAULTS = {
     "vocab_size": None,
     "vocab_file": None,

@@ -24,11 +24,14 @@ def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> 
         for task in work:
             yield tokenize(task, settings)
         return
+    first = next(work, None)
+    if first is None:
+        return  # a part without documents
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (settings,))
     pending: deque[Future[Batch]] = deque()
     try:
         with signals_held():  # the first submit forks all workers; interrupted, it would lose track of one
-            pending.append(pool.submit(tokenize_in_worker, next(work)))
+            pending.append(pool.submit(tokenize_in_worker, first))
         for task in work:
             pending.append(pool.submit(tokenize_in_worker, task))
             if len(pending) >= 4 * workers:  # a bound on memory; enough that no worker waits

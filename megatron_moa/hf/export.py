@@ -313,7 +313,7 @@ def validation_loss(saved: argparse.Namespace, root: Path) -> float | None:
             curve = read_course(folder).validation
         except UserError:
             continue  # no run's log there
-        before = curve.values[curve.tokens <= tokens]
+        before = curve.values[curve.tokens <= tokens * (1 + 1e-6)]  # TensorBoard keeps tokens as float32
         if len(before):
             return float(before[-1])
     return None

@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedConfig,
@@ -31,7 +32,7 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.folder import file_in, indexed_files, read_json
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM, GPTMoAModel, mixture_config
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.trained.text_model import TextModel
+from megatron_moa.trained.text_model import TextModel, tokens_before_text
 
 
 @dataclass(frozen=True)
@@ -88,34 +89,12 @@ class FolderModel(TextModel):
         return self.tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Returns the text's tokens without those that a tokenizer puts around a text.
-
-        The latter stand in front of a prompt only (:meth:`start`).
-        """
         # Not verbose: it would warn of texts longer than the context, which are taken in windows.
         return self._some_tokenizer().encode(text, add_special_tokens=False, verbose=False)
 
-    def start(self, text: str) -> list[int]:
-        """Returns the tokens that the model is given for a prompt, as in :class:`TextModel`.
-
-        Models of others get the tokens, too, that their tokenizer puts before a text.
-        """
-        return self._before_text() + self.encode(text) or super().start(text)
-
     @property
-    def first(self) -> int | None:
-        return (self._before_text() or [self.end])[-1]
-
-    @property
-    def puts_before_text(self) -> bool:
-        """Whether texts are given to the model with what their tokenizer puts in front."""
-        return bool(self._before_text())
-
-    def _before_text(self) -> list[int]:
-        """None for exports of ours, which were trained without."""
-        if self.tokenizer is None or isinstance(self.config, GPTMoAConfig):
-            return []
-        return [token for token in self.tokenizer.encode("") if token != self.end]  # it may put one behind, too
+    def before_text(self) -> list[int]:
+        return [] if self.tokenizer is None else tokens_before_text(self.tokenizer)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._some_tokenizer().decode(tokens, skip_special_tokens=False)
@@ -194,6 +173,8 @@ def load_folder(folder: Path) -> FolderModel:
             raise UserError(f"--load {folder}: weights do not fit config.json, {kind}: {named}; export it again")
     if not getattr(model.config, "max_position_embeddings", None):
         raise UserError(f"{folder / 'config.json'}: has no max_position_embeddings, which says how long a text may be")
+    # What else a folder has for generate, such as a penalty of repetitions, would change what is chosen.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     mixture = mixture_config(model.config) if isinstance(model.config, GPTMoAConfig) else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return FolderModel(model.eval().requires_grad_(False).to(device), tokenizer, mixture)

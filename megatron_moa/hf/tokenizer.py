@@ -7,11 +7,15 @@ installed to use it.
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_moa.data.tokenizers import SENTENCEPIECE_TYPES
+from megatron_moa.data.tokenizers import SENTENCEPIECE_TYPES, adds_special_tokens
 from megatron_moa.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Scripts with and without spaces, right to left, combining marks, digits, code, runs of white space at the ends and in
 # between, characters beyond the basic plane, joined emoji, and the mark that sentencepiece writes for a space.
@@ -53,13 +57,14 @@ def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path) -> 
             raise UserError(f"--special-tokens: added beside {model}, they cannot be exported; add --no-tokenizer")
         _from_sentencepiece(Path(model), args.seq_length).save_pretrained(folder)
     elif isinstance(getattr(library, "tokenizer", None), PreTrainedTokenizerBase):
-        library.tokenizer.save_pretrained(folder)
+        own = library.tokenizer if adds_special_tokens(tokenizer) else _without_special_tokens(library.tokenizer)
+        own.save_pretrained(folder)
     else:
         raise UserError(f"--tokenizer-type {kind}: cannot be exported; add --no-tokenizer and put one there yourself")
     exported = AutoTokenizer.from_pretrained(folder)
     added = list(exported.get_added_vocab())
     text = SAMPLE + " ".join(added) + "x".join(added)
-    expected, ids = tokenizer.tokenize(text), exported.encode(text, add_special_tokens=_adds_specials(library))
+    expected, ids = tokenizer.tokenize(text), exported.encode(text)
     if ids != expected:
         first = next((i for i, pair in enumerate(zip(ids, expected, strict=False)) if pair[0] != pair[1]), len(ids))
         raise UserError(
@@ -69,9 +74,17 @@ def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path) -> 
     return True
 
 
-def _adds_specials(library: Any) -> bool:
-    """Whether the trained tokenizer puts its model's first and last tokens around a text."""
-    return getattr(library, "include_special_tokens", False)
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Returns a copy that puts nothing around a text, as --tokenizer-hf-no-include-special-tokens trained."""
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(tokenizer)
+    for name in ("add_bos_token", "add_eos_token"):
+        if getattr(tokenizer, name, False):
+            setattr(tokenizer, name, False)
+    if tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False) and tokenizer.is_fast:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    return tokenizer
 
 
 def _from_sentencepiece(path: Path, max_length: int) -> Any:

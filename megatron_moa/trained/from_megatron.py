@@ -28,10 +28,10 @@ from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.guard import EarlierIsComplete, changed_scales, check_before_setup, match_tensors
 from megatron_moa.checkpoints.names import EXTRA_STATE
 from megatron_moa.checkpoints.tensors import CheckpointTensors, check_pickles
-from megatron_moa.data.tokenizers import build_tokenizer, check_tokenizer
+from megatron_moa.data.tokenizers import adds_special_tokens, build_tokenizer, check_tokenizer
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.trained.text_model import TextModel
+from megatron_moa.trained.text_model import TextModel, tokens_before_text
 from megatron_moa.training.arguments import parse_arguments
 from megatron_moa.training.model import MixedGPTModelBuilder, MixedGPTModelConfig, check_mixture, model_config_from_args
 
@@ -47,6 +47,7 @@ class LoadedModel(TextModel):
         args: Megatron's args, the model's settings as in the checkpoint.
         mixture: its mixture, None for stock feed-forward layers.
         tokenizer: the one it was trained with.
+        rows: of the embedding, without padding; an imported model may have more than its tokenizer has tokens.
         iteration: the training iteration it was saved at.
         saved_ends: the tokens that end a text by the Hugging Face folder it came from; None where it came from none.
     """
@@ -55,6 +56,7 @@ class LoadedModel(TextModel):
     args: argparse.Namespace
     mixture: MixtureConfig | None
     tokenizer: Any
+    rows: int
     iteration: int
     saved_ends: Sequence[int] | None = None
 
@@ -64,7 +66,7 @@ class LoadedModel(TextModel):
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+        return self.rows
 
     @property
     def context(self) -> int:
@@ -78,7 +80,13 @@ class LoadedModel(TextModel):
     def ends(self) -> tuple[int, ...]:
         return tuple(self.saved_ends) if self.saved_ends else super().ends
 
+    @property
+    def before_text(self) -> list[int]:
+        return tokens_before_text(self.tokenizer._tokenizer.tokenizer) if adds_special_tokens(self.tokenizer) else []
+
     def encode(self, text: str) -> list[int]:
+        if adds_special_tokens(self.tokenizer):
+            return self.tokenizer._tokenizer.tokenizer.encode(text, add_special_tokens=False, verbose=False)
         return self.tokenizer.tokenize(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -163,7 +171,8 @@ class PreparedCheckpoint:
         for parameter in model.parameters():
             parameter.requires_grad = False
         iteration = self.checkpoint.iteration or 0
-        return LoadedModel(models[0].eval(), self.args, self.config.mixture, self.tokenizer, iteration, self.saved_ends)
+        mixture, rows = self.config.mixture, self.vocab_size
+        return LoadedModel(models[0].eval(), self.args, mixture, self.tokenizer, rows, iteration, self.saved_ends)
 
 
 def _load_weights(model: GPTModel, folder: Path) -> None:

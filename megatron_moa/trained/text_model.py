@@ -11,11 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_moa.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NO_NUMBERS = "the model's logits are NaN or infinite: its weights are, or overflow; take an earlier checkpoint"
 
@@ -103,13 +107,18 @@ class TextModel(ABC):
         return () if self.end is None else (self.end,)
 
     @property
+    def before_text(self) -> list[int]:
+        """Returns the tokens that the tokenizer puts in front of every text, in training too, such as Llama's."""
+        return []
+
+    @property
     def first(self) -> int | None:
-        """The token in front of a text: that between documents, as in training."""
-        return self.end
+        """The token in front of a text: what its tokenizer puts there, else that between documents, as in training."""
+        return (self.before_text or [self.end])[-1]
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The text's tokens."""
+        """The text's tokens, without those that a tokenizer puts around a text."""
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
@@ -132,7 +141,7 @@ class TextModel(ABC):
         Raises:
             UserError: it is empty, and the model has no token between documents.
         """
-        tokens = self.encode(text) if text else []
+        tokens = [*self.before_text, *(self.encode(text) if text else [])]
         if not tokens and self.first is None:
             raise UserError("the prompt is empty, and the model has no token that begins a document; give a text")
         return tokens or [self.first]
@@ -209,8 +218,8 @@ class TextModel(ABC):
     def text_loss(self, text: str, stride: int | None = None, window: int | None = None) -> TextLoss:
         """The loss of a text of any length, as one document.
 
-        The end-of-document token stands before the text, as in training, and is no part of what is predicted; nothing
-        is predicted behind the text. A window of as many tokens as the context moves on by ``stride`` and counts the
+        The token :attr:`first` stands before the text, as in training, and is no part of what is predicted; nothing is
+        predicted behind the text. A window of as many tokens as the context moves on by ``stride`` and counts the
         tokens that none before it has counted: all but those near the start see ``window - stride`` tokens or more.
 
         Args:
@@ -249,6 +258,13 @@ class TextModel(ABC):
     def _check_length(self, length: int, what: str) -> None:
         if length > self.context:
             raise UserError(f"{what} has {length} tokens, the model's context {self.context}; shorten it")
+
+
+def tokens_before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns what a tokenizer of transformers puts in front of every text; it may put something behind, too."""
+    whole, text = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    starts = [place for place in range(len(whole)) if text and whole[place : place + len(text)] == text]
+    return whole[: starts[0]] if starts else []
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

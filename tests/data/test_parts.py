@@ -58,6 +58,9 @@ def test_parts_merge_to_what_one_process_writes(
     merge(tmp_path / "d")
     same_files(tmp_path / "whole", tmp_path / "d")
     assert len(list(tmp_path.glob("d.part-*"))) == 3 * parts
+    if parts == 60:  # the last has no documents, and two workers nothing to do
+        preprocess(model, tmp_path / "e", *mixed, *shuffle, "--workers", 2, "--part", "60/60")
+        assert os.path.getsize(tmp_path / "e.part-00060-of-00060.bin") == 0
     os.rename(tmp_path / "d.bin", tmp_path / "first.bin")
     os.rename(tmp_path / "d.idx", tmp_path / "first.idx")
     (tmp_path / "d.part-00001-of-00001x.bin").touch()  # no part

@@ -65,7 +65,7 @@ def load(kind: str, mixture: MixtureConfig = MOA, **settings: Any) -> LoadedMode
         for name, parameter in module.named_parameters():
             parameter.data = torch.randn_like(parameter) * (0.6 if name == "weight" else 0.3) + (name == "amplitude")
     args, tokenizer = SimpleNamespace(max_position_embeddings=CONTEXT), SimpleNamespace(vocab_size=32, eod=END)
-    return LoadedModel(model, args, mixture, tokenizer, 7)
+    return LoadedModel(model, args, mixture, tokenizer, tokenizer.vocab_size, 7)
 
 
 def owners(model: GPTModel) -> list[Coefficients]:

@@ -58,6 +58,27 @@ def test_arms_are_told_apart_by_what_differs(tmp_path: Path, capsys: pytest.Capt
     assert [line[0] for line in lines[1:]] == ["none", "moa bi-sided", "moa one-sided"]
 
 
+def test_layers_and_all_settings_of_gates_tell_arms_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gated, other = {"swiglu": True, "squared_relu": False}, {"swiglu": False, "squared_relu": True}
+    moa = {"moa_mixing": "moa", "moa_gate_bias": False, "moa_freeze_gates": False}
+    write_log(tmp_path / "1", loss=3.0, **gated, ffn_hidden_size=170)
+    write_log(tmp_path / "2", loss=3.5, **other, ffn_hidden_size=256)
+    write_log(tmp_path / "3", loss=3.1, **gated, **moa, moa_form="bi-sided")
+    write_log(tmp_path / "4", loss=3.2, **gated, **moa | {"moa_gate_bias": True}, moa_form="bi-sided")
+    write_log(tmp_path / "5", loss=3.3, **gated, **moa | {"moa_freeze_gates": True}, moa_form="bi-sided")
+    write_log(tmp_path / "6", loss=3.4, **other, **moa, moa_form="type1")
+    tabulate_runs.main([str(tmp_path)])
+    found = {row[0]: [*row, ""][6] for row in rows(capsys.readouterr().out)[2:]}
+    assert found == {
+        "none swiglu 170": "",
+        "none squared_relu 256": "",
+        "moa bi-sided swiglu": "+0.1000",
+        "moa bi-sided gate_bias swiglu": "+0.2000",
+        "moa bi-sided freeze_gates swiglu": "+0.3000",
+        "moa type1 squared_relu": "-0.1000",
+    }
+
+
 def test_logs_of_format_version_1_have_todays_names_or_are_not_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,14 +132,16 @@ def test_unfinished_and_diverged_runs_are_named_and_not_counted(
     ("second", "message"),
     [
         ({"hidden_size": 128, "seed": 2}, "has hidden_size 128, "),
+        ({"num_experts": 8, "seed": 2}, "has num_experts 8, "),
+        ({"weight_decay": 0.0, "seed": 2}, "has weight_decay 0.0, "),
         ({}, "the same run as "),
     ],
 )
 def test_what_does_not_belong_into_one_table_is_refused(
     second: dict[str, object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_log(tmp_path / "a", loss=3.0)
-    write_log(tmp_path / "b", loss=3.0, **second)
+    write_log(tmp_path / "a", loss=3.0, num_experts=None, weight_decay=0.1)
+    write_log(tmp_path / "b", loss=3.0, **{"num_experts": None, "weight_decay": 0.1, **second})
     with pytest.raises(SystemExit) as caught:
         tabulate_runs.main([str(tmp_path)])
     assert caught.value.code == 2

@@ -7,18 +7,23 @@ import math
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from megatron.core.tokenizers import MegatronTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_moa.data.corpus import read_documents
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.loading import load_folder
+from megatron_moa.hf.loading import FolderModel, load_folder
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
+from megatron_moa.hf.tokenizer import export_tokenizer
+from megatron_moa.trained.from_megatron import LoadedModel
 from megatron_moa.trained.text_model import TextLoss
 from tests.hf.test_convert_to_hf import EAGER, SPLIT, convert
 from tests.support import inference_runs, launch
@@ -264,6 +269,44 @@ def test_any_of_several_end_tokens_ends_a_text(file: str, tmp_path: Path) -> Non
     assert model.ends == (unused, free.tokens[3])
     (ended,) = model.generate([[1]], 8)
     assert (ended.tokens, ended.ended) == (free.tokens[: free.tokens.index(free.tokens[3])], "document")
+
+
+def test_a_folders_penalties_change_nothing(tmp_path: Path) -> None:
+    """Instruction models have them in generation_config.json: the tokens are those that the logits choose."""
+    path = write_model(tmp_path / "model")
+    (free,) = load_folder(path).generate([[1]], 8)
+    rewrite(path / "generation_config.json", repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=3)
+    assert load_folder(path).generate([[1]], 8) == [free]
+
+
+@pytest.mark.parametrize("trained_with", [True, False])
+@pytest.mark.parametrize("template", ["$A", "<s> $A", "<s> $A </s>", "</s> $A"])
+def test_what_a_tokenizer_puts_before_a_text_is_there_in_checkpoint_and_export(
+    template: str, trained_with: bool, tmp_path: Path
+) -> None:
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = [("<s>", 1), ("</s>", 2)]
+    words.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path / "trained")
+    args = Namespace(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "trained"), seq_length=16)
+    trained = MegatronTokenizer.from_pretrained(
+        args.tokenizer_model, {"library": "huggingface"}, include_special_tokens=trained_with
+    )
+    assert export_tokenizer(trained, args, tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    document = trained.tokenize("a b")
+    assert exported.encode("a b") == document
+    before = [vocabulary[name] for name in template.split("$A")[0].split()] if trained_with else []
+    checkpoint = LoadedModel(None, Namespace(), None, trained, 5, 1)
+    export = FolderModel(Namespace(config=Namespace(eos_token_id=2)), exported, None)
+    for model in (checkpoint, export):
+        assert model.encode("a b") == [3, 4]
+        assert model.start("a b") == [*before, 3, 4] == document[: len(before) + 2]
+        assert model.start("") == (before or [2])
+        assert model.first == (before or [2])[-1]
 
 
 def test_code_in_a_folder_is_not_run(tmp_path: Path) -> None:
