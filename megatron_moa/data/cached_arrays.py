@@ -8,26 +8,32 @@ from pathlib import Path
 
 import numpy
 
+from megatron_moa.data.dataset import DatasetIndex, read_index
 from megatron_moa.errors import UserError
+
+_COMPARED = 1000  # samples of a cached index
 
 
 def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-path") -> None:
-    """Raises UserError if Megatron's cached sample indices cannot be written, or are older than the data.
+    """Raises UserError if Megatron's cached sample indices cannot be written, or are of other data.
 
-    Megatron finds a cached index by path, split and sequence length, not by content: after the data were made again it
-    would silently use document numbers and offsets of the old ones.
+    Megatron finds a cached index by path, split and sequence length, not by content: after the data were made again, or
+    others were moved there, it would silently use document numbers and offsets of the old ones.
     """
     folder = cache_folder(prefix, cache_path)
     written = os.path.getmtime(prefix + ".idx")
     for path in sorted(folder.glob("*-description.txt")) if folder.is_dir() else []:
         try:
-            described = json.loads(path.read_text()).get("dataset_path")
-        except (OSError, ValueError, AttributeError):
+            described = json.loads(path.read_text())
+            is_ours, length = described["dataset_path"] == prefix, int(described["sequence_length"])
+        except (OSError, ValueError, TypeError, LookupError):
             continue
-        if described == prefix and path.stat().st_mtime < written:
-            raise UserError(
-                f"{flag} {prefix}: the index cache is older than the data; delete it: rm -r {shlex.quote(str(folder))}"
-            )
+        if not is_ours:
+            continue
+        older = path.stat().st_mtime < written
+        if older or not _fits(path, read_index(prefix, flag), length):
+            what = "older than the data" if older else "of other data"
+            raise UserError(f"{flag} {prefix}: the index cache is {what}; delete it: rm -r {shlex.quote(str(folder))}")
     if folder.is_dir() and any(folder.glob("*_index.npy")):
         return  # it may be all that the run needs; if not, index_cache.build says so
     existing = folder
@@ -39,6 +45,26 @@ def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-p
             f"{where}: Megatron cannot write its index cache below {existing}; add --data-cache-path with a writable "
             "folder that all nodes see"
         )
+
+
+def _fits(description: Path, index: DatasetIndex, length: int) -> bool:
+    """Returns whether the first samples of a cached index, each of ``length`` tokens, are as long in these data.
+
+    True where its arrays cannot be read: :func:`check_cached_arrays` says what is wrong with them.
+    """
+    try:
+        documents, samples = (
+            numpy.load(f"{str(description).removesuffix('description.txt')}{name}_index.npy", mmap_mode="r")
+            for name in ("document", "sample")
+        )
+        last = min(len(samples) - 1, _COMPARED)
+        position, offset = map(int, samples[last])
+    except (EOFError, OSError, TypeError, ValueError):
+        return True
+    *before, reached = map(int, documents[: position + 1])
+    if max(*before, reached, 0) >= index.sequences or offset > index.tokens_between(reached, reached + 1):
+        return False
+    return sum(index.tokens_between(document, document + 1) for document in before) + offset == last * length
 
 
 def cache_folder(prefix: str, cache_path: str | None) -> Path:

@@ -502,6 +502,25 @@ def test_stale_index_cache(model: str, tmp_path: Path) -> None:
             path.unlink()
 
 
+def test_an_index_cache_of_other_data_is_refused(model: str, tmp_path: Path) -> None:
+    """Checks data that were made before the cache and moved there after: their files are older than the cache."""
+    prefix = make_dataset(tmp_path / "d", [100] * 20)
+    args = arguments(model, data_path=[prefix], split="19,1,0")
+    cache = tmp_path / "d" / "cache" / "GPTDataset_indices"
+    megatron_sizes(prefix, 32, "19,1,0", [10, 1, 0], cache)
+    checks.check_data_arguments(args)
+    for lengths in ([100] * 19, [100] * 10 + [99] + [100] * 9, [50] * 40):
+        other = make_dataset(tmp_path / "e", lengths)
+        for ending in (".bin", ".idx"):
+            os.utime(other + ending, (time.time() - 60,) * 2)
+            os.replace(other + ending, prefix + ending)
+        with pytest.raises(UserError, match=f"the index cache is of other data; delete it: rm -r {cache}$"):
+            checks.check_data_arguments(args)
+    make_dataset(tmp_path / "d", [100] * 20)
+    os.utime(f"{prefix}.idx", (time.time() - 60,) * 2)
+    checks.check_data_arguments(args)
+
+
 def test_index_cache_that_cannot_be_written(model: str, tmp_path: Path) -> None:
     prefix = make_dataset(tmp_path / "d", [100] * 20)
     (tmp_path / "file").touch()
