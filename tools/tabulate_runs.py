@@ -177,7 +177,7 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
 
 
 def arm_names(lines: Sequence[Line]) -> dict[tuple[str, ...], str]:
-    """A name for each arm: its mixing, and what else tells it from other mixtures, or from other baselines."""
+    """A name for each arm: its mixing, and what else tells it from other mixtures or baselines."""
     arms = list(dict.fromkeys(line.arm for line in lines))
     names = {}
     for arm in arms:

@@ -48,7 +48,7 @@ def check_index_cache(prefix: str, cache_path: str | None, flag: str = "--data-p
 
 
 def _fits(description: Path, index: DatasetIndex, length: int) -> bool:
-    """Returns whether the first samples of a cached index, each of ``length`` tokens, are as long in these data.
+    """Returns whether the first samples of a cached index have their ``length`` tokens in these data.
 
     True where its arrays cannot be read: :func:`check_cached_arrays` says what is wrong with them.
     """

@@ -156,7 +156,7 @@ def build_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def adds_special_tokens(tokenizer: Any) -> bool:
-    """Returns whether Megatron's tokenizer puts its model's first and last tokens around a text, as Llama's does."""
+    """Returns whether Megatron's tokenizer puts its model's first and last tokens around a text."""
     return getattr(tokenizer._tokenizer, "include_special_tokens", False)
 
 

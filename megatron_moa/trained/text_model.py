@@ -113,7 +113,10 @@ class TextModel(ABC):
 
     @property
     def first(self) -> int | None:
-        """The token in front of a text: what its tokenizer puts there, else that between documents, as in training."""
+        """The token in front of a text, as in training.
+
+        It is what the tokenizer puts there, else the token between documents.
+        """
         return (self.before_text or [self.end])[-1]
 
     @abstractmethod
@@ -261,7 +264,10 @@ class TextModel(ABC):
 
 
 def tokens_before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns what a tokenizer of transformers puts in front of every text; it may put something behind, too."""
+    """Returns what a tokenizer of transformers puts in front of every text.
+
+    It may put something behind, too.
+    """
     whole, text = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
     starts = [place for place in range(len(whole)) if text and whole[place : place + len(text)] == text]
     return whole[: starts[0]] if starts else []

@@ -503,7 +503,7 @@ def test_stale_index_cache(model: str, tmp_path: Path) -> None:
 
 
 def test_an_index_cache_of_other_data_is_refused(model: str, tmp_path: Path) -> None:
-    """Checks data that were made before the cache and moved there after: their files are older than the cache."""
+    """Checks data that were made before the cache and moved there afterwards."""
     prefix = make_dataset(tmp_path / "d", [100] * 20)
     args = arguments(model, data_path=[prefix], split="19,1,0")
     cache = tmp_path / "d" / "cache" / "GPTDataset_indices"

@@ -282,8 +282,9 @@ def test_a_file_that_is_no_result_is_refused(content: bytes | None, tmp_path: Pa
     [
         (None, "| piqa | 3 | acc | 0.5000 |  |"),
         ("export/model.safetensors", "with other files in --load;"),
-        ("tasks/piqa.yaml", "with other files in --data or --tasks-folder;"),
-        ("data/piqa/test.jsonl", "with other files in --data or --tasks-folder;"),
+        ("tasks/piqa.yaml", "with other files in --data, --tasks-folder or examples/evaluation;"),
+        ("data/piqa/test.jsonl", "with other files in --data, --tasks-folder or examples/evaluation;"),
+        ("own/local_choice.yaml", "with other files in --data, --tasks-folder or examples/evaluation;"),
         ("data/arc_easy/test.jsonl", "| piqa | 3 | acc | 0.5000 |  |"),
     ],
 )
@@ -297,6 +298,7 @@ def test_a_result_of_other_files_is_not_taken_for_this_one(
     words = ["--tasks", "piqa", *(word for flag in folders for word in (flag, f"{tmp_path}/{folders[flag]}"))]
     monkeypatch.setattr("tools.evaluate.evaluate", lambda *_: {"metrics": {"acc": 0.5}, "documents": 3})
     monkeypatch.setattr("tools.evaluate.build_task", lambda *_: None)
+    monkeypatch.setattr("tools.evaluate.OWN_TASKS", tmp_path / "own")
     for name in ("lm_eval.models.huggingface", "lm_eval.tasks", "megatron_moa.hf.loading"):
         monkeypatch.setitem(sys.modules, name, MagicMock())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
