@@ -49,19 +49,19 @@ def check_output_folders(args: argparse.Namespace) -> None:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """Why no file can be made in a folder, which may have to be made; None where one can."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    probe = folder / f".probe.{os.getpid()}"
+    """Why no file can be made in a folder, which may have to be made; None where one can.
+
+    Nothing but a file is made and removed: another rank may be about to write into a new folder.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(folder)  # whether it can be a name
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        probe = there / f".probe.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         return error.strerror or str(error)
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
     return None
 
 

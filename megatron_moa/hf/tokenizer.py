@@ -79,9 +79,7 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTok
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tokenizer)
-    for name in ("add_bos_token", "add_eos_token"):
-        if getattr(tokenizer, name, False):
-            setattr(tokenizer, name, False)
+    tokenizer.add_bos_token = tokenizer.add_eos_token = False  # which is saved, where a kind of tokenizer goes by them
     if tokenizer.encode("a") != tokenizer.encode("a", add_special_tokens=False) and tokenizer.is_fast:
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from megatron_moa.checkpoints.writer import _append
-from megatron_moa.command_line.output_folder import is_unfinished, written_folder
+from megatron_moa.command_line.output_folder import check_output_folders, is_unfinished, written_folder
 from megatron_moa.errors import UserError
 from tests.support.training import ROOT
 
@@ -120,3 +121,23 @@ def test_a_killed_tool_leaves_what_says_so(tmp_path: Path, capsys: pytest.Captur
     with written_folder("--out", tmp_path / "ou"):
         pass
     assert not capsys.readouterr().err
+
+
+def test_looking_whether_a_folder_can_be_written_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks that another rank's new folder is not removed again: it may be there, and empty, for a moment."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr("os.mkdir", lambda *_: pytest.fail("made a folder"))
+    monkeypatch.setattr("os.rmdir", lambda *_: pytest.fail("removed a folder"))
+
+    def check(folder: Path) -> None:
+        check_output_folders(argparse.Namespace(tensorboard_dir=str(folder), mock_data=False))
+
+    check(tmp_path)
+    check(tmp_path / "new" / "run")
+    for wrong in ("file", "file/below", "link", "x" * 300, "/proc/none"):
+        with pytest.raises(
+            UserError, match=r"^--tensorboard-dir \S+: cannot be written to \(.*\); name a folder that can$"
+        ):
+            check(tmp_path / wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
