@@ -124,7 +124,7 @@ def test_a_killed_tool_leaves_what_says_so(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_looking_whether_a_folder_can_be_written_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks that another rank's new folder is not removed again: it may be there, and empty, for a moment."""
+    """Checks that another rank's new folder, which may be empty for a moment, is not removed again."""
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr("os.mkdir", lambda *_: pytest.fail("made a folder"))
