@@ -3,11 +3,10 @@
     python tools/tabulate_runs.py runs/sweep-dense-0.12b          every train.log below that folder
     python tools/tabulate_runs.py runs/a/train.log runs/b/train.log --csv
 
-The table has each mixture's distance to the best of the baseline that is gated as it is (SwiGLU), or is not (ReLU2,
-GELU). Runs that differ in the seed alone are one line: mean
-validation loss after the last iteration, and the standard deviation over seeds. Settings are read from the list of
-arguments that a run prints, not from names of folders. Runs that are not at their end, or have no finite validation
-loss, are listed on stderr and counted nowhere.
+The table has each mixture's distance to the best baseline of its kind: gated (SwiGLU), or not (ReLU2, GELU). Runs that
+differ in the seed alone are one line: mean validation loss after the last iteration, and the standard deviation over
+seeds. Settings are read from the list of arguments that a run prints, not from names of folders. Runs that are not at
+their end, or have no finite validation loss, are listed on stderr and counted nowhere.
 """
 
 from __future__ import annotations

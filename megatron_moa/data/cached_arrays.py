@@ -62,7 +62,7 @@ def _fits(description: Path, index: DatasetIndex, length: int) -> bool:
     except (EOFError, OSError, TypeError, ValueError):
         return True
     *before, reached = map(int, documents[: position + 1])
-    if max(*before, reached, 0) >= index.sequences or offset > index.tokens_between(reached, reached + 1):
+    if max([*before, reached]) >= index.sequences or offset > index.tokens_between(reached, reached + 1):
         return False
     return sum(index.tokens_between(document, document + 1) for document in before) + offset == last * length
 
