@@ -34,7 +34,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,12 +255,11 @@ def validation_loss(model: nn.Module, batches: Iterable[list[Tensor]], bf16: boo
 def train(options: argparse.Namespace) -> None:
     """Trains from the last checkpoint, or from the start, to the last step."""
     plan, folder = Plan.of(options), RunFolder(options.out)
-    settings, first_rank = plan.settings(options), plan.rank == 0
-    folder.check(settings)
+    folder.check(plan.settings(options))
     checkpoint = folder.read_checkpoint()
     done = checkpoint["step"] if checkpoint else 0
     if done == plan.steps:
-        if first_rank:
+        if plan.rank == 0:
             print(f"The run in {folder.path} is finished: {done} steps. Name another --out for another run.")
         return
     if plan.device.type == "cuda":
@@ -270,7 +269,18 @@ def train(options: argparse.Namespace) -> None:
     if plan.world > 1:
         distributed.init_process_group("nccl" if plan.device.type == "cuda" else "gloo")
         distributed.barrier()  # all have looked at the folder before the first writes to it
+    train_rank(options, plan, folder, checkpoint)
+    if plan.world > 1:
+        # A DistributedDataParallel that outlives its gloo group may hang when it goes: it joins the group's thread
+        # under the GIL, for which that thread may wait.
+        distributed.destroy_process_group()
 
+
+def train_rank(
+    options: argparse.Namespace, plan: Plan, folder: RunFolder, checkpoint: Mapping[str, object] | None
+) -> None:
+    """Trains from a checkpoint, or from the start, as one of the ranks that talk to each other."""
+    done = checkpoint["step"] if checkpoint else 0
     shape = plan.size.shape
     model = build_model(shape, plan.mixture, options.seed).to(plan.device)
     crops, held_out = (
@@ -284,7 +294,8 @@ def train(options: argparse.Namespace) -> None:
         optimizer.load_state_dict(checkpoint["optimizer"])
     parallel = DistributedDataParallel(model) if plan.world > 1 else model
 
-    journal = Journal(folder, settings, done, plan.steps, plan.describe(model)) if first_rank else None
+    first_rank = plan.rank == 0
+    journal = Journal(folder, plan.settings(options), done, plan.steps, plan.describe(model)) if first_rank else None
     clock = time.monotonic()
     for step, batch in enumerate(batches(crops, plan.training_numbers(done), workers, plan.device), done + 1):
         rate = learning_rate(step, plan.steps, plan.peak, options.warmup)
@@ -310,8 +321,6 @@ def train(options: argparse.Namespace) -> None:
         clock = time.monotonic()
     if journal:
         journal.close()
-    if plan.world > 1:
-        distributed.destroy_process_group()
 
 
 def load_model(folder: Path, backend: str = "auto") -> ViTMAEForPreTraining:

@@ -352,10 +352,17 @@ def test_megatrons_layer_compiles() -> None:
 
 def train_on_two_ranks(wrapper: str, folder: str) -> None:
     """A target of launch: three steps on a rank's rows; rank 0 writes the losses and the parameters."""
+    torch.distributed.init_process_group("gloo")
+    train_a_rank(wrapper, folder)
+    # A DistributedDataParallel that outlives its gloo group may hang when it goes: it joins the group's thread under
+    # the GIL, for which that thread may wait.
+    torch.distributed.destroy_process_group()
+
+
+def train_a_rank(wrapper: str, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.distributed.init_process_group("gloo")
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(7)
     mixture = MixtureConfig(gate_bias=True, amplitude="learned", backend="eager")
@@ -386,7 +393,6 @@ def train_on_two_ranks(wrapper: str, folder: str) -> None:
     state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
     if rank == 0:
         torch.save((losses, state), Path(folder) / f"{wrapper}-{size}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.distributed

@@ -8,9 +8,11 @@ Megatron is set up in it. The processes find the environment torchrun would give
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,7 +59,7 @@ def launch(
 
     Returns:
         The first exit code that was not 0, or 0, and everything that was printed. All ranks are killed when one fails,
-        and when the time is up (exit code 124).
+        and when the time is up (exit code 124, the stacks of the ranks are printed).
     """
     start_server()
     port = str(free_port())
@@ -119,7 +121,11 @@ def _wait(ranks: list[Any], deadline: float) -> int:
             returncode = failed[0]
             deadline = min(deadline, time.monotonic() + _GRACE)
         if time.monotonic() >= deadline:
-            returncode = returncode or 124
+            if not returncode:
+                returncode = 124
+                for process in waiting:
+                    os.kill(process.pid, signal.SIGABRT)  # faulthandler prints where each of them waits
+                    process.join(_GRACE)
             for process in waiting:
                 process.kill()
                 process.join()
@@ -135,6 +141,7 @@ def _rank(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    faulthandler.enable()
     target(*arguments)
 
 
