@@ -158,8 +158,9 @@ def test_the_width_of_equal_time_lies_on_the_line_through_two_widths():
 # What is run next.
 
 
-def test_rates_come_first_then_seeds_at_each_arms_best(tmp_path):
-    study = study_of(STUDY + SEEDS, tmp_path)
+@pytest.mark.parametrize("more", [SEEDS, "further_seeds = [2, 3]\n"])
+def test_rates_come_first_then_seeds_at_each_arms_best(more, tmp_path):
+    study = study_of(STUDY + more, tmp_path)
     first = pending(study, {})
     assert {(cell.rate, cell.seed) for cell in first} == {(1e-2, 1), (2e-2, 1)}
     losses = {cell: 3.0 + abs(cell.rate - (2e-2 if cell.arm == "moa-bi-sided" else 1e-2)) for cell in first}
@@ -246,6 +247,8 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
         (("rates = [1e-2, 2e-2]", "extend = true"), "grid 1: extend true: there are no rates to go on from; add rates"),
         (("rates = [1e-2, 2e-2]", "rates = [1e-2]\nextend = 'yes'"), "grid 1: extend 'yes': must be true or false"),
         (("rates = [1e-2, 2e-2]", "rates = [1e-2]\nseeds = [-1]"), "grid 1: seeds -1: give 0 or more"),
+        (("rates = [1e-2, 2e-2]", "further_seeds = [2]"), "grid 1: further_seeds 2: there are no rates to"),
+        (("rates", "further_seeds = [3]\nseeds = [2]\nrates"), "grid 1: swiglu has no rates, here or in a"),
     ],
 )
 def test_a_mistake_in_a_studys_file_is_one_line(change, said, tmp_path):
@@ -260,7 +263,8 @@ PLACES = ["timing", "warmup", "keep", "flags", "scales", "scales.cpu", "scales.c
 PLACES += ["sizes.tiny.layers", "sizes.tiny.init_std", "sizes.tiny.recipe", "sizes.tiny.flags", "corpora"]
 PLACES += ["corpora.python", "corpora.python.source", "corpora.python.vocabulary", "corpora.python.glob", "grid"]
 PLACES += [f"grid.{key}" for key in ("arms", "sizes", "corpora", "tokens", "rates", "seeds", "extend", "optimizer")]
-FITTING = [("flags", "a b"), ("flags", []), ("keep", []), ("glob", "a b"), ("extend", True)]
+PLACES += ["grid.further_seeds"]
+FITTING = [("flags", "a b"), ("flags", []), ("keep", []), ("glob", "a b"), ("extend", True), ("further_seeds", [])]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,6 +66,7 @@ class Grid:
     Attributes:
         rates: learning rates; empty: each arm's best of those that are there for :attr:`Study.tuning_seed`.
         extend: whether the rates go on, by the factor between the two last, while an arm's best is at their end.
+        further_seeds: beside ``seeds``, once rates are chosen: each arm at its best.
     """
 
     arms: tuple[str, ...]
@@ -77,6 +78,7 @@ class Grid:
     optimizer: str = "adamw"
     schedule: str = "cosine"
     extend: bool = False
+    further_seeds: tuple[Natural, ...] = ()
 
     def settings(self) -> Iterator[tuple[str, str, int, str, str]]:
         """See :attr:`Cell.setting`."""
@@ -92,7 +94,7 @@ class Study:
 
     Attributes:
         corpora: settings of :mod:`megatron_moa.research.study.corpora`, by name.
-        grids: in the order in which they are run; the file's ``[[grid]]``.
+        grids: in the order in which they are run; of the file's ``[[grid]]``, further seeds as a grid of their own.
         flags: of pretrain_gpt_moa.py, for every run.
         evaluation: iterations of the validation at the end of a run.
         warmup: part of a run's iterations in which the learning rate rises.
@@ -164,14 +166,27 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
                 raise UserError(f"{path}: grid {number}: {what}: a list is empty; only rates may be (each arm's best)")
         if grid.extend and not grid.rates:
             raise UserError(f"{path}: grid {number}: extend true: there are no rates to go on from; add rates")
+        if grid.further_seeds and not grid.rates:
+            raise UserError(
+                f"{path}: grid {number}: further_seeds {grid.further_seeds[0]}: there are no rates to choose from; "
+                "name it in seeds, or add rates"
+            )
     unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
     _check_flags(path, study)
-    for number, grid in enumerate(study.grids, start=1):
+    parts = [(number, part) for number, grid in enumerate(study.grids, start=1) for part in _with_further_seeds(grid)]
+    study = replace(study, grids=tuple(part for _, part in parts))
+    for number, grid in parts:
         if not grid.rates:
             _check_best_rates(f"{path}: grid {number}", study, grid)
     return study
+
+
+def _with_further_seeds(grid: Grid) -> Iterator[Grid]:
+    yield replace(grid, further_seeds=())
+    if grid.further_seeds:
+        yield replace(grid, rates=(), extend=False, seeds=grid.further_seeds, further_seeds=())
 
 
 # What a run is named by, so that nobody else may set it.
