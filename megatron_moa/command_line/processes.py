@@ -5,12 +5,16 @@ What these processes have started ends with them.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -81,3 +85,26 @@ def _send(processes: Sequence[subprocess.Popen], number: signal.Signals) -> None
     for process in processes:
         with suppress(ProcessLookupError, PermissionError):  # nothing of the group is left, or (macOS) zombies alone
             os.killpg(process.pid, number)
+
+
+def end_with_parent() -> None:
+    """In a process just made: it is killed when the thread that made it ends, whatever way (Linux alone)."""
+    if sys.platform == "linux":
+        death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+
+
+@cache
+def end_forks_with_this_process() -> None:
+    """From now on, what this process forks in its main thread is killed when it is, whatever way.
+
+    Megatron forks a server (multiprocessing.Manager) when it saves, which would wait for ever for a killed trainer.
+    """
+    owner, main = os.getpid(), threading.main_thread().ident
+
+    def tell() -> None:
+        # A fork has the identifier of the thread that made it. Another thread may end long before the process does.
+        if os.getppid() == owner and threading.get_ident() == main:
+            end_with_parent()
+
+    os.register_at_fork(after_in_child=tell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import signal
 from collections import deque
@@ -10,12 +9,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from megatron_moa.command_line.processes import STOP_SIGNALS, signals_held
+from megatron_moa.command_line.processes import STOP_SIGNALS, end_with_parent, signals_held
 from megatron_moa.data.pieces import Piece
 from megatron_moa.data.tokenizing import Batch, Settings, tokenize
 from megatron_moa.errors import UserError
-
-_PR_SET_PDEATHSIG = 1  # of Linux: a worker must not wait for ever for work from a parent that was killed
 
 
 def tokenized(work: Iterator[list[Piece]], settings: Settings, workers: int) -> Iterator[Batch]:
@@ -59,7 +56,7 @@ def start_worker(settings: Settings) -> None:
     _worker_settings = settings
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()  # or it would wait for ever for work from a parent that was killed
 
 
 def tokenize_in_worker(task: list[Piece]) -> Batch:

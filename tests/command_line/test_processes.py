@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -72,3 +73,34 @@ def test_a_group_that_has_ended_is_no_error() -> None:
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     end_processes([process])
     assert process.returncode == 0
+
+
+FORKS = """
+import os, threading, time
+from megatron_moa.command_line.processes import end_forks_with_this_process
+end_forks_with_this_process()
+def fork():
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    print(child, flush=True)
+fork()
+thread = threading.Thread(target=fork)
+thread.start()
+thread.join()
+time.sleep(60)
+"""
+
+
+def test_forks_of_the_main_thread_end_with_a_killed_process() -> None:
+    process = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True)
+    of_main, of_thread = (int(process.stdout.readline()) for _ in range(2))
+    try:
+        assert is_alive(of_main)
+        process.kill()
+        process.wait()
+        assert wait_for_end(of_main)
+        assert is_alive(of_thread)  # it would have ended with its thread, whatever becomes of the process
+    finally:
+        os.kill(of_thread, signal.SIGKILL)

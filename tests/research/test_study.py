@@ -3,6 +3,7 @@
 test_study_report.py tests what is made of their results.
 """
 
+import contextlib
 import copy
 import datetime
 import gzip
@@ -11,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -707,6 +709,20 @@ def smoke(tmp_path_factory):
     return killed_study(tmp_path_factory.mktemp("smoke"), SMOKE, (1, 7))
 
 
+def wait_until_nobody_writes_to(folder):
+    """Until no process has a file in the folder open."""
+    limit = time.monotonic() + 10
+    while True:
+        found = []
+        for link in Path("/proc").glob("[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):
+                found += [link] if os.readlink(link).startswith(f"{folder}/") else []
+        if not found:
+            return
+        assert time.monotonic() < limit, found
+        time.sleep(0.1)
+
+
 def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path):
     text = STUDY.replace("timing = 0", "timing = 0\nsave_interval = 10").replace(
         '["swiglu", "moa-bi-sided"]', '["swiglu"]'
@@ -728,6 +744,7 @@ def test_a_cut_off_run_goes_on_from_its_checkpoint(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    wait_until_nobody_writes_to(cut)  # Megatron's server for savings neither
     assert read_results(cut / RESULTS) == []
     finish(start_study(*flags, str(cut)))
     shutil.copytree(cut / "corpora", tmp_path / "whole" / "corpora")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import json
 import math
 import os
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_moa.checkpoints.files import TRACKER
-from megatron_moa.command_line.processes import end_processes, start_process
+from megatron_moa.command_line.processes import end_processes, end_with_parent, start_process
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.corpora import Corpus, make_corpus
@@ -341,7 +339,7 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment(slot),
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         output = log_file.open(errors="replace")
         return _Running(cell, slot, flags, process, TrainingLog(), output, folder, time.monotonic(), before)
@@ -429,9 +427,3 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _unusable(out: Path, error: OSError) -> UserError:
     return UserError(f"--out {out}: cannot be used ({error.strerror}); name another folder")
-
-
-def _end_with_parent() -> None:
-    """In a new process: it is killed when this one is, whatever way."""
-    death_signal = 1  # PR_SET_PDEATHSIG
-    ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
