@@ -7,6 +7,20 @@ fail() {
     exit 2
 }
 
+# is_switch NAME...: fails where a variable is neither 0, 1 nor empty
+is_switch() {
+    local name
+    for name in "$@"; do
+        case ${!name:-0} in 0 | 1) ;; *) fail "$name ${!name}: neither 0 nor 1; take 1 to turn it on" ;; esac
+    done
+}
+
+# pass_on SIGNAL PID: a second later, since a child that bash has just made loses signals until it is another program
+pass_on() {
+    sleep 1
+    kill -s "$1" "$2" 2>/dev/null || true
+}
+
 # show_help: the comment at the head of the script
 show_help() { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; }
 

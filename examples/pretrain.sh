@@ -44,7 +44,7 @@ shift 2
 # The trailing flags, without those that are for this script; what they say about data matters here.
 FLAGS=() DRY_RUN='' DATA_GIVEN=''
 for flag in "$@"; do
-    case $flag in
+    case ${flag%%=*} in
     --dry-run) DRY_RUN=1 && continue ;;
     --mock-data) DATA_GIVEN=mock ;;
     --data-path | --data-args-path | --train-data-path | --per-split-data-args-path) DATA_GIVEN=flags ;;
@@ -53,7 +53,11 @@ for flag in "$@"; do
 done
 
 # The model: MODEL_ARGS, BASELINE_ARGS, PARAMETERS, and the defaults of its training.
-case $MODEL in */* | *.sh) MODEL_FILE=$MODEL ;; *) MODEL_FILE=$EXAMPLES/models/$MODEL.sh ;; esac
+case $MODEL in
+*/*) MODEL_FILE=$MODEL ;;
+*.sh) MODEL_FILE=./$MODEL ;; # bash would look for a bare name in PATH first
+*) MODEL_FILE=$EXAMPLES/models/$MODEL.sh ;;
+esac
 [ -f "$MODEL_FILE" ] || fail "MODEL $MODEL: there is no such recipe; take one of: $(names models)"
 RUN_DIR=${RUN_DIR:-runs/$(run_name "$MODEL" "$MIXING" "${FLAGS[@]}")} # before the model's file, which may set FFN
 BASELINE_ARGS=() PARAMETERS=''
@@ -79,7 +83,7 @@ for name in TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: not a whole number; write it in digits, as 2700000000"
 done
 WARMUP_TOKENS=${WARMUP_TOKENS:-$((TOKENS / 50))}
-[[ $WARMUP_TOKENS =~ ^[0-9]+$ ]] || fail "WARMUP_TOKENS $WARMUP_TOKENS: not a whole number; write it in digits"
+[[ $WARMUP_TOKENS =~ ^(0|[1-9][0-9]*)$ ]] || fail "WARMUP_TOKENS $WARMUP_TOKENS: not a whole number; write it in digits"
 [[ $LR =~ ^[0-9.]+([eE]-?[0-9]+)?$ ]] || fail "LR $LR: not a number; write it as 1e-3"
 TOKENS_PER_ITERATION=$((GLOBAL_BATCH_SIZE * SEQ_LENGTH))
 TRAIN_ITERS=$(((TOKENS + TOKENS_PER_ITERATION - 1) / TOKENS_PER_ITERATION))
@@ -114,11 +118,12 @@ PARALLEL_ARGS=(
 )
 [ "${TP:-1}" = 1 ] || PARALLEL_ARGS+=(--sequence-parallel)
 [ "${CP:-1}" = 1 ] || PARALLEL_ARGS+=(--context-parallel-size "$CP")
-case " ${MODEL_ARGS[*]} " in *" --num-experts "*)
+case " ${MODEL_ARGS[*]} ${FLAGS[*]} " in *" --num-experts"[\ =]*)
     PARALLEL_ARGS+=(--expert-model-parallel-size "${EP:-1}" --expert-tensor-parallel-size 1 --moe-grouped-gemm)
     ;;
 *) [ "${EP:-1}" = 1 ] || fail "EP $EP: $MODEL has no experts; leave EP out" ;;
 esac
+is_switch DISTRIBUTED_OPTIMIZER
 if [ "${DISTRIBUTED_OPTIMIZER:-1}" = 1 ]; then
     PARALLEL_ARGS+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
     # So that a checkpoint loads under another split.
@@ -139,6 +144,8 @@ else
             read -ra paths <<<"${!variable:-}"
             [ ${#paths[@]} = 0 ] || DATA_ARGS+=("--${name,,}-data-path" "${paths[@]}")
         done
+    elif [ -n "${VALID_DATA_PATH:-}${TEST_DATA_PATH:-}" ]; then
+        fail "VALID_DATA_PATH, TEST_DATA_PATH: read with TRAIN_DATA_PATH alone; set that in place of DATA_PATH, or leave them out"
     elif [ -n "${DATA_PATH:-}" ]; then
         read -ra paths <<<"$DATA_PATH"
         DATA_ARGS+=(--data-path "${paths[@]}" --split "${SPLIT:-99,1,0}")
@@ -167,6 +174,9 @@ if [ -z "${NPROC_PER_NODE:-}" ]; then
     NPROC_PER_NODE=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
     ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
 fi
+for name in NPROC_PER_NODE NNODES; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: not a number above 0; write it in digits, as 8"
+done
 COMMAND=("${PYTHON:-python}")
 if ((NPROC_PER_NODE * ${NNODES:-1} > 1)); then
     COMMAND+=(-m megatron_moa.launch --nproc-per-node "$NPROC_PER_NODE" --nnodes "${NNODES:-1}")

@@ -57,7 +57,7 @@ state() {
     at=$(grep -oE 'iteration +[0-9]+/ *[0-9]+ \|' "$1/train.log" 2>/dev/null | tail -n 1 | tr -dc '0-9/')
     if [ "$(cat "$1/exit_code" 2>/dev/null)" = 17 ]; then
         echo diverged
-    elif [ -n "$at" ] && [ "${at%/*}" = "${at#*/}" ] && [ "$(cat "$1/exit_code")" = 0 ]; then
+    elif [ -n "$at" ] && [ "${at%/*}" = "${at#*/}" ] && [ "$(cat "$1/exit_code" 2>/dev/null)" = 0 ]; then
         echo finished
     else
         echo "${at:+at $at}"
@@ -68,7 +68,6 @@ state() {
 train() {
     local run command code=0
     run=$(folder "$1" "$2" "$3")
-    case $(state "$run") in finished | diverged) return 0 ;; esac
     command=$(LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" --dry-run "${@:4}") || return 2
     [[ $command != *"--data-path DATA_PATH "* ]] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote, or add --mock-data"
     # Where it runs may change between two starts; what it trains may not.
@@ -76,12 +75,15 @@ train() {
     if [ -e "$run/command" ] && [ "$command" != "$(cat "$run/command")" ]; then
         fail "$run: was begun with other flags ($(diff <(cat "$run/command") - <<<"$command" | grep -m 1 '^>' | tr -s ' \\>' ' ') is new); set another SWEEP_DIR, or delete that folder"
     fi
+    case $(state "$run") in finished | diverged) return 0 ;; esac
+    [ -z "$STOPPED" ] || return 75 # told to stop before there was a run to pass it on to
     mkdir -p "$run"
     echo "$command" >"$run/command"
     echo "> $run"
     # In the background and waited for, so that a signal is passed on at once and the run can save.
     LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" "${@:4}" >>"$run/train.log" 2>&1 &
     CHILD=$!
+    [ -z "$STOPPED" ] || pass_on USR2 "$CHILD" # the same, a moment later
     wait "$CHILD" || code=$?
     while [ -n "$STOPPED" ] && kill -0 "$CHILD" 2>/dev/null; do
         code=0
@@ -101,7 +103,7 @@ train() {
 CHILD='' STOPPED=''
 stop() {
     STOPPED=1
-    [ -z "$CHILD" ] || kill -s "$1" "$CHILD" 2>/dev/null || true
+    [ -z "$CHILD" ] || pass_on "$1" "$CHILD"
 }
 trap 'stop TERM' TERM INT
 trap 'stop USR2' USR2

@@ -31,7 +31,7 @@ stop() {
     [ -n "$STOPPED" ] || say "$2"
     STOPPED=${STOPPED:-$1}
     # srun passes it on to every node. It would take SIGTERM for itself and kill them.
-    [ -z "$STEP" ] || kill -s USR2 "$STEP" 2>/dev/null || true
+    [ -z "$STEP" ] || pass_on USR2 "$STEP"
 }
 trap 'stop limit "the time limit is near: saving"' USR2
 trap 'stop user "told to end: saving"' TERM
@@ -42,6 +42,7 @@ run_job() {
     shift
     [[ $RUN_DIR != *[[:space:]]* ]] || fail "RUN_DIR $RUN_DIR: has a space; take a name without"
     [[ $MAX_STARTS =~ ^[1-9][0-9]*$ ]] || fail "MAX_STARTS $MAX_STARTS: not a number; leave it out for 3"
+    is_switch CHAIN DOCTOR
     [ "${CHAIN:-0}" != 1 ] || [ -n "${SBATCH_ARGS+set}" ] ||
         fail "CHAIN=1: SBATCH_ARGS is not set; set it to the options you gave sbatch, which the successor needs, too"
     LOGS=$RUN_DIR/slurm/$JOB-${SLURM_RESTART_COUNT:-0}
@@ -66,8 +67,9 @@ count_start() {
     local last
     BEGAN_AT=$(saved_iteration) STARTS=0
     if ((${SLURM_RESTART_COUNT:-0} > 0)) || [ -n "${CHAINED:-}" ]; then # a job that a user submits begins anew
-        read -r last STARTS <"$RUN_DIR/slurm/starts"
-        [ "$last" = "$BEGAN_AT" ] || STARTS=0
+        # None where Slurm requeued the job before it came here, as after a node's failed prologue.
+        [ ! -s "$RUN_DIR/slurm/starts" ] || read -r last STARTS <"$RUN_DIR/slurm/starts"
+        [ "${last:-}" = "$BEGAN_AT" ] || STARTS=0
     fi
     if ((STARTS >= MAX_STARTS)); then
         say "$STARTS starts from iteration $BEGAN_AT and no new checkpoint: given up; the logs in $RUN_DIR/slurm say why"
@@ -125,6 +127,7 @@ step() {
     esac
     "${srun[@]}" python3 "$MEGATRON_MOA_DIR/examples/slurm/node.py" "$LOGS" "$@" &
     STEP=$!
+    [ -z "$STOPPED" ] || pass_on USR2 "$STEP" # told to stop while there was no step yet
     # A signal interrupts the wait, after which its exit code means nothing; the nodes' files say how it ended.
     while kill -0 "$STEP" 2>/dev/null; do wait "$STEP" || true; done
 }

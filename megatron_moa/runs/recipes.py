@@ -61,7 +61,7 @@ def read_recipe(path: Path, baseline: bool = False) -> list[str]:
     if baseline:
         script += ' ${BASELINE_ARGS[@]+"${BASELINE_ARGS[@]}"}'
     environment = {**os.environ, "EXAMPLES": str(EXAMPLES)}  # as pretrain.sh has it: a model's file may lie anywhere
-    done = _run(["bash", "-c", script, "bash", str(path)], environment)
+    done = _run(["bash", "-c", script, "bash", str(path.absolute())], environment)
     if done.returncode != 0:
         raise UserError(f"{path}: bash finds no array MODEL_ARGS there: {' '.join(done.stderr.split())}")
     return done.stdout.split("\0")[:-1]

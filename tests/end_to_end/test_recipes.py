@@ -444,6 +444,16 @@ def test_data(variables: dict[str, str], flags: str) -> None:
             {"TOKENS": "9", "WARMUP_TOKENS": "9999999999"},
             "WARMUP_TOKENS 9999999999: ",
         ),
+        (["dense-2b", "moa", "--mock-data"], {"WARMUP_TOKENS": "08"}, "WARMUP_TOKENS 08: not a whole number"),
+        (["moe-2b", "moa", "--mock-data"], {"DECAY_PERCENT": "half"}, "DECAY_PERCENT half: not a whole number"),
+        (["dense-2b", "moa", "--mock-data"], {"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE all: not a number above 0"),
+        (["dense-2b", "moa", "--mock-data"], {"NNODES": "0"}, "NNODES 0: not a number above 0"),
+        (
+            ["dense-2b", "moa", "--mock-data"],
+            {"DISTRIBUTED_OPTIMIZER": "true"},
+            "DISTRIBUTED_OPTIMIZER true: neither 0 nor 1",
+        ),
+        (["dense-2b", "moa"], {"DATA_PATH": "a", "VALID_DATA_PATH": "b"}, "VALID_DATA_PATH, TEST_DATA_PATH: read with"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -454,6 +464,27 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert done.stderr.startswith(f"pretrain.sh: {message}")
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_data_may_be_given_by_a_flag_with_its_value() -> None:
+    words = dry_run("dense-0.12b", "moa", "--data-path=corpus")
+    assert [word for word in words if word.startswith("--data-path")] == ["--data-path=corpus"]
+
+
+def test_experts_may_be_given_by_a_flag() -> None:
+    for flag in (["--num-experts", "8"], ["--num-experts=8"]):
+        words = dry_run("dense-0.12b", "moa", *flag, EP="4", **DATA)
+        assert value(words, "--expert-model-parallel-size") == "4"
+        assert value(words, "--expert-tensor-parallel-size") == "1"  # as tools/plan.py reckons
+
+
+def test_a_models_file_is_not_looked_for_in_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.sh").write_text("echo another >&2; exit 3\n")
+    (tmp_path / "here").mkdir()
+    shutil.copy(ROOT / "examples/models/gpt2-124m.sh", tmp_path / "here" / "mine.sh")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run_example("pretrain.sh", "mine.sh", "moa", "--dry-run", folder=tmp_path / "here", PATH=path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_models_file_of_ones_own(tmp_path: Path) -> None:
@@ -522,10 +553,44 @@ def test_sweep_goes_on_where_it_was_and_ends_with_a_table(tmp_path: Path) -> Non
         assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in sweep(tmp_path, "--list", **two).stdout.splitlines()] == ["finished"] * 2
     before = log.stat().st_mtime_ns
-    assert sweep(tmp_path, "--run", "0", *flags, **two).returncode == 0
+    assert sweep(tmp_path, "--run", "0", *flags, "--log-interval", "5", **two).returncode == 0
+    assert "was begun with other flags" in sweep(tmp_path, "--run", "0", *flags, "--log-interval", "1", **two).stderr
     assert log.stat().st_mtime_ns == before
     table = sweep(tmp_path, "--table").stdout.splitlines()
     assert [row.split(" | ")[:2] for row in table[2:4]] == [["| none", "0.004"], ["| la", "0.004"]]
+
+
+def test_sweep_does_not_start_what_it_was_told_to_stop(tmp_path: Path) -> None:
+    """The signal comes while the run's flags are still being found out."""
+    model = (ROOT / "examples/models/gpt2-124m.sh").read_text()
+    (tmp_path / "slow.sh").write_text(f"touch begun; sleep 1\n{model}")
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\ntouch ran\n")
+    python.chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], **SWEEP, "MIXINGS": "moa la", "MODEL": "./slow.sh"}
+    environment |= {"SWEEP_DIR": "sweep", "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "examples/sweep.sh"), "--mock-data"]
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 75
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sweep_refuses_a_finished_run_of_other_flags(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho ' iteration       10/      10 | lm loss: 1.0E+00 |'\n")
+    python.chmod(0o755)
+    first = {"PYTHON": str(python), "MIXINGS": "moa", "LRS": "1e-3"}
+    assert sweep(tmp_path, "--run", "0", "--mock-data", **first).returncode == 0
+    assert sweep(tmp_path, "--list", **first).stdout.split()[-1] == "finished"
+    assert sweep(tmp_path, "--run", "0", "--mock-data", **first).returncode == 0
+    changed = sweep(tmp_path, "--run", "0", "--mock-data", **first, TOKENS="2560")
+    assert (changed.returncode, "was begun with other flags" in changed.stderr) == (2, True)
+    (tmp_path / "sweep/moa-lr1e-3-seed1/exit_code").unlink()  # as of one that was killed
+    assert sweep(tmp_path, "--list", **first).stderr == ""
 
 
 # Scripts.

@@ -1,0 +1,83 @@
+"""Tests examples/slurm without a Slurm: its commands are stand-ins, for what a real one does not do on request.
+
+tests/end_to_end/test_slurm.py has a real one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.training import ROOT
+
+SCONTROL = 'case "$1 $2" in "show hostnames") echo "$3" ;; "show node") echo NodeAddr=127.0.0.1 ;; esac'
+SRUN = 'while [ "$1" != python3 ]; do shift; done; SLURMD_NODENAME=n1 SLURM_NODEID=0 exec "$@"'
+
+
+def write_program(path: Path, lines: str) -> Path:
+    """A bash script."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/bash\n{lines}\n")
+    path.chmod(0o755)
+    return path
+
+
+def run_job(
+    folder: Path, program: str, script: str = "pretrain.sbatch", *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """A job on one node; ``program`` stands for Python, in bash."""
+    write_program(folder / "bin" / "scontrol", SCONTROL)
+    write_program(folder / "bin" / "srun", SRUN)
+    python = write_program(folder / "bin" / "program", program)
+    environment = {
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHON": str(python),
+        "MEGATRON_MOA_DIR": str(ROOT),
+        "RUN_DIR": "run",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_JOB_NUM_NODES": "1",
+        **variables,
+    }
+    arguments = arguments or ("dense-0.12b", "moa", "--mock-data")
+    command = ["bash", str(ROOT / "examples" / "slurm" / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_a_job_that_was_requeued_before_it_began_trains(tmp_path: Path) -> None:
+    """As after a node whose prologue failed: a restart, and nothing of an earlier start."""
+    done = run_job(tmp_path, "exit 0", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "slurm" / "starts").read_text() == "0 1\n"
+    done = run_job(tmp_path, "exit 0", SLURM_RESTART_COUNT="2")
+    assert (tmp_path / "run" / "slurm" / "starts").read_text() == "0 2\n"
+
+
+def test_a_signal_just_before_the_step_is_passed_on(tmp_path: Path) -> None:
+    hook = tmp_path / "hook"
+    hook.write_text('unset BASH_ENV; set -T; trap \'[ "$BASH_COMMAND" != "STEP=\\$!" ] || kill -s USR2 $$\' DEBUG\n')
+    done = run_job(tmp_path, "trap 'exit 75' USR2; for i in {1..300}; do sleep 0.1; done; exit 17", BASH_ENV=str(hook))
+    assert "the time limit is near: saving" in done.stderr
+    assert "requeued" in done.stderr
+    assert "exit code 17" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["CHAIN", "DOCTOR"])
+def test_switches_are_0_or_1(name: str, tmp_path: Path) -> None:
+    done = run_job(tmp_path, "exit 0", **{name: "yes"})
+    assert done.returncode == 2
+    assert done.stderr == f"pretrain.sbatch: {name} yes: neither 0 nor 1; take 1 to turn it on\n"
+
+
+def test_a_sweeps_folder_with_a_space_is_named_whole(tmp_path: Path) -> None:
+    """It was cut at the space, and the task looked for its checkpoints elsewhere."""
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0", "SWEEP_DIR": "my sweep", "LRS": "1e-3"}
+    done = run_job(tmp_path, "exit 0", "sweep.sbatch", "--mock-data", **task)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith("sweep.sbatch: RUN_DIR my sweep/none-lr1e-3-seed1: has a space")
+    done = run_job(tmp_path, "exit 0", "sweep.sbatch", "--mock-data", **{**task, "SWEEP_DIR": "sweep"})
+    assert (tmp_path / "sweep" / "none-lr1e-3-seed1" / "slurm" / "starts").exists(), done.stderr
