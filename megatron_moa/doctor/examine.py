@@ -23,6 +23,7 @@ from megatron_moa.doctor.judgements import (
 from megatron_moa.doctor.machine import ask_driver, check_compiler, check_disk, check_limits, check_shared_memory
 from megatron_moa.doctor.probes import PROBES, probe
 from megatron_moa.doctor.uses import uses
+from megatron_moa.errors import UserError
 
 
 def examine(seconds: float, save: str | None = None, recipe: str | None = None) -> Report:
@@ -32,11 +33,17 @@ def examine(seconds: float, save: str | None = None, recipe: str | None = None) 
         seconds: how long each import may take.
         save: the folder that --save will name.
         recipe: one of examples/models that will be trained.
+
+    Raises:
+        UserError: no such recipe, or one with invalid numbers.
     """
     python = judge_python(sys.version_info, sys.executable)
     if python.state == MISSING:
         return Report([python], {})
-    recipe_findings = [check_recipe(recipe), check_host(recipe)] if recipe else []
+    try:
+        recipe_findings = [check_recipe(recipe), check_host(recipe)] if recipe else []
+    except UserError as error:
+        raise UserError(f"--recipe {error}") from None
     with ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 2) // 2)) as pool:
         found = dict(zip(PROBES, pool.map(lambda name: probe(name, seconds), PROBES), strict=True))
     environment = dict(os.environ)
@@ -65,13 +72,9 @@ def examine(seconds: float, save: str | None = None, recipe: str | None = None) 
 
 def check_recipe(model: str) -> Finding:
     """Looks at a recipe's feed-forward widths, with FFN, FFN_MULTIPLE and TP as they are set."""
-    from megatron_moa.errors import UserError
     from megatron_moa.runs.recipes import awkward_widths, feed_forward_widths, recipe_flags
 
-    try:
-        widths = feed_forward_widths(recipe_flags(model, "none", ["--mock-data"]))
-    except UserError as error:
-        raise UserError(f"--recipe {error}") from None
+    widths = feed_forward_widths(recipe_flags(model, "none", ["--mock-data"]))
     text = ", ".join(f"{name} {width}" for name, (width, _) in widths.items())
     if awkward := awkward_widths(widths):
         found, _, remedy = awkward.partition("; ")

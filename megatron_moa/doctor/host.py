@@ -24,7 +24,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.doctor.finding import CHECK, OK, Finding
+from megatron_moa.errors import UserError
 
 HALF_PRECISION_RATE = 600e12
 FLOAT32_RATE = 40e12
@@ -108,15 +110,22 @@ def judge_host(flags: Sequence[str]) -> Finding:
 
 
 def _read(flags: Sequence[str]) -> argparse.Namespace:
-    """The flags that decide, with Megatron's defaults."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    """The flags that decide, with Megatron's defaults.
+
+    Raises:
+        UserError: a value that is no number, or no number of ranks.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=int)
     for name in _SIZES_OR_ONE:
-        parser.add_argument(f"--{name}", type=int, default=1)
+        parser.add_argument(f"--{name}", type=positive, default=1)
     for name in ("swiglu", "moe-grouped-gemm", "bf16", "fp16"):
         parser.add_argument(f"--{name}", action="store_true")
-    own, _ = parser.parse_known_args(list(flags))
+    try:
+        own, _ = parser.parse_known_args(list(flags))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}; mend the recipe or its variables") from None
     own.kv_channels = own.kv_channels or (own.hidden_size or 0) // (own.num_attention_heads or 1)
     own.num_query_groups = own.num_query_groups or own.num_attention_heads
     own.ffn_hidden_size = own.ffn_hidden_size or 4 * (own.hidden_size or 0)

@@ -56,7 +56,8 @@ def judge_cuda(torch: Facts, driver: Facts, environment: dict) -> list[Finding]:
         return [_no_gpu(torch, driver, environment)]
     found = []
     # nvidia-smi may be absent from a container whose GPUs work.
-    version = f"{driver['version']} (up to CUDA {driver['cuda']}), " if driver.get("version") else ""
+    served = f" (up to CUDA {driver['cuda']})" if driver.get("cuda") else ""
+    version = f"{driver['version']}{served}, " if driver.get("version") else ""
     found.append(Finding("CUDA", OK, f"driver {version}torch's runtime {torch['cuda']}"))
     for index, device in enumerate(torch["devices"]):
         capability = ".".join(map(str, device["capability"]))
@@ -98,7 +99,7 @@ def _no_gpu(torch: Facts, driver: Facts, environment: dict) -> Finding:
         why, remedy = "this torch is built without CUDA", f"pip install torch=={TORCH} (PyPI's has CUDA)"
     elif environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         why, remedy = "CUDA_VISIBLE_DEVICES hides all", "unset CUDA_VISIBLE_DEVICES"
-    elif numbers(driver["cuda"])[:1] < numbers(torch["cuda"])[:1]:
+    elif driver["cuda"] and numbers(driver["cuda"])[:1] < numbers(torch["cuda"])[:1]:
         why = f"driver {driver['version']} serves CUDA up to {driver['cuda']}, torch is built for {torch['cuda']}"
         major = numbers(driver["cuda"])[0]
         remedy = (

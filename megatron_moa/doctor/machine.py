@@ -16,7 +16,7 @@ from megatron_moa.doctor.processes import run
 def ask_driver(seconds: float = 30) -> Facts:
     """Returns what nvidia-smi says: version, CUDA version served, number of GPUs, NVLink.
 
-    ``error`` says why it lists no GPU.
+    ``error`` says why it lists no GPU. The CUDA version is empty where it says none, as in a container without libcuda.
     """
     if shutil.which("nvidia-smi") is None:
         return {"gpus": 0, "error": "no nvidia-smi: no NVIDIA driver"}
@@ -32,7 +32,7 @@ def ask_driver(seconds: float = 30) -> Facts:
         "gpus": len(names.split("\n")) - 1,
         "error": "it lists no GPU",
         "version": version.group(1) if version else "",
-        "cuda": cuda.group(1) if cuda else "0",
+        "cuda": cuda.group(1) if cuda else "",
         "topology": code == 0,
         "nvlink": " ".join(links),
     }

@@ -67,8 +67,12 @@ class _Ranks:
     def __init__(self, seconds: float) -> None:
         single_process_environment()
         self.rank, self.size, self.local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
+        if not self.size:
+            raise UserError("WORLD_SIZE 0: no ranks; start with megatron_moa.launch, which sets it")
         self.timeout = timedelta(seconds=seconds)
         address, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
+        if port >= 2**16:
+            raise UserError(f"MASTER_PORT {port}: no port; give one below 65536")
         # Under torchrun its agent has the store, else the first rank.
         hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:

@@ -23,7 +23,7 @@ _CLASSES = {
 
 def uses(megatron: Facts, torch: Facts) -> dict[str, str]:
     """What a run without flags about it uses, part by part; empty if none can start."""
-    if "backend" not in megatron:
+    if "backend" not in megatron or "devices" not in torch:
         return {}
     devices = torch["devices"]
     oldest = min((device["capability"] for device in devices), default=[0, 0])

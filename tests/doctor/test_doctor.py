@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from megatron_moa.doctor import examine, judgements, machine, network, probes, processes, smoke, versions
+from megatron_moa.doctor import examine, judgements, machine, network, probes, processes, smoke, uses, versions
 from megatron_moa.doctor.__main__ import main
 from megatron_moa.megatron_fixes.single_process import free_port, single_process_environment
 from tests.test_setup import packaging_arguments, pins, write_script
@@ -199,8 +199,23 @@ def test_driver_too_old_for_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "serves CUDA up to 12.2, torch is built for 13.0" in finding.text
     (finding,) = judgements.judge_cuda({**without, "cuda": None}, driver, {})
     assert "built without CUDA" in finding.text
+    (finding,) = judgements.judge_cuda({**without, "reason": "no libcuda.so"}, {**driver, "cuda": ""}, {})
+    assert (finding.remedy, "newer driver" in finding.text) == ("no libcuda.so", False)
     (finding,) = judgements.judge_cuda({**without, "cuda": "12.6"}, driver, {"CUDA_VISIBLE_DEVICES": ""})
     assert finding.remedy == "unset CUDA_VISIBLE_DEVICES"
+
+
+def test_cuda_version_that_nvidia_smi_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container without libcuda."""
+    write_script(tmp_path / "nvidia-smi", 'echo "| Driver Version: 580.1   CUDA Version: N/A |"')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert machine.ask_driver()["cuda"] == ""
+
+
+def test_a_gpu_that_hangs_leaves_a_report() -> None:
+    """Megatron's probe does not touch the GPU, so it may answer where torch's does not."""
+    megatron = {"backend": "triton", "te": False, "muon": True}
+    assert uses.uses(megatron, {"error": "its import did not end within 120 s"}) == {}
 
 
 def test_driver_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,6 +327,14 @@ def assert_mistake(flags: tuple[str, ...], text: str, capsys: pytest.CaptureFixt
     assert text in line
 
 
+@pytest.mark.parametrize(("name", "value"), [("TP", "0"), ("CP", "two"), ("MICRO_BATCH_SIZE", "x")])
+def test_recipes_variables_that_are_no_numbers_are_one_line(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert_mistake(("--recipe", "dense-0.12b"), "--recipe ", capsys)
+
+
 def test_widths_of_a_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = examine.check_recipe("dense-0.5b")
     assert (finding.state, finding.text) == (
@@ -382,6 +405,8 @@ def test_ranks_that_do_not_come(rank: str, text: str) -> None:
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 but RANK is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT x: not a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "MASTER_PORT 99999: no port"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "MASTER_ADDR": "a", "MASTER_PORT": "9"}, "WORLD_SIZE 0: no ranks"),
     ],
 )
 def test_variables_of_no_launcher_are_one_line(
