@@ -63,6 +63,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     for flag, root in local:
         check_is_folder(flag, root)
     checkpoint = next(filter(None, (_latest(args, flag, root) for flag, root in local)), None)
+    checkpoint = _newer_non_persistent(args, checkpoint) or checkpoint
     if checkpoint is None:
         if args.non_persistent_ckpt_type is None:
             _check_start(args, local)
@@ -112,6 +113,26 @@ def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | Non
     notice(f"WARNING: {flag} {root}: {problem}; going on from iteration {complete[-1]}, the last complete one")
     write_tracker(root, complete[-1])  # by every rank, each the same: they cannot talk to each other yet
     return Checkpoint(flag, root, complete[-1])
+
+
+def _newer_non_persistent(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """The non-persistent checkpoint that Megatron loads instead of this one; None where it loads none.
+
+    Those of ``--non-persistent-ckpt-type local`` are not looked for: each rank keeps a part of one.
+    """
+    if args.non_persistent_ckpt_type != "global":
+        return None
+    load = checkpoint.root if checkpoint is not None else args.load
+    folder = args.non_persistent_global_ckpt_dir or (Path(load, "non_persistent") if load is not None else None)
+    try:
+        iteration = read_tracker(Path(folder)) if folder is not None and "://" not in str(folder) else None
+    except FileNotFoundError:
+        return None
+    except DamagedCheckpoint as error:
+        raise UserError(f"--non-persistent-ckpt-type global: {folder}: {error}; delete that folder") from None
+    if iteration is None or (checkpoint is not None and iteration < (checkpoint.iteration or 0)):
+        return None
+    return Checkpoint("--load", Path(folder), iteration)
 
 
 def read_saved_settings(

@@ -137,6 +137,8 @@ class Saver:
         def call(iteration: int, *args: Any, **kwargs: Any) -> Any:
             from megatron.training import get_args
 
+            if not self.is_root(get_args().save):
+                return save_checkpoint(iteration, *args, **kwargs)
             with self.clear_errors(iteration):
                 if kwargs.get("non_persistent_ckpt") or kwargs.get("release"):
                     return save_checkpoint(iteration, *args, **kwargs)
@@ -187,9 +189,16 @@ class Saver:
         @functools.wraps(get_checkpoint_tracker_filename)
         def call(checkpoints_path: str) -> str:
             name = get_checkpoint_tracker_filename(checkpoints_path)
-            return name + ".next" if self.unfinished else name
+            return name + ".next" if self.unfinished and self.is_root(checkpoints_path) else name
 
         return call
+
+    def is_root(self, folder: str | Path) -> bool:
+        """Whether a folder is the one whose saves are completed here.
+
+        Megatron writes to others, too: non-persistent checkpoints, and with ``--ckpt-convert-format`` what it converts.
+        """
+        return Path(folder) == self.root
 
     def begin(self, iteration: int) -> None:
         """Clears the checkpoint's folder; collective."""

@@ -261,6 +261,41 @@ def test_a_half_written_checkpoint_is_none(copied: Path) -> None:
     assert not (folder / "below").exists()
 
 
+def test_a_conversion_leaves_the_checkpoint_that_it_reads(copied: Path, tmp_path: Path) -> None:
+    """Megatron converts what it has loaded and writes that elsewhere, whatever --save says."""
+    folders = ["--load", copied, "--save", copied, "--ckpt-convert-save", tmp_path / "converted"]
+    train(*ON, "--train-iters", "8", *folders, "--ckpt-convert-format", "torch")
+    assert saved_iterations(copied) == [2, 4, 6]
+    assert read_tracker(copied) == 6
+    losses = [
+        train(*ON, "--train-iters", "7", "--load", root).losses for root in (copied, tmp_path / "converted" / "torch")
+    ]
+    assert sorted(losses[0]) == [7]
+    assert losses[0] == losses[1]
+
+
+def test_a_newer_non_persistent_checkpoint_is_the_one_that_is_loaded(trained: Path, tmp_path: Path) -> None:
+    """Megatron takes it if it is not older; its settings must be compared, not those of the other one."""
+    root, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    root.mkdir()
+    args = argparse.Namespace(load=str(root), save=str(root), pretrained_checkpoint=None, ckpt_step=None)
+    vars(args).update(exit_on_missing_checkpoint=False, non_persistent_ckpt_type="global")
+    args.non_persistent_global_ckpt_dir = None
+    assert find_checkpoint(args) is None
+    shutil.copytree(trained, root / "non_persistent")
+    newest = Checkpoint("--load", root / "non_persistent", 6)
+    assert find_checkpoint(args) == newest
+    for iteration, expected in ((4, newest), (6, newest), (8, Checkpoint("--load", root, 8))):
+        make_checkpoint(root, iteration)
+        write_tracker(root, iteration)
+        assert find_checkpoint(args) == expected
+    args.non_persistent_global_ckpt_dir = str(elsewhere)
+    assert find_checkpoint(args) == Checkpoint("--load", root, 8)
+    args.load = None
+    shutil.copytree(trained, elsewhere)
+    assert find_checkpoint(args) == Checkpoint("--load", elsewhere, 6)
+
+
 def test_without_a_manifest_a_checkpoint_loads_with_a_notice(copied: Path) -> None:
     (iteration_folder(copied, 6) / MANIFEST).unlink()
     run = train(*ON, "--train-iters", "7", "--load", copied)
