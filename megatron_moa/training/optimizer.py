@@ -109,7 +109,10 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
     if not loads_optimizer(args, saved, checkpoint):
         return
     unset = {"moa_gate_lr_scale": 1.0, "moa_gate_weight_decay": None, "moa_freeze_gates": False}
-    for name in ("optimizer", "lr", "min_lr", *unset):
+    names = ["optimizer", "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", *unset]
+    if args.optimizer == "muon":
+        names.append("muon_scalar_optimizer")
+    for name in names:
         value = getattr(args, name)
         saved_value = getattr(saved, name, unset.get(name, value))
         if value != saved_value:

@@ -400,6 +400,7 @@ def test_shared_out_matrix_optimizer_needs_bf16() -> None:
 
 
 _LOADED = {"finetune": False, "no_load_optim": False, "optimizer": "adam", "lr": 1e-3, "min_lr": 1e-4}
+_LOADED |= {"decoupled_lr": None, "decoupled_min_lr": None, "muon_scalar_optimizer": "adam"}
 _OURS = {"moa_gate_lr_scale": 1.0, "moa_gate_weight_decay": None, "moa_freeze_gates": False}
 
 
@@ -412,6 +413,8 @@ _OURS = {"moa_gate_lr_scale": 1.0, "moa_gate_weight_decay": None, "moa_freeze_ga
         ({"lr": 2e-3}, "--lr 0.002: the optimizer to load has --lr 0.001"),
         ({"min_lr": 0.0}, "--min-lr 0.0: the optimizer to load has --min-lr 0.0001"),
         ({"optimizer": "muon"}, "--optimizer muon: the optimizer to load has --optimizer adam"),
+        ({"decoupled_lr": 2e-3}, "--decoupled-lr 0.002: the optimizer to load has no --decoupled-lr"),
+        ({"decoupled_min_lr": 1e-5}, "--decoupled-min-lr 1e-05: the optimizer to load has no --decoupled-min-lr"),
     ],
 )
 def test_another_optimizers_state_is_refused(given: dict[str, Any], text: str) -> None:
@@ -479,6 +482,15 @@ def test_another_schedule_is_refused(given: dict[str, Any], text: str | None) ->
     assert "--override-opt-param-scheduler" in str(error.value)
     for remedy in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "no_load_optim"):
         check_saved_schedule(argparse.Namespace(**{**args, remedy: True}), saved, checkpoint)
+
+
+def test_another_optimizer_beside_muon_is_refused() -> None:
+    checkpoint, muon = Checkpoint("--load", Path("folder"), 10), {**_LOADED, "optimizer": "muon"}
+    args = argparse.Namespace(**{**muon, **_OURS, "muon_scalar_optimizer": "lion"})
+    with pytest.raises(UserError, match=r"--muon-scalar-optimizer lion: the optimizer to load has .* adam "):
+        check_saved_optimizer(args, argparse.Namespace(**muon), checkpoint)
+    args.optimizer = "adam"  # then nothing reads the flag
+    check_saved_optimizer(args, argparse.Namespace(**_LOADED), checkpoint)
 
 
 def test_a_refused_checkpoint_is_one_line(tmp_path: Path) -> None:
