@@ -249,6 +249,20 @@ def test_the_monitor_counts_no_token_twice(modules: str | dict[str, Any]) -> Non
     assert monitor._sums[:, 0, 0, 0].tolist() == [16, 16]  # tokens, by layer
 
 
+def test_delayed_scaling_cannot_recompute_the_input_of_fc2() -> None:
+    config = configured(True, True, "moe_act")
+    recompute.check_recompute(config, ["moe_act"])
+    recompute.check_recompute_mixture(config, None)
+    config.fp8, config.fp8_recipe = "hybrid", "delayed"
+    with pytest.raises(UserError, match="--recompute-modules moe_act: not with --fp8-recipe delayed; take another"):
+        recompute.check_recompute(config, ["moe_act"])
+    with pytest.raises(UserError, match="--moa-recompute: not with --fp8-recipe delayed; take another"):
+        recompute.check_recompute_mixture(config, None)
+    recompute.check_recompute(config, ["core_attn"])
+    config.fp8_recipe = "tensorwise"
+    recompute.check_recompute(config, ["moe_act"])
+
+
 def test_a_missing_ninja_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configured(True, True, "moe_act")
     recompute.check_recompute(config, ["moe_act"])
