@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=positive,
         default=200_000_000,
         metavar="N",
-        help="train on at most so much text, drawn evenly from all files (default 200 MB)",
+        help="train on about so much text, drawn evenly from all files (default 200 MB)",
     )
     group.add_argument("--max-sentences", type=positive, metavar="N", help="train on at most so many lines")
     group.add_argument("--seed", type=seed, default=1234, metavar="N", help="which part of a larger corpus is drawn")
@@ -108,21 +108,31 @@ def sample_lines(
     """
     blocks = [(file, *bounds) for file in files for bounds in blocks_of(file)]
     draw = random.Random(seed)
-    if sum(file.size for file in files) > sample_bytes:
+    files_fit = sum(file.size for file in files) <= sample_bytes
+    if not files_fit:
         draw.shuffle(blocks)
-    lines: list[str] = []
-    read = 0
-    for file, start, end in blocks:
-        if read >= sample_bytes:
-            break
-        for text in block_texts(file, start, end):
-            lines += training_lines(text)
-            read += len(text.encode())
+    lines, text_fits = lines_of(blocks, sample_bytes)
+    if files_fit and not text_fits:  # Parquet is compressed: its size is not that of its text
+        draw.shuffle(blocks)
+        lines, _ = lines_of(blocks, sample_bytes)
     if not lines:
         raise UserError("--input: no text in these files; give files that hold more than empty lines")
     if max_sentences and len(lines) > max_sentences:
         lines = draw.sample(lines, max_sentences)
     return lines
+
+
+def lines_of(blocks: Sequence[tuple[corpus.TextFile, int, int]], most: int) -> tuple[list[str], bool]:
+    """Lines of blocks, up to the text that reaches ``most`` bytes; and whether that was all."""
+    lines: list[str] = []
+    read = 0
+    for block in blocks:
+        for text in block_texts(*block):
+            if read >= most:
+                return lines, False
+            lines += training_lines(text)
+            read += len(text.encode())
+    return lines, True
 
 
 def blocks_of(file: corpus.TextFile) -> Iterator[tuple[int, int]]:

@@ -92,6 +92,23 @@ def test_parquet_is_preprocessed_and_trains_a_tokenizer(
     assert not list(tmp_path.glob("x*"))
 
 
+def test_a_sample_of_parquet_is_from_all_files(tmp_path: Path) -> None:
+    """Compressed, the files are smaller than the sample, their text is larger; of a row group no more than it takes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    row = "lorem ipsum " * 10
+    for i in range(8):
+        table = pyarrow.table({"text": [f"file {i} {row}"] * 500})
+        pyarrow.parquet.write_table(table, tmp_path / f"{i}.parquet", row_group_size=100)
+    files = reader.find_text_files([str(tmp_path)], "*.parquet")
+    assert sum(file.size for file in files) < 100_000
+    lines = train_tokenizer.sample_lines(files, 100_000)
+    assert 100_000 <= sum(map(len, lines)) < 100_200
+    assert len({line[:6] for line in lines}) >= 4
+    assert len(train_tokenizer.sample_lines(files, 1000)) == 8
+
+
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 def test_a_byte_order_mark_is_no_text(mark: bytes, model: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(mark + b"alpha beta\n" * 30)
