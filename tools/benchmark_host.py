@@ -10,7 +10,7 @@ the CPU; the mixture's Triton launches are made up to the call that would start 
                       the machine does is left out; the linears and all of torch's dispatch are in it, so only
                       differences between rows mean something
   beyond identity     forward and backward over those of a layer whose activation launches nothing
-  over SwiGLU         the same over SwiGLU's of Megatron (experts: grouped as ours are), median of the rounds' ratios
+  over SwiGLU         the same over SwiGLU's of Megatron (experts: grouped as ours are); ratio: the rounds' median
   step, a parameter   Megatron's optimizer step, norm and clipping included, and that over the number of parameters
 
 Runs without a GPU, and hides one that is there.
@@ -208,13 +208,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--form", nargs="+", choices=FORMS, default=list(FORMS), help="default: all")
     parser.add_argument("--experts", **size, help="also a MoE layer of so many grouped experts, two a token")
     parser.add_argument("--repetitions", **size, default=20, help="calls a round (default: %(default)s)")
-    conditions.add_arguments(parser, rounds=10)
+    conditions.add_run_arguments(parser, rounds=10, threads="1")
     options = parser.parse_args(argv)
-    if options.device == "cuda":
-        raise UserError("--device cuda: the host's part is timed with nothing launched; take --device cpu")
     if options.experts == 1:
         raise UserError("--experts 1: a token takes two; give 2 or more")
-    options.device = "cpu"
+    options.device, options.dtype, options.threads = "cpu", "fp32", options.threads or 1
     return options
 
 
@@ -224,7 +222,6 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(PROGRAM):
         options = parse(argv)
         device, _ = conditions.set_up(options)
-        torch.set_num_threads(options.threads or 1)
         warnings.filterwarnings("ignore", module="megatron")
         startup.prepare()
         start(device)

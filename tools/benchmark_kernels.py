@@ -230,6 +230,9 @@ def _family(
             torch.cuda.empty_cache()
             continue
         runs[name] = run
+    if not runs:
+        return
+    baseline = baseline if baseline in runs else None
     timings = timing.time_alternately(runs, device, options.rounds, flush=True)
     for name in runs:
         contender, record = contenders[name], timings.record(name)
@@ -269,15 +272,12 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
     """A line a contender, a column a size: total over the baseline's, of the same round."""
-    sizes = list(dict.fromkeys(record[grown if grown != "activations" else "K"] for record in records))
-    arms = list(dict.fromkeys(record["arm"] for record in records if record["role"] == "mixture"))
-    cells = {
-        (record["arm"], record[grown if grown != "activations" else "K"]): record["ratio"][timing.TOTAL]
-        for record in records
-        if record["role"] == "mixture"
-    }
-    rows = [[arm, *(f"{cells[arm, size]:.3f}" if (arm, size) in cells else None for size in sizes)] for arm in arms]
     label = "K" if grown == "activations" else grown
+    sizes = list(dict.fromkeys(record[label] for record in records))
+    own = [record for record in records if record["role"] == "mixture" and record["ratio"]]
+    arms = list(dict.fromkeys(record["arm"] for record in own))
+    cells = {(record["arm"], record[label]): record["ratio"][timing.TOTAL] for record in own}
+    rows = [[arm, *(f"{cells[arm, size]:.3f}" if (arm, size) in cells else None for size in sizes)] for arm in arms]
     print(f"\nforward and backward together over the baseline's, by {label}\n")
     print(markdown_table(["", *map(str, sizes)], rows), flush=True)
 
@@ -347,6 +347,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError("--values: of what? add --grow activations, ffn or tokens")
     if options.grow == "activations" and max(options.values or [0]) > len(ORDER):
         raise UserError(f"--values {max(options.values)}: there are {len(ORDER)} activations to grow over")
+    for name in ("tokens", "ffn", "hidden", "grow"):
+        value = getattr(options, name)
+        if value is not None and (options.check or name == options.grow):
+            why = "--check, which has sizes of its own" if options.check else f"--grow {name}; give sizes with --values"
+            raise UserError(f"--{name} {value}: has no effect with {why}; drop it")
     options.dtypes = [options.dtype] if options.dtype else list(conditions.DTYPES)
     return options
 
@@ -354,17 +359,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def series(options: argparse.Namespace, device: torch.device) -> Iterator[Sizes]:
     """The sizes to measure: one, or several with --grow."""
     on_gpu = device.type == "cuda"
-    ffn = options.ffn or (8192 if on_gpu else 1408)
-    base = {
-        "tokens": options.tokens or (8192 if on_gpu else 2048),
-        "ffn": ffn,
-        "hidden": options.hidden or max(ffn // 4, 1),
-    }
-    if options.grow:
-        for value in options.values or GROWN[options.grow]:
-            yield Sizes(**{**base, options.grow: value})
-    else:
-        yield Sizes(**base)
+    base = {"tokens": options.tokens or (8192 if on_gpu else 2048), "ffn": options.ffn or (8192 if on_gpu else 1408)}
+    for grown in [{options.grow: value} for value in options.values or GROWN[options.grow]] if options.grow else [{}]:
+        own = base | grown
+        yield Sizes(**own, hidden=options.hidden or max(own["ffn"] // 4, 1))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -398,9 +396,9 @@ def main(argv: list[str] | None = None) -> None:
             ]
             print_table(found)
             records += found
-    if options.grow:
-        print_growth(options.grow, records)
-    conditions.append_records(options.json, "kernels", surroundings, records)
+        if options.grow:
+            print_growth(options.grow, records)
+        conditions.append_records(options.json, "kernels", surroundings, records)
 
 
 if __name__ == "__main__":

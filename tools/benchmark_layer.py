@@ -128,10 +128,21 @@ def _recomputed(arm: Arm, options: argparse.Namespace) -> Arm:
 class Built:
     """A layer ready to be timed."""
 
+    layer: torch.nn.Module
     forward: Callable[[], Tensor]
     run: timing.Run
     leaves: list[Tensor]
-    coefficients: list[Tensor]  # what the layer's last forward mixed with
+
+    def saved(self) -> tuple[int, int]:
+        """Bytes that a forward keeps for backward, parameters left out; and those of them that are coefficients."""
+        from megatron_moa.layers.coefficients import Coefficients
+
+        coefficients: list[Tensor] = []  # watched here alone: what holds them is not what is timed
+        for module in self.layer.modules():
+            if isinstance(module, Coefficients):
+                module.observer = coefficients.append
+        saved = peak_memory.saved_for_backward(self.forward, leave_out=self.leaves[1:])
+        return saved.bytes, saved.bytes_of(coefficients)
 
 
 def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> Built:
@@ -140,8 +151,6 @@ def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: to
     Input and gradient are the same for every arm.
     """
     from megatron.core.transformer.moe.experts import SequentialMLP
-
-    from megatron_moa.layers.coefficients import Coefficients
 
     config = layer_config(options, arm.settings, dtype, tp)
     layer = build_layer(config, arm.mixture, device)
@@ -153,16 +162,11 @@ def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: to
     x = torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
     grad = torch.randn(shape, generator=generator, device=device).to(dtype)
     leaves = [x, *layer.parameters()]
-    coefficients: list[Tensor] = []
-    for module in layer.modules():
-        if isinstance(module, Coefficients):
-            module.observer = coefficients.append
 
     def forward() -> Tensor:
-        coefficients.clear()
         return layer(x)[0]
 
-    return Built(forward, timing.forward_backward(forward, grad, leaves), leaves, coefficients)
+    return Built(layer, forward, timing.forward_backward(forward, grad, leaves), leaves)
 
 
 def measure(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> list[dict[str, Any]]:
@@ -201,8 +205,7 @@ def _family_records(
     peaks = {arm.name: peak_memory.peak_bytes(built[arm.name].run, device) for arm in own}
     least = min((peaks[name] for name in by_role["stock"]), default=None)
     for arm in own:
-        layer = built[arm.name]
-        saved = peak_memory.saved_for_backward(layer.forward, leave_out=layer.leaves[1:])
+        saved, of_coefficients = built[arm.name].saved()
         backend = None if arm.mixture is None else resolve_backend(arm.mixture.backend, device.type)
         yield {
             "arm": arm.name,
@@ -223,8 +226,8 @@ def _family_records(
             "peak_bytes": peaks[arm.name],
             "peak_ratio": peaks[arm.name] / least if least else None,
             "peak_ratio_to_compiled": peaks[arm.name] / peaks[compiled],
-            "saved_bytes": saved.bytes,
-            "saved_coefficient_bytes": saved.bytes_of(layer.coefficients),
+            "saved_bytes": saved,
+            "saved_coefficient_bytes": of_coefficients,
         }
 
 
@@ -255,8 +258,8 @@ def print_table(records: list[dict[str, Any]]) -> None:
 
 
 def check_goals(records: list[dict[str, Any]]) -> bool:
-    """Prints MoA's figures beside their goals; whether all are met."""
-    good = True
+    """Prints MoA's figures beside their goals; whether there are any, and all are met."""
+    all_met: list[bool] = []
     for record in records:
         goal = GOALS.get(record["form"])
         if goal is None or record["mixing"] != "moa" or record["variant"]:
@@ -272,12 +275,12 @@ def check_goals(records: list[dict[str, Any]]) -> bool:
         for name, figure, limit in figures:
             if figure is None:
                 continue
-            met = figure <= limit
-            good = good and met
-            print(f"{record['arm']}: {name} {figure:.4f}, goal at most {limit:g}: {'met' if met else 'NOT met'}")
+            all_met.append(figure <= limit)
+            verdict = "met" if all_met[-1] else "NOT met"
+            print(f"{record['arm']}: {name} {figure:.4f}, goal at most {limit:g}: {verdict}")
         own = f"time {record['ratio_to_compiled']:.4f}, peak memory {record['peak_ratio_to_compiled']:.4f}"
         print(f"{record['arm']}: over {record['family']} compiled here {own}, no goal")
-    return good
+    return bool(all_met) and all(all_met)
 
 
 def _say(text: str) -> None:
@@ -298,15 +301,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="also with the mixture's output computed twice")
     parser.add_argument("--overwrite", action="store_true", help="also with gradients in the place of fc1's output")
     parser.add_argument("--experts", **size, help="a MoE layer of so many experts")
-    parser.add_argument("--topk", **size, default=2, help="experts a token (default: %(default)s)")
+    parser.add_argument("--topk", **size, help="experts a token (default: 2)")
     parser.add_argument(
         "--execution", choices=("sequential", "grouped"), help="how experts run; default: both, compared apart"
     )
     parser.add_argument(
         "--router",
         choices=("balanced", "initial"),
-        default="balanced",
-        help="balanced: Megatron's --moe-router-force-load-balancing; initial: as it starts (default: %(default)s)",
+        help="balanced: Megatron's --moe-router-force-load-balancing; initial: as it starts (default: balanced)",
     )
     parser.add_argument("--tp", **size, help="tensor-parallel size; default: all processes")
     parser.add_argument("--sequence-parallel", action="store_true", help="with --tp; a MoE has it anyway")
@@ -318,8 +320,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--require", action="store_true", help=f"exit code 1 unless MoA meets the goals: {GOALS}")
     conditions.add_arguments(parser, rounds=15)
     options = parser.parse_args(argv)
-    if options.execution and not options.experts:
-        raise UserError(f"--execution {options.execution}: there are no experts; add --experts N")
+    for name in ("execution", "topk", "router"):
+        value = getattr(options, name)
+        if value and not options.experts:
+            raise UserError(f"--{name} {value}: there are no experts; add --experts N")
+    options.topk, options.router = options.topk or 2, options.router or "balanced"
+    if options.require and "moa" not in options.mixing:
+        raise UserError("--require: the goals are MoA's; add moa to --mixing")
+    if options.tp and options.grow == "tp":
+        raise UserError(f"--tp {options.tp}: has no effect with --grow tp; drop it")
     if options.grow == "experts" and not options.experts:
         raise UserError("--grow experts: up to how many? add --experts N")
     if options.experts and options.topk > options.experts:
@@ -331,9 +340,9 @@ def settings_to_measure(options: argparse.Namespace, world: int) -> list[tuple[a
     """Options and TP size of every measurement: one, or a series with --grow."""
     tp = options.tp or world
     if options.grow == "tp":
-        return [(options, size) for size in _doubled(1, world)]
+        return [(options, size) for size in _doubled(1, world) if world % size == 0]
     if options.grow == "experts":
-        each = _doubled(max(options.topk, 2), options.experts)
+        each = _doubled(min(max(options.topk, 2), options.experts), options.experts)
         return [(argparse.Namespace(**{**vars(options), "experts": number}), tp) for number in each]
     return [(options, tp)]
 
@@ -357,13 +366,18 @@ def main(argv: list[str] | None = None) -> None:
         series = settings_to_measure(options, world)
         for _, tp in series:
             if world % tp or options.hidden % tp or options.ffn % tp or options.tokens % tp:
-                raise UserError(f"--tp {tp}: does not divide {world} processes, --hidden, --ffn and --tokens")
+                sizes = ", ".join(f"--{name} {getattr(options, name)}" for name in ("hidden", "ffn", "tokens"))
+                raise UserError(f"--tp {tp}: does not divide all of {world} processes, {sizes}; give a divisor of each")
+        if options.sequence_parallel and all(tp == 1 for _, tp in series):
+            raise UserError("--sequence-parallel: has no effect with TP 1; start several processes with torchrun")
         surroundings = conditions.environment(device)
         _say(conditions.describe(surroundings))
         split_over(series[0][1])
         mixtures = [arm.mixture for arm in arms(options) if arm.mixture is not None]
-        width, scale = options.ffn // series[0][1], bool(options.experts)
-        conditions.require_correct(PROGRAM, mixtures, dtype, device, width=width, hidden=options.hidden, scale=scale)
+        for width in {options.ffn // tp for _, tp in series}:
+            conditions.require_correct(
+                PROGRAM, mixtures, dtype, device, width=width, hidden=options.hidden, scale=bool(options.experts)
+            )
         records: list[dict[str, Any]] = []
         for own, tp in series:
             split_over(tp)
@@ -373,11 +387,11 @@ def main(argv: list[str] | None = None) -> None:
             records += found
             if rank == 0:
                 print_table(found)
-    good = True
-    if rank == 0:
-        print()
-        good = check_goals(records)
-        conditions.append_records(options.json, "layer", surroundings, records)
+        good = True
+        if rank == 0:
+            print()
+            good = check_goals(records)
+            conditions.append_records(options.json, "layer", surroundings, records)
     torch.distributed.destroy_process_group()
     raise SystemExit(1 if options.require and not good else 0)
 

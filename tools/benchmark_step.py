@@ -45,22 +45,22 @@ from megatron_moa.runs.recipes import read_recipe
 PROGRAM = "benchmark_step.py"
 LABELS = {"la": "LA", "moa": "MoA", "compiled": "MoA by plain torch.compile"}
 
-# What a recipe's shape leaves to a run.
+# What a recipe's shape leaves to a run; the vocabulary is the one that examples/pretrain.sh gives without a tokenizer.
 RUN = (
     "--train-iters 1000000 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --clip-grad 1.0 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 32000 --eval-iters 0 --num-workers 0"
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 50257 --eval-iters 0 --num-workers 0"
 ).split()
 
 
-def stock_arguments(options: argparse.Namespace) -> list[str]:
-    """All flags of the stock arm."""
+def stock_arguments(options: argparse.Namespace, megatron: list[str]) -> list[str]:
+    """All flags of the stock arm; ``megatron`` are those of the command line, without the mixture's."""
     flags = [*RUN, *read_recipe(options.recipe, baseline=True), "--micro-batch-size", options.micro_batch_size]
     if options.global_batch_size:
         flags += ["--global-batch-size", options.global_batch_size]
     if options.layers:
         flags += ["--num-layers", options.layers]
     flags += {"bf16": ["--bf16"], "fp16": ["--fp16"], "fp32": []}[options.dtype]
-    return [str(flag) for flag in (*flags, *options.megatron, "--moa-mixing", "none")]
+    return [str(flag) for flag in (*flags, *megatron, "--moa-mixing", "none")]
 
 
 def split_moa_flags(flags: list[str]) -> tuple[list[str], list[str]]:
@@ -84,13 +84,12 @@ def parse_arms(options: argparse.Namespace) -> dict[str, tuple[argparse.Namespac
     from megatron_moa.training.arguments import parse_arguments
 
     others, moa_flags = split_moa_flags(options.megatron)
-    options.megatron = others
-    sys.argv = [PROGRAM, *stock_arguments(options)]
+    sys.argv = [PROGRAM, *stock_arguments(options, others)]
     stock, _ = parse_arguments()
     found: dict[str, tuple[argparse.Namespace, MixtureConfig | None]] = {"none": (stock, None)}
     for name in options.arms:
         kind = ["moa", "--moa-backend", "eager"] if name == "compiled" else [name]
-        own = add_flags(OneLineParser(prog=PROGRAM)).parse_args([*moa_flags, "--moa-mixing", *kind])
+        own = add_flags(OneLineParser(prog=PROGRAM, allow_abbrev=False)).parse_args([*moa_flags, "--moa-mixing", *kind])
         args = copy.deepcopy(stock)
         args.squared_relu = False
         vars(args).update({key: value for key, value in vars(own).items() if key.startswith("moa_")})
@@ -229,8 +228,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     conditions.add_arguments(parser, rounds=15)
     options = parser.parse_args(argv)
     options.megatron = megatron
-    if "--moa-mixing" in megatron:
-        raise UserError("--moa-mixing: the arms are chosen with --arms; drop it")
+    for word in megatron:
+        if word.partition("=")[0] == "--moa-mixing":
+            raise UserError(f"{word}: the arms are chosen with --arms; drop it")
     return options
 
 
@@ -238,22 +238,22 @@ def main(argv: list[str] | None = None) -> None:
     """Checks, times, reports."""
     with one_line_errors(PROGRAM):
         options = parse(sys.argv[1:] if argv is None else argv)
-        if options.type1:
-            os.environ["FFN"] = "type1"
         read_recipe(options.recipe)
         device, _ = conditions.set_up(options)
         warnings.filterwarnings("ignore", module="megatron")  # what is not installed, at every import
         startup.prepare()
         surroundings = conditions.environment(device)
+        if options.type1:
+            os.environ["FFN"] = "type1"
         records = measure(options, device)
-    if torch.distributed.get_rank() == 0:
-        print(conditions.describe(surroundings))
-        first = records[0]
-        cut = f", CUT TO {first['layers']} LAYERS" if first["cut"] else f", {first['layers']} layers"
-        batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
-        print(f"\n{recipe_name(options)}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
-        print_table(records)
-        conditions.append_records(options.json, "step", surroundings, records)
+        if torch.distributed.get_rank() == 0:
+            print(conditions.describe(surroundings))
+            first = records[0]
+            cut = f", CUT TO {first['layers']} LAYERS" if first["cut"] else f", {first['layers']} layers"
+            batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
+            print(f"\n{recipe_name(options)}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
+            print_table(records)
+            conditions.append_records(options.json, "step", surroundings, records)
     torch.distributed.destroy_process_group()
 
 

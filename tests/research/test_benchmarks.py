@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import functional, reference
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.research.benchmarks import timing
 from megatron_moa.research.benchmarks.plain_compile import compiled_reference
+from megatron_moa.runs.recipes import recipe_flags
 from tests.end_to_end.test_large_worlds import recipe
 from tests.support.training import ROOT, Run, run_script
 from tools import benchmark_host, benchmark_kernels, benchmark_layer, benchmark_step
@@ -106,6 +109,27 @@ def test_layer_memory(layer: list[dict[str, Any]]) -> None:
         assert record["peak_bytes"] > record["saved_bytes"] - 4 * tokens * h  # the input is there before
 
 
+def test_coefficients_are_held_while_they_are_counted_alone() -> None:
+    """What a run leaves behind would be missing from the next one's peak."""
+
+    class Mixing(Coefficients):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.observer = None
+
+    x, mixing = torch.ones(4, 3, requires_grad=True), Mixing()
+
+    def forward() -> Tensor:
+        coefficients = x.sin()
+        mixing._observe(coefficients)
+        return x * coefficients
+
+    built = benchmark_layer.Built(mixing, forward, timing.forward_backward(forward, x.detach(), [x]), [x])
+    built.run(timing.no_lap)
+    assert mixing.observer is None
+    assert built.saved() == (2 * x.nbytes, x.nbytes)
+
+
 @pytest.mark.full
 def test_moe_layer_grows_with_experts(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
@@ -132,6 +156,33 @@ def test_layer_over_two_processes(tmp_path: Path) -> None:
     tokens, h, f = 32, 16, 24
     assert one["saved_bytes"] - two["saved_bytes"] == 4 * tokens * f  # half of fc1's output, half of fc2's input
     assert two["saved_bytes"] == 4 * tokens * (h + f)
+
+
+def test_sizes_that_grow() -> None:
+    def grown(*flags: str, world: int = 1) -> list[tuple[int | None, int]]:
+        options = benchmark_layer.parse([*flags])
+        return [(own.experts, tp) for own, tp in benchmark_layer.settings_to_measure(options, world)]
+
+    assert grown("--grow", "tp", world=6) == [(None, 1), (None, 2)]  # 4 does not divide 6 processes
+    assert grown("--experts", "8", "--grow", "experts") == [(2, 1), (4, 1), (8, 1)]
+    assert grown("--experts", "1", "--topk", "1", "--grow", "experts") == [(1, 1)]
+    options = benchmark_kernels.parse(["--grow", "ffn", "--values", "64", "128"])
+    assert [sizes.hidden for sizes in benchmark_kernels.series(options, torch.device("cpu"))] == [16, 32]
+
+
+def test_goals_that_nothing_was_compared_with_are_not_met(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"arm": "MoA type1", "form": "type1", "mixing": "moa", "variant": None, "stock": "GELU", "family": "GELU"}
+    record |= {
+        "ratio_to_stock": {"total": 1.05},
+        "peak_ratio": 1.0,
+        "ratio_to_compiled": 1,
+        "peak_ratio_to_compiled": 1,
+    }
+    assert benchmark_layer.check_goals([record])
+    assert not benchmark_layer.check_goals([record, {**record, "peak_ratio": 1.02}])
+    assert "goal at most 1.01: NOT met" in capsys.readouterr().out
+    assert not benchmark_layer.check_goals([])
+    assert not benchmark_layer.check_goals([{**record, "ratio_to_stock": None, "peak_ratio": None}])
 
 
 @pytest.mark.slow
@@ -174,6 +225,24 @@ def test_kernels_records(tmp_path: Path) -> None:
 def test_type1_counts_fewer_bytes() -> None:
     maker = benchmark_kernels.Maker(benchmark_kernels.Sizes(16, 8, 4), torch.device("cpu"), torch.bfloat16)
     assert maker.activation_bytes(False) == {"forward": 2 * 16 * 8 * 2, "backward": 3 * 16 * 8 * 2}
+
+
+def test_kernels_that_do_not_fit_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is the baseline, or all."""
+
+    def too_large() -> Tensor:
+        raise torch.OutOfMemoryError
+
+    x = torch.ones(2, requires_grad=True)
+    counted = {"forward": 8, "backward": 8}
+    none, one = (benchmark_kernels.Contender(function, [x], counted, {}) for function in (too_large, lambda: 2 * x))
+    options = benchmark_kernels.parse(["--rounds", "1", "--dtype", "fp32"])
+    sizes = benchmark_kernels.Sizes(1, 2, 1)
+    for contenders, left in (({"a": none, "b": one}, ["b"]), ({"a": none}, [])):
+        family = benchmark_kernels._family(contenders, "a", sizes, options, torch.device("cpu"), 1.0)
+        records = list(family)
+        assert [record["arm"] for record in records] == left
+        assert all(record["ratio"] is None for record in records)
 
 
 @pytest.mark.full
@@ -231,6 +300,7 @@ def test_step_records(tmp_path: Path, tiny_recipe: Path) -> None:
     assert moa["backend"] == "eager"
     assert swiglu["ratio"] == 1
     for record in (swiglu, la, moa, compiled):
+        assert record["flags"] == ["--moa-backend", "eager"]
         assert record["tokens_per_s"] == pytest.approx(2 * 32 / record["ms"]["step"] * 1000)
         assert record["peak_bytes"] > 0
 
@@ -249,6 +319,15 @@ def test_recipes_are_found_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FFN", "type1")
     assert benchmark_step.read_recipe(options.recipe, baseline=True)[-1] == "--squared-relu"
     assert "--squared-relu" not in benchmark_step.read_recipe(options.recipe)
+
+
+def test_a_step_has_the_recipes_vocabulary() -> None:
+    def vocabulary(flags: list[str]) -> int:
+        return int(flags[flags.index("--vocab-size") + 1])
+
+    options = benchmark_step.parse(["dense-0.5b", "--dtype", "bf16"])
+    recipe = recipe_flags("dense-0.5b", "moa", ["--mock-data"])
+    assert vocabulary(benchmark_step.stock_arguments(options, [])) == vocabulary(recipe)
 
 
 @pytest.mark.slow
@@ -296,14 +375,30 @@ MISTAKES = [
     (benchmark_layer, ["--execution", "grouped"], "--execution grouped: there are no experts; add --experts N"),
     (benchmark_layer, ["--experts", "2", "--topk", "4"], "--topk 4: there are 2 experts"),
     (benchmark_layer, ["--grow", "experts"], "--grow experts: up to how many?"),
+    (benchmark_layer, ["--topk", "4"], "--topk 4: there are no experts; add --experts N"),
+    (benchmark_layer, ["--router", "initial"], "--router initial: there are no experts; add --experts N"),
+    (benchmark_layer, ["--grow", "tp", "--tp", "2"], "--tp 2: has no effect with --grow tp; drop it"),
+    (benchmark_layer, ["--require", "--mixing", "la"], "--require: the goals are MoA's; add moa to --mixing"),
+    (benchmark_layer, ["--json", "docs"], "--json docs: a folder; add a name"),
     (benchmark_layer, ["--hidden", "0"], "argument --hidden: a number above 0 is wanted, not 0"),
     (benchmark_layer, ["--form", "cubic"], "invalid choice: 'cubic'"),
     (benchmark_kernels, ["--values", "2"], "--values: of what?"),
     (benchmark_kernels, ["--grow", "activations", "--values", "13"], "--values 13: there are 12 activations"),
+    (
+        benchmark_kernels,
+        ["--grow", "ffn", "--ffn", "8"],
+        "--ffn 8: has no effect with --grow ffn; give sizes with --val",
+    ),
+    (benchmark_kernels, ["--check", "--hidden", "8"], "--hidden 8: has no effect with --check, which has sizes of its"),
+    (benchmark_kernels, ["--check", "--grow", "tokens"], "--grow tokens: has no effect with --check"),
+    (benchmark_kernels, ["--json", "docs"], "--json docs: a folder; add a name"),
     (benchmark_step, ["nowhere.sh"], "nowhere.sh: there is no such recipe"),
     (benchmark_step, ["docs/design/log.md"], "docs/design/log.md: bash finds no array MODEL_ARGS there"),
     (benchmark_step, ["examples/models/dense-2b.sh", "--", "--moa-mixing", "la"], "--moa-mixing: the arms are chosen"),
-    (benchmark_host, ["--device", "cuda"], "take --device cpu"),
+    (benchmark_step, ["dense-2b", "--", "--moa-mixing=la"], "--moa-mixing=la: the arms are chosen with --arms"),
+    (benchmark_step, ["dense-2b", "--json", "docs"], "--json docs: a folder; add a name"),
+    (benchmark_host, ["--dtype", "bf16"], "unrecognized arguments: --dtype bf16"),
+    (benchmark_host, ["--json", "docs"], "--json docs: a folder; add a name"),
     (benchmark_host, ["--experts", "1"], "give 2 or more"),
 ]
 

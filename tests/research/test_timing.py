@@ -224,6 +224,28 @@ def test_records_are_appended_with_their_environment(tmp_path: Path) -> None:
     conditions.append_records(None, "layer", {}, [{"arm": "a"}])
 
 
+def test_records_that_cannot_be_written_are_one_line_and_none_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for path, problem in ((tmp_path, "a folder; add a name"), (file / "x.jsonl", "is a file, not a folder")):
+        with pytest.raises(UserError, match=f"^--json {path}: .*{problem}"):
+            conditions.set_up(options("--device", "cpu", "--json", str(path)))
+        with pytest.raises(UserError, match=f"^--json {path}: .*; name a file that can be written$"):
+            conditions.append_records(path, "layer", {}, [{"arm": "a"}])
+    with pytest.raises(TypeError):
+        conditions.append_records(file, "layer", {}, [{"arm": "a"}, {"arm": object()}])
+    assert file.read_text() == ""
+
+
+def test_the_command_has_the_variables_that_change_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(conditions.ROOT / "tools/benchmark_step.py"), "dense-0.5b"])
+    assert conditions.environment(CPU)["command"] == "tools/benchmark_step.py dense-0.5b"
+    monkeypatch.setenv("MEGATRON_MOA_KERNELS", "exact")
+    monkeypatch.setenv("FFN_MULTIPLE", "128")
+    command = "MEGATRON_MOA_KERNELS=exact FFN_MULTIPLE=128 tools/benchmark_step.py dense-0.5b"
+    assert conditions.environment(CPU)["command"] == command
+
+
 def test_table() -> None:
     assert markdown_table(["", "ms"], [["a", 1.23456], ["b", None], ["c", 12345.6]]) == (
         "|  | ms |\n| --- | --- |\n| a | 1.235 |\n| b |  |\n| c | 12346 |"

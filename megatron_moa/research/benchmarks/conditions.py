@@ -21,21 +21,27 @@ from typing import Any
 import torch
 
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.output_files import check_output
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.triton_backend.tile_sizes import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENS = 40  # on which a mixture is compared before it is timed
+_VARIABLES = (VARIABLE, "FFN", "FFN_MULTIPLE", "SEQ_LENGTH")  # what changes kernels, and a recipe's model
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The flags all benchmarks have."""
+    """The flags of the benchmarks that run on either device."""
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="of the CPU; default: OMP_NUM_THREADS, else all CPUs there are"
-    )
+    add_run_arguments(parser, rounds, threads="OMP_NUM_THREADS, else all CPUs there are")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, rounds: int, threads: str) -> None:
+    """The flags all benchmarks have; ``threads`` says how many there are without ``--threads``."""
+    parser.add_argument("--threads", type=positive, metavar="N", help=f"of the CPU; default: {threads}")
     parser.add_argument(
         "--rounds",
         type=positive,
@@ -43,7 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
         metavar="N",
         help="repetitions of each contender, in alternation (default: %(default)s)",
     )
+    add_json_argument(parser)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--json FILE``, for :func:`check_json` and :func:`append_records`."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the results, one JSON object a line")
+
+
+def check_json(path: Path | None) -> None:
+    """Raises UserError for a file that cannot be appended to, before minutes are spent on what it is to hold."""
+    if path is not None:
+        check_output("--json", str(path), ("",), overwrite=True)
 
 
 def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -53,8 +70,9 @@ def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     before CUDA is used.
 
     Raises:
-        UserError: CUDA is asked for where there is none.
+        UserError: CUDA is asked for where there is none, or ``--json`` names what is no file.
     """
+    check_json(options.json)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     has_cuda = torch.cuda.is_available()
@@ -69,8 +87,9 @@ def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a figure depends on: command, date, hardware, versions, commit."""
+    variables = [f"{name}={os.environ[name]}" for name in _VARIABLES if os.environ.get(name)]
     return {
-        "command": shlex.join([os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": shlex.join([*variables, os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "cpu": _cpu_name(),
@@ -159,12 +178,20 @@ def require_correct(
 
 
 def append_records(
-    path: Path | None, benchmark: str, surroundings: Mapping[str, Any], records: Iterable[Mapping[str, Any]]
+    path: Path | None, benchmark: str, surroundings: Mapping[str, Any] | None, records: Iterable[Mapping[str, Any]]
 ) -> None:
-    """Appends one JSON object a line: the benchmark's name, the record, the environment."""
+    """Appends one JSON object a line: the benchmark's name, the record, the environment if there is one.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as stream:
-        for record in records:
-            print(json.dumps({"benchmark": benchmark, **record, "environment": surroundings}), file=stream)
+    around = {"environment": surroundings} if surroundings else {}
+    lines = [json.dumps({"benchmark": benchmark, **record, **around}) + "\n" for record in records]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as stream:
+            stream.write("".join(lines))
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}; name a file that can be written") from error
