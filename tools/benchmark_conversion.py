@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moa.errors import OneLineParser, one_line_errors
+from megatron_moa.command_line.numbers import positive_number
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.runs.recipes import recipe_flags
 
 PROGRAM = "benchmark_conversion.py"
@@ -147,14 +149,18 @@ def main(argv: list[str] | None = None) -> None:
         PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="recipes of examples/models")
-    parser.add_argument("--folder", type=Path, metavar="FOLDER", help="to write in; 9 bytes a parameter; default: /tmp")
-    parser.add_argument("--limit", type=float, default=12, metavar="GIB", help="of the tools' own memory; default 12")
+    where = "that is there, to write in; 9 bytes a parameter; default: TMPDIR, else /tmp"
+    parser.add_argument("--folder", type=Path, metavar="FOLDER", help=where)
+    most = "of the tools' own memory; default 12"
+    parser.add_argument("--limit", type=positive_number, default=12, metavar="GIB", help=most)
     flags = parser.parse_args(argv)
     failed = False
+    with one_line_errors(PROGRAM):
+        if flags.folder and not (flags.folder.is_dir() and os.access(flags.folder, os.W_OK)):
+            raise UserError(f"--folder {flags.folder}: no folder to write in; make it, or name another")
+        trainings = {model: recipe_flags(model, "none", ["--mock-data"]) for model in flags.models}
     print("| model | tool | seconds | own memory | with files | writes |\n| --- | --- | --- | --- | --- | --- |")
-    for model in flags.models:
-        with one_line_errors(PROGRAM):
-            training = recipe_flags(model, "none", ["--mock-data"])
+    for model, training in trainings.items():
         with tempfile.TemporaryDirectory(dir=flags.folder, prefix="conversion-") as scratch:
             folder = Path(scratch)
             writer = multiprocessing.get_context("spawn").Process(
@@ -166,11 +172,11 @@ def main(argv: list[str] | None = None) -> None:
                 raise SystemExit(1)
             for tool, (arguments, out) in conversions(folder).items():
                 usage = measure([sys.executable, str(_TOOLS / tool), *arguments])
-                cells = f"{usage.seconds:.0f} | {usage.own / GIB:.2f} GiB | {usage.resident / GIB:.2f} GiB"
-                print(f"| {model} | {tool} | {cells} | {size(out) / GIB:.2f} GiB |", flush=True)
                 if usage.returncode:
                     print(usage.log, file=sys.stderr)
                     raise SystemExit(1)
+                cells = f"{usage.seconds:.0f} | {usage.own / GIB:.2f} GiB | {usage.resident / GIB:.2f} GiB"
+                print(f"| {model} | {tool} | {cells} | {size(out) / GIB:.2f} GiB |", flush=True)
                 if usage.own > flags.limit * GIB:
                     print(f"{PROGRAM}: {model}, {tool}: more than --limit {flags.limit:g} GiB", file=sys.stderr)
                     failed = True

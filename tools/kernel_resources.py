@@ -22,14 +22,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import positive, positive_number
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_errors
 from megatron_moa.mixture.activations import ACTIVATIONS
@@ -378,21 +377,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--bandwidth",
-        type=_positive_number,
+        type=positive_number,
         nargs="+",
-        default=COPY_BANDWIDTHS,
         metavar="TB/S",
         help="what a copy moves (default: 3.0 as on an H100, 4.3 as on an H200)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the figures, one JSON object a line")
-    return parser.parse_args(argv)
-
-
-def _positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    conditions.add_json_argument(parser)
+    options = parser.parse_args(argv)
+    if options.bandwidth and options.arch != HOPPER:
+        bandwidths = " ".join(f"{bandwidth:g}" for bandwidth in options.bandwidth)
+        raise UserError(f"--bandwidth {bandwidths}: has no effect with --arch {options.arch}; drop it")
+    if options.hidden and options.mixing == "la":
+        raise UserError(f"--hidden {options.hidden}: has no effect with --mixing la, which has no gates; drop it")
+    conditions.check_json(options.json)
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -402,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = parse(argv)
         require_tools(options.arch)
         dtype = conditions.DTYPES[options.dtype]
-        bandwidths = options.bandwidth if options.arch == HOPPER else ()
+        bandwidths = (options.bandwidth or COPY_BANDWIDTHS) if options.arch == HOPPER else ()
         common = {"mixing": options.mixing, "dtype": options.dtype, "arch": options.arch}
         records = []
         rows = []
@@ -438,12 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     | {"registers": found.registers, "spilled": found.spilled, "shared": found.shared}
                 )
         _print(options, rows, gates, bandwidths)
-        if options.json:
-            try:
-                surroundings = conditions.environment(torch.device("cpu"))
-                conditions.append_records(options.json, "resources", surroundings, records)
-            except OSError as error:
-                raise UserError(f"--json {options.json}: {error.strerror}; name a file that can be written") from error
+        conditions.append_records(options.json, "resources", conditions.environment(torch.device("cpu")), records)
 
 
 def _print(

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.output_files import written_whole
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.autograd import MixtureInputs
 from megatron_moa.mixture.config import FORMS, MIXINGS, MixtureConfig
@@ -134,7 +134,7 @@ def read(path: Path) -> dict[str, list[dict[str, Any]]]:
                 entry["kernel"], entry["form"], entry["f"]
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"--output {path}: not a file of this tool ({error!r}); name another") from error
     return content
 
@@ -151,12 +151,8 @@ def write(path: Path, architecture: str, entries: list[dict[str, Any]]) -> None:
     new = {(entry["kernel"], entry["form"], entry["f"]) for entry in entries}
     kept = [e for e in content.get(architecture, []) if (e["kernel"], e["form"], e["f"]) not in new]
     content[architecture] = kept + entries
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--output {path}: {error.strerror}; name a file that can be written") from error
+    with written_whole("--output", [str(path)]) as (temporary,):
+        Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

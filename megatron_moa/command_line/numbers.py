@@ -1,6 +1,8 @@
 """Defines types of argparse for the numbers that flags take."""
 
 import argparse
+import contextlib
+import math
 
 
 def positive(text: str) -> int:
@@ -9,6 +11,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text}")
     return number
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"a number above 0 is wanted, not {text}")
 
 
 def seed(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa.runs.tiny_model import SWIGLU, TINY
-from tools.benchmark_conversion import conversions, measure, size, write_random
+from tools.benchmark_conversion import conversions, main, measure, size, write_random
 
 _PARAMETERS = 16 * (4 * 1024**2 + 3 * 1024 * 4096 + 2 * 1024) + 1024 + 2 * 64 * 1024
 _BASE = 1.6e9  # bytes: the libraries in two processes, one layer's tensors; 1.1e9 to 1.5e9 were measured
@@ -29,6 +29,28 @@ def test_memory_of_a_process_and_its_children() -> None:
     assert 1 < usage.seconds < 30
     failed = measure([sys.executable, "-c", "raise SystemExit('no')"])
     assert (failed.returncode, failed.log) == (1, "no\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--folder", "{tmp}/none"], "--folder {tmp}/none: no folder to write in; make it, or name another"),
+        (["--folder", "{tmp}/file"], "--folder {tmp}/file: no folder to write in"),
+        (["--limit", "nan"], "argument --limit: a number above 0 is wanted, not nan"),
+        (["dense-9b"], "dense-9b: there is no such recipe"),  # before minutes are spent on the first
+    ],
+)
+def test_mistakes_are_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = ["dense-0.12b", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)]
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert (left.value.code, printed.out) == (2, "")
+    (line,) = printed.err.splitlines()
+    assert message.replace("{tmp}", str(tmp_path)) in line
 
 
 @pytest.mark.full
