@@ -15,11 +15,12 @@ import json
 import math
 import sysconfig
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from megatron_moa.command_line.output_files import check_output, written_whole
 from megatron_moa.command_line.tables import markdown_table
+from megatron_moa.data.corpus import find_text_files
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.research.benchmarks import conditions
 from megatron_moa.research.study.corpora import LEFT_OUT
@@ -36,28 +37,22 @@ def write_corpus(prefix: Path, pattern: str) -> int:
     """Writes PREFIX.bin and PREFIX.idx for Megatron; the number of tokens.
 
     Raises:
-        UserError: no file matches.
+        UserError: no file matches, or they cannot be written.
     """
     import numpy
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    library = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
-        path
-        for path in library.glob(pattern)
-        if path.is_file() and not any(fnmatch(path.relative_to(library).as_posix(), out) for out in LEFT_OUT)
-    )
-    if not files:
-        raise UserError(f"--glob {pattern}: matches nothing in {library}; try **/*.py")
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    files = find_text_files([sysconfig.get_paths()["stdlib"]], pattern, LEFT_OUT)
+    targets = check_output("PREFIX", str(prefix), (".bin", ".idx"), overwrite=True)
     total = 0
-    for path in files:
-        tokens = torch.tensor([*path.read_bytes(), END_OF_DOCUMENT], dtype=torch.int32)
-        builder.add_document(tokens, [len(tokens)])
-        total += len(tokens)
-    builder.finalize(f"{prefix}.idx")
+    with written_whole("PREFIX", targets) as (data, index):
+        builder = IndexedDatasetBuilder(data, dtype=numpy.uint16)
+        for file in files:
+            tokens = torch.tensor([*Path(file.path).read_bytes(), END_OF_DOCUMENT], dtype=torch.int32)
+            builder.add_document(tokens, [len(tokens)])
+            total += len(tokens)
+        builder.finalize(index)
     return total
 
 
@@ -93,6 +88,8 @@ def report(records: list[Record]) -> str:
     surroundings = {conditions.describe({**r["environment"], "date": ""})[2:] for r in records if "environment" in r}
     dates = sorted(r["environment"]["date"] for r in records if "environment" in r)
     parts = ["# GPU results", *(f"{text}; from {dates[0]} to {dates[-1]}" for text in sorted(surroundings))]
+    if unknown := {record["benchmark"] for record in records} - _SECTIONS.keys():
+        raise ValueError(f"no table for {', '.join(sorted(unknown))}")
     for kind, (title, section) in _SECTIONS.items():
         own = [record for record in records if record["benchmark"] == kind]
         if own:
@@ -160,9 +157,11 @@ def _kernels(records: list[Record]) -> Iterator[str]:
 def _layers(records: list[Record]) -> Iterator[str]:
     header = ("", "forward ms", "backward ms", "total ms", "quartiles", "to stock", "to compiled", "peak MB")
     header += ("to stock", "saved MB", "coefficients MB")
-    for (hidden, ffn, tokens, experts, dtype), own in _grouped(records, "hidden", "ffn", "tokens", "experts", "dtype"):
-        moe = f", {experts} experts, {own[0]['topk']} a token" if experts else ""
-        yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}"
+    sizes = ("hidden", "ffn", "tokens", "experts", "topk", "dtype", "tp")
+    for (hidden, ffn, tokens, experts, topk, dtype, tp), own in _grouped(records, *sizes):
+        moe = f", {experts} experts, {topk} a token" if experts else ""
+        split = f", TP {tp}" if tp > 1 else ""
+        yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}{split}"
         yield markdown_table(
             header,
             (
@@ -258,8 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{write_corpus(options.prefix, options.glob):,} tokens in {options.prefix}.bin")
         elif options.command == "training":
             record = read_training(options.log, options.arm)
-            with open(options.json, "a") as stream:
-                print(json.dumps({"benchmark": "training", **record}), file=stream)
+            conditions.append_records(options.json, "training", None, [record])
             loss = record["curve"][-1][1]
             if loss is None or not math.isfinite(loss):
                 raise UserError(f"{options.log}: the last loss is {loss}")

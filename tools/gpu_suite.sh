@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, with one command: accuracy, speed, memory, a real training.
 #
-#   tools/gpu_suite.sh [RESULTS]              results folder, default runs/gpu_suite; made anew
+#   tools/gpu_suite.sh [RESULTS]              a new folder for the results, default runs/gpu_suite
 #   PYTHON=/path/to/python3 tools/gpu_suite.sh
 #   SUITE_DEVICE=cpu SUITE_SCALE=tiny tools/gpu_suite.sh     the same flow in about 2 minutes without a GPU
 #   SUITE_STUDY=examples/studies/gpu-dense.toml tools/gpu_suite.sh    what time is left trains a study's runs
@@ -14,6 +14,8 @@
 # Results: results.jsonl (every figure with its environment), results.md (the same as tables), logs/ (one a step).
 # Every step has a time limit; one that fails is recorded and the others go on. Exit code 1 if any failed.
 set -u
+[ $# -eq 0 ] || [ -z "$1" ] || set -- "$(realpath -ms -- "$1")" # a path from where the command is given
+SUITE_STUDY=${SUITE_STUDY:+$(realpath -ms -- "$SUITE_STUDY")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 OUT=${1:-runs/gpu_suite}
@@ -21,17 +23,22 @@ PYTHON=${PYTHON:-python3}
 SUITE_DEVICE=${SUITE_DEVICE:-cuda}
 SUITE_SCALE=${SUITE_SCALE:-full}
 SUITE_SECONDS=${SUITE_SECONDS:-570}
-case $SUITE_DEVICE in cuda | cpu) ;; *) echo "gpu_suite.sh: error: SUITE_DEVICE=$SUITE_DEVICE: say cuda or cpu" >&2; exit 2 ;; esac
-case $SUITE_SCALE in full | tiny) ;; *) echo "gpu_suite.sh: error: SUITE_SCALE=$SUITE_SCALE: say full or tiny" >&2; exit 2 ;; esac
+fail() {
+    echo "gpu_suite.sh: error: $1" >&2
+    exit 2
+}
+case $SUITE_DEVICE in cuda | cpu) ;; *) fail "SUITE_DEVICE=$SUITE_DEVICE: say cuda or cpu" ;; esac
+case $SUITE_SCALE in full | tiny) ;; *) fail "SUITE_SCALE=$SUITE_SCALE: say full or tiny" ;; esac
+[[ $SUITE_SECONDS =~ ^[1-9][0-9]*$ ]] || fail "SUITE_SECONDS=$SUITE_SECONDS: not a whole number; give one such as 570"
+command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such program; name a python3"
+[ -z "$SUITE_STUDY" ] || [ -f "$SUITE_STUDY" ] || fail "SUITE_STUDY=$SUITE_STUDY: no such file; see examples/studies"
 [ "$SUITE_DEVICE" = cpu ] && export CUDA_VISIBLE_DEVICES=
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" CUDA_DEVICE_MAX_CONNECTIONS=1 PYTHONUNBUFFERED=1
 
-if [ -e "$OUT" ] && [ ! -e "$OUT/results.jsonl" ] && [ -n "$(ls -A "$OUT")" ]; then
-    echo "gpu_suite.sh: error: $OUT: holds something else; name another folder" >&2
-    exit 2
+if [ -e "$OUT" ] && [ -n "$(ls -A "$OUT")" ]; then
+    fail "$OUT: is there already; name another folder, or move it away"
 fi
-rm -rf "$OUT"
-mkdir -p "$OUT/logs"
+mkdir -p "$OUT/logs" || exit 2
 JSON=$OUT/results.jsonl
 : >"$JSON"
 failed=0
@@ -113,7 +120,7 @@ check() {
 # study FLAGS...  trains SUITE_STUDY's runs until the suite's time is over, which is no fault: they go on the next time.
 study() {
     local left=$((SUITE_SECONDS - SECONDS)) start=$SECONDS code
-    [ -n "${SUITE_STUDY:-}" ] && [ "$left" -ge 60 ] || return 0
+    [ -n "$SUITE_STUDY" ] && [ "$left" -ge 60 ] || return 0
     timeout -k 5 "$left" "$PYTHON" tools/study.py --study "$SUITE_STUDY" "$@" >"$OUT/logs/study.log" 2>&1
     code=$?
     [ "$code" -eq 124 ] && code=0

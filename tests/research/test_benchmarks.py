@@ -510,19 +510,30 @@ def test_the_table_of_the_first_gpu_is_that_of_its_records() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"SUITE_DEVICE": "tpu"}, "SUITE_DEVICE=tpu: say cuda or cpu"), ({"SUITE_SCALE": "big"}, "say full or tiny")],
+    [
+        ({"SUITE_DEVICE": "tpu"}, "SUITE_DEVICE=tpu: say cuda or cpu"),
+        ({"SUITE_SCALE": "big"}, "say full or tiny"),
+        ({"SUITE_SECONDS": "long"}, "SUITE_SECONDS=long: not a whole number; give one such as 570"),
+        ({"PYTHON": "/nowhere/python3"}, "PYTHON=/nowhere/python3: no such program"),
+        ({"SUITE_STUDY": "nowhere.toml"}, "/nowhere.toml: no such file; see examples/studies"),
+    ],
 )
 def test_suite_settings(tmp_path: Path, setting: dict[str, str], message: str) -> None:
     command = ["bash", "tools/gpu_suite.sh", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **setting}, capture_output=True, text=True)
     assert done.returncode == 2
-    assert message in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert message in line
     assert not (tmp_path / "out").exists()
 
 
-def test_suite_deletes_no_folder_of_others(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("all of it")
-    command = ["bash", "tools/gpu_suite.sh", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["thesis.txt", "results.jsonl"])
+def test_suite_deletes_nothing(name: str, tmp_path: Path) -> None:
+    """A relative path is one from where the command is given."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("all of it")
+    command = ["bash", str(ROOT / "tools" / "gpu_suite.sh"), "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHON": "true"})
     assert done.returncode == 2
-    assert (tmp_path / "thesis.txt").exists()
+    assert f"{tmp_path}/out: is there already; name another folder" in done.stderr
+    assert (tmp_path / "out" / name).read_text() == "all of it"

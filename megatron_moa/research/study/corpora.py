@@ -20,8 +20,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import sentencepiece
-
 from megatron_moa.errors import UserError, one_line
 from megatron_moa.research.study.values import Bound, Count, filled, fitting
 
@@ -76,6 +74,8 @@ class Corpus:
     @property
     def padded_vocabulary(self) -> int:
         """Rows of the embedding, as Megatron pads it (``--make-vocab-size-divisible-by`` 128)."""
+        import sentencepiece  # here: what else is in this module serves machines without it
+
         size = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer)).vocab_size()
         return -(-size // 128) * 128
 
