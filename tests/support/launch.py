@@ -35,19 +35,22 @@ def without_compiler(environment: Mapping[str, str] = os.environ) -> dict[str, s
     return {**environment, "PATH": os.path.dirname(sys.executable), "CXX": ""}
 
 
-def start_server() -> None:
-    """Starts the server, once.
+# Runs shall have one thread a process, which is settled when torch is imported. Megatron and the compiler, while they
+# are imported, ask whether there is a GPU; torch's usual answer starts CUDA, which no process forked later can use.
+_SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
-    Runs shall have one thread a process, which is settled when torch is imported.
-    """
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+
+def start_server() -> None:
+    """Starts the server, once."""
+    before = {name: os.environ.get(name) for name in _SERVER_ENVIRONMENT}
+    os.environ.update(_SERVER_ENVIRONMENT)
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def launch(

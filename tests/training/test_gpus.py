@@ -1,12 +1,15 @@
-"""Which device is which, and figures that hang together."""
+"""Which device is which, figures that hang together, and whether forked trainings can use one."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 
 from megatron_moa.training import gpus
 from megatron_moa.training.gpus import GPUS, gpu_named, this_gpu
+from tests.support import launch
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,15 @@ def test_memory_is_what_torch_reports() -> None:
     if gpu is None:
         pytest.skip(f"{torch.cuda.get_device_name()} is not among the known GPUs")
     assert torch.cuda.get_device_properties(0).total_memory == pytest.approx(gpu.memory_bytes, rel=0.02)
+
+
+def test_trainings_of_tests_can_use_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server they are forked from is told to ask for GPUs without starting CUDA."""
+    seen: dict[str, str] = {}
+    monkeypatch.setattr(launch.forkserver, "ensure_running", lambda: seen.update(os.environ))
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    launch.start_server()
+    assert (seen["PYTORCH_NVML_BASED_CUDA_CHECK"], seen["OMP_NUM_THREADS"]) == ("1", "1")
+    assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
+    assert os.environ["OMP_NUM_THREADS"] == "7"
