@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -195,6 +196,28 @@ def test_threads_by_flag_then_environment_then_cpus(monkeypatch: pytest.MonkeyPa
 def test_cuda_where_there_is_none_is_an_error() -> None:
     with pytest.raises(UserError, match="--device cuda: no CUDA device here"):
         conditions.set_up(options("--device", "cuda"))
+
+
+def test_the_cpu_beside_a_gpu_that_cannot_be_hidden_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="--device cpu: CUDA has started already"):
+        conditions.set_up(options("--device", "cpu"))
+
+
+def test_scripts_can_hide_a_gpu() -> None:
+    """What they import first does not start CUDA, which reads CUDA_VISIBLE_DEVICES once."""
+    code = (
+        "import torch\n"
+        "started = []\n"
+        "torch._C._cuda_getDeviceCount = lambda: started.append(1) or 1\n"
+        "torch.cuda._device_count_nvml = lambda: 1\n"
+        "import megatron_moa.startup\n"
+        "assert not started\n"
+        "assert torch.cuda.is_available() and started\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=conditions.ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_environment_names_what_figures_depend_on() -> None:

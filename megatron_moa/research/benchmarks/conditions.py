@@ -70,12 +70,15 @@ def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     before CUDA is used.
 
     Raises:
-        UserError: CUDA is asked for where there is none, or ``--json`` names what is no file.
+        UserError: CUDA is asked for where there is none, the CPU where the GPU cannot be hidden any more, or ``--json``
+            names what is no file.
     """
     check_json(options.json)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     has_cuda = torch.cuda.is_available()
+    if options.device == "cpu" and has_cuda:
+        raise UserError("--device cpu: CUDA has started already and shows its GPU; set CUDA_VISIBLE_DEVICES= before")
     if options.device == "cuda" and not has_cuda:
         raise UserError("--device cuda: no CUDA device here; take --device cpu")
     device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
