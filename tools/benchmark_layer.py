@@ -134,7 +134,7 @@ class Built:
     leaves: list[Tensor]
 
     def saved(self) -> tuple[int, int]:
-        """Bytes that a forward keeps for backward, parameters left out; and those of them that are coefficients."""
+        """Bytes that a forward keeps for backward, without parameters; and those that are coefficients."""
         from megatron_moa.layers.coefficients import Coefficients
 
         coefficients: list[Tensor] = []  # watched here alone: what holds them is not what is timed

@@ -58,7 +58,7 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_json(path: Path | None) -> None:
-    """Raises UserError for a file that cannot be appended to, before minutes are spent on what it is to hold."""
+    """Raises UserError for what cannot be a file, before minutes are spent on what it is to hold."""
     if path is not None:
         check_output("--json", str(path), ("",), overwrite=True)
 
