@@ -57,7 +57,9 @@ OURS = {
     "--expert-model-parallel-size": "--ep",
     "--expert-tensor-parallel-size": "--ep",
     "--context-parallel-size": "--cp",
+    "--sequence-parallel": "--tp",
     "--micro-batch-size": "--micro-batch-size",
+    "--recompute-activations": "--recompute",
     "--recompute-granularity": "--recompute",
     "--recompute-modules": "--recompute",
     "--recompute-method": "--recompute",
@@ -109,6 +111,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.further = further
     for flag in further:
+        if flag in ("-h", "--help"):
+            raise UserError(f"{flag}: behind -- it would end the planner without a word; put it before")
         if (name := flag.partition("=")[0]) in OURS:
             raise UserError(f"{name}: chosen here by {OURS[name]}; drop it behind --")
     return options
@@ -217,11 +221,12 @@ def command(report: Report) -> str:
     """What trains with the best split."""
     options, split = report.options, report.best.split
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    variables |= {name: value for name, value in inputs.split_environment(split).items() if value != "1"}
-    variables["MICRO_BATCH_SIZE"] = str(split.micro_batch)
-    variables["NPROC_PER_NODE"] = str(gpus_of_a_node(options.gpus))
-    if options.gpus > GPUS_PER_NODE:
-        variables["NNODES"] = str(options.gpus // gpus_of_a_node(options.gpus))
+    chosen = inputs.split_environment(split)
+    chosen["NPROC_PER_NODE"] = str(gpus_of_a_node(options.gpus))
+    chosen["NNODES"] = str(options.gpus // gpus_of_a_node(options.gpus))
+    # One of a kind is the default, unless this process was told otherwise: the command must not be.
+    said = {"MICRO_BATCH_SIZE", "NPROC_PER_NODE", *os.environ}
+    variables |= {name: value for name, value in chosen.items() if value != "1" or name in said}
     words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     words += ["examples/pretrain.sh", shlex.quote(options.recipe), options.mixing]
     return " ".join([*words, *map(shlex.quote, [*inputs.split_flags(split, report.model), *options.further])])

@@ -5,7 +5,7 @@
 #     python tools/plan.py moe-0.25b moa --gpus 8 --gpu h100 --mfu 0.25 --brief
 #
 # Parameters: 251,044,480, 113,633,920 of them for a token; the mixture adds 887,040, 0.35 %; vocabulary 50,304.
-# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 14.1 GiB a GPU.
+# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 14.4 GiB a GPU.
 # Duration: 49.1 minutes for 11.4 billion tokens, estimated at 25 % MFU while computing (25 % overall).
 # Cost: 6.55 GPU hours, about $16.
 # Watch: load_balancing_loss, which is 1 where all experts get the same; validation loss against the baseline's at

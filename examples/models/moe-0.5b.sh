@@ -5,7 +5,7 @@
 #     python tools/plan.py moe-0.5b moa --gpus 8 --gpu h100 --mfu 0.25 --brief
 #
 # Parameters: 480,942,336, 183,671,040 of them for a token; the mixture adds 1,596,672, 0.33 %; vocabulary 50,304.
-# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 18.5 GiB a GPU.
+# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 18.9 GiB a GPU.
 # Duration: 2.36 hours for 18.4 billion tokens, estimated at 25 % MFU while computing (25 % overall).
 # Cost: 18.9 GPU hours, about $47.
 # Watch: load_balancing_loss, which is 1 where all experts get the same; validation loss against the baseline's at

@@ -5,7 +5,7 @@
 #     python tools/plan.py moe-0.8b moa --gpus 8 --gpu h100 --mfu 0.25 --brief
 #
 # Parameters: 797,327,040, 281,231,040 of them for a token; the mixture adds 2,217,600, 0.28 %; vocabulary 50,304.
-# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 23.1 GiB a GPU.
+# Hardware: 8 x H100 SXM 80 GB; TP 1, PP 1, DP 8, micro-batch 16; 23.5 GiB a GPU.
 # Duration: 5.76 hours for 28.1 billion tokens, estimated at 25 % MFU while computing (25 % overall).
 # Cost: 46.1 GPU hours, about $115.
 # Watch: load_balancing_loss, which is 1 where all experts get the same; validation loss against the baseline's at

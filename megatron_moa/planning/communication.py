@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from megatron_moa.planning.memory import FLOAT32
 from megatron_moa.planning.model import Model, Split
-from megatron_moa.planning.parameters import Cut, layer_weights, stage_weights
+from megatron_moa.planning.parameters import Cut, Kind, layer_weights, stage_weights
 from megatron_moa.training.flops import Flops
 from megatron_moa.training.gpus import Gpu
 
@@ -98,10 +98,10 @@ def _active_feed_forward(model: Model) -> float:
     total = 0.0
     for is_moe in model.moe_layers:
         for weight in layer_weights(model, is_moe):
-            if weight.name.startswith(("feed-forward fc", "shared expert fc")):
-                total += weight.elements
-            elif weight.cut is Cut.EXPERT:
+            if weight.cut is Cut.EXPERT:
                 total += weight.elements / model.experts.number * model.experts.topk
+            elif weight.kind is not Kind.OTHER and weight.name not in ("qkv", "projection"):
+                total += weight.elements
     return total
 
 
@@ -160,15 +160,23 @@ def _data_parallel(
 ) -> Iterator[Traffic]:
     """Yields the messages of data parallelism, each sent once a step.
 
-    Gradients are summed behind the last micro-batch's backward (two thirds of its time), weights are gathered behind
-    the first one's forward.
+    Where the training overlaps them, gradients are summed behind the last micro-batch's backward (two thirds of its
+    time), weights are gathered behind the first one's forward.
     """
     groups = {
         "DP": (split.dp * split.cp, split.tp, lambda weight: weight.cut is not Cut.EXPERT),
         "DP of experts": (split.expert_dp, split.ep, lambda weight: weight.cut is Cut.EXPERT),
     }
     stages = [stage_weights(model, split, stage) for stage in {0, split.pp - 1}]
-    hidden = {"gradients": micro_batch_seconds * 2 / 3, "weights": micro_batch_seconds / 3}
+    hidden = {
+        "gradients": micro_batch_seconds * 2 / 3 * model.overlaps_gradients,
+        "weights": micro_batch_seconds / 3 * model.overlaps_weights,
+    }
+    # A rank that needs all sums gets them by an all-reduce: each sum is sent on to all.
+    scattered = model.shards_optimizer and not model.shares_whole_weights
+    sums = [("gradients", model.gradient if scattered else 2 * model.gradient)]
+    if model.shards_optimizer:
+        sums.append(("weights", model.element))
     for kind, (size, stride, belongs) in groups.items():
         elements = max(
             sum(number * weight.on_rank(split) for weight, number in weights.items() if belongs(weight))
@@ -178,9 +186,6 @@ def _data_parallel(
             continue
         wire = _bandwidth(gpu, stride, size)
         share = (size - 1) / size
-        sums = [("gradients", model.gradient), ("weights", model.element)]
-        if not model.shards_optimizer:
-            sums = [("gradients", 2 * model.gradient)]  # an all-reduce: each sum is sent on to all
         for name, width in sums:
             sent = traffic(f"{kind}, {name}", 1, elements * width * share, wire, hidden[name])
             hidden[name] = max(0.0, hidden[name] - sent.seconds)

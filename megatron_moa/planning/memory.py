@@ -6,11 +6,13 @@ attention as a fused kernel, which keeps no s x s scores.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_moa.planning.model import Model, Split
-from megatron_moa.planning.parameters import Cut, Kind, Weights, stage_weights
+from megatron_moa.planning.parameters import Cut, Kind, Weight, Weights, stage_weights
 
 FLOAT32, INT64 = 4, 8
 GIBIBYTE = 2**30
@@ -89,18 +91,18 @@ def peak(model: Model, split: Split, software: Software = GPU) -> Memory:
 def stage_memory(model: Model, split: Split, stage: int, software: Software = GPU) -> Memory:
     """Of a rank of one stage, at its peak.
 
-    The peak is one of three moments: the loss of the last micro-batch (all activations and the logits), the backward of
-    a layer (all activations and that layer's gradients), the optimizer's step (no activations).
+    The peak is one of four moments: the loss of the last micro-batch (all activations and the logits), the backward of
+    the output layer, or of a layer (all activations and its gradients), the optimizer's step (no activations).
     """
     weights = stage_weights(model, split, stage)
     elements = sum(number * weight.on_rank(split) for weight, number in weights.items())
-    state, shard = _optimizer_state(model, split, weights)
+    state, stepped = _optimizer_state(model, dataclasses.replace(split, micro_batch=1, recompute="none"), stage)
     layers = activations_in_flight(model, split, stage, software)
     backward = max(_backward_workspace(model, split, is_moe, software) for is_moe in _kinds(model, split, stage))
     final = logits = output = 0.0
     if stage == split.pp - 1:
         final, logits, output = _head(model, split, software)
-    step = FLOAT32 * (shard if software.foreach_adam else 2 * _largest(model, split, weights))
+    step = FLOAT32 * (stepped if software.foreach_adam else 2 * _largest(model, split, weights))
     moments = {
         layers + final + logits: (layers + final, logits, 0.0),
         layers + final + output: (layers + final, 0.0, output),
@@ -123,29 +125,53 @@ def _kinds(model: Model, split: Split, stage: int) -> set[bool]:
     return {model.moe_layers[layer] for layer in split.layers(model, stage)}
 
 
-def _optimizer_state(model: Model, split: Split, weights: Weights) -> tuple[float, float]:
-    """Bytes of the optimizer's state on a rank, and elements of its share of the weights.
+@functools.cache
+def _optimizer_state(model: Model, split: Split, stage: int) -> tuple[float, float]:
+    """Bytes of the optimizer's state on the rank that has most, and how many elements Adam steps through there.
 
     Adam keeps two moments, Muon one of matrices. A half-precision model has a float32 copy of its weights besides.
     """
     copy = FLOAT32 if model.element < FLOAT32 else 0
-    state = share = 0.0
-    for weight, number in weights.items():
-        own = number * weight.on_rank(split) / (weight.copies(split) if model.shards_optimizer else 1)
-        moments = 1 if model.optimizer == "muon" and weight.kind is Kind.MATRIX else 2
-        state += own * (copy + moments * FLOAT32)
-        share += own
-    return state, share
+    weights = stage_weights(model, split, stage)
+    state = stepped = 0.0
+    for is_expert in (False, True):
+        own = [(weight, number) for weight, number in weights.items() if (weight.cut is Cut.EXPERT) is is_expert]
+        if not own:
+            continue
+        ranks = own[0][0].copies(split) if model.shards_optimizer else 1
+        tensors = []  # elements, bytes of the optimizer's state, elements of Adam's
+        for weight, number in own:
+            is_muons = model.optimizer == "muon" and weight.kind is Kind.MATRIX
+            size = _tensor(model, split, weight)
+            tensor = size, size * (copy + (1 if is_muons else 2) * FLOAT32), 0 if is_muons else size
+            tensors += [tensor] * round(number * weight.on_rank(split) / size)
+        shares = _dealt(tensors, ranks) if model.shares_whole_weights else [tensors]
+        divisor = 1 if model.shares_whole_weights else ranks
+        state += max(sum(tensor[1] for tensor in share) for share in shares) / divisor
+        stepped += max(sum(tensor[2] for tensor in share) for share in shares) / divisor
+    return state, stepped
+
+
+def _dealt(tensors: list[tuple[float, ...]], ranks: int) -> list[list[tuple[float, ...]]]:
+    """Deals tensors to ranks as Megatron's layer-wise optimizer does: by size, forth and back."""
+    shares = [[] for _ in range(min(ranks, len(tensors)))]
+    for index, tensor in enumerate(sorted(tensors, key=lambda tensor: tensor[0])):
+        place = index % (2 * ranks)
+        shares[min(place, 2 * ranks - 1 - place)].append(tensor)
+    return shares
+
+
+def _tensor(model: Model, split: Split, weight: Weight) -> float:
+    """Elements of one tensor on a rank: a matrix is one expert's, a mixture all experts'."""
+    if weight.cut is Cut.EXPERT and weight.kind is not Kind.MIXTURE:
+        return weight.on_rank(split) * split.ep / model.experts.number
+    return weight.on_rank(split)
 
 
 def _largest(model: Model, split: Split, weights: Weights) -> float:
     """Elements of the largest single tensor that Adam steps through."""
-    experts = model.experts.number if model.experts else 1
-    sizes = []
-    for weight in weights:
-        own = weight.on_rank(split) / (weight.copies(split) if model.shards_optimizer else 1)
-        sizes.append(own * split.ep / experts if weight.cut is Cut.EXPERT else own)
-    return max(sizes)
+    is_cut = model.shards_optimizer and not model.shares_whole_weights
+    return max(_tensor(model, split, weight) / (weight.copies(split) if is_cut else 1) for weight in weights)
 
 
 def _head(model: Model, split: Split, software: Software) -> tuple[float, float, float]:

@@ -25,8 +25,14 @@ _REFUSED = (
     ("decoder_last_pipeline_num_layers", "--decoder-last-pipeline-num-layers"),
     ("account_for_embedding_in_pipeline_split", "--account-for-embedding-in-pipeline-split"),
     ("account_for_loss_in_pipeline_split", "--account-for-loss-in-pipeline-split"),
+    ("experimental_attention_variant", "--experimental-attention-variant"),
+    ("fp4", "--fp4-format"),
     ("fp8", "--fp8-format"),
     ("fp16", "--fp16"),
+    ("fp32_residual_connection", "--fp32-residual-connection"),
+    ("use_precision_aware_optimizer", "--use-precision-aware-optimizer"),
+    ("optimizer_cpu_offload", "--optimizer-cpu-offload"),
+    ("fine_grained_activation_offloading", "--fine-grained-activation-offloading"),
     ("use_megatron_fsdp", "--use-megatron-fsdp"),
     ("use_torch_fsdp2", "--use-torch-fsdp2"),
 )
@@ -65,6 +71,9 @@ class Model:
         gradient: bytes of a gradient, as it is summed.
         optimizer: one of :data:`OPTIMIZERS`.
         shards_optimizer: whether data-parallel ranks share its state out.
+        shares_whole_weights: by whole weights, after each has summed all gradients (Megatron's layer-wise optimizer).
+        overlaps_gradients: sums of gradients over ranks hide behind the backward.
+        overlaps_weights: gathered weights hide behind the forward.
         sequence: tokens of a sample.
         global_batch: samples a step.
         iterations: steps.
@@ -93,6 +102,9 @@ class Model:
     gradient: int
     optimizer: str
     shards_optimizer: bool
+    shares_whole_weights: bool
+    overlaps_gradients: bool
+    overlaps_weights: bool
     sequence: int
     global_batch: int
     iterations: int
@@ -146,6 +158,9 @@ class Model:
             gradient=4 if args.accumulate_allreduce_grads_in_fp32 or not args.bf16 else 2,
             optimizer=args.optimizer,
             shards_optimizer=args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer,
+            shares_whole_weights=args.use_layer_wise_distributed_optimizer,
+            overlaps_gradients=args.overlap_grad_reduce,
+            overlaps_weights=args.overlap_param_gather,
             sequence=args.seq_length,
             global_batch=args.global_batch_size,
             iterations=args.train_iters,

@@ -68,11 +68,12 @@ def problems(model: Model, split: Split) -> dict[str, str]:
 def _rules(model: Model, split: Split) -> Iterator[tuple[str, Callable[[int], bool], str]]:
     """For each number of a split, what it must fulfil with the others as they are, and what that says."""
     gpus, experts = split.gpus, model.experts
-    sizes = (model.heads, model.groups, model.sequence)
     said = f"does not divide the {model.heads} attention heads"
     if model.groups != model.heads:
         said += f" and {model.groups} key heads"
-    yield "tp", lambda tp: all(size % tp == 0 for size in sizes), said
+    yield "tp", lambda tp: model.heads % tp == model.groups % tp == 0, said
+    tokens = model.sequence // split.cp
+    yield "tp", lambda tp: tokens % tp == 0, f"does not divide the {tokens} tokens of a sequence (SEQ_LENGTH, CP)"
     shared = [f"{name} {width}" for name, (width, ranks) in model.widths(split.tp).items() if ranks > 1]
     said = f"does not divide the {' and '.join(shared)} (FFN_MULTIPLE=128 rounds widths up)"
     yield "tp", lambda tp: all(width % ranks == 0 for width, ranks in model.widths(tp).values()), said

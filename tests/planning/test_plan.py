@@ -11,6 +11,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from megatron_moa import startup
 from megatron_moa.errors import UserError
 from megatron_moa.planning import inputs, memory, parameters
-from megatron_moa.planning.communication import step_time
+from megatron_moa.planning.communication import recomputed_flops, step_time
 from megatron_moa.planning.model import Model, Split
 from megatron_moa.runs.recipes import model_files, recipe_flags
 from megatron_moa.training.gpus import GPUS
@@ -276,6 +277,26 @@ def test_a_distributed_optimizer_shares_its_state_out() -> None:
     assert (eight.weights, eight.gradients) == (2 * total, 4 * total)
 
 
+def test_muons_optimizer_deals_whole_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares the deal with Megatron's, and looks at the rank that gets the embedding."""
+    startup.prepare()
+    import torch
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    sizes = [30, 1, 2, 2, 9, 40, 7, 7, 100, 12, 3]
+    group = {"params": [torch.empty(size, device="meta") for size in sizes]}
+    optimizer = SimpleNamespace(dp_cp=None, expt_dp=None)
+    LayerWiseDistributedOptimizer._shard_params_ping_pong(optimizer, [SimpleNamespace(param_groups=[group])], 4, 1)
+    theirs = [[tensor.numel() for tensor in share] for share in optimizer.dp_cp_params_list]
+    assert [[size for (size,) in share] for share in memory._dealt([(size,) for size in sizes], 4)] == theirs
+
+    monkeypatch.setenv("OPTIMIZER", "muon")
+    flags = recipe_flags("dense-0.12b", "none", ["--mock-data"])
+    model = model_of(flags)
+    largest = memory.stage_memory(model, Split(gpus=512), 0).optimizer
+    assert largest == 12 * 50304 * model.hidden  # the embedding's, or the output layer's, and nothing else
+
+
 def test_muon_keeps_one_moment_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPTIMIZER", "muon")
     model = model_of(recipe_flags("dense-0.12b", "moa", ["--mock-data"]))
@@ -300,6 +321,46 @@ def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
     traffic = {kind.kind: kind for kind in step_time(model, split, flops, GPUS["h100"], 0.4).traffic}
     assert sum(message.bytes for message in moved) * 3 / 4 == pytest.approx(traffic["TP"].bytes)
     assert sum(message.number for message in moved) == traffic["TP"].messages
+
+
+@pytest.mark.slow
+def test_gradients_are_summed_as_a_rank_sums_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon's optimizer wants all sums, Adam's distributed one those of its own share."""
+    shape = "--num-layers 2 --hidden-size 128 --num-attention-heads 2 --ffn-hidden-size 256 --global-batch-size 16"
+    shape += " --seq-length 64 --max-position-embeddings 64 --vocab-size 1024"
+    built = Built("dense-0.12b", "none", shape, Split(gpus=8))
+    flags = []
+    for optimizer in ("adamw", "muon"):
+        monkeypatch.setenv("OPTIMIZER", optimizer)
+        # Gathers of weights are the optimizer's, which is not built here.
+        flags.append([flag for flag in built.all_flags() if flag != "--overlap-param-gather"])
+    reports = visit([Job(tuple(own), 8, (5,), messages=True) for own in flags], tmp_path / "messages.json")
+    rounds = {"reduce_scatter_tensor_coalesced": 1, "allreduce_coalesced": 2}  # times (r - 1)/r of its bytes are sent
+    for own, (report,), operation in zip(flags, reports, rounds, strict=True):
+        (moved,) = (message for message in report.messages if message.group == "dp")
+        assert moved.operation == operation
+        model = model_of(own, 8)
+        flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(own, 8)[0]), None)(1)
+        traffic = {kind.kind: kind for kind in step_time(model, built.split, flops, GPUS["h100"], 0.4).traffic}
+        assert traffic["DP, gradients"].bytes == rounds[operation] * moved.bytes * 7 / 8
+
+
+def test_what_a_training_does_not_overlap_is_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradients() -> Any:
+        step = make("dense-0.5b", "none", "--gpus", "8", "--gpu", "h100", "--tp", "1").best.step
+        return next(kind for kind in step.traffic if kind.kind == "DP, gradients")
+
+    assert gradients().exposed < gradients().seconds
+    monkeypatch.setenv("DISTRIBUTED_OPTIMIZER", "0")
+    assert gradients().exposed == gradients().seconds
+
+
+def test_gates_are_recomputed_with_their_layers() -> None:
+    flags = recipe_flags("dense-0.12b", "moa", ["--mock-data"])
+    model = model_of(flags)
+    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(flags, 1)[0]), model.mixture)(1)
+    again = recomputed_flops(model, Split(gpus=1, recompute="feed-forward"), flops)
+    assert again == pytest.approx((flops.mixture + flops.gates) / 3 + 2 * model.layers * 3 * model.hidden * model.ffn)
 
 
 # Splits.
@@ -355,6 +416,13 @@ def test_the_command_has_as_many_processes_as_gpus() -> None:
         words = plan.command(make(*f"gpt2-124m --gpus {gpus} --gpu h100".split())).split()
         variables = dict(word.split("=") for word in words if "=" in word)
         assert int(variables["NPROC_PER_NODE"]) * int(variables.get("NNODES", 1)) == gpus
+
+
+def test_the_command_trains_so_whatever_variables_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TP", "NNODES"):
+        monkeypatch.setenv(name, "2")
+    words = plan.command(make(*"gpt2-124m --gpus 8 --gpu h100 --tp 1".split())).split()
+    assert {"TP=1", "NNODES=1"} < set(words)
 
 
 def test_time_and_cost_follow_from_the_step() -> None:
@@ -418,6 +486,8 @@ MISTAKES = {
     "dense-2b --gpus 24 --gpu h100 --tp 3": "--tp 3: does not divide the 32 attention heads; take --tp 2 or --tp 4",
     "dense-0.5b --gpus 8 --gpu h100 --tp 2": "--tp 2: does not divide the feed-forward width 3413 (FFN_MULTIPLE=128 "
     "rounds widths up); take --tp 1",
+    "dense-0.12b --gpus 8 --gpu h100 --tp 4 -- --seq-length 1022": "--tp 4: does not divide the 1022 tokens of a "
+    "sequence (SEQ_LENGTH, CP); take --tp 2",
     "dense-2b --gpus 64 --gpu h100 --pp 8": "--pp 8: does not divide the 28 layers; take --pp 4",
     "dense-2b --gpus 64 --gpu h100 --pp 7": "--pp 7: times 1 ranks (TP, CP) does not divide 64 GPUs; take --pp 4",
     "dense-2b --gpus 8 --gpu h100 --pp 1 --vpp 2": "--vpp 2: virtual stages need --pp 2 or more",
@@ -430,6 +500,9 @@ MISTAKES = {
     "dense-2b --gpus 100000 --gpu h100 --tp 1 --pp 1": "a global batch of 512; take --gpus 512",
     "dense-2b none --gpus 8 --gpu h100 --recompute mixture": "MIXING none has no mixture",
     "dense-2b --gpus 8 --gpu h100 -- --tensor-model-parallel-size 2": "chosen here by --tp",
+    "dense-2b --gpus 8 --gpu h100 -- --recompute-activations": "--recompute-activations: chosen here by --recompute",
+    "dense-2b --gpus 8 --gpu h100 -- --help": "--help: behind -- it would end the planner without a word",
+    "dense-2b --gpus 8 --gpu h100 -- --fp32-residual-connection": "--fp32-residual-connection: the planner has no",
     "dense-2b --gpus 8 --gpu h100 -- --optimizer sgd": "--optimizer sgd: the planner has no formulas for it; take adam",
     "dense-2b --gpus 8 --gpu h100 -- --mtp-num-layers 1": "--mtp-num-layers: the planner has no formulas",
 }
