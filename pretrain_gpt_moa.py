@@ -32,6 +32,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain, print_rank_0, set_startup_timestamps
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -70,9 +71,10 @@ def predicts_further_tokens(vp_stage: int | None) -> bool:
     They need tokens and labels too.
     """
     args = get_args()
-    return mtp_on_this_rank(
-        layout=args.pipeline_model_parallel_layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage
-    )
+    layout = args.pipeline_model_parallel_layout
+    if layout is not None:  # parsed in the model's config alone
+        layout = PipelineParallelLayerLayout.from_str(layout, args.pipeline_model_parallel_size)
+    return mtp_on_this_rank(layout=layout, mtp_num_layers=args.mtp_num_layers, vp_stage=vp_stage)
 
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None) -> dict[str, Tensor | None]:

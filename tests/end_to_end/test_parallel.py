@@ -130,6 +130,12 @@ def test_dense(
     _assert_equal(one_process, tmp_path, f"{_BASE} {arm}", processes, flags)
 
 
+def test_a_layout_that_is_written_out(one_process: dict[str, tuple[Path, Record]], tmp_path: Path) -> None:
+    """Four virtual stages of unequal lengths, the last one without a layer."""
+    layout = "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|tt|L"
+    _assert_equal(one_process, tmp_path, f"{_BASE} {_arm('moa', 'bi-sided')}", 2, layout)
+
+
 @pytest.mark.parametrize(("arm", "processes", "flags"), _cases(MOE_SPLITS))
 def test_moe(one_process: dict[str, tuple[Path, Record]], tmp_path: Path, arm: str, processes: int, flags: str) -> None:
     _assert_equal(one_process, tmp_path, f"{_BASE} {arm} {' '.join(MOE)}", processes, flags)
