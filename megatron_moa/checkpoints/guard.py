@@ -132,7 +132,7 @@ def _newer_non_persistent(args: argparse.Namespace, checkpoint: Checkpoint | Non
         raise UserError(f"--non-persistent-ckpt-type global: {folder}: {error}; delete that folder") from None
     if iteration is None or (checkpoint is not None and iteration < (checkpoint.iteration or 0)):
         return None
-    return Checkpoint("--load", Path(folder), iteration)
+    return Checkpoint(checkpoint.flag if checkpoint is not None else "--load", Path(folder), iteration)
 
 
 def read_saved_settings(
