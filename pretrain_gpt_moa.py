@@ -40,6 +40,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from torch import Tensor
 
 from megatron_moa import startup
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.data.checks import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.training import index_cache, muon, nan_guard, optimizer
@@ -53,7 +54,8 @@ from megatron_moa.training.progress import Progress
 _BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 _SPIKE = 10  # --check-for-spiky-loss: a loss this many times the largest seen
 
-# Flags of Megatron's own script that need a batch this one does not make.
+# Flags of Megatron's that need a batch this script does not make, ask for layers it does not build, or that Megatron
+# 0.19.2 ignores (--freeze-all-layers) or fails at (--moe-use-upcycling) when a model is built by a builder.
 _REFUSED = (
     "sft",
     "fim_data",
@@ -62,6 +64,13 @@ _REFUSED = (
     "logits_load_dir",
     "perform_rl_step",
     "vision_pretraining",
+    "hybrid_layer_pattern",
+    "hybrid_override_pattern",
+    "mtp_hybrid_override_pattern",
+    "heterogeneous_layers_config_path",
+    "heterogeneous_layers_config_encoded_json",
+    "freeze_all_layers",
+    "moe_use_upcycling",
 )
 
 
@@ -203,8 +212,8 @@ datasets_provider.is_distributed = True  # Megatron then calls it on every rank
 def check(args: argparse.Namespace) -> None:
     """What this script does not serve, data and tokenizer: checked before anything is set up or written."""
     for name in _REFUSED:
-        if getattr(args, name, False):
-            raise UserError(f"--{name.replace('_', '-')}: not supported by pretrain_gpt_moa.py; drop the flag")
+        if value := getattr(args, name, False):
+            raise UserError(f"{as_typed(name, value)}: not supported by pretrain_gpt_moa.py; drop the flag")
     if args.spec is not None:
         raise UserError(f"--spec {' '.join(args.spec)}: the layers come from --moa-mixing here; drop one of the two")
     optimizer.check_schedule(args)

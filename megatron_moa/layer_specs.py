@@ -30,6 +30,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.layers.experts import (
     MixedGroupedMLP,
@@ -161,21 +162,29 @@ def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) ->
             "--transformer-impl transformer_engine: Transformer Engine is not installed; "
             "install it, or take --transformer-impl local"
         )
-    for attribute in ("experimental_attention_variant", "heterogeneous_block_specs"):
-        if getattr(config, attribute, None):
-            flag = "--" + attribute.replace("_", "-")
-            raise UserError(f"{flag} {getattr(config, attribute)}: not supported; drop the flag")
+    if config.experimental_attention_variant:
+        raise UserError(
+            f"--experimental-attention-variant {config.experimental_attention_variant}: not supported; drop the flag"
+        )
+    if getattr(config, "heterogeneous_block_specs", False):
+        raise UserError("--heterogeneous-layers-config-path: not supported; drop the flag")
     if (
         config.num_moe_experts
         and config.moe_grouped_gemm
         and (mixture is not None or config.transformer_impl == "local")
     ):
         _check_grouped_experts(config)
-    for attribute in ("fp8", "fp4"):
-        if config.transformer_impl == "local" and getattr(config, attribute):  # which local layers ignore
+    precisions = {f"--{name}-format {getattr(config, name)}": getattr(config, name) for name in ("fp8", "fp4")}
+    for given, value in {**precisions, "--te-precision-config-file": config.quant_recipe}.items():
+        if config.transformer_impl == "local" and value:  # which local layers ignore
             raise UserError(
-                f"--{attribute}-format {getattr(config, attribute)}: needs Transformer Engine's layers; "
-                "add --transformer-impl transformer_engine, or drop the flag"
+                f"{given}: needs Transformer Engine's layers; add --transformer-impl transformer_engine, or drop the "
+                "flag"
+            )
+    for name in ("moe_latent_size", "cpu_offloading_num_layers"):
+        if not HAVE_TE and getattr(config, name):
+            raise UserError(
+                f"{as_typed(name, getattr(config, name))}: needs Transformer Engine; install it, or drop the flag"
             )
     if mixture is None:
         return

@@ -33,6 +33,16 @@ from megatron_moa.mixture.config import (
 
 PROGRESS_MODES = ("auto", "line", "log", "off")
 
+# What Megatron writes every so many iterations, beside checkpoints.
+_WRITTEN_TO_SAVE = (
+    "save_params_interval",
+    "save_activations_interval",
+    "save_dgrads_interval",
+    "save_wgrads_interval",
+    "save_tokens_per_expert_interval",
+    "non_persistent_save_interval",
+)
+
 # Settings of training, not of the model: they come back from a checkpoint, and another value is no contradiction.
 TRAINING_FLAGS = ("moa_gate_lr_scale", "moa_gate_weight_decay", "moa_freeze_gates")
 
@@ -270,6 +280,13 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
     if args.save is not None and args.save_interval is None:
         # Megatron 0.19.2 has an assertion without a text for it.
         raise UserError(f"--save {args.save}: says where, not when; add --save-interval N, in iterations")
+    for name in _WRITTEN_TO_SAVE:
+        interval = getattr(args, name, None)
+        if interval is not None and args.save is None:  # Megatron finds out when there is something to write
+            raise UserError(f"{as_typed(name, interval)}: writes to the folder --save names; add it, or drop the flag")
+    every = getattr(args, "non_persistent_save_interval", None)
+    if every is not None and args.non_persistent_ckpt_type is None:  # an error at the first of these saves
+        raise UserError(f"--non-persistent-save-interval {every}: says when, not how; add --non-persistent-ckpt-type")
     if args.moa_load_last_complete and args.ckpt_step:
         raise UserError(f"--moa-load-last-complete: contradicts --ckpt-step {args.ckpt_step}; drop one of the two")
 

@@ -365,7 +365,9 @@ POSITIVE = tuple(
     loss_scale_window min_loss_scale hysteresis q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
     num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank lr_wsd_decay_iters
     lr_wsd_decay_samples mup_base_hidden_size mup_embedding_mult mup_output_mult activation_func_clamp_value
-    log_memory_interval save_retain_interval dist_ckpt_workers
+    log_memory_interval save_retain_interval dist_ckpt_workers save_params_interval save_activations_interval
+    save_dgrads_interval save_wgrads_interval save_tokens_per_expert_interval
+    check_weight_hash_across_dp_replicas_interval gpu_sniff_test_interval
     """.split()
 )
 NOT_NEGATIVE = tuple(

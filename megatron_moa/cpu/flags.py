@@ -47,6 +47,8 @@ GPU_FLAGS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
     ("moe_token_dispatcher_type", "--moe-token-dispatcher-type", lambda v: v == "flex", "say alltoall or allgather"),
     ("use_te_activation_func", "--use-te-activation-func", _is_on, "leave it out"),
     ("nccl_ub", "--use-nccl-ub", _is_on, "leave it out"),
+    ("use_torch_fsdp2", "--use-torch-fsdp2", _is_on, "leave it out; --use-distributed-optimizer works"),
+    ("use_megatron_fsdp", "--use-megatron-fsdp", _is_on, "leave it out; --use-distributed-optimizer works"),
 )
 
 

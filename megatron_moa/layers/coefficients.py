@@ -157,7 +157,8 @@ class Coefficients(torch.nn.Module):
 
     @torch.no_grad()
     def _fill(self, parameter: Parameter, scale: float) -> None:
-        values = torch.tensor(list(self.mixture.start_values()), dtype=torch.float32)
+        # On its device: --init-model-with-meta-device has another default, on which nothing has a value.
+        values = torch.tensor(list(self.mixture.start_values()), dtype=torch.float32, device=parameter.device)
         parameter.copy_((values * scale).repeat(self.experts or 1))
 
     def _summed_over_ranks(self, tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Takes the settings of a checkpoint where that is asked for.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,7 @@ def parse_arguments(
         validate_args(args)
     if mixture is not None:
         check_graphs(args)
+    check_splits(args, mixture)
     optimizer.check_validated_arguments(args)
     if saved is not None:
         check_saved_settings(args, saved, checkpoint)
@@ -163,6 +165,36 @@ def check_graphs(args: argparse.Namespace) -> None:
             "runs no Python to see coefficients; take --moa-log-interval 0, or --cuda-graph-modules attn"
             + (" with --cuda-graph-impl local" if args.cuda_graph_impl == "full_iteration" else "")
         )
+
+
+def check_splits(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
+    """Refuses splits of weights and optimizer that Megatron fails at once the ranks have met, or that no mixture has.
+
+    Args:
+        args: validated by Megatron, which derives the sizes.
+
+    Raises:
+        UserError: a package is missing, or a mixture's weights would be split over ranks that gather them for each
+            product: Muon would take parts of fc1 for its two matrices (training/muon.py), and no test has this.
+    """
+    from megatron.core.tensor_parallel.gtp_api import HAVE_GTP
+
+    for prefix, size in (("", args.gtp_weight_remat_size), ("expert_", args.expert_gtp_weight_remat_size)):
+        name = f"{prefix}tensor_parallel_num_weight_shards"
+        given = as_typed(name, getattr(args, name))
+        if size > 1 and mixture is not None:
+            raise UserError(f"{given}: not supported with a mixture; drop the flag, or take --moa-mixing none")
+        if size > 1 and not HAVE_GTP:
+            raise UserError(f"{given}: needs Transformer Engine 2.19 or later; install it, or drop the flag")
+    if importlib.util.find_spec("einops") is None:
+        for name, neutral in (
+            ("use_megatron_fsdp", False),
+            ("num_distributed_optimizer_instances", 1),
+            ("hierarchical_context_parallel_sizes", None),
+        ):
+            value = getattr(args, name)
+            if value != neutral:
+                raise UserError(f"{as_typed(name, value)}: needs einops; pip install einops, or drop the flag")
 
 
 def _graphs_cover(args: argparse.Namespace, *names: str) -> bool:
@@ -217,8 +249,27 @@ def _settle(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
                 "--ckpt-format fsdp_dtensor: cannot hold the coefficients of grouped experts on "
                 f"{args.expert_model_parallel_size} ranks; drop --moe-grouped-gemm, or --expert-model-parallel-size"
             )
+    _check_what_is_written(args)
     if not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
     if not args.eval_interval:
         # Megatron 0.19.2 means never before the end, and then divides by it.
         args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
+
+
+def _check_what_is_written(args: argparse.Namespace) -> None:
+    """Refuses to write what Megatron reads off Transformer Engine's modules alone, where there are none."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE  # when megatron_moa.cpu has replaced what it must
+
+    te_experts = args.moe_grouped_gemm and args.transformer_impl == "transformer_engine"
+    if args.save_tokens_per_expert_interval and not te_experts:
+        raise UserError(
+            f"{as_typed('save_tokens_per_expert_interval', args.save_tokens_per_expert_interval)}: sees the tokens of "
+            "Transformer Engine's grouped experts alone; add --moe-grouped-gemm --transformer-impl transformer_engine, "
+            "or drop the flag"
+        )
+    for name in ("save_activations_interval", "save_dgrads_interval"):
+        if getattr(args, name) and not HAVE_TE:  # Megatron 0.19.2 looks for its classes, and takes None for one
+            raise UserError(
+                f"{as_typed(name, getattr(args, name))}: needs Transformer Engine; install it, or drop the flag"
+            )

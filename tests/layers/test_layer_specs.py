@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 from megatron_moa.errors import UserError
 from megatron_moa.layer_specs import la_layer_spec, layer_spec, moa_layer_spec
-from megatron_moa.layers.coefficients import Coefficients
+from megatron_moa.layers.coefficients import Coefficients, build_coefficients
 from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP, MixedSharedExpertMLP
 from megatron_moa.layers.grouped_linear import TorchGroupedMLP
 from megatron_moa.layers.mlp import MixedMLP
@@ -284,15 +284,44 @@ def test_low_precision_of_local_layers_is_refused(attribute: str, mixture: Mixtu
         layer_spec(config, mixture)
 
 
+def test_a_file_of_precisions_is_refused_for_local_layers() -> None:
+    config = make_config()
+    config.quant_recipe = object()
+    with pytest.raises(UserError, match="--te-precision-config-file: needs Transformer Engine's layers"):
+        layer_spec(config, None)
+
+
 def test_transformer_engine_that_is_not_there_is_refused() -> None:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     if HAVE_TE:
         pytest.skip("Transformer Engine is installed")
+    for name, flag in (
+        ("moe_latent_size", "--moe-latent-size 4"),
+        ("cpu_offloading_num_layers", "--cpu-offloading-num-layers 4"),
+    ):
+        config = make_config(**KINDS["moe"])
+        setattr(config, name, 4)
+        with pytest.raises(UserError, match=f"{flag}: needs Transformer Engine; install it, or drop the flag"):
+            layer_spec(config, MOA)
     config = make_config()
     config.transformer_impl = "transformer_engine"
     with pytest.raises(UserError, match=r"--transformer-impl transformer_engine: .*--transformer-impl local"):
         layer_spec(config, None)
+
+
+@pytest.mark.parametrize("mixture", [MOA, LA], ids=["moa", "la"])
+def test_coefficients_start_as_ever_where_others_are_made_without_values(mixture: MixtureConfig) -> None:
+    """--init-model-with-meta-device: Transformer Engine's layers get values later, coefficients have them at once."""
+    config = make_config()
+    config.use_cpu_initialization = False
+    with torch.device("meta"):
+        built = build_coefficients(
+            mixture, config, torch.distributed.group.WORLD, is_expert=False, dispatched=False, input_size=8
+        )
+    for name, parameter in built.named_parameters():
+        assert not parameter.is_meta, name
+        assert name == "bias" or parameter.any(), name
 
 
 def test_a_stock_layer_where_a_mixture_was_asked_for_is_an_error() -> None:

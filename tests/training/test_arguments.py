@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_moa.command_line.flags import add_flags, check_checkpoint_flags, m
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import functional
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
-from megatron_moa.training.arguments import _settle, check_graphs, restore_model_flags
+from megatron_moa.training.arguments import _settle, check_graphs, check_splits, restore_model_flags
 from megatron_moa.training.parser import add_all_arguments
 from tests.support import launch
 from tests.support.training import ROOT, SWIGLU, TINY, Run
@@ -150,6 +151,33 @@ def test_ranks_experts_that_would_be_saved_under_one_name_are_refused() -> None:
     _settle(args, mixture_from_args(args))
 
 
+@pytest.mark.parametrize(
+    ("shards", "mixed", "message"),
+    [
+        ({"gtp_weight_remat_size": 2}, True, "--tensor-parallel-num-weight-shards 2: not supported with a mixture"),
+        ({"gtp_weight_remat_size": 2}, False, "--tensor-parallel-num-weight-shards 2: needs Transformer Engine 2.19"),
+        ({"expert_gtp_weight_remat_size": 2}, True, "--expert-tensor-parallel-num-weight-shards 4: not supported with"),
+        ({"use_megatron_fsdp": True}, True, "--use-megatron-fsdp: needs einops; pip install einops, or drop the flag"),
+        ({"num_distributed_optimizer_instances": 2}, False, "--num-distributed-optimizer-instances 2: needs einops"),
+        ({}, True, None),
+    ],
+)
+def test_splits_that_fail_late_are_refused(
+    shards: dict, mixed: bool, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = parse()
+    vars(args).update({"gtp_weight_remat_size": 1, "expert_gtp_weight_remat_size": 1} | shards)
+    vars(args).update(tensor_parallel_num_weight_shards=2, expert_tensor_parallel_num_weight_shards=4)
+    mixture = mixture_from_args(args) if mixed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron.core.tensor_parallel.gtp_api.HAVE_GTP", False)
+    if message is None:
+        check_splits(args, mixture)
+        return
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_splits(args, mixture)
+
+
 def test_a_flag_that_contradicts_the_checkpoint_is_refused() -> None:
     saved = parse("--moa-form", "quadratic")
     mixture_from_args(saved)
@@ -215,6 +243,19 @@ def test_saving_needs_an_interval() -> None:
         check_checkpoint_flags(args)
 
 
+def test_gradients_are_saved_to_a_folder_that_has_a_name() -> None:
+    """Megatron has an assertion without a text for it, in the iteration that would save them."""
+    args = parse("--save-wgrads-interval", "5")
+    with pytest.raises(UserError, match="--save-wgrads-interval 5: writes to the folder --save names; add it"):
+        check_checkpoint_flags(args)
+    saved = ("--save", "folder", "--save-interval", "5")
+    check_checkpoint_flags(parse("--save-wgrads-interval", "5", *saved))
+    interval = ("--non-persistent-save-interval", "5", *saved)
+    with pytest.raises(UserError, match="--non-persistent-save-interval 5: says when, not how; add --non-persistent-c"):
+        check_checkpoint_flags(parse(*interval))
+    check_checkpoint_flags(parse(*interval, "--non-persistent-ckpt-type", "global"))
+
+
 def test_help_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", "--help"])
     with pytest.raises(SystemExit) as stop:
@@ -277,6 +318,18 @@ def without_data() -> list[str]:
         ([*SWIGLU, "--logits-load-dir", "x"], ["--logits-load-dir", "drop the flag"]),
         ([*SWIGLU, "--tensor-model-parallel-size", "2"], ["world size"]),
         ([*SWIGLU, "--sft"], ["--sft", "drop the flag"]),
+        (
+            [*SWIGLU, "--num-experts", "2", "--save-tokens-per-expert-interval", "1"],
+            ["--save-tokens-per-expert-interval 1: sees the tokens of Transformer Engine's grouped experts alone"],
+        ),
+        ([*SWIGLU, "--save-dgrads-interval", "1"], ["--save-dgrads-interval 1: needs Transformer Engine; install it"]),
+        ([*SWIGLU, "--save-wgrads-interval", "0"], ["--save-wgrads-interval 0: give a number above 0"]),
+        ([*SWIGLU, "--hybrid-layer-pattern", "*-*-"], ["--hybrid-layer-pattern *-*-: not supported by"]),
+        ([*SWIGLU, "--mtp-hybrid-override-pattern", "*-"], ["--mtp-hybrid-override-pattern *-: not supported by"]),
+        ([*SWIGLU, "--heterogeneous-layers-config-path", "x"], ["--heterogeneous-layers-config-path x: not supported"]),
+        ([*SWIGLU, "--heterogeneous-layers-config-encoded-json", "{}"], ["--heterogeneous-layers-config-encoded-json"]),
+        ([*SWIGLU, "--freeze-all-layers"], ["--freeze-all-layers: not supported by pretrain_gpt_moa.py; drop"]),
+        ([*SWIGLU, "--num-experts", "2", "--moe-use-upcycling"], ["--moe-use-upcycling: not supported by"]),
         ([*SWIGLU, "--spec", "megatron_moa.layer_specs", "moa_layer_spec"], ["--spec", "--moa-mixing"]),
         ([*SWIGLU, "--use-checkpoint-args"], ["--use-checkpoint-args", "--load"]),
         ([*SWIGLU, "--use-checkpoint-args", "--load", "/nonexistent"], ["--load /nonexistent"]),
