@@ -93,7 +93,7 @@ def test_parquet_is_preprocessed_and_trains_a_tokenizer(
 
 
 def test_a_sample_of_parquet_is_from_all_files(tmp_path: Path) -> None:
-    """Compressed, the files are smaller than the sample, their text is larger; of a row group no more than it takes."""
+    """Compressed, the files are smaller than the sample; their text is larger."""
     import pyarrow
     import pyarrow.parquet
 
