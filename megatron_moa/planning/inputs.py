@@ -81,11 +81,12 @@ def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.
     """A copy that Megatron's validate_args has accepted, split as the arguments say, or as given.
 
     Raises:
-        UserError: what Megatron finds wrong.
+        UserError: what Megatron finds wrong, or would fail at in the first step.
     """
     from megatron.training.arguments import validate_args
 
     from megatron_moa.training.megatron_checks import megatron_checks
+    from megatron_moa.training.optimizer import check_validated_arguments
 
     args = copy.deepcopy(args)
     if split is not None:
@@ -99,4 +100,5 @@ def validated(args: argparse.Namespace, split: Split | None = None) -> argparse.
         args.micro_batch_size = split.micro_batch
     with _world(args.world_size, ()), megatron_checks(args):
         validate_args(args)
+    check_validated_arguments(args)
     return args
