@@ -262,7 +262,7 @@ def _mix_backward(
     if need_bias:
         bias = inputs.bias
         total = torch.promote_types(bias.dtype, torch.float32)
-        grad_bias = grad_z.flatten(0, -2).sum(0, dtype=total).to(bias.dtype)
+        grad_bias = grad_z.reshape(-1, bias.shape[0]).sum(0, dtype=total).to(bias.dtype)
     return grad_z if need_z else None, grad_coefficients, grad_bias, grad_scale
 
 

@@ -364,6 +364,24 @@ def test_tokens_whose_one_sequence_has_any_stride(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
+def test_one_token_without_a_dimension_of_tokens(backend: str) -> None:
+    mixture = MixtureConfig(activations=("silu", "tanh"), gate_bias=True, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"x": (6,), "weight": (4, 6), "gate bias": (4,), "z": (8,), "bias": (8,), "scale": ()}
+    inputs = {name: torch.randn(shape, generator=generator).to(DEVICE) for name, shape in shapes.items()}
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    x, weight, gate_bias, z, bias, scale = inputs.values()
+
+    def results(mixture: MixtureConfig) -> list[Tensor]:
+        coefficients = gate_coefficients(x, weight, mixture, gate_bias)
+        out = mixed_activation(z, coefficients, mixture, bias, scale)
+        return [out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))]
+
+    for actual, expected in zip(results(mixture), results(dataclasses.replace(mixture, backend="eager")), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
 def test_gradients_of_half_precision_coefficients_are_summed_in_float32(backend: str) -> None:
     mixture = MixtureConfig(kind="la", activations=("silu", "tanh"), backend=backend)
     generator = torch.Generator().manual_seed(1)
