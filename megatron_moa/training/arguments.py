@@ -168,7 +168,7 @@ def check_graphs(args: argparse.Namespace) -> None:
 
 
 def check_splits(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
-    """Refuses splits of weights and optimizer that Megatron fails at once the ranks have met, or that no mixture has.
+    """Refuses splits of weights or optimizer that no mixture has, or whose package is missing.
 
     Args:
         args: validated by Megatron, which derives the sizes.

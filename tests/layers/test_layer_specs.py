@@ -312,7 +312,7 @@ def test_transformer_engine_that_is_not_there_is_refused() -> None:
 
 @pytest.mark.parametrize("mixture", [MOA, LA], ids=["moa", "la"])
 def test_coefficients_start_as_ever_where_others_are_made_without_values(mixture: MixtureConfig) -> None:
-    """--init-model-with-meta-device: Transformer Engine's layers get values later, coefficients have them at once."""
+    """With --init-model-with-meta-device only Transformer Engine's layers get their values later."""
     config = make_config()
     config.use_cpu_initialization = False
     with torch.device("meta"):
