@@ -127,7 +127,7 @@ def _kinds(model: Model, split: Split, stage: int) -> set[bool]:
 
 @functools.cache
 def _optimizer_state(model: Model, split: Split, stage: int) -> tuple[float, float]:
-    """Bytes of the optimizer's state on the rank that has most, and how many elements Adam steps through there.
+    """Bytes of the optimizer's state on the rank that has most, and elements of Adam's step there.
 
     Adam keeps two moments, Muon one of matrices. A half-precision model has a float32 copy of its weights besides.
     """

@@ -1,4 +1,4 @@
-"""Tests examples/slurm without a Slurm: its commands are stand-ins, for what a real one does not do on request.
+"""Tests examples/slurm with stand-ins for Slurm's commands, for what a real one does not do on request.
 
 tests/end_to_end/test_slurm.py has a real one.
 """
