@@ -44,10 +44,10 @@ from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.data.checks import check_data_arguments
 from megatron_moa.errors import UserError, one_line_errors
 from megatron_moa.training import index_cache, muon, nan_guard, optimizer
-from megatron_moa.training.arguments import parse_arguments
+from megatron_moa.training.arguments import make_global, parse_arguments
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from megatron_moa.training.exit_codes import exit_codes, hold_timeout
-from megatron_moa.training.model import model_config_from_args, report_mixture
+from megatron_moa.training.model import model_config_from_args, report_mixture, transformer_config_from_args
 from megatron_moa.training.patches import patch_training
 from megatron_moa.training.progress import Progress
 
@@ -225,8 +225,10 @@ def main() -> None:
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     with one_line_errors("pretrain_gpt_moa.py"):
         startup.prepare()  # changes Megatron before arguments are parsed
-        args, mixture = parse_arguments(check)
-        model_config = model_config_from_args(args, mixture)
+        args, mixture = parse_arguments(check, as_global=False)
+        transformer = transformer_config_from_args(args, mixture)  # refuses, too, so before anything is set up
+        make_global(args)
+        model_config = model_config_from_args(args, mixture, transformer)
         model_config.post_wrap_hooks.append(partial(report_mixture, mixture=mixture, form_reason=args.moa_form_reason))
         model_config.post_wrap_hooks.append(nan_guard.watch)
         if args.swiglu:

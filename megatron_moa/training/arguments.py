@@ -100,7 +100,6 @@ def parse_arguments(
         UserError: whatever a user can get wrong, Megatron's own assertions included.
     """
     from megatron.training.arguments import validate_args
-    from megatron.training.global_vars import set_global_variables
 
     args = parse_flags()
     check_checkpoint_flags(args)
@@ -134,9 +133,16 @@ def parse_arguments(
         args.moa_end_tokens = saved.moa_end_tokens
     random_states.check_saved(args, saved)
     if as_global:
-        with progress.wandb_errors(args):
-            set_global_variables(args)
+        make_global(args)
     return args, mixture
+
+
+def make_global(args: argparse.Namespace) -> None:
+    """Makes args Megatron's global ones, and so its tokenizer, timers and writers, which make their folders."""
+    from megatron.training.global_vars import set_global_variables
+
+    with progress.wandb_errors(args):
+        set_global_variables(args)
 
 
 def check_graphs(args: argparse.Namespace) -> None:

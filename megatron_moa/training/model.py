@@ -19,11 +19,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
-from megatron_moa.layer_specs import layer_spec, mtp_spec
+from megatron_moa.layer_specs import check_supported, layer_spec, mtp_spec
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.layers.experts import MixedGroupedMLP, MixedSequentialMLP
 from megatron_moa.layers.init_scale import initial_std
@@ -57,29 +59,47 @@ class MixedGPTModelConfig(GPTModelConfig):
     mixture: MixtureConfig | None = None
 
 
-def model_config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None) -> MixedGPTModelConfig:
-    """Builds the model's config: Megatron's ``gpt_config_from_args`` with the mixture.
+def transformer_config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None) -> TransformerConfig:
+    """Builds Megatron's config of the layers and checks it, with nothing set up or written yet.
 
     It serves ``--recompute-modules moe_act`` for the mixture's experts: Megatron 0.19.2 admits moe_act for grouped
-    experts only; MixedMLP serves it, so Megatron's check does not see it. And Megatron drops ``--rope-scaling-factor``
-    (whatever is given, a model gets 8), which is set here.
+    experts only; MixedMLP serves it, so Megatron's check does not see it.
 
     Raises:
-        UserError: settings of Megatron's that contradict each other, or would be ignored.
+        UserError: settings of Megatron's that contradict each other, would be ignored, or are not supported.
     """
     modules = args.recompute_modules
     if mixture is not None and modules:
         args.recompute_modules = [name for name in modules if name != "moe_act"]
     try:
         with megatron_checks(args):
-            config = gpt_config_from_args(args, model_config_cls=MixedGPTModelConfig)
+            config = core_transformer_config_from_args(args)
     finally:
         args.recompute_modules = modules
     if modules:
-        config.transformer.recompute_modules = list(modules)
-    check_recompute(config.transformer, modules)
+        config.recompute_modules = list(modules)
+    check_recompute(config, modules)
     if mixture is not None and mixture.recompute:
-        check_recompute_mixture(config.transformer, modules)
+        check_recompute_mixture(config, modules)
+    check_supported(config, mixture)
+    return config
+
+
+def model_config_from_args(
+    args: argparse.Namespace, mixture: MixtureConfig | None, transformer: TransformerConfig | None = None
+) -> MixedGPTModelConfig:
+    """Builds the model's config: Megatron's ``gpt_config_from_args`` with the mixture.
+
+    Megatron drops ``--rope-scaling-factor`` (whatever is given, a model gets 8), which is set here.
+
+    Args:
+        args: with the size of the vocabulary, which the tokenizer gives.
+        mixture: None for stock feed-forward layers.
+        transformer: of :func:`transformer_config_from_args`, which is called otherwise.
+    """
+    transformer = transformer or transformer_config_from_args(args, mixture)
+    with megatron_checks(args):
+        config = gpt_config_from_args(args, transformer, MixedGPTModelConfig)
     config.rope_scaling_factor = args.rope_scaling_factor
     config.mixture = mixture
     return config

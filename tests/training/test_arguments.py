@@ -377,6 +377,15 @@ def test_kernels_without_a_gpu_stop_before_anything_is_built(
     functional.resolve_backend.cache_clear()
 
 
+def test_what_the_layers_lack_is_refused_before_anything_is_written(
+    failing_run: Callable[..., str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "tensorboard"
+    line = failing_run(*SWIGLU, "--activation-func-clamp-value", "2", "--tensorboard-dir", str(folder))
+    assert "--activation-func-clamp-value 2.0: acts on the activation step" in line
+    assert not folder.exists()
+
+
 def test_writing_in_place_needs_the_kernels(failing_run: Callable[..., str]) -> None:
     line = failing_run(*SWIGLU, "--moa-backend", "eager", "--moa-overwrite-preactivation")
     assert "--moa-overwrite-preactivation: the eager backend does not write in place" in line
