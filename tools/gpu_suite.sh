@@ -8,9 +8,10 @@
 #
 # Hardware: one GPU of 80 GB (H100 or H200), 16 CPU cores. Duration: under 10 minutes (SUITE_SECONDS, 570): what no time
 # is left for is recorded as out of time. Needs torch, triton and megatron-core; no network, nothing installed; with
-# pytest and pytest-xdist tests/test_gpu.py runs, too.
+# pytest and pytest-xdist tests/test_gpu.py runs, too; layers that recompute need ninja and a C++ compiler.
 # Order: tests that never ran on a GPU, kernels, steps of four recipes, tanh.approx of all inputs; then the rest.
-# A study (SUITE_STUDY) keeps its folder, runs/study-NAME: the next call goes on from its runs' last checkpoints.
+# A study (SUITE_STUDY) keeps its folder, runs/study-NAME: the next call, with another RESULTS, goes on from its runs'
+# last checkpoints.
 # Results: results.jsonl (every figure with its environment), results.md (the same as tables), logs/ (one a step).
 # Every step has a time limit; one that fails is recorded and the others go on. Exit code 1 if any failed.
 set -u
