@@ -138,7 +138,7 @@ def parse_arguments(
 
 
 def make_global(args: argparse.Namespace) -> None:
-    """Makes args Megatron's global ones, and so its tokenizer, timers and writers, which make their folders."""
+    """Makes args Megatron's global ones, with tokenizer, timers, and writers, which make folders."""
     from megatron.training.global_vars import set_global_variables
 
     with progress.wandb_errors(args):

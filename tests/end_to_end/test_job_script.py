@@ -1,5 +1,6 @@
-"""Tests examples/slurm with stand-ins for Slurm's commands, for what a real one does not do on request.
+"""Tests examples/slurm with stand-ins for Slurm's commands.
 
+They do what a real Slurm does not do on request;
 tests/end_to_end/test_slurm.py has a real one.
 """
 
