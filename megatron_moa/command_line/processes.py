@@ -90,8 +90,11 @@ def _send(processes: Sequence[subprocess.Popen], number: signal.Signals) -> None
 def end_with_parent() -> None:
     """In a process just made: it is killed when the thread that made it ends, whatever way (Linux alone)."""
     if sys.platform == "linux":
+        parent = os.getppid()
         death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before it could be told
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @cache

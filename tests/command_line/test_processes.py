@@ -79,14 +79,13 @@ FORKS = """
 import os, threading, time
 from megatron_moa.command_line.processes import end_forks_with_this_process
 end_forks_with_this_process()
-def fork():
-    child = os.fork()
-    if not child:
+def fork(name):
+    if not os.fork():
+        print(name, os.getpid(), flush=True)
         time.sleep(60)
         os._exit(0)
-    print(child, flush=True)
-fork()
-thread = threading.Thread(target=fork)
+fork("main")
+thread = threading.Thread(target=fork, args=["thread"])
 thread.start()
 thread.join()
 time.sleep(60)
@@ -95,7 +94,8 @@ time.sleep(60)
 
 def test_forks_of_the_main_thread_end_with_a_killed_process() -> None:
     process = subprocess.Popen([sys.executable, "-c", FORKS], stdout=subprocess.PIPE, text=True)
-    of_main, of_thread = (int(process.stdout.readline()) for _ in range(2))
+    forks = dict(process.stdout.readline().split() for _ in range(2))
+    of_main, of_thread = int(forks["main"]), int(forks["thread"])
     try:
         assert is_alive(of_main)
         process.kill()
