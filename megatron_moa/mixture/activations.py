@@ -6,7 +6,8 @@ dictionary's coefficients into those of its terms.
 
 The functions use only words that mean the same in ``torch`` and in ``triton.language``: ``torch.exp2``, ``torch.abs``,
 ``torch.where`` and arithmetic. triton_backend/language.py makes Triton functions of them by reading ``torch`` as
-``triton.language``. Tests hold them to PyTorch's own, which reference.py uses.
+``triton.language``; cpu_functions.py puts others in the place of some. Tests hold them to PyTorch's own, which
+reference.py uses.
 
 They are for float32. Each calls what it is made of by name (:func:`_exp_minus`, :func:`sigmoid`,
 :func:`normal_density`), and both compilers compute that once for all terms of the same x: two exponentials and three
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ _SELU_SCALE = 1.0507009873554804934193349852946
 _SELU_ALPHA = 1.6732632423543772848170429916717
 
 _LOG2_E = 1.4426950408889634
-_SQRT_2PI = 2.5066282746310002
+SQRT_2PI = 2.5066282746310002
 _LOG2_SQRT_2PI = 1.3257480647361595
 _GELU_TANH_SCALE = 0.7978845608028654  # sqrt(2 / pi)
 _GELU_TANH_CUBIC = 0.044715
@@ -36,12 +39,12 @@ _GELU_TANH_CUBIC = 0.044715
 # this project's. Error of Phi: 5e-8 absolute, below half of float32's epsilon, and 1e-4 relative down to Phi(-13). Here
 # times sqrt(2 pi), so that the density is the only exponential.
 _TAIL_AT = 0.29
-_TAIL_1 = _SQRT_2PI * 0.11696728310800117
-_TAIL_2 = _SQRT_2PI * 0.09988001693775483
-_TAIL_3 = _SQRT_2PI * 0.18219617785753034
-_TAIL_4 = _SQRT_2PI * -0.09715191994821235
-_TAIL_5 = _SQRT_2PI * 0.28770521961177253
-_TAIL_6 = _SQRT_2PI * -0.08959682045018938
+_TAIL_1 = SQRT_2PI * 0.11696728310800117
+_TAIL_2 = SQRT_2PI * 0.09988001693775483
+_TAIL_3 = SQRT_2PI * 0.18219617785753034
+_TAIL_4 = SQRT_2PI * -0.09715191994821235
+_TAIL_5 = SQRT_2PI * 0.28770521961177253
+_TAIL_6 = SQRT_2PI * -0.08959682045018938
 
 
 def inverse(y: Tensor) -> Tensor:
@@ -54,8 +57,8 @@ def _exp_minus(x: Tensor) -> Tensor:
     return torch.exp2(-_LOG2_E * x)
 
 
-def _decay(x: Tensor) -> Tensor:
-    # exp(-|x|), at most 1
+def decay(x: Tensor) -> Tensor:
+    """exp(-|x|), at most 1"""
     return torch.exp2(-_LOG2_E * torch.abs(x))
 
 
@@ -117,13 +120,13 @@ def _gelu_tanh_argument(x: Tensor) -> Tensor:
 def gelu_tanh_factor(x: Tensor) -> Tensor:
     """(1 + tanh(u)) / 2 = s(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)"""
     argument = _gelu_tanh_argument(x)
-    e = _decay(argument)
+    e = decay(argument)
     return torch.where(argument > 0.0, 1.0, e) * inverse(1.0 + e)
 
 
 def gelu_tanh_factor_derivative(x: Tensor) -> Tensor:
     """s(2u) (1 - s(2u)) 2u' = e / (1 + e)^2 2u', e = exp(-|2u|): u' is large where 1 - s is tiny"""
-    e = _decay(_gelu_tanh_argument(x))
+    e = decay(_gelu_tanh_argument(x))
     s = inverse(1.0 + e)
     slope = 2.0 * _GELU_TANH_SCALE * (1.0 + 3.0 * _GELU_TANH_CUBIC * x * x)
     return e * s * s * slope
@@ -131,22 +134,22 @@ def gelu_tanh_factor_derivative(x: Tensor) -> Tensor:
 
 def expm1_below(x: Tensor) -> Tensor:
     """exp(x) - 1 for x < 0, else 0"""
-    return torch.where(x > 0.0, 0.0, _decay(x) - 1.0)
+    return torch.where(x > 0.0, 0.0, decay(x) - 1.0)
 
 
 def expm1_below_derivative(x: Tensor) -> Tensor:
     """exp(x) for x <= 0, else 0"""
-    return torch.where(x > 0.0, 0.0, _decay(x))
+    return torch.where(x > 0.0, 0.0, decay(x))
 
 
 # tanh(softplus(x)) = n / (n + 2w) with n = (1 + exp(x))^2 - 1 and w = 1, both times exp(-2x) for x > 0
 def _mish_n(x: Tensor) -> Tensor:
-    e = _decay(x)
+    e = decay(x)
     return torch.where(x > 0.0, 1.0 + 2.0 * e, e * (e + 2.0))
 
 
 def _mish_w(x: Tensor) -> Tensor:
-    return torch.where(x > 0.0, _decay(x) * _decay(x), 1.0)
+    return torch.where(x > 0.0, decay(x) * decay(x), 1.0)
 
 
 def mish_factor(x: Tensor) -> Tensor:
@@ -162,12 +165,22 @@ def mish_factor_derivative(x: Tensor) -> Tensor:
     return sigmoid(x) * (4.0 * w * r) * ((n + w) * r)
 
 
+def read_as(function: FunctionType, meaning: Callable[[Any], Any]) -> FunctionType:
+    """A copy of a function, in which each global name that it uses stands for ``meaning`` of what it stood for."""
+    known = function.__globals__
+    words = {name: meaning(known[name]) for name in function.__code__.co_names if name in known}
+    # Without __name__: torch.compile would look words up in the module of that name.
+    copy = FunctionType(function.__code__, words | {"__builtins__": known["__builtins__"]}, function.__name__)
+    copy.__module__ = function.__module__
+    return copy
+
+
 @dataclass(frozen=True)
 class Function:
     """A function of x, float32 in and out, elementwise, and its derivative; at a kink PyTorch's choice."""
 
-    value: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor], Tensor]
+    value: FunctionType
+    derivative: FunctionType
 
 
 # The terms: x itself ("x"), the powers of max(x, 0) ("relu", "relu2", "relu3"), and these.

@@ -6,10 +6,11 @@ Gates are plain PyTorch here. autograd.py has the autograd functions around both
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from megatron_moa.mixture import lowering, reference
 from megatron_moa.mixture.autograd import GateInputs, MixtureInputs
 from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.cpu_functions import on_cpu
 from megatron_moa.mixture.grouped_products import (
     group_of_rows,
     grouped_linear,
@@ -43,8 +45,8 @@ def mixture_forward(inputs: MixtureInputs, mixture: MixtureConfig) -> Tensor:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     *tokens, width = inputs.z.shape
     inputs = _uniform(inputs)
-    function = _forward_function(mixture.form, mixture.activations, _kind(inputs))
-    return function(inputs.z.shape[0])(inputs).view(*tokens, width // 2 if mixture.gated else width)
+    out = _forward_function(mixture.form, mixture.activations, inputs.z.device.type, _kind(inputs))(inputs)
+    return _in_shape(out, (*tokens, width // 2 if mixture.gated else width))
 
 
 def mixture_backward(
@@ -52,16 +54,27 @@ def mixture_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """See :class:`megatron_moa.mixture.autograd.Backend`."""
     shaped = (inputs.z, inputs.coefficients, inputs.per_token_scale)
-    inputs, grad = _uniform(inputs), _rows(grad)
-    function = _backward_function(mixture.form, mixture.activations, _kind(inputs), needed)
+    inputs, grad = _uniform(inputs), _two_or_more(_rows(grad))
+    function = _backward_function(mixture.form, mixture.activations, inputs.z.device.type, _kind(inputs), needed)
     torch._dynamo.maybe_mark_dynamic(grad, 0)
-    grads = function(inputs.z.shape[0])(inputs, grad)
-    return tuple(None if own is None else own.view(of.shape) for own, of in zip(grads, shaped, strict=True))
+    grads = function(inputs, grad)
+    return tuple(None if own is None else _in_shape(own, of.shape) for own, of in zip(grads, shaped, strict=True))
 
 
 def _rows(tensor: Tensor) -> Tensor:
     """[..., n] as [t, n]"""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _two_or_more(rows: Tensor) -> Tensor:
+    """Rows [t, n] or [t], and zeros where they are fewer than two: to 0 and 1 the compiler would specialise."""
+    missing = 2 - len(rows)
+    return rows if missing <= 0 else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing))
+
+
+def _in_shape(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Without the rows that :func:`_two_or_more` added."""
+    return rows.view(-1)[: math.prod(shape)].view(shape)
 
 
 def _uniform(inputs: MixtureInputs) -> MixtureInputs:
@@ -72,8 +85,9 @@ def _uniform(inputs: MixtureInputs) -> MixtureInputs:
     own.
     """
     z, coefficients, bias, scale = (None if tensor is None else tensor.detach() for tensor in inputs)
-    z, coefficients = _rows(z), _rows(coefficients) if coefficients.dim() > 1 else coefficients
-    scale = None if scale is None else scale.flatten().clone()  # [t], small
+    z = _two_or_more(_rows(z))
+    coefficients = _two_or_more(_rows(coefficients)) if coefficients.dim() > 1 else coefficients
+    scale = None if scale is None else _two_or_more(scale.flatten().clone())  # [t], small
     for tensor in (z, scale, coefficients if coefficients.dim() > 1 else None):
         if tensor is not None:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -87,24 +101,12 @@ def _kind(inputs: MixtureInputs) -> tuple[object, ...]:
     ) + (None if inputs.per_token_scale is None else inputs.per_token_scale.dtype,)
 
 
-@dataclass(frozen=True)
-class _ByTokens:
-    """A function of tokens: a plain version for one token, and a compiled one for more.
-
-    The compiled version is compiled when it is first called. To a single token the compiler would specialise.
-    """
-
-    plain: Callable[..., object]
-    compiled: Callable[..., object]
-
-    def __call__(self, tokens: int) -> Callable[..., object]:
-        return self.compiled if tokens > 1 else self.plain
-
-
 @functools.cache
-def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[object, ...]) -> _ByTokens:
+def _forward_function(
+    form: str, activations: tuple[str, ...], device: str, kind: tuple[object, ...]
+) -> Callable[..., Any]:
     del kind  # each has a function of its own
-    bases = _bases(activations)
+    bases = _bases(activations, device)
 
     def forward(inputs: MixtureInputs) -> Tensor:
         out = _evaluate(form, bases, inputs).out
@@ -117,11 +119,15 @@ def _forward_function(form: str, activations: tuple[str, ...], kind: tuple[objec
 
 @functools.cache
 def _backward_function(
-    form: str, activations: tuple[str, ...], kind: tuple[object, ...], needed: tuple[bool, bool, bool]
-) -> _ByTokens:
+    form: str,
+    activations: tuple[str, ...],
+    device: str,
+    kind: tuple[object, ...],
+    needed: tuple[bool, bool, bool],
+) -> Callable[..., Any]:
     del kind  # each has a function of its own
     need_z, need_coefficients, need_scale = needed
-    bases = _bases(activations)
+    bases = _bases(activations, device)
 
     def backward(inputs: MixtureInputs, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         z, coefficients, _, scale = inputs
@@ -169,8 +175,14 @@ class _Bases(NamedTuple):
     silu: Basis
 
 
-def _bases(activations: tuple[str, ...]) -> _Bases:
-    return _Bases(lower(activations), tuple(lower((name,)) for name in activations), lower(("silu",)))
+def _bases(activations: tuple[str, ...], device: str) -> _Bases:
+    # tanh needs exp2's accuracy, and sigmoid shares that with it: beside tanh, other functions would cost more.
+    stand_in = on_cpu if device == "cpu" and "tanh" not in activations else lambda function: function
+
+    def basis(*dictionary: str) -> Basis:
+        return lower(dictionary).with_functions(stand_in)
+
+    return _Bases(basis(*activations), tuple(basis(name) for name in activations), basis("silu"))
 
 
 def _evaluate(form: str, bases: _Bases, inputs: MixtureInputs) -> _Evaluated:
@@ -235,11 +247,11 @@ def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _compile(function: Callable[..., object], name: str, form: str) -> _ByTokens:
+def _compile(function: Callable[..., Any], name: str, form: str) -> Callable[..., Any]:
     """With a code object of its own, so that functions do not share (and exhaust) one recompile limit."""
     code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
     own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    return _ByTokens(function, torch.compile(own, fullgraph=True, options=_OPTIONS))
+    return torch.compile(own, fullgraph=True, options=_OPTIONS)
 
 
 def gate_forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ class Basis:
     factors: tuple[Function, ...]
     levels: tuple[Function, ...]
     matrix: tuple[tuple[float, ...], ...]
+
+    def with_functions(self, stand_in: Callable[[FunctionType], FunctionType]) -> Basis:
+        """The same terms, each value and derivative by what stands in for its function."""
+
+        def other(function: Function) -> Function:
+            return Function(stand_in(function.value), stand_in(function.derivative))
+
+        return replace(self, factors=tuple(map(other, self.factors)), levels=tuple(map(other, self.levels)))
 
 
 @functools.cache

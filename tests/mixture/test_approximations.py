@@ -5,7 +5,6 @@ Errors are below bfloat16's own, at the instructions' worst.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from megatron_moa.mixture import approximations, lowering
-from megatron_moa.mixture.activations import Function
 from megatron_moa.mixture.approximations import APPROXIMATIONS
 from megatron_moa.mixture.config import DICTIONARIES
 from megatron_moa.mixture.lowering import Basis, lower
@@ -44,12 +42,7 @@ def instruction(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def approximated(basis: Basis) -> Basis:
     """With the functions that kernels take for bfloat16."""
-
-    def other(function: Function) -> Function:
-        value, derivative = (APPROXIMATIONS.get(part, part) for part in (function.value, function.derivative))
-        return Function(value, derivative)
-
-    return dataclasses.replace(basis, factors=tuple(map(other, basis.factors)), levels=tuple(map(other, basis.levels)))
+    return basis.with_functions(lambda function: APPROXIMATIONS.get(function, function))
 
 
 def numbers(rows: int, std: float, seed: int) -> Tensor:

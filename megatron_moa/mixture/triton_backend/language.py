@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from megatron_moa.mixture import activations, approximations
+from megatron_moa.mixture.activations import read_as
 from megatron_moa.mixture.approximations import APPROXIMATIONS
 from megatron_moa.mixture.lowering import lower
 from megatron_moa.mixture.triton_backend.tile_sizes import exact_everywhere
@@ -75,12 +76,8 @@ def triton_function(function: FunctionType, target: Target) -> triton.JITFunctio
         return relu
     if target.nvidia and function in _INSTRUCTIONS:
         return _INSTRUCTIONS[function]
-    words: dict[str, Any] = {"tl": tl, "Tensor": tl.tensor}
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            words[name] = _in_triton(function.__globals__[name], target)
-    copy = FunctionType(function.__code__, words, function.__name__)
-    copy.__module__ = function.__module__
+    copy = read_as(function, lambda meaning: _in_triton(meaning, target))
+    copy.__globals__.update(tl=tl, Tensor=tl.tensor)
     return triton.jit(copy)
 
 
