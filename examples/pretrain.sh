@@ -80,7 +80,7 @@ if [ -z "${TOKENS:-}" ]; then
     TOKENS=$((TOKENS_PER_PARAMETER * PARAMETERS))
 fi
 for name in TOKENS SEQ_LENGTH GLOBAL_BATCH_SIZE MICRO_BATCH_SIZE; do
-    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name ${!name}: not a whole number; write it in digits, as 2700000000"
+    [[ ${!name} =~ ^[1-9][0-9]{0,14}$ ]] || fail "$name ${!name}: not a whole number below 10^15; write it in digits, as 2700000000"
 done
 WARMUP_TOKENS=${WARMUP_TOKENS:-$((TOKENS / 50))}
 [[ $WARMUP_TOKENS =~ ^(0|[1-9][0-9]*)$ ]] || fail "WARMUP_TOKENS $WARMUP_TOKENS: not a whole number; write it in digits"

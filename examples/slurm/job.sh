@@ -132,11 +132,12 @@ step() {
     while kill -0 "$STEP" 2>/dev/null; do wait "$STEP" || true; done
 }
 
-# The nodes' exit codes, in their order; none for a node that was ended by srun, or is gone.
+# The nodes' exit codes, in their order; none for a node that was ended by srun, or is gone, or could not write it.
 exit_codes() {
-    local node
+    local node code
     for node in "${NODES[@]}"; do
-        cat "$LOGS/$node/exit_code" 2>/dev/null || echo none
+        code=$(cat "$LOGS/$node/exit_code" 2>/dev/null || true)
+        echo "${code:-none}"
     done
 }
 

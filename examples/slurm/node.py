@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(folder: str, *command: str) -> int:
-    """Returns the command's exit code, 128 + n if signal n ended it."""
+    """Returns the command's exit code, 128 + n if signal n ended it, 127 if it cannot be started."""
     own = Path(folder, os.environ["SLURMD_NODENAME"])
     own.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "NODE_RANK": os.environ["SLURM_NODEID"]}
@@ -26,9 +26,14 @@ def main(folder: str, *command: str) -> int:
     stop_signals = (signal.SIGUSR2, signal.SIGTERM)
     # Held back until there is someone to pass them on to.
     signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
-    child = subprocess.Popen(
-        command, env=environment, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
-    )
+    try:
+        child = subprocess.Popen(
+            command, env=environment, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)
+        )
+    except OSError as error:
+        print(f"node.py: {command[0]}: cannot be started on {own.name}: {error.strerror}", file=sys.stderr)
+        (own / "exit_code").write_text("127\n")
+        return 127
     for number in stop_signals:
         signal.signal(number, lambda *_: child.send_signal(signal.SIGUSR2))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals)

@@ -69,6 +69,8 @@ class _Ranks:
         self.rank, self.size, self.local_rank = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
         if not self.size:
             raise UserError("WORLD_SIZE 0: no ranks; start with megatron_moa.launch, which sets it")
+        if self.rank >= self.size:
+            self.leave(f"RANK {self.rank}: not below WORLD_SIZE {self.size}; start with megatron_moa.launch")
         self.timeout = timedelta(seconds=seconds)
         address, port = _variable("MASTER_ADDR"), _number("MASTER_PORT")
         if port >= 2**16:

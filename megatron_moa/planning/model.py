@@ -12,7 +12,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.layers.layer_pattern import moe_layers
 from megatron_moa.mixture.config import MixtureConfig
 
-# What the formulas do not have: (attribute of Megatron's arguments, flag).
+# What the formulas do not have: (attribute of Megatron's arguments, flag, and a value that they have).
 _REFUSED = (
     ("multi_latent_attention", "--multi-latent-attention"),
     ("mtp_num_layers", "--mtp-num-layers"),
@@ -35,6 +35,9 @@ _REFUSED = (
     ("fine_grained_activation_offloading", "--fine-grained-activation-offloading"),
     ("use_megatron_fsdp", "--use-megatron-fsdp"),
     ("use_torch_fsdp2", "--use-torch-fsdp2"),
+    ("use_tp_pp_dp_mapping", "--use-tp-pp-dp-mapping"),
+    ("num_distributed_optimizer_instances", "--num-distributed-optimizer-instances", 1),
+    ("muon_scalar_optimizer", "--muon-scalar-optimizer", "adam"),
 )
 
 OPTIMIZERS = ("adam", "muon")
@@ -116,8 +119,8 @@ class Model:
         Raises:
             UserError: a setting that the plan's formulas do not have.
         """
-        for name, flag in _REFUSED:
-            if getattr(args, name, None):
+        for name, flag, *known in _REFUSED:
+            if (value := getattr(args, name, None)) and value not in known:
                 raise UserError(f"{flag}: the planner has no formulas for it; drop it to plan without")
         if not args.vocab_size:
             raise UserError("--vocab-size: not given; add it, or --mock-data for the recipe's own")

@@ -389,7 +389,14 @@ def test_all_reduce_across_two_ranks() -> None:
     assert [link["ranks"] for link in results["links"]] == [[0, 1]]
 
 
-@pytest.mark.parametrize(("rank", "text"), [("0", "no sign of rank 1, 2 of 3 within 2 s"), ("1", "does not answer")])
+@pytest.mark.parametrize(
+    ("rank", "text"),
+    [
+        ("0", "no sign of rank 1, 2 of 3 within 2 s"),
+        ("1", "does not answer"),
+        ("3", "RANK 3: not below WORLD_SIZE 3"),
+    ],
+)
 def test_ranks_that_do_not_come(rank: str, text: str) -> None:
     world = {"RANK": rank, "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = run("--nccl", "--timeout", "2", **world)

@@ -82,3 +82,17 @@ def test_a_sweeps_folder_with_a_space_is_named_whole(tmp_path: Path) -> None:
     assert done.stderr.startswith("sweep.sbatch: RUN_DIR my sweep/none-lr1e-3-seed1: has a space")
     done = run_job(tmp_path, "exit 0", "sweep.sbatch", "--mock-data", **{**task, "SWEEP_DIR": "sweep"})
     assert (tmp_path / "sweep" / "none-lr1e-3-seed1" / "slurm" / "starts").exists(), done.stderr
+
+
+def test_a_node_without_an_exit_code_is_lost(tmp_path: Path) -> None:
+    """An empty file, as of a full disk, once left the node out of the list."""
+    write_program(tmp_path / "bin" / "python3", 'mkdir -p "$2/n1"; : >"$2/n1/exit_code"')
+    done = run_job(tmp_path, "exit 0")
+    assert (done.returncode, "exit code 76 at iteration 0: requeued" in done.stderr) == (76, True), done.stderr
+
+
+def test_a_command_that_is_not_there_is_one_line_of_its_node(tmp_path: Path) -> None:
+    done = run_job(tmp_path, "exit 0", CONTAINER="", PYTHON="/nowhere/python", DOCTOR="1")
+    assert "node.py: /nowhere/python: cannot be started on n1: No such file or directory\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 127

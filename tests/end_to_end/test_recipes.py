@@ -426,6 +426,11 @@ def test_data(variables: dict[str, str], flags: str) -> None:
         (["dense-2b", "moa", "--mock-data"], {"TOKENS": "10B"}, "TOKENS 10B: not a whole number"),
         (
             ["dense-2b", "moa", "--mock-data"],
+            {"TOKENS": "1" + "0" * 20},
+            f"TOKENS 1{'0' * 20}: not a whole number below",
+        ),
+        (
+            ["dense-2b", "moa", "--mock-data"],
             {"TOKENS_PER_PARAMETER": "x"},
             "TOKENS_PER_PARAMETER x: not",
         ),

@@ -505,6 +505,10 @@ MISTAKES = {
     "dense-2b --gpus 8 --gpu h100 -- --fp32-residual-connection": "--fp32-residual-connection: the planner has no",
     "dense-2b --gpus 8 --gpu h100 -- --optimizer sgd": "--optimizer sgd: the planner has no formulas for it; take adam",
     "dense-2b --gpus 8 --gpu h100 -- --mtp-num-layers 1": "--mtp-num-layers: the planner has no formulas",
+    "dense-2b --gpus 8 --gpu h100 -- --use-tp-pp-dp-mapping": "--use-tp-pp-dp-mapping: the planner has no formulas",
+    "dense-2b --gpus 8 --gpu h100 -- --num-distributed-optimizer-instances 2": (
+        "--num-distributed-optimizer-instances: the planner has no formulas"
+    ),
 }
 
 
