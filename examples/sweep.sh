@@ -51,13 +51,14 @@ done
 # folder MIXING LR SEED
 folder() { echo "$SWEEP_DIR/$1-lr$2-seed$3"; }
 
-# state FOLDER: finished, diverged, or how far it is. The log decides: exit code 0 is also that of a run stopped by a time limit of its own.
+# state FOLDER: finished, diverged, or how far it is. The log decides: exit code 0 is also that of a run stopped by a time limit of its own,
+# and the last iteration need not have a line.
 state() {
     local at
     at=$(grep -oE 'iteration +[0-9]+/ *[0-9]+ \|' "$1/train.log" 2>/dev/null | tail -n 1 | tr -dc '0-9/')
     if [ "$(cat "$1/exit_code" 2>/dev/null)" = 17 ]; then
         echo diverged
-    elif [ -n "$at" ] && [ "${at%/*}" = "${at#*/}" ] && [ "$(cat "$1/exit_code" 2>/dev/null)" = 0 ]; then
+    elif [ "$(cat "$1/exit_code" 2>/dev/null)" = 0 ] && grep -qsF '[after training is done]' "$1/train.log"; then
         echo finished
     else
         echo "${at:+at $at}"

@@ -45,9 +45,14 @@ def has_types(value: Any, types: Mapping[str, type]) -> bool:
 
 
 def fail(program: str, message: str) -> NoReturn:
-    """Prints ``program: error: message`` in one line on the first rank and leaves with exit code 2."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{program}: error: {printable(message)}", file=sys.stderr, flush=True)
+    """Prints ``program: error: message`` in one line and leaves with exit code 2.
+
+    The first rank prints it, and the first of every other node: the mistake may be one of that node alone.
+    """
+    rank, local = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("LOCAL_RANK", "1")))
+    if rank == 0 or local == 0:
+        node = f"{os.uname().nodename}: " if rank else ""
+        print(f"{program}: error: {node}{printable(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

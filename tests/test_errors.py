@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -59,3 +60,27 @@ def test_a_full_disk_is_one_line() -> None:
 def test_another_pipe_that_breaks_is_a_fault() -> None:
     with pytest.raises(BrokenPipeError), one_line_errors("talker"):
         raise BrokenPipeError
+
+
+@pytest.mark.parametrize(
+    ("ranks", "printed"),
+    [
+        ({}, True),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0"}, True),
+        ({"RANK": "9", "LOCAL_RANK": "1"}, False),
+    ],
+)
+def test_each_node_says_its_mistake_once(
+    ranks: dict[str, str], printed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file may be missing on a node that has not the first rank."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit), one_line_errors("tool"):
+        raise UserError("--load a: no such file")
+    node = f"{os.uname().nodename}: " if ranks.get("RANK") == "8" else ""
+    assert capsys.readouterr().err == (f"tool: error: {node}--load a: no such file\n" if printed else "")

@@ -115,6 +115,7 @@ def parse_run_flags() -> argparse.Namespace:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
+    from megatron_moa.training.arguments import settle_evaluation
     from megatron_moa.training.megatron_checks import megatron_checks
     from megatron_moa.training.parser import parse_flags
     from pretrain_gpt_moa import check
@@ -126,6 +127,7 @@ def parse_run_flags() -> argparse.Namespace:
         raise UserError("--use-checkpoint-args: no checkpoint is read here; give the flags it stands for")
     vars(args).update(UNUSED)
     check(args)
+    settle_evaluation(args)
     # These read a cache that is there, and never build one.
     args.dataloader_fast_cache_load = args.dataloader_defer_npy_index_mmap = False
     try:

@@ -83,12 +83,14 @@ def main(argv: list[str] | None = None) -> None:
         with written_folder("--out", target) as partial:
             with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
                 prepared = prepare_checkpoint(flags.load, megatron_flags, flags.iteration)
+                if prepared.args.params_dtype != torch.float32:
+                    raise UserError("--bf16, --fp16: models are compared in float32; drop it, and say --dtype")
                 exported = export.export(
                     prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer, flags.architecture
                 )
                 comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
             card = export.model_card(prepared, target.resolve().name, exported, comparison)
-            (partial / "README.md").write_text(card)
+            (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     except VerificationError as error:
         print(f"{PROGRAM}: error: --load {flags.load}: {error}; nothing was written", file=sys.stderr)
         raise SystemExit(1) from None

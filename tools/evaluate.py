@@ -222,7 +222,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         for name, value in metrics.items():
             if "_stderr" in name:
                 continue
-            error = metrics.get(f"{name}_stderr")
+            metric, comma, filtered = name.partition(",")  # as lm_eval writes both
+            error = metrics.get(f"{metric}_stderr{comma}{filtered}")
             error = "" if error is None else f"{error:.4f}"
             lines.append(f"| {task} | {result['documents']} | {name} | {value:.4f} | {error} |")
     return "\n".join(lines)

@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     iteration = getattr(model, "iteration", None)
     print(f"> from {'' if iteration is None else f'iteration {iteration} of '}{flags.load}", file=sys.stderr)
+    if not flags.json and not model.has_tokenizer:
+        raise UserError(f"--load {flags.load}: has no tokenizer that makes text of tokens; add --json")
     for continuation in continuations:
         if flags.json:
             print(json.dumps(dataclasses.asdict(continuation), ensure_ascii=False))

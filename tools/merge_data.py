@@ -64,18 +64,19 @@ def merge(args: argparse.Namespace) -> None:
             dataset_writer.merge(parts, manifests, bin_path, idx_path, bar.update)
         if args.overwrite:
             dataset_writer.drop_index_cache(prefix)
-    written = dataset.read_index(prefix, "--output-prefix")
-    assert written.tokens == tokens, f"{written.tokens} tokens instead of {tokens}"
-    seconds = time.perf_counter() - start
-    print(f"parts          {len(parts)}")
-    print(f"documents      {written.sequences:,}")
-    print(f"tokens         {tokens:,}")
-    print(f"written        {targets[0]}, {targets[1]} in {seconds:.1f} s, {data_bytes / seconds / 1e6:,.0f} MB/s")
-    if args.remove_parts:
-        dataset_writer.remove_parts(parts)
-    else:
-        parts_files = f"{shlex.quote(prefix)}.part-*-of-*.*"
-        print(f"kept           {needed / 1e9:,.3f} GB of parts; when they are not wanted: rm {parts_files}")
+    with one_line_ending(PROGRAM, "the dataset is whole, parts may be left"):
+        written = dataset.read_index(prefix, "--output-prefix")
+        assert written.tokens == tokens, f"{written.tokens} tokens instead of {tokens}"
+        seconds = time.perf_counter() - start
+        print(f"parts          {len(parts)}")
+        print(f"documents      {written.sequences:,}")
+        print(f"tokens         {tokens:,}")
+        print(f"written        {targets[0]}, {targets[1]} in {seconds:.1f} s, {data_bytes / seconds / 1e6:,.0f} MB/s")
+        if args.remove_parts:
+            dataset_writer.remove_parts(parts)
+        else:
+            parts_files = f"{shlex.quote(prefix)}.part-*-of-*.*"
+            print(f"kept           {needed / 1e9:,.3f} GB of parts; when they are not wanted: rm {parts_files}")
 
 
 if __name__ == "__main__":

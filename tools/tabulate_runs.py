@@ -30,8 +30,9 @@ PROGRAM = "tabulate_runs.py"
 _LAYER = ("swiglu", "squared_relu", "ffn_hidden_size", "moe_ffn_hidden_size")
 _MIXTURE = (
     *("moa_mixing", "moa_form", "moa_activations", "moa_gate", "moa_gate_bias", "moa_freeze_gates", "moa_amplitude"),
-    *("moa_init", "moa_gate_init_std", "moa_init_scale"),
+    *("moa_init", "moa_gate_init_std", "moa_init_scale", "moa_gate_lr_scale", "moa_gate_weight_decay"),
 )
+_BEFORE = {"moa_gate_lr_scale": "1.0", "moa_gate_weight_decay": "None"}  # in logs older than these settings
 _SETTINGS = (*_MIXTURE, *_LAYER)  # of an arm, in this order
 _SWIGLU = _SETTINGS.index("swiglu")
 _NUMBERS = {"lr": re.compile(NUMBER), "seed": re.compile(r"-?" + COUNT)}
@@ -39,6 +40,7 @@ _NUMBERS = {"lr": re.compile(NUMBER), "seed": re.compile(r"-?" + COUNT)}
 _SAME = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_experts", "moe_router_topk", "seq_length"),
     *("global_batch_size", "train_iters", "optimizer", "lr_decay_style", "weight_decay", "init_method_std", "split"),
+    *("data_path", "data_args_path", "tokenizer_model"),
 )
 
 
@@ -52,7 +54,7 @@ class Run:
     @property
     def arm(self) -> tuple[str, ...]:
         """The values of :data:`_SETTINGS`; those of a mixture are empty for a baseline."""
-        values = [self.log.settings.get(name, "") for name in _SETTINGS]
+        values = [self.log.settings.get(name, _BEFORE.get(name, "")) for name in _SETTINGS]
         if values[0] == "none":
             values[1 : len(_MIXTURE)] = [""] * (len(_MIXTURE) - 1)
         return tuple(values)

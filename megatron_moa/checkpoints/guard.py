@@ -267,7 +267,10 @@ def check_before_setup(args: argparse.Namespace, tokenizer: Any) -> tuple[Checkp
         if saved is not None:
             check_saved_settings(args, saved, checkpoint)
             check_vocabulary(args, saved, tokenizer.vocab_size, checkpoint)
-            for change in (*changed_tokens(args, saved, checkpoint), *changed_data(args, saved, checkpoint)):
+            other_tokens = list(changed_tokens(args, saved, checkpoint))
+            if other_tokens:
+                args.moa_end_tokens = None  # numbers of the vocabulary before
+            for change in (*other_tokens, *changed_data(args, saved, checkpoint)):
                 notice(f"WARNING: {change}")
     if args.save is not None and "://" not in args.save:
         check_writable(Path(args.save))

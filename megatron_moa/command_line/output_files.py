@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, one_line
 
 
 def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool) -> list[str]:
@@ -53,7 +53,8 @@ def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
         created = []
     except OSError as error:
         raise UserError(
-            f"{flag} {targets[0]}: cannot be written ({error.strerror}); free space or choose another place"
+            f"{flag} {targets[0]}: cannot be written ({error.strerror or one_line(error)}); free space or "
+            "choose another place"
         ) from None
     finally:
         for path in temporary:

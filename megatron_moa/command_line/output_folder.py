@@ -94,16 +94,27 @@ def written_folder(flag: str, target: Path, replace: Collection[str] | None = No
     partial = target.with_name(f"{target.name}.{os.getpid()}.unfinished")
     try:
         partial.mkdir(parents=True)
+    except FileExistsError:  # of a process with this number on another machine, or before this one started
+        raise UserError(
+            f"{typed}: {partial} is there, which another process writes or left; delete it if nothing writes there"
+        ) from None
+    except OSError as error:
+        raise _unwritable(typed, error) from error
+    try:
         yield partial
         _check_replaceable(typed, target, replace)  # writing may have taken long
         for name in replace or ():  # what comes in their place is complete
             (target / name).unlink(missing_ok=True)
         partial.rename(target)  # over an empty folder, too
     except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"{typed}: cannot be written ({reason}); free space or choose another place") from error
+        raise _unwritable(typed, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(typed: str, error: OSError) -> UserError:
+    reason = error.strerror or one_line(error)
+    return UserError(f"{typed}: cannot be written ({reason}); free space or choose another place")
 
 
 def _check_replaceable(typed: str, folder: Path, replace: Collection[str] | None) -> None:

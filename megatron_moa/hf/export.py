@@ -284,7 +284,7 @@ def verify(prepared: PreparedCheckpoint, folder: Path, rounded_to: torch.dtype |
         given, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens}, given)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": scratch, "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-I", str(_CODE / "standalone.py"), *map(str, (folder, given, result))]
+        command = [sys.executable, "-P", str(_CODE / "standalone.py"), *map(str, (folder, given, result))]
         process = subprocess.run(command, env=environment, capture_output=True, text=True)
         if process.returncode:
             last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]

@@ -323,6 +323,8 @@ def import_folder(
     sizes += ["--expert-model-parallel-size", str(split.expert)]
     args, mixture = parse([*flags, *sizes], split.tensor * split.pipeline * split.expert)
     check_function(args, mixture, own)
+    if args.params_dtype != dtype:
+        raise UserError(f"--{'bf16' if args.bf16 else 'fp16'}: not what is to be written; drop it, and say --dtype")
     multiple = args.make_vocab_size_divisible_by * split.tensor
     args.padded_vocab_size = multiple * math.ceil(own.vocab_size / multiple)  # as building the tokenizer sets it
     args.moa_end_tokens = folder.end_tokens or None  # a tokenizer has one, and chat models often end by several

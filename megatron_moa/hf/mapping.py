@@ -96,7 +96,7 @@ def _coefficients(config: GPTMoAConfig) -> list[str]:
     mixing = config.mixing
     if mixing is None:
         return []
-    if mixing["mixing"] == "la":
+    if mixing.get("mixing", "moa") == "la":
         return ["value"]
     optional = {
         "bias": mixing.get("gate_bias", False),

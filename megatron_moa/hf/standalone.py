@@ -1,4 +1,4 @@
-"""Computes an export's logits without megatron_moa: ``python -I standalone.py FOLDER TOKENS LOGITS``.
+"""Computes an export's logits without megatron_moa: ``python -P standalone.py FOLDER TOKENS LOGITS``.
 
 It also generates with the cache, whose name differs between releases of transformers. A process of its own, in which
 the import of megatron_moa fails, so that what is compared is what a stranger will get.

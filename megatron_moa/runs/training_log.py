@@ -108,7 +108,7 @@ class TrainingLog:
         settings: arguments of the last start, as Megatron prints them, by name.
         parameters: of the first model-parallel rank; None if no model was built.
         iterations: the training log's lines. What a later start did again stands for what it did before.
-        validation: loss by iteration.
+        validation: loss by iteration, likewise.
     """
 
     settings: dict[str, str] = field(default_factory=dict)
@@ -131,6 +131,8 @@ class TrainingLog:
         elif (step := parse_iteration(line)) is not None:
             while self.iterations and self.iterations[-1].iteration >= step.iteration:
                 self.iterations.pop()
+            for later in [at for at in self.validation if at >= step.iteration]:
+                del self.validation[later]
             self.iterations.append(step)
             return step
         return None
@@ -145,13 +147,16 @@ class TrainingLog:
 
     @property
     def complete(self) -> bool:
-        """Whether the last iteration was reached."""
-        return bool(self.iterations) and self.iterations[-1].iteration == self.iterations[-1].total
+        """Whether the last iteration was reached; it may have no line of its own (``--log-interval``)."""
+        last = self.iterations[-1] if self.iterations else None
+        return last is not None and (last.iteration == last.total or last.total in self.validation)
 
     @property
     def final_validation(self) -> float:
-        """The last validation loss; NaN if the log has none."""
-        return self.validation[max(self.validation)] if self.validation else math.nan
+        """The validation loss behind the last iteration that the log tells of; NaN if it has none."""
+        at = max(self.validation, default=-1)
+        reached = self.iterations[-1].iteration if self.iterations else 0
+        return self.validation[at] if at >= reached else math.nan
 
     @property
     def milliseconds(self) -> float:

@@ -73,8 +73,9 @@ class LoadedModel(TextModel):
         return self.args.max_position_embeddings
 
     @property
-    def end(self) -> int:
-        return self.tokenizer.eod
+    def end(self) -> int | None:
+        end = self.tokenizer.eod
+        return None if end is None or end < 0 else end  # sentencepiece has -1 for none
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -87,7 +88,15 @@ class LoadedModel(TextModel):
     def encode(self, text: str) -> list[int]:
         if adds_special_tokens(self.tokenizer):
             return self.tokenizer._tokenizer.tokenizer.encode(text, add_special_tokens=False, verbose=False)
-        return self.tokenizer.tokenize(text)
+        try:
+            return self.tokenizer.tokenize(text)
+        except ValueError:
+            if self.args.tokenizer_type != "NullTokenizer":
+                raise
+            raise UserError(
+                f"--load {self.args.load}: was trained on numbers, without a tokenizer; write tokens as 1 2 3, or add "
+                "--tokenizer-type and --tokenizer-model"
+            ) from None
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.tokenizer.detokenize(list(tokens))
@@ -104,15 +113,16 @@ class LoadedModel(TextModel):
         Padded on the right, which a causal model does not see.
         """
         longest = max(map(len, rows)) + steps
-        tokens = torch.tensor([row + [self.end] * (longest - len(row)) for row in rows], device=self.device)
+        padding = self.end or 0
+        tokens = torch.tensor([row + [padding] * (longest - len(row)) for row in rows], device=self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         every = torch.arange(len(rows), device=self.device)
         finished = torch.zeros(len(rows), dtype=torch.bool, device=self.device)
-        ends = torch.tensor(self.ends, device=self.device)
+        ends = torch.tensor(self.ends, dtype=torch.long, device=self.device)
         for step in range(steps):
             logits = self.forward(tokens[:, : int(lengths.max()) + step])
             chosen = choose_next(logits[every, lengths + step - 1].float())
-            tokens[every, lengths + step] = torch.where(finished, self.end, chosen)
+            tokens[every, lengths + step] = torch.where(finished, padding, chosen)
             finished |= torch.isin(chosen, ends)
             if finished.all():
                 break
@@ -234,14 +244,15 @@ def prepare_checkpoint(
     Raises:
         UserError: no checkpoint there, one that is damaged or hostile, or flags that do not fit it.
     """
-    for flag in (word.split("=")[0] for word in megatron_flags):
+    given = [word.split("=")[0] for word in megatron_flags]
+    for flag in given:
         if flag in ("--ckpt-step", "--moa-load-last-complete"):
             raise UserError(f"{flag}: is for training; which checkpoint is taken here, --iteration N says")
     check_pickles(Path(folder), iteration)
     flags = ["--load", folder, "--use-checkpoint-args", "--micro-batch-size", "1", "--no-load-optim", "--no-load-rng"]
     if iteration is not None:
         flags += ["--ckpt-step", str(iteration)]
-    if "--tokenizer-model" in megatron_flags:
+    if "--tokenizer-model" in given:
         flags.append("--no-use-tokenizer-model-from-checkpoint-args")
     try:
         return _prepared_by([*flags, *megatron_flags])

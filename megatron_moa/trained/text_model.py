@@ -210,7 +210,15 @@ class TextModel(ABC):
         last = next((place for place, token in enumerate(tokens) if token in self.ends), None)
         if last is not None:
             tokens, ended = tokens[:last], "document"
-        return Continuation(prompt, self.decode(tokens) if self.has_tokenizer else None, tokens, ended)
+        return Continuation(prompt, self._text_behind(prompt or "", tokens), tokens, ended)
+
+    def _text_behind(self, prompt: str, tokens: list[int]) -> str | None:
+        """Behind the prompt: some tokenizers leave out the space before the first token that they decode."""
+        if not self.has_tokenizer:
+            return None
+        given = self.encode(prompt) if prompt else []
+        before, whole = self.decode(given), self.decode([*given, *tokens])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(tokens)
 
     @property
     def has_tokenizer(self) -> bool:

@@ -258,8 +258,12 @@ def _settle(args: argparse.Namespace, mixture: MixtureConfig | None) -> None:
     _check_what_is_written(args)
     if not args.reset_attention_mask:
         args.create_attention_mask_in_dataloader = False  # plain causal: no [s, s] mask per sample
+    settle_evaluation(args)
+
+
+def settle_evaluation(args: argparse.Namespace) -> None:
+    """Gives a run that evaluates only at its end an interval beyond that: Megatron 0.19.2 divides by it."""
     if not args.eval_interval:
-        # Megatron 0.19.2 means never before the end, and then divides by it.
         args.eval_interval = 1 + (args.train_iters or args.train_samples or 0)
 
 

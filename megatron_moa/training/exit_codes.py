@@ -94,7 +94,10 @@ def catch_stop_signals(args: argparse.Namespace) -> StopSignals | None:
 
 def _in_place_of(handler: Any, args: argparse.Namespace) -> StopSignals:
     handler.release()
-    return StopSignals(args)
+    signals = StopSignals(args)
+    if getattr(handler, "_signal_received", False):  # while there was no other
+        signals._receive(args.exit_signal, None)
+    return signals
 
 
 _HANDLER = patch(
@@ -136,7 +139,7 @@ def exit_codes(stop: StopSignals | None) -> Iterator[None]:
             raise SystemExit(EXIT_SAVED_ON_SIGNAL) from None
         raise
     except RuntimeError as error:
-        if not _lost_rank(error):
+        if not is_lost_rank(error):
             raise
         where = traceback.extract_tb(error.__traceback__)
         callers = [frame for frame in where if "megatron" in frame.filename] or where
@@ -151,6 +154,9 @@ def exit_codes(stop: StopSignals | None) -> Iterator[None]:
             stop.ignore_from_now()
 
 
-def _lost_rank(error: RuntimeError) -> bool:
-    """NCCL's and the store's errors have types; gloo's have the file that raised them in their text."""
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether it says that another rank is gone.
+
+    NCCL's and the store's errors have types; gloo's have the file that raised them in their text.
+    """
     return isinstance(error, torch.distributed.DistError) or "gloo/" in str(error)

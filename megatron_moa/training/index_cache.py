@@ -68,7 +68,7 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
     except Exception as error:  # on the first rank Megatron puts an exception without a type around it
         missing = error if isinstance(error, OSError) else error.__cause__
         if isinstance(missing, OSError) and missing.errno in _UNWRITABLE:
-            _leave_unwritten(missing, builder.config.path_to_cache)
+            _leave_unwritten(missing, builder.config.path_to_cache, first)
         if not isinstance(missing, FileNotFoundError) or not str(missing.filename).endswith("_index.npy"):
             raise
         _leave_without(missing.filename, first)
@@ -88,14 +88,18 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
     return datasets
 
 
-def _leave_unwritten(error: OSError, cache_path: str | None) -> NoReturn:
-    """Raises UserError for a part of the cache that is missing and cannot be written."""
+def _leave_unwritten(error: OSError, cache_path: str | None, first: bool) -> NoReturn:
+    """Ends this rank for a part of the cache that is missing and cannot be written, in one line."""
     where = f"--data-cache-path {cache_path}" if cache_path else "the index cache beside the data"
-    raise UserError(
+    problem = (
         f"{where}: lacks a part that this run needs, and {error.filename or 'its folder'} cannot be read or "
         f"written ({error.strerror}); give --data-cache-path a writable folder, or build "
         "the cache with tools/build_cache.py"
     )
+    if first:
+        raise UserError(problem)
+    report(f"error: {problem}")
+    raise SystemExit(2)
 
 
 def _leave_without(path: str, first: bool) -> NoReturn:

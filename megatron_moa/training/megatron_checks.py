@@ -16,6 +16,7 @@ import torch
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
+from megatron_moa.training.exit_codes import is_lost_rank
 from megatron_moa.training.parser import parser_defaults
 
 # What wrong settings end in when Megatron checks them or builds a model of them.
@@ -42,9 +43,11 @@ def megatron_checks(args: argparse.Namespace | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (UserError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except _MISTAKES as error:
+        if is_lost_rank(error):
+            raise
         frame = traceback.extract_tb(error.__traceback__)[-1]
         code = _statement(frame)
         text = re.sub(r" when instantiating \w+", "", " ".join(str(error).split()))

@@ -141,3 +141,14 @@ def test_looking_whether_a_folder_can_be_written_makes_none(tmp_path: Path, monk
         ):
             check(tmp_path / wrong)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_another_process_of_this_number_keeps_its_folder(tmp_path: Path) -> None:
+    """As in two containers that share a disk."""
+    other = tmp_path / f"out.{os.getpid()}.unfinished"
+    other.mkdir()
+    (other / "file").touch()
+    message = "is there, which another process writes or left; delete it if"
+    with pytest.raises(UserError, match=message), written_folder("--out", tmp_path / "out"):
+        pytest.fail("it was written")
+    assert (other / "file").exists()

@@ -293,6 +293,11 @@ def test_starts_as_training_does() -> None:
         assert model.model.layers[0].mlp.coefficients.weight.std().item() == pytest.approx(std, rel=0.15)
 
 
+def test_a_mixing_without_its_kind_is_moa() -> None:
+    names = [[entry.hf for entry in entries(build("moa", mixing=mixing).config)] for mixing in ({}, {"mixing": "moa"})]
+    assert names[0] == names[1]
+
+
 def test_a_table_that_does_not_fit_is_an_error_by_name() -> None:
     model = build("moa")
     weights = model.state_dict()

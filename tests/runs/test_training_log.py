@@ -106,9 +106,9 @@ def test_a_line_behind_one_that_was_cut_off_is_read(first: str, second: str) -> 
 
 def test_a_whole_line_without_its_newline_is_read() -> None:
     log = TrainingLog()
-    log.read_line(ITERATION + "No CUDA device found" + VALIDATION + SECOND + "\0" * 100 + "\n")
+    log.read_line(ITERATION + "No CUDA device found" + _validated(20).strip() + SECOND + "\0" * 100 + "\n")
     assert [(step.iteration, step.loss) for step in log.iterations] == [(20, 6.21543), (21, 5.0)]
-    assert log.validation == {300: 2.912345}
+    assert log.validation == {20: 2.912345}
 
 
 def test_damaged_numbers_are_no_numbers(tmp_path: Path) -> None:
@@ -127,3 +127,31 @@ def test_damaged_numbers_are_no_numbers(tmp_path: Path) -> None:
     assert (log.validation, log.parameters) == ({}, None)
     with pytest.raises(UserError, match=r"absent: cannot be read \(No such file or directory\)"):
         TrainingLog.read(tmp_path / "absent")
+
+
+def _steps(*iterations: int, of: int) -> str:
+    return "".join(ITERATION.replace("20/     300", f"{iteration}/{of}") + "\n" for iteration in iterations)
+
+
+def _validated(iteration: int) -> str:
+    return VALIDATION.replace("300", str(iteration)) + "\n"
+
+
+def test_a_last_iteration_without_a_line_is_told_by_its_evaluation(tmp_path: Path) -> None:
+    """As where ``--train-iters`` is no multiple of ``--log-interval``."""
+    path = tmp_path / "train.log"
+    path.write_text(_steps(10, 20, of=25))
+    assert not TrainingLog.read(path).complete
+    path.write_text(_steps(10, 20, of=25) + _validated(25))
+    log = TrainingLog.read(path)
+    assert (log.complete, log.final_validation) == (True, 2.912345)
+
+
+def test_a_validation_loss_before_the_last_iteration_is_not_the_final_one(tmp_path: Path) -> None:
+    path = tmp_path / "train.log"
+    path.write_text(_steps(10, of=10) + _validated(10) + _steps(20, of=20))
+    log = TrainingLog.read(path)
+    assert log.complete
+    assert math.isnan(log.final_validation)
+    path.write_text(_steps(10, of=10) + _validated(10) + _steps(5, 10, of=10))
+    assert math.isnan(TrainingLog.read(path).final_validation)

@@ -244,6 +244,8 @@ def test_a_result_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) ->
     with pytest.raises(UserError, match="was evaluated with limit None; add --again"):
         finished(path, {**settings, "limit": 3})
     assert table({"piqa": result}).splitlines()[-1] == "| piqa | 3 | acc | 0.5000 | 0.1000 |"
+    filtered = {"exact_match,strict": 0.5, "exact_match_stderr,strict": 0.25}
+    assert table({"gsm8k": {**result, "metrics": filtered}}).splitlines()[-1].endswith("| 0.5000 | 0.2500 |")
 
 
 @pytest.mark.parametrize(

@@ -378,3 +378,13 @@ def test_files_without_text_are_named(tmp_path: Path) -> None:
         assert part in str(caught.value)
     with pytest.raises(UserError, match="absent"):
         read_documents(tmp_path / "absent.txt")
+
+
+def test_the_space_behind_a_prompt_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenizers such as Llama's leave out the space of the first token that they decode."""
+    words = [f"w{number}" for number in range(31)]
+    monkeypatch.setattr(FolderModel, "has_tokenizer", True)
+    monkeypatch.setattr(FolderModel, "encode", lambda _, text: [words.index(word) for word in text.split()])
+    monkeypatch.setattr(FolderModel, "decode", lambda _, tokens: " ".join(words[token] for token in tokens))
+    (found,) = load_folder(write_model(tmp_path / "model")).generate("w1 w2", 2)
+    assert found.prompt + found.text == " ".join(["w1", "w2", *(words[token] for token in found.tokens)])
