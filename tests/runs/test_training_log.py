@@ -106,7 +106,7 @@ def test_a_line_behind_one_that_was_cut_off_is_read(first: str, second: str) -> 
 
 def test_a_whole_line_without_its_newline_is_read() -> None:
     log = TrainingLog()
-    log.read_line(ITERATION + "No CUDA device found" + _validated(20).strip() + SECOND + "\0" * 100 + "\n")
+    log.read_line(ITERATION + "No CUDA device found" + _validated(20).removesuffix("\n") + SECOND + "\0" * 100 + "\n")
     assert [(step.iteration, step.loss) for step in log.iterations] == [(20, 6.21543), (21, 5.0)]
     assert log.validation == {20: 2.912345}
 
