@@ -166,7 +166,7 @@ def mish_factor_derivative(x: Tensor) -> Tensor:
 
 
 def read_as(function: FunctionType, meaning: Callable[[Any], Any]) -> FunctionType:
-    """A copy of a function, in which each global name that it uses stands for ``meaning`` of what it stood for."""
+    """A copy of a function, in which each name it uses stands for ``meaning`` of what it stood for."""
     known = function.__globals__
     words = {name: meaning(known[name]) for name in function.__code__.co_names if name in known}
     # Without __name__: torch.compile would look words up in the module of that name.

@@ -67,7 +67,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _two_or_more(rows: Tensor) -> Tensor:
-    """Rows [t, n] or [t], and zeros where they are fewer than two: to 0 and 1 the compiler would specialise."""
+    """Rows [t, n] or [t]; zeros make two of fewer, as the compiler would specialise to 0 and 1."""
     missing = 2 - len(rows)
     return rows if missing <= 0 else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing))
 
