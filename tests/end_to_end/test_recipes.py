@@ -586,7 +586,10 @@ def test_sweep_does_not_start_what_it_was_told_to_stop(tmp_path: Path) -> None:
 
 def test_sweep_refuses_a_finished_run_of_other_flags(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho ' iteration       10/      10 | lm loss: 1.0E+00 |'\n")
+    # Without a line of the last iteration, which need not have one.
+    python.write_text(
+        "#!/bin/sh\necho ' iteration        8/      10 | lm loss: 1.0E+00 |'\necho '[after training is done]'\n"
+    )
     python.chmod(0o755)
     first = {"PYTHON": str(python), "MIXINGS": "moa", "LRS": "1e-3"}
     assert sweep(tmp_path, "--run", "0", "--mock-data", **first).returncode == 0
