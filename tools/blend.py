@@ -18,7 +18,7 @@ from megatron_moa.command_line import output_files
 from megatron_moa.data import corpus, dataset
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
-PROGRAM = "blend"
+PROGRAM = "blend.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,7 +21,7 @@ from megatron_moa.command_line.quiet_imports import quiet_imports
 from megatron_moa.data import cached_arrays
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
-PROGRAM = "build_cache"
+PROGRAM = "build_cache.py"
 # What the cache does not depend on: it is neither read nor written, and a machine without a GPU need not serve it.
 UNUSED = {
     "load": None,

@@ -21,7 +21,7 @@ from megatron_moa.command_line.progress_bar import progress_bar
 from megatron_moa.data import dataset, dataset_writer
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
-PROGRAM = "merge_data"
+PROGRAM = "merge_data.py"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

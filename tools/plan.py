@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import logging
@@ -193,20 +194,13 @@ def make(options: argparse.Namespace) -> Report:
     stock = inputs.validated(alone)
     model = Model.from_args(stock, mixture)
 
-    def accepts(split: Split) -> bool:
-        try:
-            inputs.validated(args, split)
-        except UserError:
-            return False
-        return True
-
     planner = search.Planner(
         model=model,
         gpu=GPUS[options.gpu],
         flops=search.flops_by_tp(stock, mixture),
         mfu=options.mfu,
         micro_batch=args.micro_batch_size,
-        accepts=accepts,
+        check=functools.partial(inputs.validated, args),
     )
     plans = planner.search(options.gpus, fixed)
     return Report(options, model, count(model, plans[0].split.tp), planner, plans)

@@ -29,7 +29,7 @@ from megatron_moa.data import corpus, dataset_writer, tokenizers
 from megatron_moa.data.preprocessing import preprocess
 from megatron_moa.errors import OneLineParser, one_line_ending
 
-PROGRAM = "preprocess_data"
+PROGRAM = "preprocess_data.py"
 _MOST_WORKERS = 1024
 TOKENIZER_TYPES = (*tokenizers.SENTENCEPIECE_TYPES, "HuggingFaceTokenizer")
 

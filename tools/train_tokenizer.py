@@ -27,7 +27,7 @@ from megatron_moa.command_line.numbers import positive, seed
 from megatron_moa.data import corpus
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
-PROGRAM = "train_tokenizer"
+PROGRAM = "train_tokenizer.py"
 BLOCK_BYTES = 1 << 18  # what one draw takes from a file: small enough to mix many files, large enough to read fast
 SPECIAL_TOKENS = 4  # <unk>, <s>, </s>, <pad>
 MOST_TOKENS = 10_000_000  # larger ones keep sentencepiece busy before it looks whether the text has so many

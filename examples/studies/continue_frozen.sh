@@ -11,7 +11,7 @@
 # All three are on equal terms: the same weights, a new optimizer (Megatron finds parameter groups in a checkpoint by their
 # settings, and frozen gates have none), the same schedule from its warm-up on, and per seed the same data in the same order.
 # Ends in JSON lines, a training each, which it also writes to OUT/continued.jsonl for tools/analyze_gates.py --continued.
-# Started again it goes on: what has ended is left alone.
+# Started again it goes on: what has ended is left alone. OUT/settings keeps trainings of other settings out of OUT.
 #
 # Variables: DATA_PATH and LR, which have no default; ITERATIONS (200), BATCH (16), SEEDS (1 2 3), SPLIT (99,1,0: give the
 #   checkpoint's own, or it is measured on what it was trained on), OUT (runs/continued), EVAL_ITERS (40), PYTHON (python)
@@ -31,7 +31,8 @@ CHECKPOINT=$1
 shift
 [ -n "${DATA_PATH:-}" ] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote"
 [ -n "${LR:-}" ] || fail "LR is not set: set it to the peak learning rate of training on, such as LR=4e-4"
-ITERATIONS=${ITERATIONS:-200} OUT=${OUT:-runs/continued} PYTHON=${PYTHON:-python}
+ITERATIONS=${ITERATIONS:-200} BATCH=${BATCH:-16} SPLIT=${SPLIT:-99,1,0} EVAL_ITERS=${EVAL_ITERS:-40}
+OUT=${OUT:-runs/continued} PYTHON=${PYTHON:-python}
 [[ $ITERATIONS =~ ^[1-9][0-9]*$ ]] || fail "ITERATIONS $ITERATIONS: give a whole number above 0"
 read -ra SEEDS <<<"${SEEDS:-1 2 3}"
 
@@ -52,7 +53,15 @@ run() {
     [ "$code" = 0 ] || fail "$log: ended with exit code $code: $(tail -n 1 "$log")"
 }
 
-[ -n "$DRY_RUN" ] || mkdir -p "$OUT"
+# All that trainings which are paired must have alike.
+SETTINGS=$(printf '%s\n' "CHECKPOINT $CHECKPOINT" "DATA_PATH $DATA_PATH" "LR $LR" "ITERATIONS $ITERATIONS" "BATCH $BATCH" \
+    "SPLIT $SPLIT" "EVAL_ITERS $EVAL_ITERS" "flags ${FLAGS[*]}")
+if [ -e "$OUT/la-start" ] || [ -e "$OUT/settings" ]; then
+    [ -e "$OUT/settings" ] || fail "OUT $OUT: has no file settings, so what it holds cannot be gone on with; take another OUT"
+    began=$(diff "$OUT/settings" - <<<"$SETTINGS" | sed -n 's/^< //p' | head -n 1) || true
+    [ -z "$began" ] || fail "OUT $OUT: was begun with $began; give that again, or take another OUT"
+fi
+[ -n "$DRY_RUN" ] || { mkdir -p "$OUT" && echo "$SETTINGS" >"$OUT/settings"; }
 if [ ! -d "$OUT/la-start" ]; then
     run "$OUT/la-start.log" "$PYTHON" "$ROOT/tools/analyze_gates.py" "$CHECKPOINT" "$DATA_PATH" \
         --part training --no-ablate --write-la "$OUT/la-start"
@@ -67,11 +76,11 @@ for seed in "${SEEDS[@]}"; do
         [ "$way" != la ] || WAY_ARGS=(--pretrained-checkpoint "$OUT/la-start")
         [ -n "$DRY_RUN" ] || { rm -rf "$folder" && mkdir -p "$folder"; }
         run "$folder/train.log" "$PYTHON" "$ROOT/pretrain_gpt_moa.py" "${WAY_ARGS[@]}" --use-checkpoint-args \
-            --micro-batch-size "${BATCH:-16}" --global-batch-size "${BATCH:-16}" --train-iters "$ITERATIONS" \
+            --micro-batch-size "$BATCH" --global-batch-size "$BATCH" --train-iters "$ITERATIONS" \
             --lr "$LR" --min-lr 0 --lr-decay-style cosine --lr-warmup-iters $(((ITERATIONS + 19) / 20)) \
             --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0 --seed "$seed" \
-            --data-path "$DATA_PATH" --split "${SPLIT:-99,1,0}" --data-cache-path "$folder/cache" \
-            --log-interval 10 --eval-interval $((ITERATIONS + 1)) --eval-iters "${EVAL_ITERS:-40}" "${FLAGS[@]}"
+            --data-path "$DATA_PATH" --split "$SPLIT" --data-cache-path "$folder/cache" \
+            --log-interval 10 --eval-interval $((ITERATIONS + 1)) --eval-iters "$EVAL_ITERS" "${FLAGS[@]}"
         [ -n "$DRY_RUN" ] || touch "$folder/ended"
     done
 done

@@ -128,11 +128,12 @@ def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -
     if tp > 1:
         # Gathers and scatters of [t, h] a layer around attention and dense feed-forward layer or shared expert, forward
         # 2 a block, backward 2 and one more gather for the weight's gradient; of [t, n] for coefficients.
-        blocks = 2 if not model.experts or model.experts.shared_ffn else 1
-        again = {"full": 2 * blocks, "feed-forward": 2 * (blocks - 1)}.get(split.recompute, 0)
+        cut = [not is_moe or model.experts.shared_ffn > 0 for is_moe in model.moe_layers]
+        feed_forward = sum(cut) / pp * m
+        again = {"full": layers + feed_forward, "feed-forward": feed_forward}.get(split.recompute, 0)
         # Embedding and logits: a scatter and a gather, and two gathers and a scatter, on the outer stages.
-        number = (5 * blocks + again) * layers + 5 * m
-        gates = (2 + (again > 0)) * (blocks - 1) * layers * (model.coefficients > 0)
+        number = 5 * (layers + feed_forward) + 2 * again + 5 * m
+        gates = (2 + (again > 0)) * feed_forward * (model.coefficients > 0)
         size = t * (number * h * e + gates * model.coefficients * FLOAT32) * (tp - 1) / tp
         yield traffic("TP", number + gates, size, _bandwidth(gpu, 1, tp))
     if pp > 1:

@@ -124,7 +124,7 @@ class Planner:
         flops: of one token, by the number of tensor-parallel ranks: the vocabulary's padding hangs on it.
         mfu: see :func:`megatron_moa.planning.communication.step_time`.
         micro_batch: the recipe's; the search takes it, or halves of it.
-        accepts: a further check of a split, Megatron's own.
+        check: a further check of a split, Megatron's own; raises UserError.
     """
 
     model: Model
@@ -132,7 +132,7 @@ class Planner:
     flops: Callable[[int], Flops]
     mfu: float
     micro_batch: int
-    accepts: Callable[[Split], bool]
+    check: Callable[[Split], None]
 
     def plan(self, split: Split) -> Plan:
         """What a split needs, whether it fits or not."""
@@ -150,15 +150,18 @@ class Planner:
             fixed: attributes of :class:`Split` that are given.
 
         Raises:
-            UserError: no split divides the model and the GPUs, or none fits.
+            UserError: no split divides the model and the GPUs, none fits, or Megatron refuses those that do.
         """
         splits = list(self._candidates(gpus, fixed))
         if not splits:
             self._explain(gpus, fixed)
         plans = [self.plan(split) for split in splits]
-        found = self._ranked(plan for plan in plans if self.fits(plan))
-        if not found:
+        fitting = [plan for plan in plans if self.fits(plan)]
+        if not fitting:
             raise UserError(self._too_little(plans, gpus, fixed))
+        found = self._ranked(fitting)
+        if not found:
+            self.check(min(fitting, key=lambda plan: plan.step.seconds).split)
         return found
 
     def _ranked(self, plans: Iterable[Plan]) -> list[Plan]:
@@ -177,11 +180,18 @@ class Planner:
         for plan in sorted(plans, key=order):
             split = plan.split
             key = (split.tp, split.pp, split.ep, split.cp)
-            if key not in best and self.accepts(split):
+            if key not in best and self._accepts(split):
                 best[key] = plan
             if len(best) == _KEPT:
                 break
         return list(best.values())
+
+    def _accepts(self, split: Split) -> bool:
+        try:
+            self.check(split)
+        except UserError:
+            return False
+        return True
 
     def _candidates(self, gpus: int, fixed: Mapping[str, int | str]) -> Iterator[Split]:
         """What is not given: TP within a node, stages of whole layers, halves of the micro-batch."""

@@ -22,6 +22,7 @@ _SWITCHES = ("swiglu", "squared_relu", "quick_geglu", "use_checkpoint_args", "mo
 _NUMBERS = ("num_experts", "vocab_size")
 _WORDS = (
     "load",
+    "pretrained_checkpoint",
     "save",
     "tensorboard_dir",
     "wandb_project",
@@ -71,7 +72,7 @@ def _check_folder(args: argparse.Namespace) -> None:
     if not args.load or "://" in args.load:
         return
     folder = Path(args.load)
-    if args.use_checkpoint_args and not folder.exists():
+    if args.use_checkpoint_args and not args.pretrained_checkpoint and not folder.exists():
         raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
     check_is_folder("--load", folder)
 

@@ -59,7 +59,7 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
     Raises:
         UserError: data without weights are too few for the run; the run may not build the cache, or cannot write it,
             and it is not there.
-        SystemExit: code 2, on a rank whose node does not see the cache.
+        SystemExit: code 2, on another rank than the first, whose node does not see the cache or cannot write it.
     """
     first = int(os.environ.get("RANK", "0")) == 0
     before = _names_in_cache(builder.config) if first else set()
@@ -68,15 +68,15 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
     except Exception as error:  # on the first rank Megatron puts an exception without a type around it
         missing = error if isinstance(error, OSError) else error.__cause__
         if isinstance(missing, OSError) and missing.errno in _UNWRITABLE:
-            _leave_unwritten(missing, builder.config.path_to_cache, first)
+            _leave(_unwritten(missing, builder.config.path_to_cache), first)
         if not isinstance(missing, FileNotFoundError) or not str(missing.filename).endswith("_index.npy"):
             raise
-        _leave_without(missing.filename, first)
+        _leave(_missing(missing.filename, first), first)
     files, uncached = cache_files(datasets)
     if builder.config.defer_npy_index_mmap:  # opened when the first sample is drawn
         for path in files:
             if not os.path.isfile(path):
-                _leave_without(path, first)
+                _leave(_missing(path, first), first)
     _check_enough(datasets, builder)
     if first and not builder.config.mock:
         built = [path for path in files if os.path.abspath(path) not in before]
@@ -88,31 +88,34 @@ def build(builder: BlendedMegatronDatasetBuilder) -> Sequence[Any]:
     return datasets
 
 
-def _leave_unwritten(error: OSError, cache_path: str | None, first: bool) -> NoReturn:
-    """Ends this rank for a part of the cache that is missing and cannot be written, in one line."""
+def _unwritten(error: OSError, cache_path: str | None) -> str:
+    """What to say of a part of the cache that is missing and cannot be written."""
     where = f"--data-cache-path {cache_path}" if cache_path else "the index cache beside the data"
-    problem = (
+    return (
         f"{where}: lacks a part that this run needs, and {error.filename or 'its folder'} cannot be read or "
         f"written ({error.strerror}); give --data-cache-path a writable folder, or build "
         "the cache with tools/build_cache.py"
     )
-    if first:
-        raise UserError(problem)
-    report(f"error: {problem}")
-    raise SystemExit(2)
 
 
-def _leave_without(path: str, first: bool) -> NoReturn:
-    """Ends this rank for want of a file of the cache, in one line."""
+def _missing(path: str, first: bool) -> str:
+    """What to say of a file of the cache that is not there."""
     if first:  # which builds what is missing, unless it was told not to
-        raise UserError(
+        return (
             f"--dataloader-fast-cache-load, --dataloader-defer-npy-index-mmap: {path} is not there; build the index "
             "cache beforehand with tools/build_cache.py, or drop the flags"
         )
-    report(
-        f"error: {path}: the first rank has this part of the index cache, this node has not; give --data-cache-path a "
+    return (
+        f"{path}: the first rank has this part of the index cache, this node has not; give --data-cache-path a "
         "folder that all nodes see, or build the cache on every node beforehand with tools/build_cache.py"
     )
+
+
+def _leave(problem: str, first: bool) -> NoReturn:
+    """Ends this rank in one line, whichever rank it is."""
+    if first:
+        raise UserError(problem)
+    report(f"error: {problem}")
     raise SystemExit(2)
 
 

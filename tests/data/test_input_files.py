@@ -59,7 +59,7 @@ def test_compressed_input(
     assert f"--input {packed[1]}: line 2 has no key 'text' (it has 'txt')" in line
     packed[1].write_text("not compressed")
     line = one_line(capsys, preprocess, model, tmp_path / "x", "--input", *packed, "--workers", 1)
-    assert line.startswith(f"preprocess_data: error: --input {packed[1]}: ")
+    assert line.startswith(f"preprocess_data.py: error: --input {packed[1]}: ")
 
 
 def test_parquet_is_preprocessed_and_trains_a_tokenizer(
@@ -153,7 +153,7 @@ def test_bad_lines(
     line = one_line(
         capsys, preprocess, model, tmp_path / "new" / "data", "--input", path, "--workers", str(workers), *flags
     )
-    assert line.startswith(f"preprocess_data: error: --input {path}: ")
+    assert line.startswith(f"preprocess_data.py: error: --input {path}: ")
     assert expected in line
     assert os.listdir(tmp_path) == ["bad.jsonl"]
 

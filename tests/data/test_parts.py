@@ -110,7 +110,9 @@ def test_a_killed_part_is_made_again_alone(
         killed.setattr(workers, "tokenize", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         assert "a worker was killed" in one_line(capsys, preprocess, model, tmp_path / "d", *inputs, "--part", "2/3")
     line = one_line(capsys, merge, tmp_path / "d")
-    assert line.startswith(f"merge_data: error: --output-prefix {tmp_path / 'd'}: 1 of 3 parts missing (2); make each")
+    assert line.startswith(
+        f"merge_data.py: error: --output-prefix {tmp_path / 'd'}: 1 of 3 parts missing (2); make each"
+    )
     assert line.endswith("e.g. --part 2/3")
     assert not (tmp_path / "d.bin").exists()
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("d.part-*")}
@@ -251,6 +253,22 @@ def test_too_little_space_for_merging(
     preprocess(model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1, "--part", "1/1")
     monkeypatch.setattr(merge_data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     assert "GB are needed, 0.0 GB are free; free space" in one_line(capsys, merge, tmp_path / "d")
+
+
+def test_ctrl_c_behind_a_merge_says_that_the_dataset_is_whole(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    preprocess(model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1, "--part", "1/1")
+    monkeypatch.setattr(merge_data.dataset_writer, "remove_parts", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as leaving:
+        merge(tmp_path / "d", "--remove-parts")
+    assert leaving.value.code == 130
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "merge_data.py: interrupted, the dataset is whole, parts may be left"
+    )
+    assert {"d.bin", "d.idx", "d.part-00001-of-00001.bin"} <= set(os.listdir(tmp_path))
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "slurm"])

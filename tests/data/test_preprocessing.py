@@ -207,5 +207,5 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run(made, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == ""
-    expected = "preprocess_data: error: --output-prefix d: d.bin exists; choose another name or add --overwrite\n"
+    expected = "preprocess_data.py: error: --output-prefix d: d.bin exists; choose another name or add --overwrite\n"
     assert done.stderr == expected

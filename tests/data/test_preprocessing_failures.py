@@ -87,7 +87,7 @@ def test_mistakes_in_preprocessing_flags(
     before = sorted(os.listdir(tmp_path))
     arguments = ["--input", tmp_path / "text", *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)]
     line = one_line(capsys, preprocess, model, tmp_path / "new" / "data", *arguments)
-    assert line.startswith("preprocess_data: error: ")
+    assert line.startswith("preprocess_data.py: error: ")
     assert expected.replace("{tmp}", str(tmp_path)) in line
     assert sorted(os.listdir(tmp_path)) == before
 
@@ -232,7 +232,7 @@ def test_an_interrupted_run_leaves_nothing(stop: signal.Signals, model: str, tmp
     _, errors = process.communicate(timeout=120)
     assert process.returncode == (130 if stop == signal.SIGINT else 143)
     assert os.listdir(tmp_path / "out") == []
-    assert errors == ("preprocess_data: interrupted, nothing written\n" if stop == signal.SIGINT else "")
+    assert errors == ("preprocess_data.py: interrupted, nothing written\n" if stop == signal.SIGINT else "")
 
 
 @pytest.mark.full

@@ -126,6 +126,6 @@ def test_mistakes_in_training_flags(
     arguments = ["--input", str(corpus), "--glob", "**/*.py", "--output", str(tmp_path / "new" / "tok")]
     arguments += [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     line = one_line(capsys, train_tokenizer.main, arguments)
-    assert line.startswith("train_tokenizer: error: ")
+    assert line.startswith("train_tokenizer.py: error: ")
     assert expected.replace("{tmp}", str(tmp_path)) in line
     assert sorted(os.listdir(tmp_path)) == before

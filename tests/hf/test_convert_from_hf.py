@@ -278,6 +278,9 @@ def forms_there_and_back(folder: Path) -> None:
             logits = model(tokens).logits[0]
         source, checkpoint, back = (str(folder / f"{name}{number}") for name in ("hf", "out", "back"))
         model.save_pretrained(source)
+        with pytest.raises(SystemExit) as refused:  # what is written, --dtype alone says
+            convert_from_hf.main(["--hf", source, "--out", checkpoint, "--no-verify", "--bf16"])
+        assert (refused.value.code, Path(checkpoint).exists()) == (2, False)
         convert_from_hf.main(["--hf", source, "--out", checkpoint, "--no-verify"])
         found = megatron_moa.from_checkpoint(checkpoint, ["--moa-backend", "eager"])
         assert (found.mixture.kind, found.mixture.form) == (kind, form)

@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,6 +323,22 @@ def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
     assert sum(message.number for message in moved) == traffic["TP"].messages
 
 
+@pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("feed-forward", 2), ("full", 2)])
+@pytest.mark.parametrize("shared", [0, 1706])
+def test_tensor_parallel_messages_are_counted_layer_by_layer(recompute: str, again: int, shared: int) -> None:
+    """Around attention in every layer; around the feed-forward part where it is dense, or has a shared expert."""
+    flags = recipe_flags("moe-0.25b", "moa", ["--mock-data", "--moe-layer-freq", "[0,0,1,1,1,1]"])
+    model = model_of(flags)
+    model = replace(model, experts=replace(model.experts, shared_ffn=shared))
+    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(flags, 1)[0]), model.mixture)(2)
+    split = Split(gpus=2, tp=2, recompute=recompute)
+    (found,) = (kind for kind in step_time(model, split, flops, GPUS["h100"], 0.4).traffic if kind.kind == "TP")
+    attention, parts = 6, 6 if shared else 2
+    number = (5 + (again if recompute == "full" else 0)) * attention + (5 + again) * parts + 5
+    gates = (3 if again else 2) * parts
+    assert found.messages == (number + gates) * split.micro_batches(model)
+
+
 @pytest.mark.slow
 def test_gradients_are_summed_as_a_rank_sums_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Muon's optimizer wants all sums, Adam's distributed one those of its own share."""
@@ -505,6 +521,9 @@ MISTAKES = {
     "dense-2b --gpus 8 --gpu h100 -- --fp32-residual-connection": "--fp32-residual-connection: the planner has no",
     "dense-2b --gpus 8 --gpu h100 -- --optimizer sgd": "--optimizer sgd: the planner has no formulas for it; take adam",
     "dense-2b --gpus 8 --gpu h100 -- --mtp-num-layers 1": "--mtp-num-layers: the planner has no formulas",
+    "dense-2b --gpus 8 --gpu h100 --vpp 2 -- --no-overlap-p2p-communication": (
+        "--pipeline-model-parallel-size 2: When interleaved schedule is used and p2p communication overlap is disabled"
+    ),
     "dense-2b --gpus 8 --gpu h100 -- --use-tp-pp-dp-mapping": "--use-tp-pp-dp-mapping: the planner has no formulas",
     "dense-2b --gpus 8 --gpu h100 -- --num-distributed-optimizer-instances 2": (
         "--num-distributed-optimizer-instances: the planner has no formulas"

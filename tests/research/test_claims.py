@@ -17,7 +17,7 @@ from megatron_moa.research.study.findings import CONFIRMED, CONTRADICTED, LEAST_
 from megatron_moa.research.study.grid import read_study
 from megatron_moa.research.study.statistics import UNDECIDED, Results, Setting
 from tests.research.test_study_report import report_of, row, write
-from tests.research.test_study_statistics import SETTING, line, seeds
+from tests.research.test_study_statistics import SETTING, line, seeds, tried
 from tests.support.training import ROOT
 
 CLAIM = {claim.title.split(".")[0]: claim for claim in CLAIMS}
@@ -65,8 +65,8 @@ def test_a_decided_setting_against_it_contradicts_and_two_that_disagree_decide_n
     assert [finding.setting for finding in found.deciding] == [OTHER, SETTING]
     # An undecided setting takes nothing from a decided one.
     open_one = [
-        *seeds("swiglu", [3.0, 3.1, 3.2], setting=OTHER),
-        *seeds("moa-bi-sided", [3.1, 3.0, 3.2], setting=OTHER),
+        *tried("swiglu", [3.0, 3.1, 3.2], setting=OTHER),
+        *tried("moa-bi-sided", [3.1, 3.0, 3.2], setting=OTHER),
     ]
     found = verdict("1a", against + open_one)
     assert (found.word, found.reasons) == (CONTRADICTED, {"interval spans 0": 1})
@@ -94,7 +94,7 @@ def test_a_best_rate_at_the_end_of_those_tried(swiglu: tuple, moa: tuple, loss: 
     lines = arm("relu2", 3.0, swiglu) + arm("moa-type1", loss, moa)
     found = verdict("1b", lines)
     assert found.word == word
-    assert found.reasons == ({"best rate at the end of those tried": 1} if word == UNDECIDED else {})
+    assert found.reasons == ({"best rate at the end of those tried, or the only one": 1} if word == UNDECIDED else {})
 
 
 def test_ours_and_the_papers_are_judged_apart() -> None:
@@ -134,7 +134,7 @@ def test_larger_rates_cost_the_mixture_less() -> None:
     no_lower = [
         content for content in lines(0.2, 0.1) if (content["cell"]["arm"], content["cell"]["rate"]) != ("swiglu", 0.004)
     ]
-    assert verdict("4", no_lower).reasons == {"best rate at the end of those tried": 3}
+    assert verdict("4", no_lower).reasons == {"best rate at the end of those tried, or the only one": 3}
 
 
 @pytest.mark.parametrize(
@@ -144,12 +144,14 @@ def test_larger_rates_cost_the_mixture_less() -> None:
         (0.0, 0.01, UNDECIDED),
         (0.1, 0.01, CONFIRMED),
         (-0.1, 0.01, CONTRADICTED),
+        (-0.001, 0.0001, CONFIRMED),  # a gain that is sure, and as small as the paper's
+        (-0.006, 0.0001, UNDECIDED),
     ],
 )
 def test_no_gain_needs_an_interval_without_one(gain: float, spread: float, word: str) -> None:
     assert f"{LEAST_MOE_GAIN:.3f}" == "0.006"
-    lines = [*seeds("swiglu", [3.0, 3.1, 3.2])]
-    lines += seeds("moa-bi-sided", [3.0 + gain, 3.1 + gain + spread, 3.2 + gain - spread])
+    lines = [*tried("swiglu", [3.0, 3.1, 3.2])]
+    lines += tried("moa-bi-sided", [3.0 + gain, 3.1 + gain + spread, 3.2 + gain - spread])
     assert verdict("5b", moe(lines)).word == word
     assert verdict("5b", lines).deciding == ()  # a dense model says nothing of it
     assert verdict("1a", moe(lines)).deciding == ()

@@ -69,6 +69,26 @@ def test_mistakes_before_training_on_are_one_line(
     assert not (tmp_path / "new").exists()
 
 
+def test_trainings_of_other_settings_are_kept_out(tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    (out / "la-start").mkdir(parents=True)
+    variables = {"DATA_PATH": "data/corpus", "LR": "4e-4", "OUT": str(out)}
+    printed = continue_frozen("runs/moa", "--dry-run", code=2, **variables)
+    where = f"continue_frozen.sh: OUT {out}: "
+    assert printed == f"{where}has no file settings, so what it holds cannot be gone on with; take another OUT\n"
+    settings = ["CHECKPOINT runs/moa", "DATA_PATH data/corpus", "LR 4e-4", "ITERATIONS 200", "BATCH 16", "SPLIT 99,1,0"]
+    (out / "settings").write_text("\n".join([*settings, "EVAL_ITERS 40", "flags --bf16"]) + "\n")
+    continue_frozen("runs/moa", "--bf16", "--dry-run", **variables)
+    for checkpoint, flags, change, began in (
+        ("runs/moa", ["--bf16"], {"LR": "1e-3"}, "LR 4e-4"),
+        ("runs/other", ["--bf16"], {}, "CHECKPOINT runs/moa"),
+        ("runs/moa", [], {}, "flags --bf16"),
+        ("runs/moa", ["--bf16"], {"BATCH": "8"}, "BATCH 16"),
+    ):
+        printed = continue_frozen(checkpoint, *flags, "--dry-run", code=2, **{**variables, **change})
+        assert printed == f"{where}was begun with {began}; give that again, or take another OUT\n"
+
+
 def write_log(folder: Path, loss: float, complete: bool = True) -> None:
     """What gate_continued reads of a training's log."""
     folder.mkdir(parents=True)

@@ -31,6 +31,7 @@ from megatron_moa.errors import UserError
 from megatron_moa.mixture.start_scale import matching_scale, output_scale
 from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.research.study.corpora import make_corpus
+from megatron_moa.research.study.evidence import read_evidence
 from megatron_moa.research.study.grid import Cell, cell_values, pending, read_study
 from megatron_moa.research.study.lines import RESULTS, end_last_line, read_results, read_timings
 from megatron_moa.research.study.paper import ROWS, TABLE_1, TABLE_2
@@ -39,6 +40,7 @@ from megatron_moa.research.study.runner import Runner, command, losses_of
 from megatron_moa.research.study.timing import TIMING, WIDER, width_of_equal_time
 from tests.research.test_study_statistics import line as any_line
 from tests.support import launch
+from tests.support.tokenizers import train_sentencepiece
 from tools import study as study_tool
 from tools import study_report
 
@@ -247,6 +249,27 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
         (('source = "python"\nglob = "json/*.py"\nvocabulary = 400', "data = 3"), "corpora.python: tokenizer: is mis"),
         (('source = "python"\nglob = "json/*.py"\nvocabulary = 400', "data = 3\ntokenizer = ''"), "data 3: must be a"),
         (("rates = [1e-2, 2e-2]", "extend = true"), "grid 1: extend true: there are no rates to go on from; add rates"),
+        (("rates = [", "extend = true\nseeds = [2]\nrates = ["), "grid 1: extend true: its seeds lack 1, the tuning_s"),
+        (
+            ('"moa-bi-sided"', '"swiglu-time"'),
+            "grid 1: arms swiglu-time: is as wide as step times say, of which timing = 0",
+        ),
+        (
+            ("timing = 0", "flags = '--seq-length 64'"),
+            "flags: --seq-length: a size says that by its key sequence; leave",
+        ),
+        (
+            ("heads = 2", "heads = 2\nflags = '--num-layers=3'"),
+            "sizes.tiny: flags: --num-layers=3: a size says that by",
+        ),
+        (
+            ("heads = 2", "heads = 2\nflags = '--num-experts=8'"),
+            "sizes.tiny: flags: --num-experts=8: give the flag and",
+        ),
+        (
+            ("layers = 2", "recipe = 'gpt2-124m'"),
+            "recipe gpt2-124m: its layer is not SwiGLU, which arms are built from",
+        ),
         (("rates = [1e-2, 2e-2]", "rates = [1e-2]\nextend = 'yes'"), "grid 1: extend 'yes': must be true or false"),
         (("rates = [1e-2, 2e-2]", "rates = [1e-2]\nseeds = [-1]"), "grid 1: seeds -1: give 0 or more"),
         (("rates = [1e-2, 2e-2]", "further_seeds = [2]"), "grid 1: further_seeds 2: there are no rates to"),
@@ -365,6 +388,22 @@ def test_a_mistake_about_a_scale_is_one_line(tmp_path, monkeypatch):
         read_study(ROOT / "examples" / "studies" / "paper-table1.toml")
 
 
+def test_a_plan_is_of_the_studys_size_and_not_of_its_recipe(monkeypatch, tmp_path):
+    def plan(command, env, **_):
+        words, further = command[: command.index("--")], command[command.index("--") + 1 :]
+        args = {flag: further[len(further) - further[::-1].index(flag)] for flag in shape}
+        assert (words[2], args) == ("dense-0.12b", shape)
+        names = ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE", "MICRO_BATCH_SIZE", "PRECISION")
+        assert [env[name] for name in names] == ["2048", "64", "4", "fp32"]
+        return subprocess.CompletedProcess(command, 0, json.dumps({"hours": 1.0}), "")
+
+    shape = {"--num-layers": "24", "--hidden-size": "768", "--num-attention-heads": "12", "--ffn-hidden-size": "1000"}
+    size = 'recipe = "dense-0.12b"\nlayers = 24\nffn = 1000\nsequence = 2048\nbatch = 64\nmicro_batch = 4'
+    study = study_of(STUDY.replace("layers = 2\nhidden = 48\nffn = 128\nheads = 2", size), tmp_path)
+    monkeypatch.setattr(subprocess, "run", plan)
+    assert list(planned(study))[-1].startswith("\nAll: 4 runs, 4 GPU hours")
+
+
 def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
     asked = []
 
@@ -391,7 +430,8 @@ def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
 
 
 def line_of(study, cell, **values):
-    return {**any_line(cell.arm, 3.0), "cell": cell_values(cell), "flags": command(study, cell), **values}
+    flags = command(study, cell, 130 if cell.arm == "swiglu-time" else None)
+    return {**any_line(cell.arm, 3.0), "cell": cell_values(cell), "flags": flags, **values}
 
 
 def test_a_line_that_a_kill_cut_off_is_run_anew_and_other_damage_is_refused(tmp_path):
@@ -527,6 +567,39 @@ def test_results_of_other_settings_are_refused(tmp_path):
     Runner(study, tmp_path, 1, 1)
     with pytest.raises(UserError, match=r"line 1 .* was run with other settings \('2'; now '3'\)"):
         Runner(study_of(STUDY.replace("layers = 2", "layers = 3"), tmp_path), tmp_path, 1, 1)
+
+
+def test_results_of_another_text_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OWN", str(tmp_path))
+    train_sentencepiece(tmp_path / "tokenizer.model")
+    (tmp_path / "text.bin").write_bytes(b"12")
+    own = 'data = "$OWN/text"\ntokenizer = "$OWN/tokenizer.model"'
+    study = study_of(STUDY.replace('source = "python"\nglob = "json/*.py"\nvocabulary = 400', own), tmp_path)
+    text = Runner(study, tmp_path, 1, 1)._corpus("python").content()
+    lines = [line_of(study, cell, text=known) for cell, known in zip(pending(study, {}), (None, text), strict=False)]
+    (tmp_path / RESULTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Runner(study, tmp_path, 1, 1)._corpus("python")
+    (tmp_path / "text.bin").write_bytes(b"1234")
+    started = []
+    monkeypatch.setattr(Runner, "_start", lambda *_: started.append(1))
+    with pytest.raises(
+        UserError, match=r"corpora\.python: .*text is another text, or .*, than line 2 of .*; give that"
+    ):
+        Runner(study, tmp_path, 1, 1).run()
+    assert not started
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / RESULTS).write_text(json.dumps(line_of(study, pending(study, {})[2], text={**text, "bytes": 4})) + "\n")
+    with pytest.raises(UserError, match=r"the text or the tokenizer of python is another one than in .*; delete"):
+        read_evidence([tmp_path, other])
+
+
+def test_lost_step_times_are_named(tmp_path):
+    study = study_of(STUDY.replace('"moa-bi-sided"', '"swiglu-time"').replace("timing = 0", "timing = 3"), tmp_path)
+    cell = next(cell for cell in pending(study, {}) if cell.arm == "swiglu-time")
+    (tmp_path / RESULTS).write_text(json.dumps(line_of(study, cell)) + "\n")
+    with pytest.raises(UserError, match=r"timing\.jsonl: has no step times of tiny with adamw, by which line 1 of"):
+        Runner(study, tmp_path, 1, 1)
 
 
 @pytest.mark.parametrize("folder", ["study", "study-h200"])

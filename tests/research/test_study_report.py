@@ -24,7 +24,7 @@ from megatron_moa.research.study.paper import reported
 from megatron_moa.research.study.report.claims import tally
 from megatron_moa.research.study.report.words import difference_text
 from megatron_moa.research.study.statistics import BETTER, UNDECIDED, UNTUNED, WORSE
-from tests.research.test_study_statistics import SETTING, line, seeds
+from tests.research.test_study_statistics import SETTING, line, seeds, tried
 from tests.support.training import ROOT
 from tools import study_report
 
@@ -219,8 +219,8 @@ def test_what_is_not_tuned_is_not_decided(tmp_path: Path) -> None:
 
 
 def test_a_control_that_fails_is_said_to(tmp_path: Path) -> None:
-    lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("swiglu-again", [2.8, 2.9001, 3.0002])]
-    text = report_of(tmp_path, write(tmp_path / "study", [*lines, *seeds("swiglu-half", [3.0, 3.2, 3.1])]))
+    lines = [*tried("swiglu", [3.0, 3.1, 3.2]), *seeds("swiglu-again", [2.8, 2.9001, 3.0002])]
+    text = report_of(tmp_path, write(tmp_path / "study", [*lines, *tried("swiglu-half", [3.0, 3.2, 3.1])]))
     assert row(text, "nothing, other seeds")[5] == "better, **as it must not be**"
     assert row(text, "half the width")[5] == "undecided, **as it must not be**"
 
@@ -278,6 +278,13 @@ def test_larger_rates(tmp_path: Path) -> None:
     ]
     lines += [line("moa-bi-sided", None, rate=0.064), line("moa-bi-sided", 3.3)]
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Larger learning rates")[1]
+    assert row(text, "bi-sided MoA", "0.016")[4:] == [
+        "? -0.1533 [-0.1677, -0.1390]",
+        "not decided: best rate not found",
+    ]
+    assert "is **not decided** for bi-sided MoA: its best rate is 2 times SwiGLU's" in text
+    lines.append(line("swiglu", 3.1, rate=0.004))
+    text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Larger learning rates")[1]
     assert row(text, "SwiGLU", "0.008")[2:4] == ["+0.2033", "not run"]
     cells = row(text, "bi-sided MoA", "0.016")
     assert cells[2:4] == ["+0.0500", "1 of 1 diverged"]
@@ -292,7 +299,7 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
         for arm, floor in (("swiglu", 2.0), ("moa-bi-sided", 1.9)):
             losses = [floor + size**-0.5 + offset for offset in (0.0, 0.001, -0.001)]
             where = {"setting": ("python", f"{size}M", *SETTING[2:]), "non_embedding": size * 10**6}
-            lines += seeds(arm, losses, **where)
+            lines += tried(arm, losses, **where)
     text = report_of(tmp_path, write(tmp_path / "study", lines))
     cells = row(text.split("L = E + A N^-a over sizes")[1], "bi-sided MoA", "4")
     values = [tuple(map(float, cell.split(" ± "))) for cell in cells[2:]]
@@ -301,7 +308,7 @@ def test_fits_where_there_are_sizes_enough(tmp_path: Path) -> None:
     overview = text.split("### The same steps in every setting, with the paper's coefficients")[1].split("##")[0]
     assert row(overview, "python, size 8M, 2M tokens, AdamW, cosine")[4].startswith("**-0.1000 ±")
     assert (tmp_path / "report" / "parameters-python-1M-2M-adamw-cosine.png").exists()
-    few = report_of(tmp_path, write(tmp_path / "few", lines[:18]))
+    few = report_of(tmp_path, write(tmp_path / "few", lines[:30]))
     assert "needs 4 sizes or budgets of an arm, all else equal; there are at most 3 and 1." in few
 
 
@@ -511,9 +518,9 @@ def test_best_rates_and_missing_arms_over_all_settings(tmp_path: Path) -> None:
 
 
 def test_the_papers_rows_stand_beside_what_it_reports(tmp_path: Path) -> None:
-    lines = [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("relu2", [2.9, 3.0, 3.1])]
-    lines += [*seeds("la-one-sided", [2.99, 3.09, 3.19]), *seeds("moa-type1-softmax", [2.92, 3.02, 3.12])]
-    lines += [*seeds("moa-bi-sided", [2.95, 3.05, 3.15]), line("la-type1", None)]
+    lines = [*tried("swiglu", [3.0, 3.1, 3.2]), *tried("relu2", [2.9, 3.0, 3.1])]
+    lines += [*tried("la-one-sided", [2.99, 3.09, 3.19]), *tried("moa-type1-softmax", [2.92, 3.02, 3.12])]
+    lines += [*tried("moa-bi-sided", [2.95, 3.05, 3.15]), line("la-type1", None)]
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Beside the paper")[1].split("\n## ")[0]
     # Type I is compared with ReLU2, Type II with SwiGLU; ReLU2 itself with SwiGLU.
     for arm, to, difference, paper in (
@@ -522,7 +529,7 @@ def test_the_papers_rows_stand_beside_what_it_reports(tmp_path: Path) -> None:
         ("Type I MoA, softmax gates", "ReLU2", "+0.0200", "-0.015 (dense-0.12b, table 1)"),
         ("ReLU2", "SwiGLU", "-0.1000", "-0.011 (dense-0.12b, curve)"),
     ):
-        cells = row(text, arm, "0.008, the only one")
+        cells = row(text, arm, "0.008")
         assert (cells[3], cells[4].split(" [")[0], cells[6]) == (to, difference, paper), arm
     assert row(text, "Type I LA", "none, all diverged")
     assert "one-sided MoA" not in text  # was not run

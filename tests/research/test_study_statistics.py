@@ -16,6 +16,7 @@ from megatron_moa.research.study.statistics import (
     AT_LEAST,
     AT_MOST,
     BETTER,
+    DIVERGED,
     ONE_SEED,
     UNDECIDED,
     UNKNOWN,
@@ -64,6 +65,11 @@ def seeds(arm: str, losses: list[float | None], **where: Any) -> list[dict[str, 
     return [line(arm, final, seed=seed, **where) for seed, final in enumerate(losses, start=1)]
 
 
+def tried(arm: str, losses: list[float | None], **where: Any) -> list[dict[str, Any]]:
+    """As :func:`seeds`, at a rate on both sides of which worse ones were tried."""
+    return seeds(arm, losses, **where) + [line(arm, 99.0, rate=rate, **where) for rate in (0.004, 0.016)]
+
+
 def test_the_interval_is_students() -> None:
     values = [0.3, -0.1, 0.25, 0.4]
     known = Interval.of(values)
@@ -105,7 +111,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_and_pairing_pays() ->
     for _ in range(rounds):
         shared, own = draw.normal(3.0, 0.1, 3), draw.normal(0.0, 0.01, (2, 3))
         results = Results(
-            [*seeds("swiglu", list(shared + own[0])), *seeds("moa-bi-sided", list(shared - 0.08 + own[1]))]
+            [*tried("swiglu", list(shared + own[0])), *tried("moa-bi-sided", list(shared - 0.08 + own[1]))]
         )
         known = results.difference(SETTING, "moa-bi-sided", "swiglu")
         covered += known.low <= -0.08 <= known.high
@@ -144,11 +150,15 @@ def test_a_best_rate_at_the_end_is_not_inside(best: int) -> None:
 
 def test_runs_that_diverged_are_named_and_in_no_mean() -> None:
     results = Results(
-        [*seeds("swiglu", [3.0, 3.1, 3.2]), *seeds("moa-bi-sided", [2.9, None, 3.1]), line("la-bi-sided", None)]
+        [*tried("swiglu", [3.0, 3.1, 3.2]), *tried("moa-bi-sided", [2.9, None, 3.1]), line("la-bi-sided", None)]
     )
     tuned = results.tuned(SETTING, "moa-bi-sided")
     assert (tuned.losses, tuned.diverged) == ({1: 2.9, 3: 3.1}, (2,))
     assert results.differences(SETTING, "moa-bi-sided", "swiglu") == pytest.approx({1: -0.1, 3: -0.1})
+    assert (
+        results.difference(SETTING, "moa-bi-sided", "swiglu").verdict == DIVERGED
+    )  # a loss that is no number is no gain
+    assert results.difference(SETTING, "swiglu", "moa-bi-sided").verdict == DIVERGED
     assert results.tuned(SETTING, "la-bi-sided") is None
     assert results.difference(SETTING, "la-bi-sided", "swiglu") is None
 
@@ -210,6 +220,7 @@ def test_a_difference_of_an_arm_whose_best_rate_is_at_the_end_is_a_bound() -> No
     higher = [*seeds("la-bi-sided", [3.2, 3.31, 3.4]), line("la-bi-sided", 3.3, rate=0.004)]
     results = Results(
         [*baseline, *lower, *higher, line("gelu", 2.0, rate=0.001), *seeds("swiglu-half", [3.2, 3.31, 3.4])]
+        + seeds("swiglu-again", [3.2, 3.1, 3.0])
     )
 
     def seen(arm: str, to: str) -> tuple[str, str]:
@@ -221,8 +232,9 @@ def test_a_difference_of_an_arm_whose_best_rate_is_at_the_end_is_a_bound() -> No
     assert seen("swiglu", "moa-bi-sided") == (AT_LEAST, WORSE)
     assert seen("swiglu", "la-bi-sided") == (AT_LEAST, UNTUNED)
     assert seen("moa-bi-sided", "la-bi-sided") == (UNKNOWN, UNTUNED)
-    assert seen("gelu", "swiglu") == (AT_MOST, ONE_SEED)  # one rate, not the baseline's best
-    assert seen("swiglu-half", "swiglu") == ("", WORSE)  # one rate, the baseline's best
+    assert seen("gelu", "swiglu") == (AT_MOST, ONE_SEED)
+    assert seen("swiglu-half", "swiglu") == (AT_MOST, UNTUNED)  # one rate, the baseline's best
+    assert seen("swiglu-again", "swiglu") == ("", UNDECIDED)  # the same layer
 
 
 def test_a_law_over_sizes_is_of_models_of_one_kind() -> None:
@@ -238,6 +250,9 @@ def test_a_law_over_sizes_is_of_models_of_one_kind() -> None:
 
     small, large = of("small", 0.08, 64), of("large", 0.0444, 208)
     assert groups(small, large) == [{"small", "large"}]
+    widths = ("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size")
+    experts = [[word for flag in widths for word in (flag, width)] for width in ("42", "84")]
+    assert groups(of("a", 0.08, 64, *experts[0]), of("b", 0.08, 64, *experts[1])) == [{"a", "b"}]
     assert groups(small, large, of("moe", 0.08, 64, "--num-experts", "8")) == [{"small", "large"}, {"moe"}]
     assert groups(small, of("starved", 0.02, 96), large) == [{"small", "large"}, {"starved"}]
     assert groups(of("one", 0.02, 64), of("other", 0.02, 208)) == [{"one", "other"}]

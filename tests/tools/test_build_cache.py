@@ -162,7 +162,7 @@ def test_the_flags_of_a_recipe(place: Path, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_mistakes(flags: list[object], expected: str, place: Path) -> None:
     log = build(place, 2, *flags, code=2)
-    assert log.splitlines()[-1].startswith("build_cache: error: ")
+    assert log.splitlines()[-1].startswith("build_cache.py: error: ")
     assert expected in log.splitlines()[-1]
 
 

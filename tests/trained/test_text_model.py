@@ -9,12 +9,14 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
 from megatron.core.tokenizers import MegatronTokenizer
+from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_moa.data.corpus import read_documents
@@ -227,6 +229,26 @@ def test_tokens_do_without_a_tokenizer(tmp_path: Path) -> None:
     assert long.tokens == tokens[4:]
     with pytest.raises(UserError, match="has no tokenizer"):
         model.generate("text")
+
+
+def test_models_of_numbers_and_tokenizers_without_an_end() -> None:
+    numbers = SimpleNamespace(
+        tokenizer=NullTokenizer(8), args=SimpleNamespace(tokenizer_type="NullTokenizer", load="runs/a")
+    )
+    assert LoadedModel.encode(numbers, "1 2 3") == [1, 2, 3]
+    with pytest.raises(UserError, match=r"^--load runs/a: was trained on numbers.*write tokens as 1 2 3, or add --tok"):
+        LoadedModel.encode(numbers, "some text")
+    for end, expected in ((0, 0), (7, 7), (-1, None), (None, None)):
+        assert LoadedModel.end.fget(SimpleNamespace(tokenizer=SimpleNamespace(eod=end))) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_type_that_an_export_has_is_said_by_dtype_alone(folder: Path, tmp_path: Path) -> None:
+    code, log = convert(tmp_path, "--load", folder / "dense", "--out", tmp_path / "out", "--bf16")
+    assert code == 2, log[-3000:]
+    assert "convert_to_hf.py: error: --bf16, --fp16: models are compared in float32; drop it, and say --dtype" in log
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("prompt", [[], list(range(1, 17))])

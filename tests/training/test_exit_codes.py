@@ -15,12 +15,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from megatron_moa.errors import UserError
 from megatron_moa.launch import children, exit_code
 from megatron_moa.launch import main as launcher
 from megatron_moa.research.fault_drill.poison import poison as poison_training
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 from megatron_moa.training.exit_codes import STOP_SIGNALS
+from megatron_moa.training.megatron_checks import megatron_checks
 from tests.support import launch
 from tests.support.training import ROOT, Run
 
@@ -365,6 +368,35 @@ def test_no_handler_without_its_flag():
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
     assert catch_stop_signals(SimpleNamespace(exit_signal_handler=False)) is None
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == handlers
+
+
+def test_a_signal_before_the_handlers_are_exchanged_counts():
+    """Megatron's handler is there first, while ranks meet."""
+    program = (
+        "import os, signal\n"
+        "from types import SimpleNamespace\n"
+        "from megatron.training import global_vars\n"
+        "from megatron_moa.training.exit_codes import catch_stop_signals\n"
+        "global_vars._set_signal_handler(signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "stop = catch_stop_signals(SimpleNamespace(save=None, exit_signal=signal.SIGTERM, exit_signal_handler=True))\n"
+        "print(stop._received)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("True\n"), done.stderr
+    assert "SIGTERM received" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [torch.distributed.DistBackendError("NCCL error"), RuntimeError("[../gloo/pair.cc:1]")]
+)
+def test_a_rank_lost_while_a_model_is_built_is_no_mistake_in_the_flags(error):
+    """Slurm would not requeue a job that ends with exit code 2."""
+    with pytest.raises(type(error)) as same, megatron_checks():
+        raise error
+    assert same.value is error
+    with pytest.raises(UserError), megatron_checks():
+        raise RuntimeError("heads do not divide")
 
 
 def test_launcher_leaves_nothing_behind_of_a_killed_process(tmp_path):

@@ -39,6 +39,7 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
     from megatron_moa.research.gates.analysis import as_written, beside_one_another, markdown  # takes torch
 
     runs: dict[Cell, tuple[Path, dict[str, Any]]] = {}
+    texts: dict[str, tuple[Path, dict[str, Any]]] = {}
     timings: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     gates: dict[str, tuple[Path, dict[str, Any]]] = {}
     for folder in folders:
@@ -48,6 +49,8 @@ def read_evidence(folders: Sequence[Path]) -> Evidence:
         for line in read_results(path):
             cell = cell_from(line["cell"])
             _add(runs, cell, path, line, f"the run {cell.name}")
+            if line["text"] is not None:
+                _add(texts, cell.corpus, path, line["text"], f"the text or the tokenizer of {cell.corpus}")
         path = folder / TIMING
         # A study that got further arms timed all of them once more, together: its last line counts.
         latest = {(line["size"], line["optimizer"]): line for line in read_timings(path)}

@@ -15,6 +15,7 @@ from megatron_moa.research.study.pictures import size_title
 from megatron_moa.research.study.statistics import (
     AT_MOST,
     BETTER,
+    DIVERGED,
     ONE_SEED,
     UNDECIDED,
     UNKNOWN,
@@ -26,8 +27,12 @@ from megatron_moa.research.study.statistics import (
 )
 
 CONFIRMED, CONTRADICTED = "confirmed", "contradicted"
-REASONS = {ONE_SEED: "one seed", UNDECIDED: "interval spans 0", UNTUNED: "best rate at the end of those tried"}
-DIVERGED = "a run diverged"
+REASONS = {
+    ONE_SEED: "one seed",
+    UNDECIDED: "interval spans 0",
+    UNTUNED: "best rate at the end of those tried, or the only one",
+    DIVERGED: "a run diverged",
+}
 # Of what the paper reports for MoE models: a difference below this is no gain there.
 LEAST_MOE_GAIN = min(
     -gain
@@ -70,10 +75,8 @@ def _is_moe(results: Results, setting: Setting) -> bool:
     return "--num-experts" in results.flags(setting)
 
 
-def _found(results: Results, pair: Pair, setting: Setting, known: Interval, note: str = "") -> Finding:
-    """A lower loss confirms, where no run of the two diverged."""
-    if any(results.tuned(setting, arm).diverged for arm in pair):
-        return Finding(pair, setting, known, UNDECIDED, DIVERGED, note)
+def _found(pair: Pair, setting: Setting, known: Interval, note: str = "") -> Finding:
+    """A lower loss confirms."""
     word = {BETTER: CONFIRMED, WORSE: CONTRADICTED}.get(known.verdict, UNDECIDED)
     return Finding(pair, setting, known, word, REASONS.get(known.verdict, ""), note)
 
@@ -83,16 +86,18 @@ def gains(results: Results, pair: Pair, moe: bool = False) -> Iterator[Finding]:
     for setting in results.settings:
         known = results.difference(setting, *pair)
         if known is not None and _is_moe(results, setting) == moe:
-            yield _found(results, pair, setting, known)
+            yield _found(pair, setting, known)
 
 
 def no_gain(results: Results, pair: Pair) -> Iterator[Finding]:
-    """An interval without any gain as large as the least that the paper reports of others confirms."""
+    """An interval of smaller gains alone than the paper's least of other forms confirms."""
     for found in gains(results, pair, moe=True):
-        word, reason = {CONFIRMED: CONTRADICTED, CONTRADICTED: CONFIRMED}.get(found.word, UNDECIDED), found.reason
-        if reason == REASONS[UNDECIDED]:
+        known = found.known
+        beyond = replace(known, **{end: getattr(known, end) + LEAST_MOE_GAIN for end in ("mean", "low", "high")})
+        word = {WORSE: CONFIRMED, BETTER: CONTRADICTED}.get(beyond.verdict, UNDECIDED)
+        reason = REASONS.get(beyond.verdict, "")
+        if beyond.verdict == UNDECIDED:
             reason = f"the interval holds a gain of {LEAST_MOE_GAIN:g}"
-            word = CONFIRMED if found.known.low > -LEAST_MOE_GAIN else UNDECIDED
         yield replace(found, word=word, reason=reason)
 
 
@@ -114,11 +119,12 @@ def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
         values = [one - two - (three - four) for one, two, three, four in (v for v in by_seed if None not in v)]
         note = f"what rate {rates[0]:g} costs over {rates[1]:g}"
         if not all(map(math.isfinite, values)):
-            yield Finding(pair, setting, None, UNDECIDED, DIVERGED, note)
+            yield Finding(pair, setting, None, UNDECIDED, REASONS[DIVERGED], note)
             continue
         bound = AT_MOST if results.may_be_lower(setting, pair[0]) else ""
         bound = UNKNOWN if results.may_be_lower(setting, pair[1]) else bound
-        yield _found(results, pair, setting, replace(Interval.of(values), bound=bound), note)
+        known = replace(Interval.of(values), bound=bound, diverged=bool(arm.diverged or fixed.diverged))
+        yield _found(pair, setting, known, note)
 
 
 def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[Finding]:
@@ -134,7 +140,7 @@ def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[Finding
             if not _larger(results, small, large, pair[1], tokens):
                 continue
             what = f"{small[2] / 1e6:g}M tokens" if tokens else f"size {size_title(small[1])}"
-            found = _found(results, pair, large, after, f"at {what} {before.mean:+.4f}")
+            found = _found(pair, large, after, f"at {what} {before.mean:+.4f}")
             if before.verdict != BETTER:
                 found = replace(found, word=UNDECIDED, reason="no decided gain in the smaller one")
             elif found.reason == REASONS[UNDECIDED] and after.low > before.high:

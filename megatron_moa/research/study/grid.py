@@ -65,7 +65,7 @@ class Grid:
 
     Attributes:
         rates: learning rates; empty: each arm's best of those that are there for :attr:`Study.tuning_seed`.
-        extend: whether the rates go on, by the factor between the two last, while an arm's best is at their end.
+        extend: whether the rates go on, by the factor between the two at that end, while an arm's best is there.
         further_seeds: beside ``seeds``, once rates are chosen: each arm at its best.
     """
 
@@ -166,6 +166,17 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
                 raise UserError(f"{path}: grid {number}: {what}: a list is empty; only rates may be (each arm's best)")
         if grid.extend and not grid.rates:
             raise UserError(f"{path}: grid {number}: extend true: there are no rates to go on from; add rates")
+        if grid.extend and study.tuning_seed not in grid.seeds:
+            raise UserError(
+                f"{path}: grid {number}: extend true: its seeds lack {study.tuning_seed}, the tuning_seed, which says "
+                "where the best rate lies; add it"
+            )
+        by_time = [arm for arm in grid.arms if ARMS[arm].widened == "time"]
+        if by_time and not study.timing:
+            raise UserError(
+                f"{path}: grid {number}: arms {by_time[0]}: is as wide as step times say, of which timing = 0 measures "
+                "none; set timing = 15"
+            )
         if grid.further_seeds and not grid.rates:
             raise UserError(
                 f"{path}: grid {number}: further_seeds {grid.further_seeds[0]}: there are no rates to choose from; "
@@ -174,7 +185,7 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
     unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
-    _check_flags(path, study)
+    _check_flags(f"{path}: flags", study.flags)
     parts = [(number, part) for number, grid in enumerate(study.grids, start=1) for part in _with_further_seeds(grid)]
     study = replace(study, grids=tuple(part for _, part in parts))
     for number, grid in parts:
@@ -189,18 +200,35 @@ def _with_further_seeds(grid: Grid) -> Iterator[Grid]:
         yield replace(grid, rates=(), extend=False, seeds=grid.further_seeds, further_seeds=())
 
 
-# What a run is named by, so that nobody else may set it.
-_OF_CELLS = ("--lr", "--min-lr", "--seed", "--train-iters", "--global-batch-size", "--optimizer", "--lr-decay-style")
+# What a run is named by, or its tokens are counted with, so that nobody else may set it.
+_OF_CELLS = (
+    *("--lr", "--min-lr", "--seed", "--train-iters", "--train-samples", "--optimizer", "--lr-decay-style"),
+    *("--swiglu", "--squared-relu", "--moa-mixing", "--moa-form"),
+)
+# What a size has by its keys.
+_OF_SIZE = {
+    "--num-layers": "layers",
+    "--hidden-size": "hidden",
+    "--num-attention-heads": "heads",
+    "--ffn-hidden-size": "ffn",
+    "--moe-ffn-hidden-size": "ffn",
+    "--seq-length": "sequence",
+    "--global-batch-size": "batch",
+    "--micro-batch-size": "micro_batch",
+    "--init-method-std": "init_std",
+    "--moa-gate-init-std": "gate_init_std",
+}
 
 
-def _check_flags(path: Path, study: Study) -> None:
-    for where, flags in (
-        ("flags", study.flags),
-        *((f"sizes.{name}.flags", s.flags) for name, s in study.sizes.items()),
-    ):
-        for flag in flags:
-            if flag.split("=")[0] in _OF_CELLS:
-                raise UserError(f"{path}: {where}: {flag}: is the study's own, by a grid's keys; leave it out")
+def _check_flags(where: str, flags: Iterable[str]) -> None:
+    for flag in flags:
+        name, equals, _ = flag.partition("=")
+        if name in _OF_CELLS:
+            raise UserError(f"{where}: {flag}: is the study's own, by a grid's keys; leave it out")
+        if name in _OF_SIZE:
+            raise UserError(f"{where}: {flag}: a size says that by its key {_OF_SIZE[name]}; leave it out")
+        if equals and name.startswith("--"):  # flags are looked for by their names
+            raise UserError(f"{where}: {flag}: give the flag and its value as two words")
 
 
 def _check_best_rates(where: str, study: Study, grid: Grid) -> None:
@@ -237,8 +265,9 @@ def _size(where: str, name: str, table: Mapping[str, Any]) -> Size:
         raise UserError(f"{where}: name: unknown key; the table's head names a size")
     recipe = fitting(f"{where}: recipe", table.get("recipe", ""), str)
     rest = _from_recipe(f"{where}: recipe", recipe) if recipe else {}
-    flags = (*rest.get("flags", ()), *fitting(f"{where}: flags", table.get("flags", ()), tuple[str, ...]))
-    size = filled(Size, where, {**rest, "name": name, **table, "flags": flags})
+    further = fitting(f"{where}: flags", table.get("flags", ()), tuple[str, ...])
+    _check_flags(f"{where}: flags", further)
+    size = filled(Size, where, {**rest, "name": name, **table, "flags": (*rest.get("flags", ()), *further)})
     if size.hidden % size.heads:
         raise UserError(f"{where}.heads {size.heads}: does not divide hidden {size.hidden}")
     if size.micro_batch and size.batch % size.micro_batch:
@@ -254,14 +283,6 @@ def _from_recipe(where: str, recipe: str) -> dict[str, Any]:
     Raises:
         UserError: no such recipe.
     """
-    named = {
-        "--num-layers": "layers",
-        "--hidden-size": "hidden",
-        "--num-attention-heads": "heads",
-        "--ffn-hidden-size": "ffn",
-        "--seq-length": "sequence",
-        "--init-method-std": "init_std",
-    }
     found: dict[str, Any] = {"init_std": 0.02}  # Megatron's default
     flags: list[str] = []
     try:
@@ -269,12 +290,14 @@ def _from_recipe(where: str, recipe: str) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{where} {error}") from None
     if "--swiglu" not in words:
-        raise UserError(f"FFN={os.environ.get('FFN', '')}: a study's arms say which layer it is; unset FFN")
+        if "FFN" in os.environ:
+            raise UserError(f"FFN={os.environ['FFN']}: a study's arms say which layer it is; unset FFN")
+        raise UserError(f"{where} {recipe}: its layer is not SwiGLU, which arms are built from; name another recipe")
     starts = [number for number, word in enumerate(words) if word.startswith("--")]
     for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
         flag, values = words[start], words[start + 1 : end]
-        if flag in named:
-            found[named[flag]] = float(values[0]) if flag == "--init-method-std" else int(values[0])
+        if flag in _OF_SIZE and flag != "--moe-ffn-hidden-size":
+            found[_OF_SIZE[flag]] = float(values[0]) if flag == "--init-method-std" else int(values[0])
         elif flag not in ("--swiglu", "--squared-relu", "--max-position-embeddings"):  # an arm's, and the study's
             flags += [flag, *values]
     if "--moe-ffn-hidden-size" in flags:  # what arms widen is an expert
@@ -336,7 +359,7 @@ def best_rate(losses: Losses, setting: tuple, arm: str, seed: int) -> float | No
 def extended(study: Study, grid: Grid, losses: Losses, setting: tuple, arm: str) -> tuple[float, ...]:
     """The grid's rates, and one more at the end at which the best of those that have been run lies."""
     rates = sorted(grid.rates)
-    factor = rates[1] / rates[0] if len(rates) > 1 else 2.0
+    factors = (rates[1] / rates[0], rates[-1] / rates[-2]) if len(rates) > 1 else (2.0, 2.0)
     found = rates_of(losses, setting, arm, study.tuning_seed)
     low, high = rates[0], rates[-1]
     for _ in range(study.most_extensions):
@@ -346,7 +369,7 @@ def extended(study: Study, grid: Grid, losses: Losses, setting: tuple, arm: str)
         if found[best] == float("inf") or best not in (low, high):
             break
         # Rounded, so that a rate has the same name however it was reached.
-        new = float(f"{best / factor if best == low else best * factor:.6g}")
+        new = float(f"{best / factors[0] if best == low else best * factors[1]:.6g}")
         rates.append(new)
         low, high = min(rates), max(rates)
     return tuple(rates)

@@ -23,6 +23,7 @@ class Run:
     Attributes:
         final: validation loss; None: the run diverged.
         loss: the curve, pairs of tokens and loss; of a run that diverged it may be anything.
+        text: corpora.Corpus.content of its corpus; None in lines of version 0.2 and before.
     """
 
     cell: Cell
@@ -35,6 +36,7 @@ class Run:
     machine: str
     versions: dict[str, str]
     date: str
+    text: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from megatron_moa.research.study.arms import ARMS
-from megatron_moa.research.study.statistics import BASELINE, UNTUNED, Results, Setting, fit_power_law
+from megatron_moa.research.study.statistics import BASELINE, DIVERGED, UNTUNED, Results, Setting, fit_power_law
 
 # What is drawn where all arms would hide one another.
 CHIEF_ARMS = (
@@ -243,7 +243,7 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
                 places = np.geomspace(min(x.values()), max(x.values()), 50)
                 above.plot(places, law(places), color=drawn["color"], linewidth=0.6)
             gaps = {s: results.difference(s, arm, BASELINE) for s in x if arm != BASELINE}
-            gaps = {s: gap for s, gap in gaps.items() if gap is not None and gap.verdict != UNTUNED}
+            gaps = {s: gap for s, gap in gaps.items() if gap is not None and gap.verdict not in (UNTUNED, DIVERGED)}
             below.plot([x[s] for s in gaps], [gap.mean for gap in gaps.values()], **drawn)
             for s, gap in gaps.items():
                 below.plot([x[s]] * 2, [gap.low, gap.high], color=drawn["color"], linewidth=0.8)

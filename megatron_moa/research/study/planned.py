@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.grid import Cell, Study, pending
+from megatron_moa.research.study.runner import with_width
 
 _PLAN = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 GPU, MFU = "h100", 0.25
@@ -30,25 +31,33 @@ def planned(study: Study) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     runs: Counter[tuple[str, int, str, str, bool, str]] = Counter()
     for cell in _at_least(study):
-        recipe, arm = study.sizes[cell.size].recipe, ARMS[cell.arm]
-        if not recipe:
+        arm = ARMS[cell.arm]
+        if not study.sizes[cell.size].recipe:
             raise UserError(f"--plan: size {cell.size} is of no recipe; leave out --scale, or plan a study of recipes")
         mixing = "none"
         if arm.mixture is not None:
             mixing = ("la-" if arm.mixture.kind == "la" else "") + arm.mixture.form
-        runs[recipe, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing] += 1
+        runs[cell.size, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing] += 1
     total = 0.0
-    for (recipe, tokens, optimizer, schedule, gated, mixing), count in runs.items():
+    for (name, tokens, optimizer, schedule, gated, mixing), count in runs.items():
+        size = study.sizes[name]
         own = {
-            "TOKENS": str(tokens),
+            "TOKENS": tokens,
             "OPTIMIZER": optimizer,
             "SCHEDULE": schedule,
             "FFN": "type2" if gated else "type1",
+            "PRECISION": "bf16" if "--bf16" in (*size.flags, *study.flags) else "fp32",
+            "SEQ_LENGTH": size.sequence,
+            "GLOBAL_BATCH_SIZE": size.batch,
+            "MICRO_BATCH_SIZE": size.micro_batch or size.batch,
         }
-        hours = _hours(recipe, mixing, own)
+        shape = {"--num-layers": size.layers, "--hidden-size": size.hidden, "--num-attention-heads": size.heads}
+        flags = [*(word for pair in shape.items() for word in map(str, pair)), *size.flags, *study.flags]
+        flags = with_width(flags, ARMS["swiglu" if gated else "relu2"].width(size))
+        hours = _hours(size.recipe, mixing, {key: str(value) for key, value in own.items()}, flags)
         total += count * hours
         layer = ("SwiGLU" if gated else "ReLU2") if mixing == "none" else mixing
-        yield f"| {recipe} | {tokens / 1e9:g}e9 | {layer} | {count} | {hours:.1f} | {count * hours:.0f} |"
+        yield f"| {name} | {tokens / 1e9:g}e9 | {layer} | {count} | {hours:.1f} | {count * hours:.0f} |"
     more = (
         ", and more where an arm's best rate is the last of those tried" if any(g.extend for g in study.grids) else ""
     )
@@ -73,9 +82,9 @@ def _at_least(study: Study) -> dict[Cell, None]:
     return dict.fromkeys([*pending(study, {}), *seeds])
 
 
-def _hours(recipe: str, mixing: str, variables: dict[str, str]) -> float:
+def _hours(recipe: str, mixing: str, variables: dict[str, str], flags: Sequence[str]) -> float:
     command = [sys.executable, str(_PLAN), recipe, mixing, "--gpus", "1", "--gpu", GPU, "--mfu", str(MFU), "--json"]
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    done = subprocess.run([*command, "--", *flags], env={**os.environ, **variables}, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"tools/plan.py {recipe} {mixing}: {' '.join(done.stderr.split())}")
     return json.loads(done.stdout)["hours"]

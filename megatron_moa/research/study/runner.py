@@ -104,7 +104,7 @@ def machine() -> str:
 
 
 def result_of(
-    cell: Cell, flags: Sequence[str], log: TrainingLog, vocabulary: int, seconds: float, code: int
+    cell: Cell, flags: Sequence[str], log: TrainingLog, corpus: Corpus, seconds: float, code: int
 ) -> dict[str, Any]:
     """A line of results.
 
@@ -113,7 +113,7 @@ def result_of(
     """
     settings = log.settings
     tokens = int(settings["seq_length"]) * int(settings["global_batch_size"])
-    tables = 2 * vocabulary * int(settings["hidden_size"])  # embedding and output layer
+    tables = 2 * corpus.padded_vocabulary * int(settings["hidden_size"])  # embedding and output layer
     lines = [step for step in log.iterations if step.loss is not None]
     every = max(1, math.ceil(len(lines) / _POINTS))
     curve = [
@@ -127,11 +127,12 @@ def result_of(
         "parameters": log.parameters,
         "non_embedding": log.parameters - tables,
         "ffn": int(settings["ffn_hidden_size"]),
-        "iterations": log.iterations[-1].total if log.iterations else None,
-        "milliseconds": round(log.milliseconds, 2),
+        "iterations": log.iterations[-1].total if log.iterations else int(settings["train_iters"]),
+        "milliseconds": round(log.milliseconds, 2) if log.iterations else None,
         "seconds": round(seconds, 1),
         "loss": curve,
         "flags": list(flags),
+        "text": corpus.content(),
         **surroundings(),
     }
 
@@ -212,7 +213,13 @@ class Runner:
             cell = cell_from(line["cell"])
             if cell.setting not in asked or cell.arm not in ARMS:
                 continue  # of a grid that the study's file no longer has
-            now = command(self.study, cell, widths.get((cell.size, cell.optimizer)))
+            width = widths.get((cell.size, cell.optimizer))
+            if ARMS[cell.arm].widened == "time" and width is None:
+                raise UserError(
+                    f"{self.out / TIMING}: has no step times of {cell.size} with {cell.optimizer}, by which line "
+                    f"{number} of {RESULTS} ({cell.name}) was run; put them back, or take another --out"
+                )
+            now = command(self.study, cell, width)
             if line["flags"] != now:
                 had, has = next(pair for pair in zip_longest(line["flags"], now, fillvalue="") if pair[0] != pair[1])
                 raise UserError(
@@ -231,6 +238,8 @@ class Runner:
         with _locked(self.out):
             for name in (RESULTS, TIMING):
                 end_last_line(self.out / name)
+            for name in dict.fromkeys(cell.corpus for cell in self.pending()):
+                self._corpus(name)  # what is wrong with one is told before anything runs
             if self.study.timing:
                 self._measure()
             try:
@@ -261,8 +270,20 @@ class Runner:
 
     def _corpus(self, name: str) -> Corpus:
         if name not in self.corpora:
-            self.corpora[name] = make_corpus(name, self.study.corpora[name], self.out / "corpora" / name)
+            corpus = make_corpus(name, self.study.corpora[name], self.out / "corpora" / name)
+            self._check_text(name, corpus)
+            self.corpora[name] = corpus
         return self.corpora[name]
+
+    def _check_text(self, name: str, corpus: Corpus) -> None:
+        """Refuses a corpus of another text than results of its name were run with."""
+        content = corpus.content()
+        for number, line in enumerate(self.results, start=1):
+            if line["cell"]["corpus"] == name and line["text"] not in (None, content):
+                raise UserError(
+                    f"corpora.{name}: {corpus.data} is another text, or of another tokenizer, than line {number} of "
+                    f"{self.out / RESULTS} was run with; give that one, or take another --out"
+                )
 
     def _environment(self, slot: int = 0) -> dict[str, str]:
         """Of a run: its threads, its GPU, and this package before any other that is installed."""
@@ -348,12 +369,11 @@ class Runner:
         """Writes the line of a run that has ended."""
         run.output.close()
         code = run.process.returncode
-        if code not in (0, _DIVERGED) or not run.log.iterations or (code == 0 and not run.log.validation):
+        if code not in (0, _DIVERGED) or (code == 0 and not (run.log.iterations and run.log.validation)):
             last = (run.folder / "train.log").read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"{run.folder}: ended with exit code {code} ({' '.join(last)}); see train.log there")
-        vocabulary = self.corpora[run.cell.corpus].padded_vocabulary
         seconds = run.seconds_before + time.monotonic() - run.start
-        line = result_of(run.cell, run.flags, run.log, vocabulary, seconds, code)
+        line = result_of(run.cell, run.flags, run.log, self.corpora[run.cell.corpus], seconds, code)
         _append(self.out / RESULTS, line)
         self.results.append(line)
         kept = run.cell.arm in self.study.keep

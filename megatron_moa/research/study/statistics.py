@@ -22,10 +22,14 @@ LEAST_SIZES = 4  # of a fit: a law of three parameters goes through three points
 BASELINE = "swiglu"
 BETTER, WORSE, UNDECIDED, ONE_SEED = "better", "worse", "undecided", "not decided by one seed"
 UNTUNED = "not decided: best rate not found"
+DIVERGED = "not decided: a run diverged"
 AT_MOST, AT_LEAST, UNKNOWN = "≤ ", "≥ ", "? "  # of a difference, where an arm's best rate has not been found
 
 # Flags in which the runs of one kind of model may differ: its size, and what belongs to a run rather than to a model.
-_OF_SIZE = ("--num-layers", "--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--init-method-std")
+_OF_SIZE = (
+    *("--num-layers", "--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--init-method-std"),
+    *("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
+)
 _OF_RUN = ("--lr", "--min-lr", "--seed", "--micro-batch-size", "--swiglu", "--squared-relu")
 
 Setting = tuple[str, str, int, str, str]  # megatron_moa.research.study.grid.Cell.setting
@@ -40,6 +44,7 @@ class Interval:
         count: of values.
         bound: of a difference of which an arm has not been tuned out, in which direction the truth may lie:
             :data:`AT_MOST`, :data:`AT_LEAST` or :data:`UNKNOWN`; else empty.
+        diverged: whether a run of one of the two, which is not among the values, has no finite loss.
     """
 
     mean: float
@@ -47,6 +52,7 @@ class Interval:
     high: float
     count: int
     bound: str = ""
+    diverged: bool = False
 
     @classmethod
     def of(cls, values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
@@ -75,9 +81,11 @@ class Interval:
 
     @property
     def verdict(self) -> str:
-        """Of a difference of losses: :data:`BETTER`, :data:`WORSE`, :data:`UNDECIDED`, :data:`ONE_SEED`, and
-        :data:`UNTUNED` where the rates that were not tried may turn it round.
+        """Of a difference of losses: :data:`BETTER`, :data:`WORSE`, :data:`UNDECIDED`, :data:`ONE_SEED`,
+        :data:`UNTUNED` where the rates that were not tried may turn it round, or :data:`DIVERGED`.
         """
+        if self.diverged:
+            return DIVERGED
         low, high = (self.low, self.high) if self.count > 1 else (self.mean, self.mean)
         if self.bound and not (high < 0 if self.bound == AT_MOST else low > 0 and self.bound == AT_LEAST):
             return UNTUNED
@@ -242,18 +250,19 @@ class Results:
         bound = {(True, False): AT_MOST, (False, True): AT_LEAST, (True, True): UNKNOWN}.get(
             (self.may_be_lower(setting, arm), self.may_be_lower(setting, to)), ""
         )
-        return replace(Interval.of(values, confidence), bound=bound)
+        diverged = any(self.tuned(setting, name).diverged for name in (arm, to))
+        return replace(Interval.of(values, confidence), bound=bound, diverged=diverged)
 
     def may_be_lower(self, setting: Setting, arm: str) -> bool:
         """Returns whether a rate that was not tried may be an arm's best.
 
-        That is so where the best is at the end of those that were tried. An arm with one rate alone is taken for tuned
-        where that is its baseline's best, and for not tuned elsewhere.
+        That is so where the best is at the end of those that were tried, or the only one. Other seeds of a layer need
+        no rates of their own at the best one of its own seeds.
         """
-        own = ARMS[arm].baseline if arm in ARMS else BASELINE
-        tuned, baseline = self.tuned(setting, arm), self.tuned(setting, own) or self.tuned(setting, BASELINE)
-        if len(tuned.rates) == 1:
-            return baseline is None or tuned.rate != baseline.rate
+        tuned = self.tuned(setting, arm)
+        if arm in ARMS and ARMS[arm].other_seeds:
+            same = self.tuned(setting, ARMS[arm].baseline)
+            return same is None or tuned.rate != same.rate or not same.inside
         return not tuned.inside
 
     def lost(self, setting: Setting, arm: str, factor: float) -> dict[int, float]:

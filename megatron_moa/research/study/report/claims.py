@@ -43,13 +43,14 @@ def papers_claims(study: Material) -> Lines:
     yield from table(rows)
     yield "The start is the paper's in coefficients and form; gate vectors are drawn with the deviations under"
     yield '"What was run", which are ours where they are not 0.02. A rule gives each verdict. A setting decides'
-    yield "where the 95 % interval over paired seeds excludes 0 and no rate beyond those tried could turn that"
-    yield "round. A claim is confirmed where every form of it has a setting that decides so and none decides"
+    yield "where the 95 % interval over paired seeds excludes 0, no rate beyond those tried could turn that round and"
+    yield "no run diverged. A claim is confirmed where every form of it has a setting that decides so and none decides"
     yield "otherwise; contradicted where one decides otherwise and none so. That speaks for these settings alone:"
     yield "they are not the paper's. The weightiest comparison has the most seeds at best rates, then the narrowest"
     yield "interval. 4 compares what a larger rate costs the mixture with what it costs SwiGLU. 5b is confirmed"
-    yield f"where the interval holds no gain of {LEAST_MOE_GAIN:g}, the paper's least of other forms in MoE. 6 needs a"
-    yield "decided gain in the smaller setting. No interval is widened for their number."
+    yield f"where the interval holds smaller gains than {LEAST_MOE_GAIN:g} alone, the paper's least of other forms in"
+    yield "MoE, and contradicted where it holds larger ones alone. 6 needs a decided gain in the smaller setting. No"
+    yield "interval is widened for their number."
     yield "A file is run by `python tools/study.py --study examples/studies/FILE`.\n"
 
 

@@ -13,7 +13,7 @@ from megatron_moa.research.study.report.words import (
     table,
     verdict_text,
 )
-from megatron_moa.research.study.statistics import CONFIDENCE, Setting
+from megatron_moa.research.study.statistics import BETTER, CONFIDENCE, WORSE, Setting
 from megatron_moa.research.study.steps import CHAINS, MATCHED, OWN_SCALE
 
 
@@ -74,7 +74,7 @@ def _comparisons(study: Material) -> Lines:
     firm = [
         f"{step.what} ({arm_title(step.arm)} - {arm_title(step.to)})"
         for step, _ in several
-        if study.results.difference(study.main, step.arm, step.to, strict).decided
+        if study.results.difference(study.main, step.arm, step.to, strict).verdict in (BETTER, WORSE)
     ]
     decided = sum(known.decided for _, known in several)
     yield (

@@ -80,7 +80,7 @@ def against_steps(study: Material) -> Lines:
         for tuned in study.tuned(setting):
             to = ARMS[tuned.arm].baseline if tuned.arm in ARMS else BASELINE
             known = study.results.difference(setting, tuned.arm, to) if tuned.arm != to else None
-            if known is None or known.bound or known.count < 2:
+            if known is None or known.bound or known.diverged or known.count < 2:
                 continue
             names = f"{arm_title(tuned.arm)} minus {arm_title(to)}, {known.count} seeds"
             gaps = [_gap(tuned, study.results.tuned(setting, to), part) for part in _PARTS]

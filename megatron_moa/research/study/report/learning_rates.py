@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import math
-import statistics
+from dataclasses import replace
 
 from megatron_moa.research.study.paper import RATES_BORNE
 from megatron_moa.research.study.pictures import arm_title, setting_title
 from megatron_moa.research.study.report.material import BI_SIDED, Lines, Material
-from megatron_moa.research.study.report.words import difference_text, lost_text, table
-from megatron_moa.research.study.statistics import AT_LEAST, AT_MOST, BASELINE, BETTER, WORSE, Interval, Setting, Tuned
+from megatron_moa.research.study.report.words import counted, difference_text, lost_text, table
+from megatron_moa.research.study.statistics import (
+    AT_LEAST,
+    AT_MOST,
+    BASELINE,
+    BETTER,
+    ONE_SEED,
+    UNKNOWN,
+    UNTUNED,
+    WORSE,
+    Interval,
+    Setting,
+    Tuned,
+)
 
 
 def larger_rates(study: Material) -> Lines:
     """Writes what arms lose at twice and four times their best rates."""
     yield "## Larger learning rates\n"
     rows = [["arm", "best rate", "lost at twice", "lost at four times", "minus what SwiGLU loses at twice", "is"]]
-    baseline = study.results.lost(study.main, BASELINE, 2)
     for tuned in study.tuned(study.main):
         twice, four = (study.results.lost(study.main, tuned.arm, factor) for factor in (2, 4))
         if not twice and not four:
             continue
         beside, verdict = "", ""
-        if tuned.arm != BASELINE:
-            pairs = [twice[seed] - baseline[seed] for seed in twice if seed in baseline]
-            if pairs and all(map(math.isfinite, pairs)):
-                known = Interval.of(pairs)
-                beside, verdict = (
-                    difference_text(known),
-                    {BETTER: "bears more", WORSE: "bears less"}.get(known.verdict, known.verdict),
-                )
+        known = _lost_beside(study, tuned.arm) if tuned.arm != BASELINE else None
+        if known is not None:
+            beside = difference_text(known)
+            verdict = {BETTER: "bears more", WORSE: "bears less"}.get(known.verdict, known.verdict)
         rows.append([arm_title(tuned.arm), f"{tuned.rate:g}", lost_text(twice), lost_text(four), beside, verdict])
     if len(rows) == 1:
         yield "No arm was run at twice or four times its best rate.\n"
@@ -39,6 +46,20 @@ def larger_rates(study: Material) -> Lines:
     for arm in BI_SIDED[:2]:
         yield from _bears_more(study, arm)
     yield from _best_rates(study)
+
+
+def _lost_beside(study: Material, arm: str) -> Interval | None:
+    """Returns what an arm loses at twice its best rate minus what SwiGLU loses at twice its own.
+
+    It is None without a seed in common, and where a run of one of them diverged at twice its best rate.
+    """
+    mine, theirs = (study.results.lost(study.main, name, 2) for name in (arm, BASELINE))
+    pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    if not pairs or not all(map(math.isfinite, pairs)):
+        return None
+    # Twice the best rate is twice another one where the best has not been found.
+    untuned = any(study.results.may_be_lower(study.main, name) for name in (arm, BASELINE))
+    return replace(Interval.of(pairs), bound=UNKNOWN if untuned else "")
 
 
 def _best_rates(study: Material) -> Lines:
@@ -73,23 +94,20 @@ def _bears_more(study: Material, arm: str) -> Lines:
     """Writes in a sentence whether the paper's claim on larger rates is seen."""
     mixed, fixed = study.results.tuned(study.main, arm), study.results.tuned(study.main, BASELINE)
     mine, theirs = (study.results.lost(study.main, name, 2) for name in (arm, BASELINE))
-    pairs = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    if mixed is None or fixed is None or not pairs:
+    if mixed is None or fixed is None or not mine.keys() & theirs.keys():
         return
-    factor, (least, most) = mixed.rate / fixed.rate, RATES_BORNE
-    known = Interval.of(pairs) if all(map(math.isfinite, pairs)) else None
-    flatter = statistics.fmean(pairs) < 0
-    if factor >= least and flatter:
-        claim = "seen"
-    elif factor >= least or flatter:
-        claim = "seen in part"
+    known, factor, (least, most) = _lost_beside(study, arm), mixed.rate / fixed.rate, RATES_BORNE
+    if known is None:
+        claim, how = "not decided", "a run diverged"
+    elif known.verdict in (UNTUNED, ONE_SEED):
+        claim, how = "not decided", "one seed" if known.verdict == ONE_SEED else "a best rate was not found"
     else:
-        claim = "not seen"
-    how = "one seed: not decided" if len(pairs) == 1 else f"{len(pairs)} seeds"
-    interval = "" if known is None or known.count == 1 else f", {difference_text(known)}: {known.verdict}"
+        seen = (factor >= least) + (known.verdict == BETTER)
+        claim = ("not seen", "seen in part", "seen")[seen]
+        how = f"{counted(known.count, 'seed')}, {difference_text(known)}: {known.verdict}"
     best = "SwiGLU's too" if factor == 1 else f"{factor:g} times SwiGLU's"
     yield (
         f"That MoA bears {least:g} to {most:g} times the baseline's rate is **{claim}** for {arm_title(arm)}: "
         f"its best rate is {best}, and at twice that it loses {lost_text(mine)} where SwiGLU loses {lost_text(theirs)} "
-        f"({how}{interval}).\n"
+        f"({how}).\n"
     )

@@ -9,7 +9,7 @@ from itertools import pairwise
 from megatron_moa.research.study.pictures import arm_title, plan_title, setting_title, size_title
 from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.words import counted, listed
-from megatron_moa.research.study.statistics import BASELINE, ONE_SEED, UNDECIDED
+from megatron_moa.research.study.statistics import BASELINE, DIVERGED, ONE_SEED, UNDECIDED, UNTUNED
 from megatron_moa.research.study.steps import CHAINS
 from megatron_moa.research.study.timing import TIMING
 
@@ -125,13 +125,15 @@ def _undecided(study: Material) -> Lines:
     """Writes which arms are undecided against SwiGLU, and which are missing."""
     known = {arm: study.difference(arm, BASELINE) for arm in study.results.arms(study.main) if arm != BASELINE}
     known = {arm: difference for arm, difference in known.items() if difference is not None}
-    for verdict, text in (
-        (UNDECIDED, "Whether these differ from SwiGLU (main setting, several seeds)"),
-        (ONE_SEED, "Whether these differ from SwiGLU (main setting): one seed decides nothing"),
+    for verdict, why in (
+        (UNDECIDED, ", several seeds)"),
+        (ONE_SEED, "): one seed decides nothing"),
+        (UNTUNED, "): best rate not found"),
+        (DIVERGED, "): a run diverged"),
     ):
         arms = [arm_title(arm) for arm, difference in known.items() if difference.verdict == verdict]
         if arms:
-            yield f"- {text}: {listed(arms, '; ')}."
+            yield f"- Whether these differ from SwiGLU (main setting{why}: {listed(arms, '; ')}."
     halves = [difference.half for difference in known.values() if difference.count > 1]
     if halves:
         yield (

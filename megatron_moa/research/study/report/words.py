@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.research.study.report.material import Lines
-from megatron_moa.research.study.statistics import BETTER, ONE_SEED, UNDECIDED, UNTUNED, WORSE, Interval
+from megatron_moa.research.study.statistics import BETTER, DIVERGED, ONE_SEED, UNDECIDED, UNTUNED, WORSE, Interval
 from megatron_moa.research.study.steps import Step
 
 
@@ -42,16 +42,15 @@ def verdict_text(verdict: str) -> str:
 
 def control_text(step: Step, known: Interval) -> str:
     """Returns whether a control comes out as it must."""
-    if known.verdict in (ONE_SEED, UNTUNED):
+    if known.verdict in (ONE_SEED, UNTUNED, DIVERGED):
         return known.verdict
     return f"{known.verdict}, {'as it must be' if known.verdict == step.expected else '**as it must not be**'}"
 
 
 def tally(verdicts: Sequence[str]) -> str:
     """Counts each verdict."""
-    return listed(
-        f"{verdicts.count(word)} {word}" for word in (BETTER, WORSE, UNDECIDED, ONE_SEED, UNTUNED) if word in verdicts
-    )
+    words = (BETTER, WORSE, UNDECIDED, ONE_SEED, UNTUNED, DIVERGED)
+    return listed(f"{verdicts.count(word)} {word}" for word in words if word in verdicts)
 
 
 def step_sentence(step: Step, known: Interval) -> str:
@@ -59,6 +58,8 @@ def step_sentence(step: Step, known: Interval) -> str:
     subject = step.words[0].upper() + step.words[1:]
     if known.verdict == UNTUNED:
         return f"{subject} was not compared at the best rate of both ({difference_text(known)})."
+    if known.verdict == DIVERGED:
+        return f"{subject} cannot be compared: a run diverged."
     if known.verdict == UNDECIDED:
         return f"{subject} makes no difference that {known.count} seeds decide ({difference_text(known)})."
     direction = "lowers" if known.mean < 0 else "raises"
