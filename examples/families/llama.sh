@@ -2,7 +2,7 @@
 # Dense LLaMA-like models, the paper's (section 5): RMSNorm before each part, RoPE, SwiGLU (eq. 2) or a mixture in its place,
 # multi-head attention with heads of 64, no biases, untied embeddings; no dropout.
 #
-# A model's file sets LAYERS, HIDDEN_SIZE and FFN_WIDTH, and then sources this file, which gives
+# A model's file sets LAYERS, HIDDEN_SIZE (a multiple of 64) and FFN_WIDTH, and then sources this file, which gives
 #   MODEL_ARGS     the model's flags
 #   BASELINE_ARGS  further ones of MIXING none: its activation, where it is not SwiGLU
 #   PARAMETERS     as the paper counts them: vocabulary 50,304, no mixture
@@ -15,6 +15,7 @@ source "${BASH_SOURCE[0]%/*}/../common.sh"
 
 FFN=${FFN:-type2} FFN_MULTIPLE=${FFN_MULTIPLE:-1}
 [[ $FFN_MULTIPLE =~ ^[1-9][0-9]*$ ]] || fail "FFN_MULTIPLE $FFN_MULTIPLE: not a whole number; give one such as 128"
+((HIDDEN_SIZE % 64 == 0)) || fail "HIDDEN_SIZE $HIDDEN_SIZE: not a multiple of 64, the width of a head; take $(((HIDDEN_SIZE / 64 + 1) * 64))"
 
 # rounded WIDTH: the next multiple of FFN_MULTIPLE
 rounded() { echo $((($1 + FFN_MULTIPLE - 1) / FFN_MULTIPLE * FFN_MULTIPLE)); }

@@ -504,6 +504,17 @@ def test_a_models_file_of_ones_own(tmp_path: Path) -> None:
     assert "512" in read_recipe(mine)
 
 
+@pytest.mark.parametrize(("hidden", "other"), [("1000", "1024"), ("40", "64")])
+def test_a_width_that_is_no_multiple_of_a_head(hidden: str, other: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.sh"
+    recipe = (ROOT / "examples/models/dense-0.12b.sh").read_text()
+    mine.write_text(recipe.replace("HIDDEN_SIZE=768", f"HIDDEN_SIZE={hidden}"))
+    done = run_example("pretrain.sh", str(mine), "moa", "--dry-run")
+    assert done.returncode == 2
+    message = f"HIDDEN_SIZE {hidden}: not a multiple of 64, the width of a head; take {other}"
+    assert done.stderr == f"pretrain.sh: {message}\n"
+
+
 # Sweeps.
 
 SWEEP = {**SMALL_BATCH, "MIXINGS": "none moa", "LRS": "1e-3 4e-3", "SEEDS": "1", "TOKENS": "1280"}
