@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo    train SwiGLU, LA and MoA on Python's own source text (no GPU needed) and compare them, about 4 minutes"
-	@echo "make test    run the tests, about 10 minutes; PYTEST_ARGS='-k NAME -x' is passed on, PART=hf runs a folder of tests/ alone"
+	@echo "make test    run the tests, about 13 minutes; PYTEST_ARGS='-k NAME -x' is passed on, PART=hf runs a folder of tests/ alone"
 	@echo "make test-all  the same and every further case; PART=end_to_end, PART='hf tools' run a part of it"
 	@echo "make test-latest  only the Hugging Face tests, with the newest transformers there is, in $(VENV)-latest"
 	@echo "make test-te  only the layers of Transformer Engine: its own Python on a CPU, its kernels emulated"
