@@ -34,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--scale",
         default="paper",
         metavar="NAME",
-        help="paper (default): the file as it stands; or one of its scales: those of the paper's have cpu or smoke",
+        help="paper (default): the file as it stands; or one of its [scales], such as smoke",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="results, runs, corpora (default: runs/study-NAME)")
     parser.add_argument("--at-a-time", type=positive, metavar="N", help="runs at once (default: GPUs, or CPU cores)")
