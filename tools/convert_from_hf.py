@@ -1,6 +1,6 @@
 """Turns a Hugging Face folder into a checkpoint from which Megatron goes on training.
 
-    python tools/convert_from_hf.py --hf models/Qwen3-0.6B --out runs/start --tp 2
+    python tools/convert_from_hf.py --hf models/Qwen3-0.6B --out runs/start
 
 Models of transformers' own classes (docs/conversion.md has the table) and this project's exports. Settings become
 Megatron's and travel in the checkpoint, the tokenizer too; any split loads it, --tp, --pp and --ep are those that a run

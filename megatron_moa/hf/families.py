@@ -183,6 +183,8 @@ class Family:
                 raise _refused(key, "is there", "quantised weights are not read; dequantise the model first")
             if key in self.only and value != self.only[key]:
                 raise _refused(key, value, f"only {self.only[key]} is supported")
+            if key == "mixed_feed_forward":  # megatron_moa.pytorch.replacement
+                raise _refused(key, "is there", "megatron_moa.load_replaced alone reads layers that were replaced")
             known = names & (used | self.neutral | self.only.keys()) or key.startswith("_")
             if not known and value not in (None, False, [], {}):
                 what = f"{self.architecture} has no such key; take it out if the model does not depend on it"

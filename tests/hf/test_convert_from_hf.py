@@ -203,6 +203,8 @@ def test_training_goes_on_and_nothing_of_the_folder_is_run(tmp_path: Path) -> No
                 "0",
                 "--eval-interval",
                 "9",
+                "--load",  # where a run started again goes on from: not there yet
+                str(tmp_path / "run"),
                 "--save",
                 str(tmp_path / "run"),
                 "--save-interval",

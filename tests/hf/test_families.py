@@ -213,6 +213,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ("Qwen2ForCausalLM", {"rope_parameters": {**LINEAR, "mrope_section": [2, 2]}}, "mrope_section .*: is not supp"),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: .* rotates whole heads"),
         ("LlamaForCausalLM", {"quantization_config": {"bits": 4}}, "quantization_config is there: quantised weights"),
+        ("LlamaForCausalLM", {"mixed_feed_forward": [{}]}, "mixed_feed_forward is there: megatron_moa.load_replaced"),
         ("LlamaForCausalLM", {"logit_scale": 2.0}, "logit_scale 2.0: LlamaForCausalLM has no such key; take it out"),
         ("LlamaForCausalLM", {"is_encoder_decoder": True}, "is_encoder_decoder True: only False is supported"),
         ("MistralForCausalLM", {"sliding_window": 16}, "sliding_window 16: .*; max_position_embeddings 16 has no need"),

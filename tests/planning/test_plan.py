@@ -326,7 +326,7 @@ def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("feed-forward", 2), ("full", 2)])
 @pytest.mark.parametrize("shared", [0, 1706])
 def test_tensor_parallel_messages_are_counted_layer_by_layer(recompute: str, again: int, shared: int) -> None:
-    """Around attention in every layer; around the feed-forward part where it is dense, or has a shared expert."""
+    """Around attention in every layer, around its other part where that is dense or has a shared expert."""
     flags = recipe_flags("moe-0.25b", "moa", ["--mock-data", "--moe-layer-freq", "[0,0,1,1,1,1]"])
     model = model_of(flags)
     model = replace(model, experts=replace(model.experts, shared_ffn=shared))

@@ -16,7 +16,6 @@ import pytest
 import tokenizers
 import torch
 from megatron.core.tokenizers import MegatronTokenizer
-from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_moa.data.corpus import read_documents
@@ -232,9 +231,8 @@ def test_tokens_do_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 def test_models_of_numbers_and_tokenizers_without_an_end() -> None:
-    numbers = SimpleNamespace(
-        tokenizer=NullTokenizer(8), args=SimpleNamespace(tokenizer_type="NullTokenizer", load="runs/a")
-    )
+    tokenizer = MegatronTokenizer.from_pretrained(metadata_path={"library": "null-text"}, vocab_size=8)
+    numbers = SimpleNamespace(tokenizer=tokenizer, args=SimpleNamespace(tokenizer_type="NullTokenizer", load="runs/a"))
     assert LoadedModel.encode(numbers, "1 2 3") == [1, 2, 3]
     with pytest.raises(UserError, match=r"^--load runs/a: was trained on numbers.*write tokens as 1 2 3, or add --tok"):
         LoadedModel.encode(numbers, "some text")
