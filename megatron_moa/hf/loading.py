@@ -69,9 +69,9 @@ class FolderModel(TextModel):
     @property
     def end(self) -> int | None:
         eos = self.config.eos_token_id
-        if eos is None and self.tokenizer is not None:
+        if eos in (None, []) and self.tokenizer is not None:
             eos = self.tokenizer.eos_token_id
-        return eos[0] if isinstance(eos, list) else eos
+        return next(iter(eos), None) if isinstance(eos, list) else eos
 
     @property
     def ends(self) -> tuple[int, ...]:

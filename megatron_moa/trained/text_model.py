@@ -160,10 +160,10 @@ class TextModel(ABC):
             [t, vocabulary] float32, [b, t, vocabulary] for a batch.
 
         Raises:
-            UserError: longer than the context.
+            UserError: longer than the context, or a token that is not in the vocabulary.
         """
         tokens = torch.as_tensor(self.start(text) if isinstance(text, str) else text, device=self.device)
-        self._check_length(tokens.shape[-1], "the text")
+        self._check_tokens(tokens, 0, "the text")
         logits = self.forward(tokens.view(-1, tokens.shape[-1])).float()
         return logits.view(*tokens.shape, -1)
 
@@ -185,8 +185,8 @@ class TextModel(ABC):
             seed: of the sampling. The same prompts, seed and model give the same text, from checkpoint and export.
 
         Raises:
-            UserError: a prompt that fills the context, an empty one where there is no token to start with, or a model
-                that gives no numbers.
+            UserError: a prompt that fills the context, an empty one where there is no token to start with, a token that
+                is not in the vocabulary, or a model that gives no numbers.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         rows = [self.start(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
@@ -195,7 +195,7 @@ class TextModel(ABC):
         for number, row in enumerate(rows, 1):
             if not row:
                 raise UserError(f"prompt {number} has no tokens; give at least one, or an empty text")
-            self._check_length(len(row) + 1, f"prompt {number} with a token behind it")
+            self._check_tokens(torch.tensor(row), 1, f"prompt {number}")
         steps = min(num_tokens, self.context - max(map(len, rows)))
         generator = torch.Generator(self.device).manual_seed(seed)
         with torch.inference_mode():
@@ -266,9 +266,15 @@ class TextModel(ABC):
             raise UserError(_NO_NUMBERS)
         return TextLoss(loss, len(tokens), len(text.encode()))
 
-    def _check_length(self, length: int, what: str) -> None:
+    def _check_tokens(self, tokens: Tensor, further: int, what: str) -> None:
+        """Raises UserError where ``tokens`` [..., t] and so many further ones are not for this model."""
+        length = tokens.shape[-1] + further
         if length > self.context:
-            raise UserError(f"{what} has {length} tokens, the model's context {self.context}; shorten it")
+            behind = " with a token behind it" if further else ""
+            raise UserError(f"{what}{behind} has {length} tokens, the model's context {self.context}; shorten it")
+        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if len(outside):
+            raise UserError(f"{what} has a token {outside[0]}; the model's are 0 to {self.vocab_size - 1}")
 
 
 def tokens_before_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:

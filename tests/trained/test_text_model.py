@@ -266,6 +266,21 @@ def test_windows_beyond_the_context_are_refused(tmp_path: Path, sizes: dict[str,
         model.text_loss("text", **sizes)
 
 
+@pytest.mark.parametrize("token", [31, -1])
+def test_tokens_that_the_vocabulary_lacks_are_named(tmp_path: Path, token: int) -> None:
+    model = load_folder(write_model(tmp_path / "model"))
+    with pytest.raises(UserError, match=f"prompt 2 has a token {token}; the model's are 0 to 30"):
+        model.generate([[1], [2, token]], 2)
+    with pytest.raises(UserError, match=f"the text has a token {token}; "):
+        model.logits([[1, 2], [token, 3]])
+
+
+def test_an_empty_list_of_end_tokens_is_none(tmp_path: Path) -> None:
+    model = load_folder(write_model(tmp_path / "model"))
+    model.config.eos_token_id = []
+    assert (model.end, model.generate([[1]], 2)[0].ended) == (None, "length")
+
+
 def test_a_document_ends_where_the_model_ends_it(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model")
     model = load_folder(path)
