@@ -17,8 +17,8 @@ def _padded(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 def _of_any_sizes(original: Callable) -> Callable:
     """Lets ``all_gather`` and ``reduce_scatter`` take tensors of different lengths under gloo.
 
-    Both have one tensor a rank in a list. NCCL takes different lengths, as experts' ranks have tokens; gloo wants equal
-    ones. Megatron uses both without ``async_op``.
+    Both have one tensor a rank in a list. NCCL takes different lengths, as experts' ranks have tokens, and ranks of a
+    layer-wise optimizer parameters; gloo wants equal ones. With ``async_op`` all is done when the call returns.
     """
     gathers = original.__name__ == "all_gather"
 
@@ -30,10 +30,12 @@ def _of_any_sizes(original: Callable) -> Callable:
             return original(*args, **kwargs)
         own = _padded(tensor, max(rows))
         padded = [_padded(t, max(rows)) for t in tensors]
-        original(*((padded, own) if gathers else (own, padded)), *args[2:], **kwargs)
+        work = original(*((padded, own) if gathers else (own, padded)), *args[2:], **kwargs)
+        if work is not None:
+            work.wait()
         for target, values in zip(tensors, padded, strict=True) if gathers else [(tensor, own)]:
             target.copy_(values[: target.shape[0]])
-        return None
+        return work
 
     return collective
 

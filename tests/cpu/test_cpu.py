@@ -395,6 +395,26 @@ def test_data_loaders_leave_the_models_random_numbers_alone():
     assert seen[0] != seen[1]
 
 
+def gather_and_scatter() -> None:
+    """Both collectives with one row more on each rank, waited for as Megatron does."""
+    enable()
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    gathered = [torch.zeros(rows) for rows in (1, 2)]
+    torch.distributed.all_gather(gathered, torch.full((rank + 1,), rank + 1.0), async_op=True).wait()
+    assert [tensor.tolist() for tensor in gathered] == [[1], [2, 2]]
+    scattered = torch.zeros(rank + 1)
+    parts = [torch.ones(1), torch.ones(2)]
+    torch.distributed.reduce_scatter(scattered, parts, async_op=True).wait()
+    assert scattered.tolist() == [2] * (rank + 1)
+
+
+@pytest.mark.distributed
+def test_collectives_of_unequal_sizes_in_the_background():
+    returncode, log = launch.launch(gather_and_scatter, (), 2, ROOT)
+    assert returncode == 0, log
+
+
 def test_single_process_environment(monkeypatch):
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     for name in names:
