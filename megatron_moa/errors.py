@@ -21,9 +21,15 @@ class UserError(ValueError):
 
 
 def check_is_folder(flag: str, path: Path) -> None:
-    """Raises UserError for a path that is there and is no folder."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{flag} {path}: not a folder; name the folder that --save wrote to")
+    """Raises UserError for a path that is there and is no folder, or one that may not be entered."""
+    try:
+        if not path.exists():
+            return
+        if not path.is_dir():
+            raise UserError(f"{flag} {path}: not a folder; name the folder that --save wrote to")
+        os.stat(os.path.join(path, "."))
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror}); give a folder you may read") from None
 
 
 def has_types(value: Any, types: Mapping[str, type]) -> bool:

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import threading
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"iter_(\d{7,})")
 _REPLACED, _DELETED = ".replaced", ".deleted"  # endings of folders on their way out
 _BLOCK = 1 << 22  # bytes read at a time
+_PATIENCE = 300  # seconds for the first rank to start, too
 
 
 class DamagedCheckpoint(Exception):
@@ -75,9 +77,14 @@ def read_tracker(root: Path) -> int | None:
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedCheckpoint: it holds something else.
+        DamagedCheckpoint: it holds something else, or cannot be read.
     """
-    text = (root / TRACKER).read_text(errors="replace").strip()
+    try:
+        text = (root / TRACKER).read_text(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(*error.args) from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{TRACKER} cannot be read ({error.strerror})") from None
     if text == "release":
         return None
     if not text.isdecimal():
@@ -278,8 +285,9 @@ def check_writable(root: Path) -> None:
 def make_way(folder: Path) -> None:
     """Clears the folder of a checkpoint that is about to be written, for one rank to call.
 
-    What a crash left half written is deleted: it must not mix with the new files. A complete one, written again after
-    going back to an earlier iteration, is kept beside until the new one is complete (:func:`settle`).
+    What a crash left half written is deleted: it must not mix with the new files. A complete one, written again at the
+    end of a finished training or after going back to an earlier iteration, is kept beside until the new one is complete
+    (:func:`settle`); where that never happens the next start puts it back (:func:`put_back`).
     """
     replaced = folder.with_name(folder.name + _REPLACED)
     if (folder / MANIFEST).is_file():
@@ -292,6 +300,41 @@ def make_way(folder: Path) -> None:
 def settle(folder: Path) -> None:
     """Deletes what :func:`make_way` kept of a checkpoint that is complete again."""
     shutil.rmtree(folder.with_name(folder.name + _REPLACED), ignore_errors=True)
+
+
+def kept_aside(folder: Path) -> Path | None:
+    """The whole checkpoint that :func:`make_way` kept and whose replacement is not complete."""
+    replaced = folder.with_name(folder.name + _REPLACED)
+    if (folder / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_manifest(replaced)
+        check_files(replaced, manifest or {}, manifest or {}, checksums=False)
+    except DamagedCheckpoint:  # or another rank has just put it back
+        return None
+    return replaced if manifest is not None else None
+
+
+def put_back(folder: Path, kept: Path) -> bool:
+    """Puts back what :func:`kept_aside` found.
+
+    What was half written in its place is deleted by a later save. The first rank does, the others wait until it has.
+    They call it before they can talk, and those that come later find the folder complete.
+
+    Returns:
+        Whether this rank did.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        half_written = folder.with_name(folder.name + _DELETED)
+        shutil.rmtree(half_written, ignore_errors=True)
+        if folder.exists():
+            folder.rename(half_written)
+        kept.rename(folder)
+        return True
+    deadline = time.monotonic() + _PATIENCE
+    while kept.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return False
 
 
 def delete_superseded(root: Path, newest: int, keep_last: int, keep_every: int | None, pinned: int | None) -> list[int]:

@@ -23,8 +23,10 @@ from megatron_moa.checkpoints.files import (
     check_writable,
     find_damage,
     gathered,
+    kept_aside,
     last_complete_before,
     mistaken_folder,
+    put_back,
     read_manifest,
     read_tracker,
     saved_iterations,
@@ -40,6 +42,7 @@ from megatron_moa.checkpoints.settings import (
     vocabulary_digest,
 )
 from megatron_moa.checkpoints.tensors import CheckpointTensors
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError, check_is_folder, one_line
 
 if TYPE_CHECKING:
@@ -53,7 +56,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 
     With None training starts at the beginning. A folder that is named and holds none is refused, unless it is also the
     one to save to. With ``--moa-load-last-complete`` a lost or unreadable ``latest_checkpointed_iteration.txt`` is
-    written anew.
+    written anew. A whole checkpoint that was being written again is put back where the run saves there, too.
 
     Raises:
         UserError: it is named wrongly, or cannot be told.
@@ -68,11 +71,37 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         if args.non_persistent_ckpt_type is None:
             _check_start(args, local)
         return None
+    _take_kept(args, checkpoint)
     if not checkpoint.path.is_dir():
         there = ", ".join(map(str, saved_iterations(checkpoint.root))) or "none"
         named = f"--ckpt-step {args.ckpt_step}" if args.ckpt_step else TRACKER
         raise UserError(f"{checkpoint}, named by {named}, is not there; complete checkpoints there: {there}")
     return checkpoint
+
+
+def _take_kept(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint back that was being written again when its training was ended.
+
+    Raises:
+        UserError: the run does not save there, so another one may be writing it now.
+    """
+    kept = kept_aside(checkpoint.path)
+    if kept is None:
+        return
+    if not _saves_to(args, checkpoint.root):
+        raise UserError(
+            f"{checkpoint} was being written again, and what it was is {kept}; wait for its training, or if that has "
+            f"ended: rm -rf {checkpoint.path} && mv {kept} {checkpoint.path}"
+        )
+    try:
+        if put_back(checkpoint.path, kept):
+            notice(f"WARNING: {checkpoint} was not written again to its end; what it was is put back")
+    except OSError as error:
+        raise UserError(f"{checkpoint}: cannot be put back from {kept} ({error.strerror}); move it there") from None
+
+
+def _saves_to(args: argparse.Namespace, root: Path) -> bool:
+    return args.save is not None and os.path.realpath(args.save) == os.path.realpath(root)
 
 
 def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> None:
@@ -82,7 +111,7 @@ def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> N
     """
     for flag, root in folders:
         mistaken = mistaken_folder(root)
-        is_new = flag == "--load" and args.save is not None and os.path.realpath(args.save) == os.path.realpath(root)
+        is_new = flag == "--load" and _saves_to(args, root)
         if mistaken is None and is_new and not args.exit_on_missing_checkpoint:
             continue
         drop = "--exit-on-missing-checkpoint" if is_new else flag
@@ -111,7 +140,16 @@ def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | Non
             f"write {complete[-1]} into that file, or add --moa-load-last-complete"
         )
     notice(f"WARNING: {flag} {root}: {problem}; going on from iteration {complete[-1]}, the last complete one")
-    write_tracker(root, complete[-1])  # by every rank, each the same: they cannot talk to each other yet
+    try:
+        write_tracker(root, complete[-1])  # by every rank, each the same: they cannot talk to each other yet
+    except OSError as error:
+        # Megatron finds an iteration that it is told without a tracker, but not beside one that it cannot read.
+        if flag != "--load" or args.pretrained_checkpoint is not None or (root / TRACKER).exists():
+            raise UserError(
+                f"{flag} {root}: {problem}, and it cannot be written there ({error.strerror}); load a copy of that "
+                "folder that can be written to"
+            ) from None
+        args.ckpt_step = complete[-1]
     return Checkpoint(flag, root, complete[-1])
 
 
@@ -124,6 +162,8 @@ def _newer_non_persistent(args: argparse.Namespace, checkpoint: Checkpoint | Non
         return None
     load = checkpoint.root if checkpoint is not None else args.load
     folder = args.non_persistent_global_ckpt_dir or (Path(load, "non_persistent") if load is not None else None)
+    if folder is not None and "://" not in str(folder):
+        check_is_folder("--non-persistent-global-ckpt-dir", Path(folder))
     try:
         iteration = read_tracker(Path(folder)) if folder is not None and "://" not in str(folder) else None
     except FileNotFoundError:
@@ -227,9 +267,17 @@ def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> 
     Raises:
         UserError: there is none, or --moa-load-last-complete is not given.
     """
+    if checkpoint.root not in [Path(folder) for folder in (args.load, args.pretrained_checkpoint) if folder]:
+        raise UserError(
+            f"{checkpoint} is damaged: {problem}; it is a non-persistent one, delete {checkpoint.root} to go on from "
+            "the last that is persistent"
+        )
     earlier = last_complete_before(checkpoint)
     if earlier is None:
-        raise UserError(f"{checkpoint} is damaged: {problem}; there is no complete one before it")
+        raise UserError(
+            f"{checkpoint} is damaged: {problem}; there is no complete one before it: give another "
+            f"{checkpoint.flag}, or delete {checkpoint.path} and {TRACKER} beside it to begin anew"
+        )
     if not args.moa_load_last_complete:
         raise EarlierIsComplete(f"{checkpoint} is damaged: {problem}", earlier.iteration)
     notice(f"WARNING: {checkpoint} is damaged: {problem}; going on from iteration {earlier.iteration}")
@@ -289,16 +337,20 @@ def notice(text: str) -> None:
 SAME_SETTINGS = "load it with the settings it was saved with"
 
 
-def match_tensors(sharded_state_dict: dict, folder: str) -> None:
+def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -> None:
     """Matches what a model asks for with what a checkpoint has, before it is loaded; collective.
 
     Names that differ between Transformer Engine's layers and local ones are made the checkpoint's, in place
     (megatron_moa.checkpoints.names).
 
+    Args:
+        folder: of the one checkpoint.
+        flag: that named the folder above it, for messages.
+
     Raises:
-        UserError: the checkpoint lacks a tensor that is asked for, or has one that is not an optimizer's and that
-            nobody asks for. Megatron by itself ignores surplus tensors, and missing ones too under some values of
-            ``--dist-ckpt-strictness``.
+        UserError: the checkpoint lacks a tensor that is asked for, has it in another shape, or has one that is not an
+            optimizer's and that nobody asks for. Megatron by itself ignores surplus tensors, missing ones too under
+            some values of ``--dist-ckpt-strictness``, and answers another shape with a traceback.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -307,23 +359,67 @@ def match_tensors(sharded_state_dict: dict, folder: str) -> None:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    stored = {key for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    take_stored_names(sharded_state_dict, stored)
+    there = {key: tuple(entry.size) for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    take_stored_names(sharded_state_dict, set(there))
     keep_absent_extra_state(sharded_state_dict, metadata)
     wanted, _, _ = load_preprocess(sharded_state_dict)
-    keys = {value.key for value in nested_values(wanted) if isinstance(value, ShardedTensor)}
-    keys = set().union(*gathered(keys))
-    keys, stored = ({key for key in some if not key.endswith(EXTRA_STATE)} for some in (keys, stored))
-    for missing, what in (
+    own = {
+        value.key: None if value.allow_shape_mismatch else tuple(value.global_shape)
+        for value in nested_values(wanted)
+        if isinstance(value, ShardedTensor)
+    }
+    here = {key: shape for part in gathered(own) for key, shape in part.items()}
+    keys, stored = ({key for key in shapes if not key.endswith(EXTRA_STATE)} for shapes in (here, there))
+    reshaped = {key for key in keys & stored if here[key] not in (None, there[key])}
+    surplus = {key for key in stored - keys if not key.startswith(_OPTIMIZERS)}
+    if buckets := [key for key in keys if _BUCKET in key]:
+        surplus_buckets = {key for key in stored - keys if _BUCKET in key}
+        if others := {key for key in (keys - stored) | reshaped if _BUCKET in key} | surplus_buckets:
+            raise UserError(_other_buckets(f"{flag} {folder}", len(others), len(buckets), min(others), folder))
+    for differing, what in (
         (keys - stored, "lacks {} that this run has"),
-        (
-            {key for key in stored - keys if not key.startswith(("optimizer.", "chained_"))},
-            "has {} that this run lacks",
-        ),
+        (surplus, "has {} that this run lacks"),
+        (reshaped, "has {} in other shapes than this run"),
     ):
-        if missing:
-            named = f"{len(missing)} tensors ({', '.join(sorted(missing)[:3])}{', …' if len(missing) > 3 else ''})"
-            raise UserError(f"--load {folder}: the checkpoint {what.format(named)}; {SAME_SETTINGS}")
+        if differing:
+            names = sorted(differing)
+            named = f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+            remedy = SAME_SETTINGS
+            if all(key.startswith(_OPTIMIZERS) for key in differing):
+                remedy += ", or with --no-load-optim"
+            raise UserError(f"{flag} {folder}: the checkpoint {what.format(named)}; {remedy}")
+
+
+_OPTIMIZERS = ("optimizer.", "chained_")  # what the names of an optimizer's tensors begin with
+_BUCKET = "optimizer.distributed."  # in the names of a distributed optimizer's buckets, which are saved as they lie
+# Settings that decide what lies in which bucket.
+_OF_BUCKETS = tuple(
+    """
+    overlap_grad_reduce ddp_bucket_size ddp_num_buckets ddp_pad_buckets_for_high_nccl_busbw nccl_ub bf16 fp16
+    accumulate_allreduce_grads_in_fp32 grad_reduce_in_bf16 main_grads_dtype num_layers_per_virtual_pipeline_stage
+    num_virtual_stages_per_pipeline_rank pipeline_model_parallel_layout overlap_param_gather_with_optimizer_step
+    """.split()
+)
+
+
+def _other_buckets(where: str, others: int, number: int, example: str, folder: str) -> str:
+    """What is wrong with an optimizer's buckets that are not those of the run, and why."""
+    from megatron.training import get_args
+
+    args, saved = get_args(), CheckpointTensors(Path(folder)).args
+    changed = [
+        f"{as_typed(name, getattr(saved, name))} there, {as_typed(name, getattr(args, name))} here"
+        for name in _OF_BUCKETS
+        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+    ]
+    sizes = [getattr(some, "data_parallel_size", None) for some in (saved, args)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        changed.append(f"a data-parallel size of {sizes[0]} there, {sizes[1]} here")
+    return (
+        f"{where}: has the optimizer's state in other buckets than this run's {number} ({others} differ, as {example}: "
+        f"{', '.join(changed) or 'other flags of DDP or of the split'}); go on under the settings it was saved with, "
+        "or with --no-load-optim; saved with --dist-ckpt-optim-fully-reshardable, an optimizer's state loads under any"
+    )
 
 
 def changed_scales(config: TransformerConfig, checkpoint: CheckpointTensors) -> str:

@@ -24,6 +24,7 @@ from megatron_moa.checkpoints.files import (
     DamagedCheckpoint,
     delete_superseded,
     iteration_folder,
+    kept_aside,
     make_way,
     raise_together,
     saved_iterations,
@@ -35,6 +36,7 @@ from megatron_moa.checkpoints.guard import (
     SAME_SETTINGS,
     changed_scales,
     check_before_setup,
+    find_checkpoint,
     first_failure,
     match_tensors,
     notice,
@@ -71,10 +73,13 @@ def install(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
+def strict_loading(models: list[torch.nn.Module], flag: str = "--load") -> Iterator[None]:
     """Makes Megatron load all of a checkpoint into these models; collective.
 
     Inside, a load leaves none of the models' parameters as it was.
+
+    Args:
+        flag: that named the folder, for messages.
 
     Raises:
         UserError: on every rank.
@@ -90,20 +95,20 @@ def strict_loading(models: list[torch.nn.Module]) -> Iterator[None]:
 
     hooks = [model.register_load_state_dict_post_hook(note) for model in unwrap_model(models)]
     try:
-        with _LOAD.installed(unwrap_model(models)[0].config):
+        with _LOAD.installed(unwrap_model(models)[0].config, flag):
             yield
     finally:
         for hook in hooks:
             hook.remove()
-    raise_together(f"--load: the checkpoint {problems[0]}; {SAME_SETTINGS}" if problems else None)
+    raise_together(f"{flag}: the checkpoint {problems[0]}; {SAME_SETTINGS}" if problems else None)
 
 
-def _matching_tensors(load: Callable, config: TransformerConfig) -> Callable:
+def _matching_tensors(load: Callable, config: TransformerConfig, flag: str) -> Callable:
     @functools.wraps(load)
     def call(sharded_state_dict: dict, checkpoint_dir: str, *args: Any, **kwargs: Any) -> Any:
-        match_tensors(sharded_state_dict, checkpoint_dir)
+        match_tensors(sharded_state_dict, checkpoint_dir, flag)
         if change := changed_scales(config, CheckpointTensors(Path(checkpoint_dir))):
-            notice(f"WARNING: --load {checkpoint_dir}: {change}")
+            notice(f"WARNING: {flag} {checkpoint_dir}: {change}")
         return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     return call
@@ -251,11 +256,11 @@ class Saver:
             if alone and torch.distributed.get_rank() != 0:
                 raise  # only the first rank's errors are printed in one line
             complete = saved_iterations(self.root)
-            before = (
-                f"the last complete one, iteration {complete[-1]}, is untouched"
-                if complete
-                else "there is none before it"
-            )
+            before = "there is none before it"
+            if iteration is not None and kept_aside(iteration_folder(self.root, iteration)):
+                before = "what was there before is kept, and put back as the next run starts"
+            elif complete:
+                before = f"the last complete one, iteration {complete[-1]}, is untouched"
             free = _megabytes(shutil.disk_usage(self.root).free)
             problem = one_line(first_failure(error), typed=True)
             raise UserError(
@@ -282,7 +287,10 @@ def _checking_folders(setup_model_and_optimizer: Callable) -> Callable:
 def _loading_strictly(load_checkpoint: Callable) -> Callable:
     @functools.wraps(load_checkpoint)
     def call(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        with strict_loading(models):
+        from megatron.training import get_args
+
+        checkpoint = find_checkpoint(get_args())
+        with strict_loading(models, checkpoint.flag if checkpoint is not None else "--load"):
             return load_checkpoint(models, *args, **kwargs)
 
     return call

@@ -21,8 +21,10 @@ from megatron_moa.checkpoints.files import (
     delete_superseded,
     find_damage,
     iteration_folder,
+    kept_aside,
     last_complete_before,
     make_way,
+    put_back,
     read_manifest,
     read_tracker,
     saved_iterations,
@@ -30,7 +32,7 @@ from megatron_moa.checkpoints.files import (
     write_manifest,
     write_tracker,
 )
-from megatron_moa.checkpoints.guard import find_checkpoint
+from megatron_moa.checkpoints.guard import find_checkpoint, read_saved_settings
 from megatron_moa.errors import UserError
 from tests.support import launch
 from tests.support.training import ROOT, SWIGLU, TINY, Run, train
@@ -167,6 +169,65 @@ def test_a_complete_checkpoint_outlives_its_replacement(tmp_path: Path) -> None:
     assert not replaced.exists()
 
 
+def written_again(root: Path, moment: str) -> Path:
+    """A checkpoint whose second writing was ended: before it began, or half way; or while it was put back."""
+    folder = make_checkpoint(root, 10)
+    write_tracker(root, 10)
+    make_way(folder)
+    if moment == "half written":
+        make_checkpoint(root, 10, complete=False)
+    return folder
+
+
+def searching(load: Path, **changes: object) -> argparse.Namespace:
+    """What find_checkpoint looks at."""
+    names = ("save", "pretrained_checkpoint", "ckpt_step", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
+    args = argparse.Namespace(load=str(load), exit_on_missing_checkpoint=False, moa_load_last_complete=False)
+    vars(args).update(dict.fromkeys(names), **changes)
+    return args
+
+
+@pytest.mark.parametrize("moment", ["empty", "half written"])
+def test_what_was_to_be_replaced_is_put_back(
+    tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    folder = written_again(tmp_path, moment)
+    with pytest.raises(UserError, match=f"mv {tmp_path}/iter_0000010.replaced {folder}"):
+        find_checkpoint(searching(tmp_path))  # another training may be writing there
+    args = searching(tmp_path, save=str(tmp_path))
+    assert find_checkpoint(args) == Checkpoint("--load", tmp_path, 10)
+    assert "iteration 10 was not written again to its end; what it was is put back" in capsys.readouterr().out
+    assert find_damage(folder) is None
+    assert saved_iterations(tmp_path) == [10]
+    assert find_checkpoint(args) == Checkpoint("--load", tmp_path, 10)
+    assert not capsys.readouterr().out
+
+
+def test_other_ranks_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written_again(tmp_path, "half written")
+    kept = kept_aside(folder)
+    monkeypatch.setenv("RANK", "1")
+    waits = []
+
+    def first_rank(seconds: float) -> None:
+        waits.append(seconds)
+        monkeypatch.setenv("RANK", "0")
+        put_back(folder, kept)
+
+    monkeypatch.setattr(files.time, "sleep", first_rank)
+    assert not put_back(folder, kept)
+    assert len(waits) == 1
+    assert find_damage(folder) is None
+    assert kept_aside(folder) is None
+
+
+def test_what_is_damaged_itself_is_not_put_back(tmp_path: Path) -> None:
+    folder = written_again(tmp_path, "half written")
+    damage(tmp_path / "iter_0000010.replaced", "cut")
+    assert kept_aside(folder) is None
+
+
 def test_the_tracker_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tracker(tmp_path, 10)
 
@@ -184,6 +245,54 @@ def test_a_tracker_that_is_no_iteration(tmp_path: Path, text: str) -> None:
     (tmp_path / TRACKER).write_text(text)
     with pytest.raises(DamagedCheckpoint, match=TRACKER):
         read_tracker(tmp_path)
+
+
+def denied(*_: object, **__: object) -> None:
+    raise PermissionError(13, "Permission denied")
+
+
+def test_a_folder_that_may_not_be_entered_or_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--load {tmp_path}/file/x: no checkpoint there; "):
+        find_checkpoint(searching(tmp_path / "file" / "x"))
+    non_persistent = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": str(tmp_path / "file")}
+    with pytest.raises(UserError, match=f"--non-persistent-global-ckpt-dir {tmp_path}/file: not a folder"):
+        find_checkpoint(searching(tmp_path, **non_persistent))
+    for forbidden in ("exists", "is_dir"):
+        with monkeypatch.context() as context:
+            context.setattr(Path, forbidden, denied)
+            with pytest.raises(UserError, match=r"--load .*: cannot be read \(Permission denied\); give a folder"):
+                find_checkpoint(searching(tmp_path))
+
+
+def test_a_tracker_that_cannot_be_read(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 10)
+    (tmp_path / TRACKER).mkdir()
+    expected = rf"{TRACKER} cannot be read \(Is a directory\); the last complete checkpoint is iteration 10"
+    with pytest.raises(UserError, match=expected):
+        find_checkpoint(searching(tmp_path))
+    with pytest.raises(UserError, match=r"and it cannot be written there \(Is a directory\); load a copy"):
+        find_checkpoint(searching(tmp_path, moa_load_last_complete=True))
+
+
+def test_a_lost_tracker_in_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path, 10)
+    monkeypatch.setattr(files, "_write_atomically", denied)
+    args = searching(tmp_path, moa_load_last_complete=True)
+    assert find_checkpoint(args) == Checkpoint("--load", tmp_path, 10)
+    assert args.ckpt_step == 10  # by which Megatron finds it
+    assert find_checkpoint(args) == Checkpoint("--load", tmp_path, 10)
+    with pytest.raises(UserError, match="cannot be written there"):
+        find_checkpoint(searching(tmp_path, moa_load_last_complete=True, pretrained_checkpoint=str(tmp_path)))
+
+
+def test_a_damaged_checkpoint_without_another_has_a_remedy(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 10, complete=False)
+    args = searching(tmp_path)
+    with pytest.raises(UserError, match=f"no complete one before it: give another --load, or delete {folder} and"):
+        read_saved_settings(args, Checkpoint("--load", tmp_path, 10))
+    with pytest.raises(UserError, match=f"a non-persistent one, delete {tmp_path}/elsewhere to go on from the last"):
+        read_saved_settings(args, Checkpoint("--load", tmp_path / "elsewhere", 10))
 
 
 # Whole runs.
@@ -356,6 +465,7 @@ def test_training_begins_anew_only_where_that_was_meant(
     [
         (["--moa-keep-last", "0", "--save", "x"], "--moa-keep-last 0: would keep none"),
         (["--moa-keep-last", "2"], "--moa-keep-last 2: nothing is saved"),
+        (["--moa-keep-last", "2", "--save", "msc://x"], "--moa-keep-last 2: deletes on disks alone, not in --save msc"),
         (["--moa-load-last-complete", "--ckpt-step", "4"], "--moa-load-last-complete: contradicts --ckpt-step 4"),
     ],
 )
