@@ -104,7 +104,7 @@ def _difference(name: str, value: object, saved_value: object, checkpoint: Check
     return f"{here}: the checkpoint was trained with {there} ({checkpoint}); {remedy}"
 
 
-# Which tokens a training sees, and in what samples.
+# Which tokens a training sees, in what samples and in which order.
 _DATA = (
     "data_path",
     "train_data_path",
@@ -112,6 +112,7 @@ _DATA = (
     "per_split_data_args_path",
     "mock_data",
     "split",
+    "seed",
     "reset_position_ids",
     "reset_attention_mask",
     "eod_mask_loss",

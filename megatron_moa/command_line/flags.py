@@ -277,6 +277,10 @@ def check_checkpoint_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--moa-keep-last {args.moa_keep_last}: would keep none; give 1 or more")
     if args.moa_keep_last is not None and args.save is None:
         raise UserError(f"--moa-keep-last {args.moa_keep_last}: nothing is saved; add --save FOLDER, or drop the flag")
+    if args.moa_keep_last is not None and "://" in args.save:
+        raise UserError(
+            f"--moa-keep-last {args.moa_keep_last}: deletes on disks alone, not in --save {args.save}; drop the flag"
+        )
     if args.save is not None and args.save_interval is None:
         # Megatron 0.19.2 has an assertion without a text for it.
         raise UserError(f"--save {args.save}: says where, not when; add --save-interval N, in iterations")

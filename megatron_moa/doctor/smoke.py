@@ -9,6 +9,7 @@ import time
 
 from megatron_moa.doctor.finding import MISSING, OK, Finding
 from megatron_moa.doctor.processes import LAUNCHER_VARIABLES, ROOT, run
+from megatron_moa.megatron_fixes.single_process import TASK_COUNTS
 
 _SMOKE_SECONDS = 600
 
@@ -23,7 +24,7 @@ def smoke() -> Finding:
     if not script.is_file():
         text = f"pretrain_gpt_moa.py is not at {ROOT}"
         return Finding(name, MISSING, text, "install the whole package: pip install -c constraints.txt .")
-    environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    environment = {k: value for k, value in os.environ.items() if k not in (*LAUNCHER_VARIABLES, *TASK_COUNTS)}
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

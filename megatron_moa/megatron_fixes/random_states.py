@@ -13,10 +13,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.megatron_fixes.patching import patch
 
-# In the args of checkpoints that hold every rank's state.
+# In the args of checkpoints: that they hold every rank's state, and whose generators' states those are.
 _MARK = "random_states_of_every_rank"
+_DEVICE = "random_states_device"
 
 _LAYOUT = (
     ("world_size", "processes"),
@@ -73,18 +77,30 @@ _RNG_STATE = patch(
 )
 
 
-def check_saved(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
+def check_saved(
+    args: argparse.Namespace, saved: argparse.Namespace | None, checkpoint: Checkpoint | None = None
+) -> None:
     """Decides whether the random number states of the checkpoint to load can be restored.
 
-    ``saved`` are the args that checkpoint was saved with. A state belongs to one split. If the states cannot be
-    restored, says so and sets ``args.no_load_rng``. Also marks the run's args, for the checkpoints that the run will
-    save.
+    ``saved`` are the args that checkpoint was saved with. A state belongs to one split and one kind of device. If the
+    states cannot be restored, says so and sets ``args.no_load_rng``. Also marks the run's args, for the checkpoints
+    that the run will save.
     """
-    setattr(args, _MARK, True)
-    if saved is None or args.no_load_rng or args.finetune or not (differ_by_rank(args) or differ_by_rank(saved)):
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    setattr(args, _DEVICE, device)
+    if (args.ckpt_convert_format or args.ckpt_format) == "torch_dist":
+        setattr(args, _MARK, True)
+    if saved is None or args.no_load_rng or args.finetune or getattr(saved, "no_save_rng", False):
         return
+    if checkpoint is not None and (checkpoint.flag != "--load" or checkpoint.iteration is None):
+        return  # Megatron starts with the weights alone
     reason = None
-    if not hasattr(saved, _MARK):
+    saved_device = getattr(saved, _DEVICE, device)  # None of an older version
+    if saved_device != device:
+        reason = f"saved on a {saved_device}, loaded on a {device}"
+    elif not (differ_by_rank(args) or differ_by_rank(saved)):
+        return
+    elif not hasattr(saved, _MARK):
         reason = "it holds one state for all expert-parallel ranks, as Megatron saves it"
     else:
         theirs = _layout(saved)

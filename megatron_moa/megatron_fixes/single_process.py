@@ -7,6 +7,25 @@ import socket
 
 from megatron_moa.errors import UserError
 
+TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # srun's, Open MPI's, MPICH's and Intel's
+
+
+def check_started_once() -> None:
+    """Refuses one of several trainings that a launcher has started, each for itself.
+
+    Raises:
+        UserError: a launcher says that it started several processes, and RANK is not set.
+    """
+    if "RANK" in os.environ:
+        return
+    for name in TASK_COUNTS:
+        count = os.environ.get(name, "1")
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(
+                f"{name} is {count} but RANK is not set: {count} trainings that know nothing of each other; start one "
+                "launcher a node, as in srun --ntasks-per-node=1 python -m megatron_moa.launch ... (docs/slurm.md)"
+            )
+
 
 def single_process_environment() -> None:
     """Sets the variables that torchrun would set, so that ``python script.py`` runs as one process.

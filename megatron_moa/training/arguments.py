@@ -62,6 +62,7 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
 
 # Of another class, and taken from the checkpoint all the same: an export writes it as initializer_range.
 _ALSO_RESTORED = ("init_method_std",)
+_RESTORED = {*megatron_flags.FUNCTION, *_ALSO_RESTORED}
 
 
 def _restore_megatrons(args: argparse.Namespace, saved: argparse.Namespace) -> None:
@@ -131,7 +132,7 @@ def parse_arguments(
     args.moa_experts_share_parameters = True  # so that does, see optimizer_resharding
     if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from; has no flag
         args.moa_end_tokens = saved.moa_end_tokens
-    random_states.check_saved(args, saved)
+    random_states.check_saved(args, saved, checkpoint)
     if as_global:
         make_global(args)
     return args, mixture
@@ -227,9 +228,14 @@ def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argpa
     if saved is None:
         raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
     restore_model_flags(args, saved)
-    grouped = args.moe_grouped_gemm  # how experts are computed, not what: a flag of the run
+    defaults = parser_defaults()
+    given = {  # Megatron takes some of these from the checkpoint whatever the command line says
+        name: value
+        for name, value in vars(args).items()
+        if name not in _RESTORED and name in defaults and not megatron_flags.same(name, value, defaults[name])
+    }
     load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
-    args.moe_grouped_gemm = args.moe_grouped_gemm or grouped
+    vars(args).update(given, spec=given.get("spec"))  # Megatron's own script builds its layers by a --spec
     if args.tokenizer_type is None:  # where only the tokenizer's file is the run's own, because it has moved
         args.tokenizer_type = getattr(saved, "tokenizer_type", None)
 

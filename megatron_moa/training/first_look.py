@@ -16,6 +16,7 @@ from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import add_flags, check_progress_flags, mixture_from_args, our_flags
 from megatron_moa.data.checks import check_data_files
 from megatron_moa.errors import UserError, check_is_folder, fail, one_line_errors
+from megatron_moa.megatron_fixes.single_process import check_started_once
 
 # Settings of Megatron's that the checks below look at, beside ours.
 _SWITCHES = ("swiglu", "squared_relu", "quick_geglu", "use_checkpoint_args", "mock_data", "skip_train")
@@ -59,6 +60,7 @@ def look(program: str, words: Sequence[str]) -> None:
         parser.epilog = _names_of_megatrons_flags()
         parser.parse_args(["--help"])
     with one_line_errors(program):
+        check_started_once()
         megatron_flags.check_words(words, our_flags())
         args = _few_settings(parser, words)
         check_progress_flags(args)
@@ -72,9 +74,9 @@ def _check_folder(args: argparse.Namespace) -> None:
     if not args.load or "://" in args.load:
         return
     folder = Path(args.load)
+    check_is_folder("--load", folder)
     if args.use_checkpoint_args and not args.pretrained_checkpoint and not folder.exists():
         raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
-    check_is_folder("--load", folder)
 
 
 def _few_settings(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -157,7 +157,7 @@ class StopOnNonFinite(RerunStateMachine):
         anywhere = torch.tensor([found is not None], dtype=torch.int32, device=torch.cuda.current_device())
         torch.distributed.all_reduce(anywhere, op=torch.distributed.ReduceOp.MAX)
         if found is not None:
-            report(f"{found}, when iteration {_iteration()} was to be saved: {_CONSEQUENCE}")
+            report(f"{found}, when iteration {_iteration()} was to be saved: {_CONSEQUENCE_OF_UPDATE}")
         if anywhere.item():
             raise SystemExit(EXIT_NOT_FINITE)
 
@@ -221,6 +221,7 @@ class StopOnNonFinite(RerunStateMachine):
 
 
 _CONSEQUENCE = f"nothing was updated or saved with it; exit code {EXIT_NOT_FINITE}"
+_CONSEQUENCE_OF_UPDATE = f"an update made it so, and it is not saved; exit code {EXIT_NOT_FINITE}"
 
 
 def install() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from megatron.core.tokenizers.text.libraries.null_tokenizer import NullTokenizer
 
-from megatron_moa.checkpoints.files import Checkpoint
+from megatron_moa.checkpoints.files import Checkpoint, write_tracker
 from megatron_moa.checkpoints.settings import (
     FORMAT_VERSION,
+    changed_data,
     changed_tokens,
     check_saved_settings,
     check_vocabulary,
@@ -25,6 +26,7 @@ from megatron_moa.layers import coefficients
 from megatron_moa.training import arguments
 from megatron_moa.training.parser import parser_defaults
 from tests.support import launch
+from tests.support.checkpoints import write_checkpoint
 from tests.support.training import ROOT, SWIGLU, TINY, Run, run_script, train
 
 CHECKPOINT = Checkpoint("--load", Path("somewhere"), 40)
@@ -267,6 +269,27 @@ def test_other_tokens_are_refused_and_told_where_a_run_finetunes() -> None:
     (line,) = changed_tokens(run, saved, CHECKPOINT)
     assert "other tokens" in line
     assert not list(changed_tokens(run, argparse.Namespace(), CHECKPOINT))  # saved by an older version
+
+
+def test_another_seed_is_told_as_other_data() -> None:
+    run = namespace(seed=2, finetune=False, skip_train=False)
+    (line,) = changed_data(run, namespace(seed=1), CHECKPOINT)
+    assert line.startswith("--seed 2: the checkpoint was trained with --seed 1 (--load somewhere: iteration 40); ")
+
+
+def test_what_is_typed_wins_where_it_is_not_of_the_function(tmp_path: Path) -> None:
+    """Megatron takes all of these from the checkpoint, whatever the command line says."""
+    typed = {"hidden_dropout": 0.0, "apply_query_key_layer_scaling": True, "moe_single_grouped_weight": True}
+    saved = namespace(attention_dropout=0.3, hidden_dropout=0.3, spec=["megatron_moa.layer_specs", "moa_layer_spec"])
+    vars(saved).update(moa_format_version=FORMAT_VERSION, num_layers=2)
+    write_checkpoint(tmp_path / "iter_0000007", {}, vars(saved))
+    write_tracker(tmp_path, 7)
+    args = argparse.Namespace(**{**parser_defaults(), **typed, "load": str(tmp_path), "use_checkpoint_args": True})
+    arguments._take_saved_settings(args, Checkpoint("--load", tmp_path, 7), saved)
+    assert {name: getattr(args, name) for name in typed} == typed
+    assert args.attention_dropout == 0.3  # was not given
+    assert args.num_layers == 2
+    assert args.spec is None
 
 
 def test_settings_are_shown_as_typed() -> None:

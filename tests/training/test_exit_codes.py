@@ -231,6 +231,7 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     run, codes = run_hurt(tmp_path, poison_update, (), "--save", str(save), "--save-interval", "1")
     assert codes == [17, 17], run.log[-3000:]
     assert "parameter decoder.layers.0.mlp.linear_fc2.weight is not finite, when iteration 1 was to be saved" in run.log
+    assert "an update made it so, and it is not saved; exit code 17" in run.log
     assert not list(save.glob("iter_*"))
 
 

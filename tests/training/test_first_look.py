@@ -79,6 +79,18 @@ def test_a_training_answers_at_once(without_torch: dict[str, str], flags: list[s
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_training_is_not_started_once_for_each_task(without_torch: dict[str, str], name: str) -> None:
+    environment = {key: value for key, value in without_torch.items() if key != "RANK"}
+    for further, asks in (({}, True), ({"RANK": "0"}, False)):  # the latter is a launcher's
+        command = ("pretrain_gpt_moa.py", *TINY, *SWIGLU, "--moa-activations", "swishy")
+        returncode, printed = answer({**environment, name: "8", **further}, *command)
+        assert returncode == 2, printed
+        assert (f"error: {name} is 8 but RANK is not set: " in printed) == asks
+    returncode, printed = answer({**environment, name: "1"}, *command)
+    assert "swishy" in printed
+
+
 def test_help_shows_our_flags_and_names_megatrons(without_torch: dict[str, str]) -> None:
     returncode, printed = answer(without_torch, "pretrain_gpt_moa.py", "--help")
     assert returncode == 0
