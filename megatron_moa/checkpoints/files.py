@@ -318,8 +318,8 @@ def kept_aside(folder: Path) -> Path | None:
 def put_back(folder: Path, kept: Path) -> bool:
     """Puts back what :func:`kept_aside` found.
 
-    What was half written in its place is deleted by a later save. The first rank does, the others wait until it has.
-    They call it before they can talk, and those that come later find the folder complete.
+    What was half written in its place is deleted. The first rank does, the others wait until it has. They call it
+    before they can talk, and those that come later find the folder complete.
 
     Returns:
         Whether this rank did.
@@ -330,6 +330,7 @@ def put_back(folder: Path, kept: Path) -> bool:
         if folder.exists():
             folder.rename(half_written)
         kept.rename(folder)
+        shutil.rmtree(half_written, ignore_errors=True)
         return True
     deadline = time.monotonic() + _PATIENCE
     while kept.exists() and time.monotonic() < deadline:

@@ -372,10 +372,10 @@ def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -
     keys, stored = ({key for key in shapes if not key.endswith(EXTRA_STATE)} for shapes in (here, there))
     reshaped = {key for key in keys & stored if here[key] not in (None, there[key])}
     surplus = {key for key in stored - keys if not key.startswith(_OPTIMIZERS)}
-    if buckets := [key for key in keys if _BUCKET in key]:
-        surplus_buckets = {key for key in stored - keys if _BUCKET in key}
-        if others := {key for key in (keys - stored) | reshaped if _BUCKET in key} | surplus_buckets:
-            raise UserError(_other_buckets(f"{flag} {folder}", len(others), len(buckets), min(others), folder))
+    if any(_BUCKET in key for key in keys):
+        others = {key for key in (keys ^ stored) | reshaped if _BUCKET in key}
+        if others:
+            raise UserError(_other_buckets(f"{flag} {folder}", min(others), folder))
     for differing, what in (
         (keys - stored, "lacks {} that this run has"),
         (surplus, "has {} that this run lacks"),
@@ -402,7 +402,7 @@ _OF_BUCKETS = tuple(
 )
 
 
-def _other_buckets(where: str, others: int, number: int, example: str, folder: str) -> str:
+def _other_buckets(where: str, example: str, folder: str) -> str:
     """What is wrong with an optimizer's buckets that are not those of the run, and why."""
     from megatron.training import get_args
 
@@ -416,9 +416,9 @@ def _other_buckets(where: str, others: int, number: int, example: str, folder: s
     if None not in sizes and sizes[0] != sizes[1]:
         changed.append(f"a data-parallel size of {sizes[0]} there, {sizes[1]} here")
     return (
-        f"{where}: has the optimizer's state in other buckets than this run's {number} ({others} differ, as {example}: "
-        f"{', '.join(changed) or 'other flags of DDP or of the split'}); go on under the settings it was saved with, "
-        "or with --no-load-optim; saved with --dist-ckpt-optim-fully-reshardable, an optimizer's state loads under any"
+        f"{where}: has the optimizer's state in other buckets than this run ({', '.join(changed) or example}); go on "
+        "under the settings it was saved with, or with --no-load-optim; saved with "
+        "--dist-ckpt-optim-fully-reshardable, an optimizer's state loads under any"
     )
 
 

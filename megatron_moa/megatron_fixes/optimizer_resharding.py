@@ -25,6 +25,7 @@ from megatron_moa.checkpoints.settings import loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.patching import patch
+from megatron_moa.megatron_fixes.random_states import splits_experts
 
 _SPLITS = (
     "tensor_model_parallel_size",
@@ -173,7 +174,17 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         saved: those in the checkpoint.
         checkpoint: where they are from, for the message.
     """
-    if not loads_optimizer(args, saved, checkpoint) or not saved.use_distributed_optimizer:
+    if not loads_optimizer(args, saved, checkpoint):
+        return
+    if getattr(saved, "optimizer", "adam") not in ("adam", "sgd") and splits_experts(saved) != splits_experts(args):
+        # As of 0.19.2 experts are parameter groups of their own where they are split: "Cannot merge two lists".
+        sizes = "expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size"
+        there, here = (" ".join(as_typed(name, getattr(some, name)) for name in sizes) for some in (saved, args))
+        raise UserError(
+            f"{checkpoint} has the state of --optimizer {saved.optimizer} for {there}, not {here}: it goes on where "
+            "experts are split otherwise than dense layers, or are not, as before; go on so, or with --no-load-optim"
+        )
+    if not saved.use_distributed_optimizer:
         return
     if getattr(saved, "dist_ckpt_optim_fully_reshardable", False):
         return

@@ -34,11 +34,16 @@ _LAYOUT = (
 
 def differ_by_rank(args: argparse.Namespace) -> bool:
     """Whether data-parallel ranks have states of their own: some split of the experts runs across them."""
-    if not getattr(args, "num_experts", None) or getattr(args, "data_parallel_random_init", False):
-        return False  # with the latter Megatron keeps the data-parallel ranks' states itself
+    # With --data-parallel-random-init Megatron keeps the data-parallel ranks' states itself.
+    return splits_experts(args) and not getattr(args, "data_parallel_random_init", False)
+
+
+def splits_experts(args: argparse.Namespace) -> bool:
+    """Whether experts are split otherwise than dense layers."""
     layout = _layout(args)
-    return layout["--expert-model-parallel-size"] > 1 or (
-        layout["--expert-tensor-parallel-size"] != layout["--tensor-model-parallel-size"]
+    return bool(getattr(args, "num_experts", None)) and (
+        layout["--expert-model-parallel-size"] > 1
+        or layout["--expert-tensor-parallel-size"] != layout["--tensor-model-parallel-size"]
     )
 
 

@@ -52,6 +52,7 @@ _MOA = "--moa-mixing moa --moa-form bi-sided --moa-gate-bias --moa-amplitude lea
 _LA = "--moa-mixing la --moa-form quadratic"
 _MOE = " ".join([*MOE, "--moe-shared-expert-intermediate-size 32"])
 _RESHARDABLE = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
+_MUON = "--optimizer muon --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --bf16"
 full = pytest.mark.full
 
 
@@ -77,6 +78,9 @@ full = pytest.mark.full
         pytest.param(f"{_MOA} {_MOE} {_RESHARDABLE}", EXPERTS, id="moe-moa-distopt", marks=full),
         pytest.param(f"{_LA} {_MOE} {_RESHARDABLE}", EXPERTS_FURTHER, id="moe-la-distopt", marks=full),
         pytest.param(f"{_MOA} {_MOE} --bf16", EXPERTS, id="moe-moa-bf16", marks=full),
+        # Without its state the loss after a step differs by one per cent, five times the tolerance.
+        pytest.param(f"{_LA} {_MUON}", ("dp2", "tp2-sp", "dp2"), id="dense-la-muon", marks=full),
+        pytest.param(f"{_MOA} {_MOE} {_MUON}", ("dp2", "tp2-sp", "pp2", "one"), id="moe-moa-muon", marks=full),
     ],
 )
 def test_tour(tmp_path: Path, flags: str, tour: tuple[str, ...]) -> None:

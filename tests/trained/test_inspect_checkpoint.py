@@ -136,6 +136,25 @@ def test_parameters_by_kind(moe: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert about["mixture"] == "moa, one-sided, silu+relu2, softmax gates with bias and learned amplitude"
 
 
+@pytest.mark.parametrize(
+    ("settings", "key", "expected"),
+    [
+        ({}, "chained_0.optimizer.state.exp_avg.x", "any split that splits experts otherwise than dense layers ("),
+        ({"expert_model_parallel_size": 1}, "chained_0.optimizer.state.exp_avg.x", "any split that splits experts as "),
+        ({"num_experts": None}, "chained_0.optimizer.state.exp_avg.x", "any split (saved"),
+        ({"num_experts": None}, "optimizer.distributed.dp_group_idx_0", "TP 1, PP 1, EP 2, expert TP 1 and any DP ("),
+    ],
+)
+def test_splits_of_muons_state(
+    settings: dict, key: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    muon = {"optimizer": "muon", "use_distributed_optimizer": False, "num_experts": 4}
+    sizes = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size"), 1)
+    sizes |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    folder = write_checkpoint(tmp_path / "muon", {key: numbers(4)}, {**SETTINGS, **muon, **sizes, **settings})
+    assert inspect(capsys, folder)["optimizer"].startswith(f"there, for {expected}")
+
+
 def test_coefficients_are_those_of_the_reference(moe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = inspect(capsys, moe)
     mixture = MixtureConfig("moa", "one-sided", ("silu", "relu2"), gate="softmax", gate_bias=True, amplitude="learned")

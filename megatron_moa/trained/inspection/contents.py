@@ -9,6 +9,7 @@ from megatron_moa.checkpoints.files import (
     read_manifest,
 )
 from megatron_moa.checkpoints.tensors import CheckpointTensors
+from megatron_moa.megatron_fixes.random_states import splits_experts
 from megatron_moa.trained.inspection.coefficients import coefficients
 from megatron_moa.trained.inspection.kinds import KINDS, kind_of
 from megatron_moa.trained.inspection.settings import dtype_name, mixture_of, plain, settings_of
@@ -74,6 +75,10 @@ def optimizer_state(checkpoint: CheckpointTensors, args: argparse.Namespace) -> 
         return "not there"
     sharding = checkpoint.content_metadata.get("distrib_optim_sharding_type")
     split = ", ".join(f"{name} {getattr(args, arg, '?')}" for name, arg in _SPLIT.items())
-    if not getattr(args, "use_distributed_optimizer", False) or sharding == "fully_reshardable":
-        return f"there, for any split (saved under {split})"
+    in_buckets = any("optimizer.distributed." in key for key in checkpoint.tensors)
+    if sharding == "fully_reshardable" or not (getattr(args, "use_distributed_optimizer", False) or in_buckets):
+        limit = ""
+        if getattr(args, "optimizer", "adam") not in ("adam", "sgd") and getattr(args, "num_experts", None):
+            limit = f" that splits experts {'otherwise than' if splits_experts(args) else 'as'} dense layers"
+        return f"there, for any split{limit} (saved under {split})"
     return f"there, for {split.rpartition(', ')[0]} and any DP ({sharding or 'distributed'}; saved under {split})"
