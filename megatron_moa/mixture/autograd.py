@@ -10,13 +10,14 @@ of :class:`Backend`: megatron_moa.mixture.compile_backend or megatron_moa.mixtur
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.config import MixtureConfig, SettingError
 from megatron_moa.mixture.grouped_products import group_of_rows, grouped_sum
 
 _Context = torch.autograd.function.FunctionCtx
@@ -127,7 +128,42 @@ def gated_mixture(
 # its dimensions on the way: each view costs the host, and outside of here a node of autograd's, too.
 
 
-class _Mixture(torch.autograd.Function):
+def unserved(mixture: MixtureConfig) -> SettingError:
+    """The error for what needs plain PyTorch and was asked of a fused backend."""
+    return SettingError(
+        f"--moa-backend {mixture.backend}: the fused functions that it takes here serve no torch.func, no "
+        "torch.jit.trace, no forward-mode and no second derivatives; take --moa-backend eager"
+    )
+
+
+def _once_differentiable(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """As PyTorch's decorator of this name, but every second derivative is refused, and with a remedy.
+
+    It would take the first one's parts for constants. PyTorch's lets it pass where the incoming gradient is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            first = backward(ctx, *grads)
+        if not torch.is_grad_enabled():  # it is with create_graph=True
+            return first
+        error = unserved(ctx.settings[1])
+        refuse = torch._C._functions.DelayedError("; ".join((str(error), *error.__notes__)).encode(), len(first))
+        return refuse(*(None if tensor is None else tensor.detach().requires_grad_() for tensor in first))
+
+    return wrapped
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def jvp(ctx: _Context, *_: Tensor | None) -> NoReturn:
+        raise unserved(ctx.settings[1])
+
+
+class _Mixture(_Fused):
     @staticmethod
     def forward(
         ctx: _Context, backend: Backend, mixture: MixtureConfig, group_ends: Tensor | None, *tensors: Tensor | None
@@ -139,7 +175,7 @@ class _Mixture(torch.autograd.Function):
         return _mix(backend, inputs, mixture, group_ends)
 
     @staticmethod
-    @once_differentiable  # a second derivative would take the first one's parts for constants
+    @_once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, group_ends = ctx.saved_tensors
         backend, mixture = ctx.settings
@@ -148,7 +184,7 @@ class _Mixture(torch.autograd.Function):
         return None, None, None, *grads
 
 
-class _Gate(torch.autograd.Function):
+class _Gate(_Fused):
     @staticmethod
     def forward(ctx: _Context, backend: Backend, mixture: MixtureConfig, *tensors: Tensor | None) -> Tensor:
         inputs = GateInputs(*tensors)
@@ -159,7 +195,7 @@ class _Gate(torch.autograd.Function):
         return coefficients
 
     @staticmethod
-    @once_differentiable  # a second derivative would take the first one's parts for constants
+    @_once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, coefficients = ctx.saved_tensors
         backend, mixture = ctx.settings
@@ -168,7 +204,7 @@ class _Gate(torch.autograd.Function):
         return None, None, *grads, None, None
 
 
-class _GatedMixture(torch.autograd.Function):
+class _GatedMixture(_Fused):
     """Both in one, which spares the host a node of autograd's; saves what both save."""
 
     @staticmethod
@@ -192,7 +228,7 @@ class _GatedMixture(torch.autograd.Function):
         return _mix(backend, inputs, mixture, None), coefficients
 
     @staticmethod
-    @once_differentiable  # a second derivative would take the first one's parts for constants
+    @_once_differentiable
     def backward(ctx: _Context, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 11

@@ -53,10 +53,10 @@ def mixed_activation(
     Raises:
         TypeError: a tensor that is not of floating point.
         ValueError: shapes that do not fit together.
-        UserError: a backend that is not there.
+        UserError: a backend that is not there, or that cannot do what is done with it (torch.func, torch.jit.trace).
     """
-    if _breaks_graph(mixture):
-        return _outside(mixed_activation)(preactivation, coefficients, mixture, bias, per_token_scale, group_ends)
+    if (around := _around(mixture, preactivation)) is not None:
+        return around(mixed_activation)(preactivation, coefficients, mixture, bias, per_token_scale, group_ends)
     inputs = autograd.MixtureInputs(preactivation, coefficients, bias, per_token_scale)
     _check_dtypes(_MIXTURE_TENSORS, inputs)
     _check_shapes(inputs, mixture, group_ends)
@@ -96,10 +96,10 @@ def gate_coefficients(
     Raises:
         TypeError: a tensor that is not of floating point.
         ValueError: shapes that do not fit together.
-        UserError: a backend that is not there.
+        UserError: a backend that is not there, or that cannot do what is done with it (torch.func, torch.jit.trace).
     """
-    if _breaks_graph(mixture):
-        return _outside(gate_coefficients)(x, weight, mixture, bias, amplitude, scale, group_ends)
+    if (around := _around(mixture, x)) is not None:
+        return around(gate_coefficients)(x, weight, mixture, bias, amplitude, scale, group_ends)
     _check_dtypes(_GATE_TENSORS, (x, weight, bias, amplitude, scale))
     inputs = autograd.GateInputs(x, weight, bias, amplitude, scale, group_ends)
     _check_gate(inputs, mixture)
@@ -128,10 +128,10 @@ def gated_mixture(
 
     Raises:
         ValueError: shapes that do not fit together.
-        UserError: a backend that is not there.
+        UserError: a backend that is not there, or that cannot do what is done with it (torch.func, torch.jit.trace).
     """
-    if _breaks_graph(mixture):
-        return _outside(gated_mixture)(preactivation, gate, mixture, bias, per_token_scale)
+    if (around := _around(mixture, preactivation)) is not None:
+        return around(gated_mixture)(preactivation, gate, mixture, bias, per_token_scale)
     if gate.x.shape[:-1] != preactivation.shape[:-1]:
         raise ValueError(
             f"x {tuple(gate.x.shape)}: needs the tokens of preactivation, {[*preactivation.shape[:-1], 'h']}"
@@ -146,22 +146,39 @@ def gated_mixture(
     return autograd.gated_mixture(backend, gate, preactivation, mixture, bias, per_token_scale)
 
 
-# torch.compile and torch.export can trace no backend but the reference, which torch.compile fuses. So where no backend
-# is named that computes a mixture in a graph; one that is named ends the graph and begins another.
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def _breaks_graph(mixture: MixtureConfig) -> bool:
-    if not torch.compiler.is_compiling() or mixture.backend not in ("triton", "compile"):
-        return False
-    if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
-        raise SettingError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
-    return True
+def _around(mixture: MixtureConfig, tensor: Tensor) -> _Decorator | None:
+    """Returns what a public function is to be called inside of, as a decorator; mostly None.
+
+    torch.compile and torch.export can trace no backend but the reference, which torch.compile fuses. So where no
+    backend is named that computes a mixture in a graph; one that is named ends the graph and begins another. And
+    autocast, which would round logits of gates, has no say in it: every backend rounds once, at the end.
+    """
+    if torch.compiler.is_compiling() and mixture.backend in ("triton", "compile"):
+        if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
+            raise SettingError(f"--moa-backend {mixture.backend}: cannot be exported as a graph; take auto or eager")
+        return _outside
+    if torch._C._is_any_autocast_enabled():  # which costs a tenth of asking for a device's
+        device = tensor.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has no autocast
+            return functools.partial(_without_autocast, device)
+    return None
 
 
 @functools.cache
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
     # Not at import: it imports the compiler.
     return torch.compiler.disable(function, reason="a backend is named, which cannot be traced")
+
+
+def _without_autocast(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return call
 
 
 def _fused_backend(mixture: MixtureConfig, tensor: Tensor, weight: Tensor | None = None) -> autograd.Backend | None:
@@ -179,6 +196,9 @@ def _fused_backend(mixture: MixtureConfig, tensor: Tensor, weight: Tensor | None
     check_overwrite(mixture, name)
     if name == "eager" or torch.float64 in (tensor.dtype, tensor.dtype if weight is None else weight.dtype):
         return None
+    # The first is what decides whether an autograd function refuses to be called.
+    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+        raise autograd.unserved(mixture)
     if name == "compile":
         return compile_backend
     return _triton_backend()

@@ -5,14 +5,17 @@ Values are in test_equations.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_moa.errors import UserError
-from megatron_moa.mixture import functional, reference
+from megatron_moa.mixture import autograd, functional, reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
-from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
+from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
 
 # relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
@@ -151,6 +154,41 @@ def test_numbers_that_are_not_of_floating_point_are_refused(dtype: torch.dtype) 
         for name, tensor in inputs.items():
             with pytest.raises(TypeError, match=rf"^{name} of {dtype}: give a tensor of floating point, such as"):
                 function(mixture=mixture, **{**inputs, name: tensor.to(dtype)})
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton", pytest.param("compile", marks=pytest.mark.full)])
+def test_autocast_has_no_say(backend: str) -> None:
+    mixture = MixtureConfig(activations=("silu", "tanh"), gate_bias=True, backend=backend)
+    x, weight, bias, z = (torch.randn(shape) for shape in ((5, 6), (4, 6), (4,), (5, 8)))
+    gate = autograd.GateInputs(x, weight, bias)
+
+    def computed() -> list[Tensor]:
+        coefficients = gate_coefficients(x, weight, mixture, bias)
+        return [coefficients, mixed_activation(z, coefficients, mixture), *gated_mixture(z, gate, mixture)]
+
+    expected = computed()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = computed()
+        assert torch.mm(x, x.t()).dtype == torch.bfloat16  # and goes on afterwards
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("function", [gate_coefficients, mixed_activation])
+def test_autocast_has_no_say_in_a_graph(function: Callable[..., Tensor]) -> None:
+    mixture = MixtureConfig(activations=("silu", "tanh"))
+    inputs = torch.randn(5, 6), torch.randn((4, 6) if function is gate_coefficients else (4,))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled(*inputs, mixture)
+    assert torch.equal(found, function(*inputs, replace(mixture, backend="eager")))
+
+
+def test_a_second_derivative_is_refused_where_the_gradient_that_comes_in_is_a_constant() -> None:
+    mixture = MixtureConfig(form="type1", activations=("silu",), backend="triton")
+    z = torch.randn(3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixed_activation(z, torch.ones(1), mixture).sum(), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives; take --moa-backend eager"):
+        (z.sum() + gradient.square().sum()).backward()
 
 
 def test_backends_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
