@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -57,7 +56,8 @@ class MixtureCoefficients(nn.Module):
         self.weight = parameter(n, hidden_size) if moa else None
         self.bias = parameter(n) if moa and mixture.gate_bias else None
         self.amplitude = parameter(n) if moa and mixture.amplitude == "learned" else None
-        self.register_buffer("scale", torch.empty(1, device=device) if mixture.has_scale else None)
+        scale = torch.empty(1, device=device, dtype=torch.float32) if mixture.has_scale else None
+        self.register_buffer("scale", scale)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -93,26 +93,22 @@ class MixtureCoefficients(nn.Module):
         if self.value is not None:
             # A copy: who shards the parameter may free its memory after this.
             return self.value.to(torch.promote_types(self.value.dtype, torch.float32), copy=True)
-        with _without_autocast(x):
-            inputs = self.gate_inputs(x)
-            return gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
+        inputs = self.gate_inputs(x)
+        return gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
 
 
-def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    # The meta device has no autocast.
-    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+class NormalLinear(nn.Linear):
+    """An nn.Linear that draws its weight from N(0, std²), whoever resets it; its bias starts at 0."""
 
+    def __init__(self, *sizes: int, std: float, **others: Any) -> None:
+        self.std = std  # first: nn.Linear draws
+        super().__init__(*sizes, **others)
 
-class _UndrawnLinear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Leaves the parameters as memory has them."""
-
-
-def _linear(*sizes: int, **where: Any) -> nn.Linear:
-    """A plain nn.Linear whose parameters are still to be filled in."""
-    linear = _UndrawnLinear(*sizes, **where)
-    linear.__class__ = nn.Linear
-    return linear
+        """Fills in the initial values."""
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class MixedFeedForward(nn.Module):
@@ -171,51 +167,55 @@ class MixedFeedForward(nn.Module):
         require(is_dtype, "a dtype of floating point, such as torch.float32", dtype=dtype)
         self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
-        self.init_stds = init_std, output_init_std
-        width = ffn_hidden_size * (2 if mixture.gated else 1)
-        # Nothing is drawn until all are there: else each would be once here, and gates before the others.
+        self.width = ffn_hidden_size * (2 if mixture.gated else 1)  # of fc1's output
         where = {"device": device, "dtype": dtype}
-        self.fc1 = _linear(hidden_size, width, biases[0], **where)
+        self.fc1 = NormalLinear(hidden_size, self.width, biases[0], std=init_std, **where)
         self.coefficients = MixtureCoefficients(hidden_size, mixture, init_std, **where)
-        self.fc2 = _linear(ffn_hidden_size, hidden_size, biases[1], **where)
+        self.fc2 = NormalLinear(ffn_hidden_size, hidden_size, biases[1], std=output_init_std, **where)
         self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
+        self.coefficients.reset_parameters()  # last, as below; fc1 and fc2 have drawn
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws fc1, then fc2, then the gates.
 
         With the same seed all mixtures start from the same linear maps.
         """
-        for linear, std in zip((self.fc1, self.fc2), self.init_stds, strict=True):
-            nn.init.normal_(linear.weight, std=std)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-        self.coefficients.reset_parameters()
+        for part in (self.fc1, self.fc2, self.coefficients):
+            part.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., h] -> [..., h]; ValueError for another width."""
+        """[..., h] -> [..., h].
+
+        Raises:
+            ValueError: x of another width.
+            UserError: fc1 gives a part of its columns, as under PyTorch's tensor parallelism.
+        """
         if x.shape[-1:] != (self.hidden_size,):
             raise ValueError(
                 f"input {list(x.shape)}: the layer's hidden_size is {self.hidden_size}, of the last dimension"
             )
         preactivation = self.fc1(x)  # [..., f], gated [..., 2f]
+        if preactivation.shape[-1] != self.width:
+            raise UserError(
+                f"fc1's output {list(preactivation.shape)}: the mixture needs all {self.width} columns, of which "
+                "PyTorch's tensor parallelism gives a rank a part; take FSDP2 or DDP, or Megatron's layer"
+            )
+        coefficients: Tensor | MixtureCoefficients = self.coefficients
+        # Gate and mixture are one function of autograd's, but where somebody hooks or wraps the coefficients.
+        if type(coefficients) is not MixtureCoefficients or coefficients.weight is None or coefficients.is_watched:
+            coefficients = coefficients(x)
         if self.mixture.recompute and torch.is_grad_enabled():
             # Computes the mixture's output again in backward, where fc2 would keep it.
-            output = checkpoint(self._mix_and_project, preactivation, x, use_reentrant=False)
+            output = checkpoint(self._mix_and_project, preactivation, x, coefficients, use_reentrant=False)
         else:
-            output = self._mix_and_project(preactivation, x)
+            output = self._mix_and_project(preactivation, x, coefficients)
         return self.dropout(output)
 
-    def _mix_and_project(self, preactivation: Tensor, x: Tensor) -> Tensor:
-        # Autocast has no say in the mixture: every backend rounds once, to the preactivation's dtype.
-        with _without_autocast(x):
-            coefficients = self.coefficients
-            # One function of autograd's for both, but where somebody hooks the coefficients to look at them.
-            if coefficients.weight is not None and not coefficients.is_watched:
-                activated, _ = gated_mixture(preactivation, coefficients.gate_inputs(x), self.mixture)
-            else:
-                activated = mixed_activation(preactivation, coefficients(x), self.mixture)
+    def _mix_and_project(self, preactivation: Tensor, x: Tensor, coefficients: Tensor | MixtureCoefficients) -> Tensor:
+        if isinstance(coefficients, Tensor):
+            activated = mixed_activation(preactivation, coefficients, self.mixture)
+        else:
+            activated, _ = gated_mixture(preactivation, coefficients.gate_inputs(x), self.mixture)
         return self.fc2(activated)
 
     def extra_repr(self) -> str:

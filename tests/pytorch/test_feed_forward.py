@@ -170,6 +170,27 @@ def test_parameters_appear_on_the_meta_device_and_elsewhere() -> None:
         assert MixedFeedForward(16, 24).fc1.weight.is_meta
 
 
+def test_parts_that_are_reset_one_by_one_start_as_the_layer_says() -> None:
+    layer = MixedFeedForward(64, 128, bias=True, init_std=0.3, output_init_std=0.01, device="meta").to_empty(
+        device="cpu"
+    )
+    for module in layer.modules():  # as who fills a model that was built on the meta device
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert layer.fc1.weight.std().item() == pytest.approx(0.3, rel=0.05)
+    assert layer.fc2.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not layer.fc1.bias.any()
+
+
+def test_the_start_at_swiglus_scale_is_float32_whatever_the_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = MixedFeedForward(16, 24, MixtureConfig(init_scale="matched"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.coefficients.scale.dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("settings", [{"init_scale": "matched"}, {"kind": "la", "recompute": True}])
 @pytest.mark.parametrize("where", ["meta", "fake"])
@@ -249,6 +270,51 @@ def test_somebody_may_look_at_the_coefficients(backend: str) -> None:
     assert seen.pop() is None
     assert [tuple(coefficients.shape) for coefficients in seen] == [(2, 3, 14)]
     torch.testing.assert_close(seen[0], layer.coefficients(x))
+
+
+class Wrapper(nn.Module):
+    """What parallel modules do to a part: they hold it, and know its parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name) if name == "module" else getattr(self.module, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x).clone()
+
+
+@pytest.mark.parametrize("kind", MIXINGS)
+def test_wrapped_coefficients_are_called(kind: str) -> None:
+    layer, x = MixedFeedForward(16, 24, MixtureConfig(kind, backend="triton")), torch.randn(3, 16)
+    expected, called = layer(x), []
+    layer.coefficients = Wrapper(layer.coefficients)
+    layer.coefficients.module.forward = lambda x, forward=layer.coefficients.module.forward: (
+        called.append(1) or forward(x)
+    )
+    torch.testing.assert_close(layer(x), expected)
+    assert called == [1]
+
+
+def test_coefficients_that_are_looked_at_are_not_computed_again() -> None:
+    layer = MixedFeedForward(16, 24, MixtureConfig(recompute=True, backend="eager"))
+    seen = []
+    layer.coefficients.register_forward_hook(lambda *_: seen.append(1))
+    layer(torch.randn(3, 16)).sum().backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("kind", MIXINGS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_part_of_fc1s_columns_is_refused(form: str, kind: str) -> None:
+    layer = MixedFeedForward(16, 24, MixtureConfig(kind, form, backend="eager"))
+    width = layer.fc1.out_features
+    layer.fc1.weight = nn.Parameter(layer.fc1.weight[: width // 2])  # as ColwiseParallel leaves a rank
+    layer.fc2.weight = nn.Parameter(layer.fc2.weight[:, :12])
+    with pytest.raises(UserError, match=rf"fc1's output \[3, {width // 2}\]: .* all {width} columns.*; take FSDP2"):
+        layer(torch.randn(3, 16))
 
 
 @pytest.mark.parametrize("kind", MIXINGS)
@@ -332,10 +398,36 @@ def test_a_second_derivative_is_refused_or_right(kind: str) -> None:
     x = torch.randn(3, 16, requires_grad=True)
     layer = MixedFeedForward(16, 24, MixtureConfig(kind, "bi-sided", backend="triton"))
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"--moa-backend triton: .* no second derivatives; take --moa-backend eager"):
         gradient.square().sum().backward()
     exact = MixedFeedForward(4, 6, MixtureConfig(kind, "bi-sided", backend="eager")).double()
     assert torch.autograd.gradgradcheck(exact, randn64(2, 4).requires_grad_())
+
+
+@pytest.mark.parametrize("kind", MIXINGS)
+def test_what_needs_plain_pytorch_is_refused_or_right(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 16)
+    # Which torch.jit cannot read where Megatron's stand-ins for CPUs are, and which none of this needs.
+    monkeypatch.setattr(torch.autograd.forward_ad, "_maybe_load_decompositions", lambda: None)
+
+    def in_forward_mode(layer: nn.Module) -> Tensor:
+        with torch.autograd.forward_ad.dual_level():
+            return layer(torch.autograd.forward_ad.make_dual(x, x))
+
+    uses = {
+        "grad": lambda layer: torch.func.grad(lambda x: layer(x).sum())(x),
+        "vmap": lambda layer: torch.vmap(layer)(x),
+        "jvp": lambda layer: torch.func.jvp(layer, (x,), (x,))[0],
+        "forward mode": in_forward_mode,
+        "trace": lambda layer: torch.jit.trace(layer, (x,))(x),
+    }
+    fused, eager = (MixedFeedForward(16, 24, MixtureConfig(kind, backend=backend)) for backend in ("triton", "eager"))
+    for name, use in uses.items():
+        assert use(eager).shape == x.shape, name
+        with pytest.raises(
+            UserError, match=r"--moa-backend triton: .*torch.func.*torch.jit.trace.*; take --moa-backend"
+        ):
+            use(fused)
 
 
 @pytest.mark.usefixtures("megatron")
