@@ -11,8 +11,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from megatron_moa.errors import UserError
-from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.mixture.config import MixtureConfig, SettingError
 from megatron_moa.mixture.reference import gate, mix
 
 _SAMPLES = 1 << 16  # of each random variable; tests/layers/test_init_scale.py holds the result to real layers
@@ -27,12 +26,17 @@ def matching_scale(mixture: MixtureConfig, init_std: float, hidden_size: int) ->
     For type1 that is GELU's mean square. Arguments are as in :func:`output_scale`.
 
     Raises:
-        UserError: one of the two is 0, and no factor makes them equal.
+        SettingError: one of the two is 0, and no factor makes them equal.
     """
     ratio = output_scale(mixture, init_std, hidden_size)
     if not 0 < ratio < math.inf:
-        raise UserError(
-            "--moa-init-scale matched: weights or coefficients start at 0, and so does the layer's output; "
+        cause = (
+            "coefficients start at 0 (--moa-init, --moa-gate tanh with --moa-gate-init-std 0)"
+            if init_std
+            else "fc1's weights start at 0 (init_std, --init-method-std)"
+        )
+        raise SettingError(
+            f"--moa-init-scale matched: {cause}, and so does the layer's output; "
             "start them elsewhere, or take --moa-init-scale paper"
         )
     # The bi-sided form multiplies two coefficients, so each takes half of the correction.

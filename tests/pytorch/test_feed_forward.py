@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_moa import MixedFeedForward
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import reference
-from megatron_moa.mixture.config import BACKENDS, FORMS, GATES, MIXINGS, MixtureConfig
+from megatron_moa.mixture.config import BACKENDS, FORMS, GATES, MIXINGS, MixtureConfig, SettingError
 from megatron_moa.mixture.start_scale import matching_scale
 from tests.support import launch
 from tests.support.layers import build_feed_forward, make_config, randn64
@@ -180,6 +180,19 @@ def test_parts_that_are_reset_one_by_one_start_as_the_layer_says() -> None:
     assert layer.fc1.weight.std().item() == pytest.approx(0.3, rel=0.05)
     assert layer.fc2.weight.std().item() == pytest.approx(0.01, rel=0.05)
     assert not layer.fc1.bias.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "init_std", "cause"),
+    [
+        ({}, 0, r"fc1's weights start at 0 \(init_std, "),
+        ({"kind": "la", "initial_coefficients": 0}, 0.02, r"coefficients start at 0 \(--moa-init, "),
+        ({"gate": "tanh", "gate_init_std": 0}, 0.02, "coefficients start at 0 .*--moa-gate-init-std 0"),
+    ],
+)
+def test_what_starts_at_0_has_no_scale_to_match(settings: dict, init_std: float, cause: str) -> None:
+    with pytest.raises(SettingError, match=f"^--moa-init-scale matched: {cause}"):
+        MixedFeedForward(8, 16, MixtureConfig(**settings, init_scale="matched"), init_std=init_std)
 
 
 def test_the_start_at_swiglus_scale_is_float32_whatever_the_default() -> None:
