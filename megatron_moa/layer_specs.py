@@ -168,6 +168,11 @@ def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) ->
         )
     if getattr(config, "heterogeneous_block_specs", False):
         raise UserError("--heterogeneous-layers-config-path: not supported; drop the flag")
+    if config.num_moe_experts and config.moe_apply_probs_on_input and config.moe_router_topk != 1:
+        raise UserError(  # which Megatron asserts in the first step
+            f"--moe-apply-probs-on-input: needs --moe-router-topk 1, not {config.moe_router_topk}; give that, or drop "
+            "the flag"
+        )
     if (
         config.num_moe_experts
         and config.moe_grouped_gemm

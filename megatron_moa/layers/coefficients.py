@@ -250,7 +250,8 @@ class GateCoefficients(Coefficients):
         if self.amplitude is not None:
             self._fill(self.amplitude, scale)
         elif mixture.has_scale:
-            self.register_buffer("scale", torch.full((self.experts or 1,), scale, device=self.weight.device))
+            start = torch.full((self.experts or 1,), scale, dtype=torch.float32, device=self.weight.device)
+            self.register_buffer("scale", start)
         if self.layout is InputLayout.SEQUENCE_SHARD:
             # Each rank sees its tokens only; Megatron sums the gradients of parameters marked so.
             for parameter in self.parameters():

@@ -117,7 +117,6 @@ class MixedGroupedMLP(TEGroupedMLP):
         """
         hidden_states, per_token_scale = permuted_local_hidden_states, permuted_probs
         if self.config.moe_apply_probs_on_input:
-            assert self.config.moe_router_topk == 1, "Megatron's TEGroupedMLP and SequentialMLP ask for this too"
             hidden_states = (per_token_scale.unsqueeze(-1) * hidden_states).to(hidden_states.dtype)
             per_token_scale = torch.ones_like(per_token_scale)
         group_ends = ends_of_groups(tokens_per_expert, hidden_states.device)

@@ -77,7 +77,10 @@ class TorchNorm:
                 "--apply-layernorm-1p needs Transformer Engine or Apex; leave it out or install one of them"
             )
         if config.memory_efficient_layer_norm:
-            raise UserError("memory_efficient_layer_norm needs Apex; leave it out or install Apex")
+            # For which Megatron has no flag.
+            raise UserError(
+                "TransformerConfig(memory_efficient_layer_norm=True): needs Apex; leave it out, or install Apex"
+            )
         if config.normalization not in _NORMS:
             raise UserError(f"--normalization {config.normalization} is not known: say {' or '.join(_NORMS)}")
         return _NORMS[config.normalization](config, hidden_size, eps)

@@ -233,6 +233,14 @@ def test_settings_that_act_on_the_activation_are_refused(settings: dict, message
 
 
 @pytest.mark.parametrize("mixture", [None, MOA], ids=["none", "moa"])
+@pytest.mark.parametrize("kind", ["moe", "moe grouped"])
+def test_probabilities_of_several_experts_on_the_input_are_refused(kind: str, mixture: MixtureConfig | None) -> None:
+    config = make_config(**KINDS[kind] | {"moe_apply_probs_on_input": True, "moe_router_topk": 2})
+    with pytest.raises(UserError, match=r"^--moe-apply-probs-on-input: needs --moe-router-topk 1, not 2; give that"):
+        layer_spec(config, mixture)
+
+
+@pytest.mark.parametrize("mixture", [None, MOA], ids=["none", "moa"])
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [

@@ -247,7 +247,7 @@ def test_norm_parameters(kind, names, sequence_parallel):
     ("field", "value", "message"),
     [
         ("layernorm_zero_centered_gamma", True, "--apply-layernorm-1p"),
-        ("memory_efficient_layer_norm", True, "memory_efficient_layer_norm"),
+        ("memory_efficient_layer_norm", True, r"^TransformerConfig\(memory_efficient_layer_norm=True\): needs Apex; "),
         ("normalization", "GroupNorm", "--normalization GroupNorm is not known: say LayerNorm or RMSNorm"),
     ],
 )
