@@ -277,7 +277,7 @@ class MixedFeedForward(nn.Module):
         new = cls(hidden_size, ffn_hidden_size, mixture, biases, dropout=layer.dropout, device="meta", dtype=dtype)
         new.to_empty(device=where).coefficients.reset_parameters()
         for linear, old in ((new.fc1, fc1), (new.fc2, fc2)):
-            linear.weight.copy_(old.weight).requires_grad_(old.trains)
+            linear.weight.copy_(old.weight).requires_grad_(old.weight_trains)
             if old.bias is not None:
-                linear.bias.copy_(old.bias).requires_grad_(old.trains)
+                linear.bias.copy_(old.bias).requires_grad_(old.bias_trains)
         return new.train(module.training)

@@ -38,11 +38,12 @@ class NotFeedForwardError(UserError):
 
 
 class Weights(NamedTuple):
-    """A linear layer's weight [out, in], its bias [out] or None, and whether they want gradients."""
+    """A linear layer's weight [out, in], its bias [out] or None, and whether each wants gradients."""
 
     weight: Tensor
     bias: Tensor | None
-    trains: bool
+    weight_trains: bool
+    bias_trains: bool
 
 
 class Reading(NamedTuple):
@@ -74,8 +75,10 @@ class Reading(NamedTuple):
         weight = torch.cat([part.weight for part in parts])
         bias = None
         if any(part.bias is not None for part in parts):
-            bias = torch.cat([w.new_zeros(len(w)) if bias is None else bias for w, bias, _ in parts])
-        return Weights(weight, bias, any(part.trains for part in parts))
+            bias = torch.cat(
+                [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+            )
+        return Weights(weight, bias, any(part.weight_trains for part in parts), any(part.bias_trains for part in parts))
 
     def fc2(self, module: nn.Module) -> Weights:
         """Of [h, f]."""
@@ -124,14 +127,16 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _weights(linear: nn.Module) -> Weights:
     weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.t()
-    trains = any(parameter.requires_grad for parameter in linear.parameters())
-    return Weights(weight.detach(), None if linear.bias is None else linear.bias.detach(), trains)
+    bias = linear.bias
+    if bias is None:
+        return Weights(weight.detach(), None, weight.requires_grad, False)
+    return Weights(weight.detach(), bias.detach(), weight.requires_grad, bias.requires_grad)
 
 
 def _halves(both: Weights) -> tuple[Weights, Weights]:
     weights = both.weight.chunk(2)
     biases = (None, None) if both.bias is None else both.bias.chunk(2)
-    return tuple(Weights(weight, bias, both.trains) for weight, bias in zip(weights, biases, strict=True))
+    return tuple(both._replace(weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True))
 
 
 def readings(module: nn.Module, names: Mapping[str, str | None] | None = None) -> list[Reading]:
@@ -201,7 +206,20 @@ def recognise(
                 f"{', '.join(DEFINITIONS)}; the nearest, {activation}, is off by {error:.1e} of the largest output"
             )
         dropout = _output_dropout(twin.train(), x, output, what)
+    _refuse_half_frozen(module, way, what)
     return Recognised(what, module, way, activation, dropout)
+
+
+def _refuse_half_frozen(module: nn.Module, way: Reading, what: str) -> None:
+    """Raises UserError where gate and up, which fc1 holds both, do not want gradients alike."""
+    for name in ("weight", "bias"):
+        parts = [getattr(module.get_submodule(first), name) for first in way.first]
+        trains = [part.requires_grad for part in parts if part is not None]
+        if len(set(trains)) > 1:
+            raise UserError(
+                f"{what}: the {name} of {way.first[trains.index(False)]} is frozen, that of "
+                f"{way.first[trains.index(True)]} is not, and one parameter becomes of both; freeze both or neither"
+            )
 
 
 def _refuse_what_would_be_lost(module: nn.Module, linears: Mapping[str, nn.Module], what: str) -> None:

@@ -237,3 +237,29 @@ def test_a_layer_that_is_partly_frozen_stays_so() -> None:
     assert new.fc1.bias.requires_grad
     assert not new.fc2.weight.requires_grad
     assert not new.fc2.bias.requires_grad
+    layer[0].weight.requires_grad_(False)
+    layer[2].bias.requires_grad_(True)
+    trains = {
+        name for name, parameter in MixedFeedForward.from_mlp(layer).named_parameters() if parameter.requires_grad
+    }
+    assert {name for name in trains if name.startswith("fc")} == {"fc1.bias", "fc2.bias"}
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_gate_frozen_beside_an_up_that_trains_is_refused(name: str) -> None:
+    layer = Gated(bias=True)
+    layer.a = nn.Linear(16, 24)
+    getattr(layer.a, name).requires_grad_(False)
+    with pytest.raises(UserError, match=rf"the {name} of a is frozen, that of b is not.*; freeze both or neither$"):
+        MixedFeedForward.from_swiglu(layer)
+    layer.b.requires_grad_(False)
+    layer.a.requires_grad_(False)
+    assert not MixedFeedForward.from_swiglu(layer).fc1.bias.requires_grad
+
+
+def test_a_bias_of_one_branch_keeps_its_freeze() -> None:
+    layer = Gated(bias=True)
+    layer.b.bias.requires_grad_(False)
+    new = MixedFeedForward.from_swiglu(layer)
+    assert new.fc1.weight.requires_grad
+    assert not new.fc1.bias.requires_grad
