@@ -248,10 +248,28 @@ def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _compile(function: Callable[..., Any], name: str, form: str) -> Callable[..., Any]:
-    """With a code object of its own, so that functions do not share (and exhaust) one recompile limit."""
-    code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
-    own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
-    return torch.compile(own, fullgraph=True, options=_OPTIONS)
+    """With a code object of its own, so that functions do not share (and exhaust) one recompile limit.
+
+    Beyond the limit it begins anew: the compiler compiles for each of torch's global states (threads, inference mode,
+    deterministic algorithms, ...) and for some strides, of which a long program may see more.
+    """
+
+    def compiled_anew() -> Callable[..., Any]:
+        code = function.__code__.replace(co_name=f"{name}_{form.replace('-', '_')}")
+        own = FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
+        return torch.compile(own, fullgraph=True, options=_OPTIONS)
+
+    compiled = compiled_anew()
+
+    def call(*arguments: Any) -> Any:
+        nonlocal compiled
+        try:
+            return compiled(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            compiled = compiled_anew()
+            return compiled(*arguments)
+
+    return call
 
 
 def gate_forward(inputs: GateInputs, mixture: MixtureConfig) -> Tensor:

@@ -438,6 +438,19 @@ def test_the_compiler_serves_more_kinds_than_its_limit_of_recompilations() -> No
         assert mixed_activation(z, torch.ones(1, device=DEVICE), mixture).sum() == 2 * width
 
 
+def test_the_compiler_serves_more_global_states_than_its_limit_of_recompilations() -> None:
+    mixture = MixtureConfig(kind="la", form="type1", activations=("relu",), backend="compile")
+    z, coefficients = torch.ones(2, 11, device=DEVICE), torch.ones(1, device=DEVICE)
+    threads = torch.get_num_threads()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        try:
+            for number in (1, 2, 1):
+                torch.set_num_threads(number)
+                assert mixed_activation(z, coefficients, mixture).sum() == 22
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_auto_takes_the_kernels_on_gpus() -> None:
     assert resolve_backend("auto", "cuda") == "triton"
     assert resolve_backend("triton", "cpu" if DEVICE == "cpu" else "cuda") == "triton"
