@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_moa.errors import UserError
+from megatron_moa.mixture import config, lowering, reference
 from megatron_moa.mixture.activations import ACTIVATIONS
 from megatron_moa.mixture.autograd import GateInputs
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
@@ -102,13 +103,13 @@ def test_quadratic_sums_in_several_launches(
     for overwrite in (False, True):
         launches.clear()
         mixture = MixtureConfig(form="quadratic", activations=names[:k], overwrite=overwrite, backend="triton")
-        reference = dataclasses.replace(mixture, overwrite=False, backend="eager")
+        eager = dataclasses.replace(mixture, overwrite=False, backend="eager")
         layer = make_layer(mixture, 2, 9, 5, torch.float32)
         wanted = [layer[name] for name in ("z", "scale", "weight")]
         # A copy of z, as fc1's output is one: it may be written over.
         results = [
             torch.autograd.grad(activation_step({**layer, "z": layer["z"] * 1}, which).sum(), wanted)
-            for which in (mixture, reference)
+            for which in (mixture, eager)
         ]
         assert launches == expected
         for actual, right in zip(*results, strict=True):
@@ -429,6 +430,20 @@ def test_gates_of_other_shapes_are_refused_by_every_backend(changed: dict, said:
         gate_coefficients(x, weight, mixture, bias, amplitude, scale, ends)
     with pytest.raises(ValueError, match=said):
         gated_mixture(torch.ones(*x.shape[:-1], 8, device=DEVICE), GateInputs(*tensors, ends), mixture)
+
+
+def test_an_activation_of_a_higher_power_needs_its_definition_and_its_terms_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(config, "ACTIVATION_NAMES", (*config.ACTIVATION_NAMES, "relu5"))
+    monkeypatch.setattr(lowering, "POWERS", (*lowering.POWERS, "relu4", "relu5"))
+    monkeypatch.setitem(ACTIVATIONS, "relu5", {"relu5": 1.0, "relu4": 0.5, "relu": 2.0})
+    monkeypatch.setitem(
+        reference.DEFINITIONS, "relu5", lambda x: x.relu().pow(5) + 0.5 * x.relu().pow(4) + 2 * x.relu()
+    )
+    for form, names in (("type1", ("relu5",)), ("bi-sided", ("relu5", "relu2", "identity"))):
+        mixture = MixtureConfig(form=form, activations=names, backend="triton")
+        kernel_errors.require(kernel_errors.check_mixture(mixture, torch.float32, DEVICE, tokens=3, width=30))
 
 
 def test_the_compiler_serves_more_kinds_than_its_limit_of_recompilations() -> None:

@@ -202,8 +202,9 @@ def polynomial(r, a, TERMS: tl.constexpr, LOWEST: tl.constexpr, DERIVATIVE: tl.c
 
     For DERIVATIVE each summand is multiplied by p - 1.
     """
+    highest: tl.constexpr = TERMS.powers[len(TERMS.powers) - 1]
     total = None
-    for power in tl.static_range(3, LOWEST - 1, -1):
+    for power in tl.static_range(highest, LOWEST - 1, -1):
         if total is not None:
             total *= r
         for index in tl.static_range(len(TERMS.powers)):
@@ -265,6 +266,14 @@ def value_and_derivative(x, a, TERMS: tl.constexpr):
 
 
 @triton.jit
+def times_power(x, r, COUNT: tl.constexpr):
+    """x r^COUNT"""
+    for _ in tl.static_range(COUNT):
+        x *= r
+    return x
+
+
+@triton.jit
 def add_terms(sums, g, x, TERMS: tl.constexpr, FIRST: tl.constexpr):
     """Returns ``sums``, accumulators, with g times each term of x added from FIRST on.
 
@@ -289,10 +298,8 @@ def add_terms(sums, g, x, TERMS: tl.constexpr, FIRST: tl.constexpr):
                 product = gx
             elif TERMS.powers[index - powers] == 1:
                 product = g * r
-            elif TERMS.powers[index - powers] == 2:
-                product = gx * r
             else:
-                product = gx * r * r
+                product = times_power(gx, r, TERMS.powers[index - powers] - 1)
             added = added + (sums[index] + tl.sum(product, axis=1),)
     return added
 
