@@ -30,7 +30,6 @@ Read masked_autoencoder.py (the model), pictures.py (the data), then optimizer a
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -51,7 +50,7 @@ from transformers import ViTMAEForPreTraining
 
 from megatron_moa import MixtureConfig
 from megatron_moa.command_line.numbers import positive, seed
-from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_ending
 from megatron_moa.mixture.config import BACKENDS, MIXINGS
 from megatron_moa.mixture.functional import resolve_backend
 
@@ -324,12 +323,25 @@ def train_rank(
 
 
 def load_model(folder: Path, backend: str = "auto") -> ViTMAEForPreTraining:
-    """The model that a run in this folder saved last, on the CPU."""
-    run = RunFolder(folder)
-    settings = json.loads(run.settings.read_text())
-    mixture = make_mixture(settings["--moa-mixing"], settings["--moa-form"], backend)
-    model = build_model(SIZES[settings["--size"]].shape, mixture, settings["--seed"])
-    model.load_state_dict(run.read_checkpoint()["model"])
+    """The model that a run in this folder saved last, on the CPU.
+
+    Raises:
+        UserError: there is no run or no checkpoint, or they cannot be read.
+    """
+    run = RunFolder(Path(folder))
+    flags = ("--moa-mixing", "--moa-form", "--size", "--seed")
+    mixing, form, size, number = map(run.read_settings(flags).get, flags)
+    checkpoint = run.read_checkpoint()
+    if checkpoint is None:
+        raise UserError(f"--out {folder}: has no checkpoint yet; wait for the run's first")
+    try:
+        model = build_model(SIZES[size].shape, make_mixture(mixing, form, backend), number)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = one_line(error, typed=True)
+        raise UserError(
+            f"--out {folder}: settings.json and checkpoint.pt do not go together ({reason}); name another run's folder"
+        ) from None
     return model
 
 

@@ -9,7 +9,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -60,11 +60,40 @@ class RunFolder:
             if self.path.is_dir() and any(path.suffix != UNFINISHED for path in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: holds what is not this program's; name a new or an empty folder")
             return
-        for flag, before in json.loads(self.settings.read_text()).items():
-            if settings[flag] != before:
+        of_run = self.read_settings(settings)
+        for flag, value in settings.items():
+            if of_run[flag] != value:
                 raise UserError(
-                    f"{flag} {settings[flag]}: the run in {self.path} has {before}; give that, or another --out"
+                    f"{flag} {value}: the run in {self.path} has {of_run[flag]}; give that, or another --out"
                 )
+        if unknown := of_run.keys() - settings.keys():
+            raise UserError(
+                f"--out {self.path}: settings.json is another version's, with {', '.join(sorted(unknown))}; give "
+                "another --out"
+            )
+
+    def read_settings(self, flags: Iterable[str]) -> dict[str, object]:
+        """What a run was started with, by flag.
+
+        Raises:
+            UserError: there is no run, or its settings cannot be read or lack one of ``flags``.
+        """
+        try:
+            settings = json.loads(self.settings.read_text())
+            lacking = [flag for flag in flags if flag not in settings]
+        except FileNotFoundError:
+            raise UserError(f"--out {self.path}: no run is there; name the folder of one") from None
+        except (OSError, ValueError, TypeError) as error:
+            reason = one_line(error, typed=True)
+            raise UserError(
+                f"--out {self.path}: settings.json is damaged ({reason}); restore it, or give another --out"
+            ) from None
+        if lacking or not isinstance(settings, dict):
+            raise UserError(
+                f"--out {self.path}: settings.json is another version's, or damaged, without {', '.join(lacking)}; "
+                "give another --out"
+            )
+        return settings
 
     def begin(self, settings: dict[str, object], step: int) -> None:
         """Makes the folder, or takes from its log what came after a checkpoint's step."""
@@ -74,7 +103,13 @@ class RunFolder:
             raise UserError(f"--out {self.path}: cannot be made ({error.strerror}); name another folder") from None
         write_whole(self.settings, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n"))
         lines = self.losses.read_text().splitlines(keepends=True) if self.losses.is_file() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = one_line(error, typed=True)
+            raise UserError(
+                f"--out {self.path}: losses.jsonl has a damaged line ({reason}); delete the line, or give another --out"
+            ) from None
         write_whole(self.losses, lambda path: path.write_text("".join(kept)))
 
     def read_checkpoint(self) -> dict[str, object] | None:
@@ -82,7 +117,8 @@ class RunFolder:
         if not self.checkpoint.is_file():
             return None
         try:
-            return torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            return {name: state[name] for name in ("step", "model", "optimizer")}
         except Exception as error:
             reason = one_line(error, typed=True)
             raise UserError(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -394,6 +395,53 @@ class TestMistakes:
         line = main_fails(capsys, *FLAGS, *flags.split(), "--out", str(whole_run))
         assert line == message.format(whole_run)
         assert (whole_run / "losses.jsonl").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("settings.json", lambda text: text[:9], "settings.json is damaged (JSONDecodeError: "),
+            (
+                "settings.json",
+                lambda text: text.replace("--moa-form", "--moa-shape"),
+                "settings.json is another version's",
+            ),
+            (
+                "settings.json",
+                lambda text: text.replace("{", '{"--new": 1,'),
+                "settings.json is another version's, with -",
+            ),
+            ("losses.jsonl", lambda text: "{}\n" + text, "losses.jsonl has a damaged line (KeyError: 'step'); delete"),
+            ("checkpoint.pt", None, "checkpoint.pt is damaged (KeyError: "),
+        ],
+    )
+    def test_files_of_a_run_that_are_damaged_or_another_versions(
+        self,
+        name: str,
+        change: Callable[[str], str] | None,
+        message: str,
+        whole_run: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(whole_run, folder)
+        if change is None:
+            torch.save({"model": {}}, folder / name)
+        else:
+            (folder / name).write_text(change((folder / name).read_text()))
+        if name != "checkpoint.pt":
+            (folder / "checkpoint.pt").unlink()  # a run of no further step looks at no losses
+        assert main_fails(capsys, *FLAGS, "--out", str(folder)).startswith(f"--out {folder}: {message}")
+
+    def test_what_no_model_can_be_read_from(self, whole_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=f"^--out {tmp_path}: no run is there; name the folder of one$"):
+            pretrain_mae.load_model(tmp_path)
+        (tmp_path / "settings.json").write_bytes((whole_run / "settings.json").read_bytes())
+        with pytest.raises(UserError, match=r": has no checkpoint yet; wait for the run's first$"):
+            pretrain_mae.load_model(tmp_path)
+        (tmp_path / "settings.json").write_text('{"--size": "tiny"}')
+        with pytest.raises(UserError, match=r"without --moa-mixing, --moa-form, --seed; give another --out$"):
+            pretrain_mae.load_model(tmp_path)
 
     def test_folder_of_something_else(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "thesis.tex").touch()
