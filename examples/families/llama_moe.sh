@@ -1,11 +1,11 @@
 # shellcheck shell=bash disable=SC2034
 # MoE models, the paper's LlamaMoE: as llama.sh, with 32 routed experts, 4 a token, and one shared expert as the feed-forward part.
 # A model's file sets EXPERT_WIDTH too, that of a routed expert; FFN_WIDTH is the shared expert's. FFN=type1 gives routed experts
-# of width h (ours). PARAMETERS are those that a token meets: 100 tokens for each of these, Muon and WSD are the paper's.
+# of width h (ours). PARAMETERS are those that a token meets: about 100 tokens for each of these, Muon and WSD are the paper's.
 #
 # The paper does not say, so ours: each expert has gates of its own; softmax over all 32 before the choice, probabilities not rescaled after it;
-# a balancing loss of 1e-3. A gate on the shared expert, as Qwen-MoE has it, is left out: the paper's sizes are without.
-# Add --moe-shared-expert-gate for it.
+# a balancing loss of 1e-3. A gate on the shared expert, as Qwen-MoE has it, is left out, too: the paper's printed sizes
+# do not show it. Add --moe-shared-expert-gate for it.
 OPTIMIZER=${OPTIMIZER:-muon} SCHEDULE=${SCHEDULE:-wsd} TOKENS_PER_PARAMETER=${TOKENS_PER_PARAMETER:-100}
 # shellcheck source=examples/families/llama.sh
 source "${BASH_SOURCE[0]%/*}/llama.sh"

@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # MoE 1B, a model of the paper: h 1024, 16 heads of 64, 12 layers; 32 experts, 4 a token, of f = int(2h/3) = 682;
 # a shared one of int(8h/3) = 2730.
-# The paper prints 0.38B active parameters; this shape, which gives all its other sizes, has 0.35B.
+# The paper prints 0.38B active parameters; this shape, which gives all its other sizes, has 0.35B, and is trained on 100 tokens for
+# each of these: for 0.38B it would be 38 billion.
 #
 #     python tools/plan.py moe-1b moa --gpus 64 --gpu h100 --mfu 0.25 --brief
 #

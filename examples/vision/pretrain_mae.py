@@ -8,11 +8,12 @@
 
 - The task (MAE, arXiv 2111.06377): a vision transformer sees a quarter of a picture's patches; a small decoder predicts
   the others. The loss is the squared error of the pixels of masked patches, each patch scaled to mean 0 and variance 1.
-- The experiment (MoA, arXiv 2605.26647, section 5.4 and A.4): ViT-B/16, decoder of 8 layers and width 512. The
-  feed-forward layers of encoder and decoder are SwiGLU of width int(8d/3), or a quadratic mixture in their place.
-- Training, the paper's: AdamW, betas 0.9 and 0.999, decay 0.05, warm-up over 40 of 800 epochs, then a cosine.
+- The experiment (MoA, arXiv 2605.26647, section 5.4 and A.4): ViT-B/16, decoder of 8 layers and width 512;
+  feed-forward layers are SwiGLU of width 8d/3, or a quadratic mixture in their place. Ours: the decoder's are, too;
+  8d/3 is rounded down; no biases in them; the mixture's dictionary.
+- Training, the paper's: AdamW, betas 0.9 and 0.999, decay 0.05, warm-up over 40 of 800 epochs.
 - Training, MAE's where the paper is silent: batch 4096, peak rate 1.5e-4 for each 256 of the batch, crops of 20 to
-  100 % of a picture, flips, an end of the cosine at 0, no clipping of gradients.
+  100 % of a picture, flips, a cosine down to 0, no clipping of gradients.
 - Training, ours: sigmoid gates; weights drawn with 0.02; gate vectors decay as other matrices; biases, norms, tokens,
   LA coefficients and all else of one dimension do not. The patches' projection does, as a matrix.
 - Peak rates: the text at hand names no grid for vision. Tune each arm; mixtures bore 1.25 to 2 times the baseline's

@@ -141,13 +141,13 @@ def test_the_readmes_short_form_is_what_the_committed_lines_say() -> None:
     assert "SwiGLU scaled up as much is worse, too." in text
     several = verdicts_on("moa-bi-sided-matched")
     words = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    better, worse, undecided = (words[several.count(verdict)] for verdict in (BETTER, WORSE, UNDECIDED))
-    counts = f"better in {better}, worse in {worse}, and undecided in {undecided}"
-    assert f"of {words[len(several)]} settings, {counts}." in text
+    better, worse = (several.count(verdict) for verdict in (BETTER, WORSE))
+    assert better + worse + several.count(UNDECIDED) == len(several)
+    assert f"it is better in {words[better]} of {words[len(several)]} settings, worse in {words[worse]}." in text
     assert f"writes it from {len(results.lines)} runs" in text
     verdicts = [(claim, judge(results, claim)) for claim in CLAIMS]
     not_run = sum(verdict.word in (UNDECIDED, MIXED) and not verdict.deciding for _, verdict in verdicts)
-    assert f"{tally(verdicts)}, {words[not_run]} of them without a run;" in text
+    assert f"{tally(verdicts)}, {words[not_run]} without a run;" in text
 
 
 def test_what_is_due_to_what(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_rates_at_the_end_and_runs_that_diverged_are_named(tmp_path: Path) -> No
         "bi-sided MoA at 0.016, seed 2" in limits
     )
     assert "Muon, WSD, a MoE" in limits
-    assert "the paper begins at 120M" in limits
+    assert "the paper begins at 42M and 2400M" in limits
 
 
 def test_a_study_of_which_everything_diverged(tmp_path: Path) -> None:
@@ -284,6 +284,10 @@ def test_larger_rates(tmp_path: Path) -> None:
     ]
     assert "is **not decided** for bi-sided MoA: its best rate is 2 times SwiGLU's" in text
     lines.append(line("swiglu", 3.1, rate=0.004))
+    lost = [*lines, line("moa-bi-sided", None, rate=0.016, seed=4)]
+    text = report_of(tmp_path, write(tmp_path / "lost", lost)).split("## Larger learning rates")[1]
+    assert row(text, "bi-sided MoA", "0.016")[5] == "not decided: a run diverged"
+    assert "is **not decided** for bi-sided MoA" in text
     text = report_of(tmp_path, write(tmp_path / "study", lines)).split("## Larger learning rates")[1]
     assert row(text, "SwiGLU", "0.008")[2:4] == ["+0.2033", "not run"]
     cells = row(text, "bi-sided MoA", "0.016")

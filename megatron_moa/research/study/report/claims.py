@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from megatron_moa.research.study.claims import (
     CLAIMS,
+    DENSE,
     Claim,
     Verdict,
     judge,
@@ -18,8 +19,11 @@ from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.words import counted, difference_text, listed, table
 from megatron_moa.research.study.statistics import UNDECIDED
 
-_CURVES = {  # between which of the paper's models a claim of growth goes
-    "6a": ((("dense-0.12b", 20), ("dense-0.25b", 20)), (("moe-0.25b", 100), ("moe-2b", 100))),
+_CURVES = {  # over which of the paper's models a claim of growth goes
+    "6a": (
+        (("dense-0.12b", 20), ("dense-0.25b", 20)),
+        tuple((model, 100) for model in ("moe-0.25b", "moe-0.5b", "moe-0.8b", "moe-1b", "moe-2b")),
+    ),
     "6b": ((("dense-0.12b", 20), ("dense-0.12b", 100)),),
 }
 
@@ -41,6 +45,7 @@ def papers_claims(study: Material) -> Lines:
         rows.append([claim.title, _reported(claim), "the paper's", *_cells(claim, verdict, claim.studies)])
         rows += [[_number(claim), "", "ours", *_cells(claim, own)] for other, own in run if other == claim]
     yield from table(rows)
+    yield f"The {len(CLAIMS)} statements are ours, drawn from the paper's figures."
     yield "The start is the paper's in coefficients and form; gate vectors are drawn with the deviations under"
     yield '"What was run", which are ours where they are not 0.02. A rule gives each verdict. A setting decides'
     yield "where the 95 % interval over paired seeds excludes 0, no rate beyond those tried could turn that round and"
@@ -103,19 +108,23 @@ def pair_title(pair: Pair, with_fixed: bool = False) -> str:
 def _reported(claim: Claim) -> str:
     """Returns the paper's figures, and of which model and where."""
     if _number(claim) == "4":
-        return "best rates {:g} to {:g} times the baseline's".format(*RATES_BORNE)
+        return "peak rates that are borne: {:g} to {:g} times the baseline's".format(*RATES_BORNE)
     if _number(claim) in _CURVES:
-        return "; ".join(_growth(*ends) for ends in _CURVES[_number(claim)])
+        return "; ".join(_growth(models) for models in _CURVES[_number(claim)])
+    text = _figures([pair for part in claim.parts for pair in part], claim.model)
+    return text + (f"; left out, as its figures speak against it: {_figures(claim.left_out)}" if claim.left_out else "")
+
+
+def _figures(pairs: Sequence[Pair], model: str = DENSE) -> str:
     found: dict[str, list[str]] = {}
-    for pair in (pair for part in claim.parts for pair in part):
-        value, where = paper_figure(pair, claim.model)
+    for pair in pairs:
+        value, where = paper_figure(pair, model)
         found.setdefault(where, []).append(f"{pair_title(pair)} {value:+.3f}")
     return "; ".join(f"{listed(texts, '; ')} ({where})" for where, texts in found.items())
 
 
-def _growth(small: tuple[str, int], large: tuple[str, int]) -> str:
-    arms = [arm for arm in CURVES[small] if arm in CURVES[large] and arm != "relu2"]
-    texts = [f"{arm_title(arm)} {CURVES[small][arm]:+.3f} to {CURVES[large][arm]:+.3f}" for arm in arms]
-    tokens = f", {small[1]} to {large[1]} tokens a parameter" if small[1] != large[1] else ""
-    to = f" to {large[0]}" if small[0] != large[0] else ""
-    return f"{listed(texts)} ({small[0]}{to}{tokens}, curves)"
+def _growth(models: Sequence[tuple[str, int]]) -> str:
+    arms = [arm for arm in CURVES[models[0]] if all(arm in CURVES[model] for model in models) and arm != "relu2"]
+    texts = [f"{arm_title(arm)} {listed(f'{CURVES[model][arm]:+.3f}' for model in models)}" for arm in arms]
+    names, tokens = (listed(dict.fromkeys(values)) for values in zip(*models, strict=True))
+    return f"{listed(texts, '; ')} ({names}; {tokens} tokens a parameter; curves)"

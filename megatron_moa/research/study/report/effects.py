@@ -76,11 +76,11 @@ def _comparisons(study: Material) -> Lines:
         for step, _ in several
         if study.results.difference(study.main, step.arm, step.to, strict).verdict in (BETTER, WORSE)
     ]
-    decided = sum(known.decided for _, known in several)
+    decided = sum(known.verdict in (BETTER, WORSE) for _, known in several)
     yield (
         f"**Many comparisons.** {len(several)} intervals are in these tables; of so many, about "
-        f"{(1 - CONFIDENCE) * len(several):.1f} miss the truth by chance. {decided} exclude zero. With intervals "
-        f"widened so that all hold together ({strict:.2%} each, Bonferroni) these still do: "
+        f"{(1 - CONFIDENCE) * len(several):.1f} miss the truth by chance. {decided} exclude zero and "
+        f"decide. With intervals widened so that all hold together ({strict:.2%} each, Bonferroni) these still do: "
         f"{listed(firm, '; ') or 'none'}.\n"
     )
 
@@ -96,6 +96,6 @@ def settings_beside_one_another(study: Material) -> Lines:
         if rows and len(study.results.settings) > 1:
             yield f"### The same steps in every setting, {name}\n"
             yield from table([["setting", *(step.what for step in chain)], *rows])
-            yield "±: half the interval's width; bold: the interval excludes zero; (1): one seed, no interval."
+            yield "±: half the interval's width; bold: decided, the interval excludes zero; (1): one seed, no interval."
             yield "≤, ≥: the best rate of the arm, of what it is compared with, is at the end of what was tried, so"
             yield "that a better one would lower, raise the difference; ?: of both.\n"

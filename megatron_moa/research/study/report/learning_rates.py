@@ -59,7 +59,8 @@ def _lost_beside(study: Material, arm: str) -> Interval | None:
         return None
     # Twice the best rate is twice another one where the best has not been found.
     untuned = any(study.results.may_be_lower(study.main, name) for name in (arm, BASELINE))
-    return replace(Interval.of(pairs), bound=UNKNOWN if untuned else "")
+    diverged = any(study.results.tuned(study.main, name).diverged for name in (arm, BASELINE))
+    return replace(Interval.of(pairs), bound=UNKNOWN if untuned else "", diverged=diverged)
 
 
 def _best_rates(study: Material) -> Lines:
@@ -97,7 +98,7 @@ def _bears_more(study: Material, arm: str) -> Lines:
     if mixed is None or fixed is None or not mine.keys() & theirs.keys():
         return
     known, factor, (least, most) = _lost_beside(study, arm), mixed.rate / fixed.rate, RATES_BORNE
-    if known is None:
+    if known is None or known.diverged:
         claim, how = "not decided", "a run diverged"
     elif known.verdict in (UNTUNED, ONE_SEED):
         claim, how = "not decided", "one seed" if known.verdict == ONE_SEED else "a best rate was not found"
