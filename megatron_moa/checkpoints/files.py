@@ -11,6 +11,7 @@ reading of the files among them, and end the same way on every rank.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -287,7 +288,8 @@ def make_way(folder: Path) -> None:
 
     What a crash left half written is deleted: it must not mix with the new files. A complete one, written again at the
     end of a finished training or after going back to an earlier iteration, is kept beside until the new one is complete
-    (:func:`settle`); where that never happens the next start puts it back (:func:`put_back`).
+    (:func:`settle`). Where that never happens, the next training that loads from the folder above and saves there puts
+    it back as it starts (:func:`put_back`), whichever iteration it loads.
     """
     replaced = folder.with_name(folder.name + _REPLACED)
     if (folder / MANIFEST).is_file():
@@ -315,6 +317,14 @@ def kept_aside(folder: Path) -> Path | None:
     return replaced if manifest is not None else None
 
 
+def all_kept_aside(root: Path) -> dict[int, Path]:
+    """What :func:`kept_aside` finds in a folder of checkpoints, by iteration in ascending order."""
+    names = (_FOLDER.fullmatch(path.stem) for path in root.glob(f"iter_*{_REPLACED}"))
+    iterations = sorted(int(name[1]) for name in names if name)
+    kept = {iteration: kept_aside(iteration_folder(root, iteration)) for iteration in iterations}
+    return {iteration: path for iteration, path in kept.items() if path is not None}
+
+
 def put_back(folder: Path, kept: Path) -> bool:
     """Puts back what :func:`kept_aside` found.
 
@@ -323,6 +333,9 @@ def put_back(folder: Path, kept: Path) -> bool:
 
     Returns:
         Whether this rank did.
+
+    Raises:
+        OSError: it cannot be, or the first rank has not for five minutes.
     """
     if os.environ.get("RANK", "0") == "0":
         half_written = folder.with_name(folder.name + _DELETED)
@@ -333,7 +346,9 @@ def put_back(folder: Path, kept: Path) -> bool:
         shutil.rmtree(half_written, ignore_errors=True)
         return True
     deadline = time.monotonic() + _PATIENCE
-    while kept.exists() and time.monotonic() < deadline:
+    while kept.exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(errno.ETIMEDOUT, "the first rank has not put it back")
         time.sleep(0.1)
     return False
 

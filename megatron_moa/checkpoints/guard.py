@@ -19,6 +19,7 @@ from megatron_moa.checkpoints.files import (
     TRACKER,
     Checkpoint,
     DamagedCheckpoint,
+    all_kept_aside,
     check_files,
     check_writable,
     find_damage,
@@ -56,7 +57,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 
     With None training starts at the beginning. A folder that is named and holds none is refused, unless it is also the
     one to save to. With ``--moa-load-last-complete`` a lost or unreadable ``latest_checkpointed_iteration.txt`` is
-    written anew. A whole checkpoint that was being written again is put back where the run saves there, too.
+    written anew. Whole checkpoints that were being written again are put back first where the run saves there, too.
 
     Raises:
         UserError: it is named wrongly, or cannot be told.
@@ -65,13 +66,17 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     local = [(flag, Path(folder)) for flag, folder in folders if folder is not None and "://" not in folder]
     for flag, root in local:
         check_is_folder(flag, root)
+        if _saves_to(args, root):
+            _put_back(flag, root)
     checkpoint = next(filter(None, (_latest(args, flag, root) for flag, root in local)), None)
     checkpoint = _newer_non_persistent(args, checkpoint) or checkpoint
     if checkpoint is None:
         if args.non_persistent_ckpt_type is None:
             _check_start(args, local)
         return None
-    _take_kept(args, checkpoint)
+    kept = kept_aside(checkpoint.path)
+    if kept is not None:
+        raise _being_written_again(checkpoint, kept)
     if not checkpoint.path.is_dir():
         there = ", ".join(map(str, saved_iterations(checkpoint.root))) or "none"
         named = f"--ckpt-step {args.ckpt_step}" if args.ckpt_step else TRACKER
@@ -79,25 +84,23 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     return checkpoint
 
 
-def _take_kept(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint back that was being written again when its training was ended.
+def _put_back(flag: str, root: Path) -> None:
+    """Puts back all checkpoints that were being written again when their training was ended."""
+    for iteration, kept in all_kept_aside(root).items():
+        checkpoint = Checkpoint(flag, root, iteration)
+        try:
+            if put_back(checkpoint.path, kept):
+                notice(f"WARNING: {checkpoint} was not written again to its end; what it was is put back")
+        except OSError as error:
+            raise UserError(f"{checkpoint}: cannot be put back from {kept} ({error.strerror}); move it there") from None
 
-    Raises:
-        UserError: the run does not save there, so another one may be writing it now.
-    """
-    kept = kept_aside(checkpoint.path)
-    if kept is None:
-        return
-    if not _saves_to(args, checkpoint.root):
-        raise UserError(
-            f"{checkpoint} was being written again, and what it was is {kept}; wait for its training, or if that has "
-            f"ended: rm -rf {checkpoint.path} && mv {kept} {checkpoint.path}"
-        )
-    try:
-        if put_back(checkpoint.path, kept):
-            notice(f"WARNING: {checkpoint} was not written again to its end; what it was is put back")
-    except OSError as error:
-        raise UserError(f"{checkpoint}: cannot be put back from {kept} ({error.strerror}); move it there") from None
+
+def _being_written_again(checkpoint: Checkpoint, kept: Path) -> UserError:
+    """Why a run does not take what another one, which saves there, may be replacing now."""
+    return UserError(
+        f"{checkpoint} was being written again, and what it was is {kept}; wait for its training, or if that has "
+        f"ended: rm -rf {checkpoint.path} && mv {kept} {checkpoint.path}"
+    )
 
 
 def _saves_to(args: argparse.Namespace, root: Path) -> bool:
@@ -121,17 +124,20 @@ def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> N
 def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | None:
     """What Megatron would load of a folder, None for nothing."""
     complete = saved_iterations(root)
+    kept = all_kept_aside(root)
     try:
         latest = read_tracker(root)
         return Checkpoint(flag, root, args.ckpt_step if args.ckpt_step and latest is not None else latest)
     except FileNotFoundError:
         if args.ckpt_step and flag == "--load":  # Megatron then needs no tracker
             return Checkpoint(flag, root, args.ckpt_step)
-        if not complete:
+        if not complete and not kept:
             return None
         problem = f"{TRACKER} is missing"
     except DamagedCheckpoint as error:
         problem = str(error)
+    if kept and max(kept) > max(complete, default=0):
+        raise _being_written_again(Checkpoint(flag, root, max(kept)), kept[max(kept)])
     if not complete:
         raise UserError(f"{flag} {root}: {problem}; write the iteration to load into it")
     if not args.moa_load_last_complete:

@@ -258,7 +258,7 @@ class Saver:
             complete = saved_iterations(self.root)
             before = "there is none before it"
             if iteration is not None and kept_aside(iteration_folder(self.root, iteration)):
-                before = "what was there before is kept, and put back as the next run starts"
+                before = "what was there before is kept, and put back as the next run with --load there starts"
             elif complete:
                 before = f"the last complete one, iteration {complete[-1]}, is untouched"
             free = _megabytes(shutil.disk_usage(self.root).free)

@@ -204,6 +204,37 @@ def test_what_was_to_be_replaced_is_put_back(
     assert not capsys.readouterr().out
 
 
+def test_every_iteration_is_put_back_whichever_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    folder = written_again(tmp_path, "half written")
+    for iteration in (5, 20):
+        newest = make_checkpoint(tmp_path, iteration)
+    write_tracker(tmp_path, 20)
+    assert find_checkpoint(searching(tmp_path)) == Checkpoint("--load", tmp_path, 20)  # another's 10 is left alone
+    assert not (folder / MANIFEST).exists()
+    found = find_checkpoint(searching(tmp_path, save=str(tmp_path)))
+    assert found == Checkpoint("--load", tmp_path, 20)
+    assert find_damage(folder) is None
+    damage(newest, "cut")
+    assert last_complete_before(found).iteration == 10
+
+
+@pytest.mark.parametrize("tracker", ["missing", "unreadable"])
+def test_what_is_kept_is_found_without_a_tracker(tmp_path: Path, tracker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    written_again(tmp_path, "empty")
+    if tracker == "missing":
+        (tmp_path / TRACKER).unlink()
+    else:
+        (tmp_path / TRACKER).write_text("")
+    with pytest.raises(UserError, match=f"mv {tmp_path}/iter_0000010.replaced"):
+        find_checkpoint(searching(tmp_path))
+    with pytest.raises(UserError, match="the last complete checkpoint is iteration 10: write 10"):
+        find_checkpoint(searching(tmp_path, save=str(tmp_path)))  # and does not begin anew
+    args = searching(tmp_path, save=str(tmp_path), moa_load_last_complete=True)
+    assert find_checkpoint(args) == Checkpoint("--load", tmp_path, 10)
+
+
 def test_other_ranks_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = written_again(tmp_path, "half written")
     kept = kept_aside(folder)
@@ -220,6 +251,14 @@ def test_other_ranks_wait_for_the_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(waits) == 1
     assert find_damage(folder) is None
     assert kept_aside(folder) is None
+
+
+def test_a_first_rank_that_does_not_put_it_back_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written_again(tmp_path, "half written")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(files, "_PATIENCE", -1)
+    with pytest.raises(UserError, match=r"iteration 10: cannot be .*\(the first rank has not put it back\); move it"):
+        find_checkpoint(searching(tmp_path, save=str(tmp_path)))
 
 
 def test_what_is_damaged_itself_is_not_put_back(tmp_path: Path) -> None:
