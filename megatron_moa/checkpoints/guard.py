@@ -378,20 +378,21 @@ def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -
     keys, stored = ({key for key in shapes if not key.endswith(EXTRA_STATE)} for shapes in (here, there))
     reshaped = {key for key in keys & stored if here[key] not in (None, there[key])}
     surplus = {key for key in stored - keys if not key.startswith(_OPTIMIZERS)}
-    if any(_BUCKET in key for key in keys):
-        others = {key for key in (keys ^ stored) | reshaped if _BUCKET in key}
-        if others:
-            raise UserError(_other_buckets(f"{flag} {folder}", min(others), folder))
+    lacking = keys - stored
+    models = {key for key in lacking | surplus | reshaped if not key.startswith(_OPTIMIZERS)}
+    buckets = {key for key in (keys ^ stored) | reshaped if _BUCKET in key}
+    if buckets and not models and all(any(_BUCKET in key for key in some) for some in (keys, stored)):
+        raise UserError(_other_buckets(f"{flag} {folder}", min(buckets), folder))
     for differing, what in (
-        (keys - stored, "lacks {} that this run has"),
+        (lacking, "lacks {} that this run has"),
         (surplus, "has {} that this run lacks"),
         (reshaped, "has {} in other shapes than this run"),
     ):
-        if differing:
-            names = sorted(differing)
+        names = sorted(differing & models if models else differing)  # another model has another optimizer's state
+        if names:
             named = f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
             remedy = SAME_SETTINGS
-            if all(key.startswith(_OPTIMIZERS) for key in differing):
+            if not models:
                 remedy += ", or with --no-load-optim"
             raise UserError(f"{flag} {folder}: the checkpoint {what.format(named)}; {remedy}")
 

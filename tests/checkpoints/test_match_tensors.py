@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,32 @@ def test_other_buckets_of_the_optimizer(
     assert "(no --overlap-grad-reduce there, --overlap-grad-reduce here, a data-parallel size of 2 there, 4" in text
     assert "--no-load-optim; saved with --dist-ckpt-optim-fully-reshardable" in text
     assert "\n" not in text
+
+
+BUCKETS = {BUCKET.format(0): 9}, {BUCKET.format(0): 5, BUCKET.format(1): 4}
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "what"),
+    [
+        ({"weight": 4, "bias": 1}, {"weight": 4}, "lacks 1 tensors (bias)"),
+        ({}, {"weight": 4}, "has 1 tensors (weight) that"),
+        ({"weight": 5}, {"weight": 4}, "has 1 tensors (weight) in other shapes"),
+    ],
+)
+def test_another_model_is_named_before_its_optimizers_buckets(
+    tmp_path: Path, run: argparse.Namespace, here: dict[str, int], there: dict[str, int], what: str
+) -> None:
+    folder = stored(tmp_path, {**there, **BUCKETS[1]})
+    with pytest.raises(UserError, match=re.escape(f"the checkpoint {what}")) as error:
+        match_tensors(asked({**here, **BUCKETS[0]}), folder)
+    assert str(error.value).endswith("saved with")  # --no-load-optim is no remedy
+
+
+def test_a_checkpoint_without_buckets_lacks_them(tmp_path: Path, run: argparse.Namespace) -> None:
+    folder = stored(tmp_path, {"weight": 4, "optimizer.state.exp_avg.weight": 4})
+    with pytest.raises(UserError, match=r"lacks 1 tensors \(optimizer.distributed.*, or with --no-load-optim"):
+        match_tensors(asked({"weight": 4, **BUCKETS[0]}), folder)
 
 
 @pytest.mark.parametrize(
