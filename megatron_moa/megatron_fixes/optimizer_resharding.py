@@ -167,7 +167,8 @@ def _saved_group(group: dict, saved: list[dict]) -> dict:
 def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint's optimizer state is in a form for another split.
 
-    This is about a distributed optimizer's state.
+    A distributed optimizer's is, unless it is fully reshardable, and so is any other than Adam's and SGD's of a MoE
+    whose experts have come to be split otherwise than dense layers, or no longer are.
 
     Args:
         args: the run's, validated by Megatron.
@@ -181,8 +182,9 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         sizes = "expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size"
         there, here = (" ".join(as_typed(name, getattr(some, name)) for name in sizes) for some in (saved, args))
         raise UserError(
-            f"{checkpoint} has the state of --optimizer {saved.optimizer} for {there}, not {here}: it goes on where "
-            "experts are split otherwise than dense layers, or are not, as before; go on so, or with --no-load-optim"
+            f"{checkpoint} has the state of --optimizer {saved.optimizer} for {there}, not {here}; it loads only "
+            "where experts are split otherwise than dense layers in both, or in neither; go on under the sizes it was "
+            "saved with, or with --no-load-optim"
         )
     if not saved.use_distributed_optimizer:
         return
