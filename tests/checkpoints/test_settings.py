@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,19 +279,45 @@ def test_another_seed_is_told_as_other_data() -> None:
     assert line.startswith("--seed 2: the checkpoint was trained with --seed 1 (--load somewhere: iteration 40); ")
 
 
-def test_what_is_typed_wins_where_it_is_not_of_the_function(tmp_path: Path) -> None:
-    """Megatron takes all of these from the checkpoint, whatever the command line says."""
-    typed = {"hidden_dropout": 0.0, "apply_query_key_layer_scaling": True, "moe_single_grouped_weight": True}
+@pytest.fixture
+def take(tmp_path: Path) -> Callable[..., argparse.Namespace]:
+    """Returns a run's settings beside those of a checkpoint that --use-checkpoint-args takes."""
     saved = namespace(attention_dropout=0.3, hidden_dropout=0.3, spec=["megatron_moa.layer_specs", "moa_layer_spec"])
-    vars(saved).update(moa_format_version=FORMAT_VERSION, num_layers=2)
+    vars(saved).update(moa_format_version=FORMAT_VERSION, num_layers=2, tensor_model_parallel_size=2)
     write_checkpoint(tmp_path / "iter_0000007", {}, vars(saved))
     write_tracker(tmp_path, 7)
-    args = argparse.Namespace(**{**parser_defaults(), **typed, "load": str(tmp_path), "use_checkpoint_args": True})
-    arguments._take_saved_settings(args, Checkpoint("--load", tmp_path, 7), saved)
+
+    def call(**typed: object) -> argparse.Namespace:
+        args = argparse.Namespace(**{**parser_defaults(), **typed, "load": str(tmp_path), "use_checkpoint_args": True})
+        arguments._take_saved_settings(args, Checkpoint("--load", tmp_path, 7), saved)
+        return args
+
+    return call
+
+
+def test_what_is_typed_wins_where_it_is_not_of_the_function(take: Callable[..., argparse.Namespace]) -> None:
+    """Megatron takes all of these from the checkpoint, whatever the command line says."""
+    typed = {"hidden_dropout": 0.0, "apply_query_key_layer_scaling": True, "moe_single_grouped_weight": True}
+    args = take(**typed)
     assert {name: getattr(args, name) for name in typed} == typed
     assert args.attention_dropout == 0.3  # was not given
     assert args.num_layers == 2
     assert args.spec is None
+
+
+@pytest.mark.parametrize("words", [["--hidden-dropout", "0.1"], ["--hidden-dropout=0.1"]])
+def test_what_is_typed_wins_where_it_is_the_default(
+    words: list[str], take: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", *words])
+    args = take()
+    assert (args.hidden_dropout, args.attention_dropout) == (0.1, 0.3)
+
+
+def test_a_split_is_the_checkpoints_where_that_is_asked_for(take: Callable[..., argparse.Namespace]) -> None:
+    assert take(tensor_model_parallel_size=4).tensor_model_parallel_size == 4
+    asked = take(tensor_model_parallel_size=4, use_mp_args_from_checkpoint_args=True)
+    assert asked.tensor_model_parallel_size == 2
 
 
 def test_settings_are_shown_as_typed() -> None:

@@ -74,7 +74,7 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     index = Metadata({COMMON.fqn: BytesStorageMetadata()}, storage_data={})
-    common = {"args": argparse.Namespace(**settings), "iteration": iteration}
+    common = {"args": argparse.Namespace(**settings), "iteration": iteration, "checkpoint_version": 3.0}
     index.storage_data[COMMON] = append(folder, archive([common]))
     for key, tensor in tensors.items():
         chunks, start = [], 0
