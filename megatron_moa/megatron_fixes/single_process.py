@@ -23,7 +23,8 @@ def check_started_once() -> None:
         if count.isdecimal() and int(count) > 1:
             raise UserError(
                 f"{name} is {count} but RANK is not set: {count} trainings that know nothing of each other; start one "
-                "launcher a node, as in srun --ntasks-per-node=1 python -m megatron_moa.launch ... (docs/slurm.md)"
+                "launcher a node, as in srun --ntasks-per-node=1 python -m megatron_moa.launch ... (docs/slurm.md), or "
+                f"for trainings of their own unset {name}"
             )
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.single_process import TASK_COUNTS
 from megatron_moa.mixture.start_scale import matching_scale, output_scale
 from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.research.study.corpora import make_corpus
@@ -559,6 +560,14 @@ def test_how_long_is_left_is_told_from_runs_of_the_same_size_and_else_from_flops
     runner = Runner(study, tmp_path, 1, 1)
     assert [round(runner._seconds(cell)) for cell in others] == [60 if cell.tokens == 1e5 else 240 for cell in others]
     assert runner._progress(others) == "1 of 8 runs, about 19 min left"
+
+
+def test_a_run_is_no_task_of_the_launcher_that_started_the_study(tmp_path, monkeypatch):
+    for name in TASK_COUNTS:
+        monkeypatch.setenv(name, "8")
+    environment = Runner(study_of(STUDY, tmp_path), tmp_path, 1, 1)._environment()
+    assert not environment.keys() & set(TASK_COUNTS)
+    assert environment["PATH"] == os.environ["PATH"]
 
 
 def test_results_of_other_settings_are_refused(tmp_path):

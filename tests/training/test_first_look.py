@@ -87,6 +87,7 @@ def test_a_training_is_not_started_once_for_each_task(without_torch: dict[str, s
         returncode, printed = answer({**environment, name: "8", **further}, *command)
         assert returncode == 2, printed
         assert (f"error: {name} is 8 but RANK is not set: " in printed) == asks
+        assert (f"for trainings of their own unset {name}\n" in printed) == asks
     returncode, printed = answer({**environment, name: "1"}, *command)
     assert "swishy" in printed
 

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from megatron_moa.checkpoints.files import TRACKER
 from megatron_moa.command_line.processes import end_processes, end_with_parent, start_process
 from megatron_moa.errors import UserError
+from megatron_moa.megatron_fixes.single_process import TASK_COUNTS
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.corpora import Corpus, make_corpus
 from megatron_moa.research.study.grid import Cell, Study, cell_from, cell_values, pending
@@ -292,7 +293,8 @@ class Runner:
         gpus = visible_gpus()
         if gpus:
             own["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-        return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **own}
+        inherited = {name: value for name, value in os.environ.items() if name not in TASK_COUNTS}  # this task's alone
+        return {"OMP_WAIT_POLICY": "PASSIVE", **inherited, **own}
 
     def _measure(self) -> None:
         """Times the steps of all arms of every size and optimizer that have not been timed."""
