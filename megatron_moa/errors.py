@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +24,11 @@ class UserError(ValueError):
 def check_is_folder(flag: str, path: Path) -> None:
     """Raises UserError for a path that is there and is no folder, or one that may not be entered."""
     try:
-        if not path.exists():
-            return
-        if not path.is_dir():
+        if not stat.S_ISDIR(os.stat(path).st_mode):
             raise UserError(f"{flag} {path}: not a folder; name the folder that --save wrote to")
         os.stat(os.path.join(path, "."))
+    except (FileNotFoundError, NotADirectoryError):
+        return
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror}); give a folder you may read") from None
 

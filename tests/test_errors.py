@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, check_is_folder, one_line_errors
 from tests.support.training import ROOT
 
 TALKS = """
@@ -37,6 +38,22 @@ def test_a_mistake_is_one_line_whatever_a_file_is_called(
     with pytest.raises(SystemExit):
         OneLineParser("tool").parse_args([name])
     assert capsys.readouterr().err == f"tool: error: unrecognized arguments: {shown}; see tool --help\n"
+
+
+def test_a_folder_is_not_there_or_may_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file := tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "new", file / "below"):
+        check_is_folder("--load", path)
+    with pytest.raises(UserError, match=f"--load {file}: not a folder"):
+        check_is_folder("--load", file)
+
+    def refuse(*args: object, **others: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(Path, "exists", lambda path: False)  # from Python 3.14 on it is
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); give a folder you may read"):
+        check_is_folder("--load", tmp_path)
 
 
 @pytest.mark.parametrize("code", [0, 1])
