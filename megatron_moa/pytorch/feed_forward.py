@@ -167,9 +167,9 @@ class MixedFeedForward(nn.Module):
         require(is_dtype, "a dtype of floating point, such as torch.float32", dtype=dtype)
         self.hidden_size = hidden_size
         self.mixture = mixture = MixtureConfig() if mixture is None else mixture
-        self.width = ffn_hidden_size * (2 if mixture.gated else 1)  # of fc1's output
         where = {"device": device, "dtype": dtype}
-        self.fc1 = NormalLinear(hidden_size, self.width, biases[0], std=init_std, **where)
+        width = ffn_hidden_size * (2 if mixture.gated else 1)
+        self.fc1 = NormalLinear(hidden_size, width, biases[0], std=init_std, **where)
         self.coefficients = MixtureCoefficients(hidden_size, mixture, init_std, **where)
         self.fc2 = NormalLinear(ffn_hidden_size, hidden_size, biases[1], std=output_init_std, **where)
         self.dropout = nn.Dropout(dropout)
@@ -195,9 +195,10 @@ class MixedFeedForward(nn.Module):
                 f"input {list(x.shape)}: the layer's hidden_size is {self.hidden_size}, of the last dimension"
             )
         preactivation = self.fc1(x)  # [..., f], gated [..., 2f]
-        if preactivation.shape[-1] != self.width:
+        width = self.fc1.out_features  # the whole layer's, on each rank
+        if preactivation.shape[-1] != width:
             raise UserError(
-                f"fc1's output {list(preactivation.shape)}: the mixture needs all {self.width} columns, of which "
+                f"fc1's output {list(preactivation.shape)}: the mixture needs all {width} columns, of which "
                 "PyTorch's tensor parallelism gives a rank a part; take FSDP2 or DDP, or Megatron's layer"
             )
         coefficients: Tensor | MixtureCoefficients = self.coefficients

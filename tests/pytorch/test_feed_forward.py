@@ -330,6 +330,13 @@ def test_a_part_of_fc1s_columns_is_refused(form: str, kind: str) -> None:
         layer(torch.randn(3, 16))
 
 
+def test_a_whole_layer_of_before_still_computes() -> None:
+    layer, x = MixedFeedForward(16, 24, MixtureConfig(backend="eager")), torch.randn(3, 16)
+    expected = layer(x)
+    vars(layer).pop("width", None)  # as one that was pickled when it had none
+    assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("kind", MIXINGS)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_autocast_leaves_gates_in_float32(backend: str, kind: str) -> None:
