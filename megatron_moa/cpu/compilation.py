@@ -57,5 +57,5 @@ FUSER = wrapped(
     "megatron.core.jit.jit_fuser",
     _no_fuser,
     "it is torch.compile, which takes long on a CPU; all functions that it has decorated get their originals back",
-    elsewhere=_originals_of_fused,
+    also_sets=_originals_of_fused,
 )

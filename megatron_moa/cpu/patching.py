@@ -13,7 +13,7 @@ def wrapped(
     path: str,
     wrapper: Callable[[Any], Any],
     why: str,
-    elsewhere: Callable[[], Iterable[tuple[Any, str, Any]]] = tuple,
+    also_sets: Callable[[], Iterable[tuple[Any, str, Any]]] = tuple,
 ) -> Patch:
     """Registers a change whose replacement calls the original; arguments are those of ``patch``."""
     return patch(
@@ -23,7 +23,7 @@ def wrapped(
         version="0.19.2",
         remove_when="Megatron runs without CUDA",
         where=NO_GPU,
-        elsewhere=elsewhere,
+        also_sets=also_sets,
     )
 
 

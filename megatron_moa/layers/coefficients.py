@@ -74,7 +74,13 @@ class InputLayout(enum.Enum):
 
 
 class Preactivation(NamedTuple):
-    """What coefficients mix: fc1's output and its companions, as in functional.mixed_activation."""
+    """What coefficients mix: fc1's output and its companions, as in functional.mixed_activation.
+
+    Attributes:
+        z: fc1's output, [..., f] for type1, else [..., 2f].
+        bias: [f] or [2f], or None.
+        per_token_scale: [...], or None.
+    """
 
     z: Tensor
     bias: Tensor | None = None
@@ -161,7 +167,7 @@ class Coefficients(torch.nn.Module):
         values = torch.tensor(list(self.mixture.start_values()), dtype=torch.float32, device=parameter.device)
         parameter.copy_((values * scale).repeat(self.experts or 1))
 
-    def _summed_over_ranks(self, tensor: Tensor) -> Tensor:
+    def _with_summed_gradient(self, tensor: Tensor) -> Tensor:
         """Returns the tensor itself; backward sums the gradient over the tensor-parallel ranks.
 
         Costs nothing for one rank.
@@ -220,7 +226,7 @@ class FreeCoefficients(Coefficients):
         del hidden_states
         coefficients = _at_least_float32(self._by_expert(self.value))
         self._observe(coefficients)
-        return self._mixed(self._summed_over_ranks(coefficients), preactivation, group_ends)
+        return self._mixed(self._with_summed_gradient(coefficients), preactivation, group_ends)
 
 
 class GateCoefficients(Coefficients):
@@ -274,7 +280,8 @@ class GateCoefficients(Coefficients):
         coefficients = gate_coefficients(*inputs[:2], self.mixture, *inputs[2:])
         self._observe(coefficients)
         if self.layout is InputLayout.REPLICATED:
-            coefficients = self._summed_over_ranks(coefficients)
+            # Each rank's columns give a part of the coefficients' gradient; backward sums the parts.
+            coefficients = self._with_summed_gradient(coefficients)
         elif self.layout is InputLayout.SEQUENCE_SHARD:
             # [s/p, b, n] -> [s, b, n]; backward reduce-scatters, which completes the partial sums.
             coefficients = gather_from_sequence_parallel_region(
@@ -297,7 +304,7 @@ class GateCoefficients(Coefficients):
 
         The input's gradient must stay partial, and it is the parameter's own gradient that is summed, in float32.
         """
-        return None if parameter is None else self._summed_over_ranks(_at_least_float32(parameter))
+        return None if parameter is None else self._with_summed_gradient(_at_least_float32(parameter))
 
 
 def _at_least_float32(parameter: Tensor) -> Tensor:

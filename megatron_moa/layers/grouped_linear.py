@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 class TorchGroupedLinear(torch.nn.Module):
     """One linear map a local expert, without bias, as one grouped product over tokens sorted by expert.
 
-    State: ``weight0`` ... ``weight{E-1}``, [f, h] each: ``weight`` of Column- and RowParallelLinear.
-    They are slices of one tensor, so the product needs no copy; see :func:`stacked`. The dispatcher communicates, this
-    module does not. The constructor fills in NaN: :func:`draw_expert` draws.
+    State: ``weight0`` ... ``weight{E-1}``, this rank's part of [output_size, input_size] each, as ``weight`` of Column-
+    and RowParallelLinear. They are slices of one tensor, so the product needs no copy; see :func:`stacked`. The
+    dispatcher communicates, this module does not. The constructor fills in NaN: :func:`draw_expert` draws.
 
     Args:
         num_gemms: E, the experts on this rank.
-        input_size: h, over all expert-tensor-parallel ranks.
-        output_size: f, likewise.
+        input_size: the whole, before expert-tensor-parallel ranks share one of the two (``partition_dim``).
+        output_size: likewise.
         config: Megatron's.
         init_method: draws a weight.
         bias, skip_bias_add, is_expert, tp_comm_buffer_name, name: as for Megatron's modules; only experts, no bias.
@@ -125,11 +125,11 @@ class TorchGroupedLinear(torch.nn.Module):
         """x[rows of an expert] @ weight.T, for every expert.
 
         Args:
-            x: [t, h/p], sorted by expert.
+            x: [t, in_features], sorted by expert; in_features and out_features are this rank's.
             tokens_per_expert: E sizes with the sum t; as a tensor on x's device they stay there, and nothing waits.
 
         Returns:
-            [t, f/p], and None for a bias.
+            [t, out_features], and None for a bias.
         """
         return _GroupedLinear.apply(x, ends_of_groups(tokens_per_expert, x.device), *self.weights), None
 
@@ -221,8 +221,8 @@ def draw_expert(experts: TEGroupedMLP, expert: int) -> None:
 def stacked(weights: Sequence[Tensor]) -> Tensor:
     """E matrices [f, h] as one tensor [E, f, h]: a view where they lie at equal distances in one storage.
 
-    So they do as they are made, and in the distributed optimizer's buffer, which pads each to the same size. Elsewhere
-    (after ``.to(dtype)``; where a bucket of the buffer ends between two, with padding) it is a copy.
+    They do in a new module, and in the distributed optimizer's buffer, which pads each to the same size. Otherwise
+    (after ``.to(dtype)``, or where a bucket of the buffer ends between two, with padding) it is a copy.
     """
     first, *others = weights
     if not others:

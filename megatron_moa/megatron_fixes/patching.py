@@ -42,7 +42,7 @@ class Patch:
         version: str,
         remove_when: str,
         where: str,
-        elsewhere: Callable[[], Iterable[tuple[Any, str, Any]]],
+        also_sets: Callable[[], Iterable[tuple[Any, str, Any]]],
     ) -> None:
         self.path = path
         self.wrapper = wrapper
@@ -51,7 +51,7 @@ class Patch:
         self.remove_when = remove_when
         self.where = where
         self.was_installed = False  # ever, in this process
-        self._elsewhere = elsewhere
+        self._also_sets = also_sets
         self._original: Any = None
         self._replacement: Any = None
         self._context: tuple[Any, ...] = ()
@@ -76,12 +76,12 @@ class Patch:
         self._original, self._context = current, context
         self._replacement = self.wrapper(current, *context)
         setattr(owner, name, self._replacement)
-        for other_owner, other_name, value in self._elsewhere():
+        for other_owner, other_name, value in self._also_sets():
             setattr(other_owner, other_name, value)
         self.was_installed = True
 
     def remove(self) -> None:
-        """Puts back what stood there when the change was made."""
+        """Puts back the original at ``path``; what ``also_sets`` set stays."""
         owner, name = self.place()
         setattr(owner, name, self._original)
 
@@ -126,7 +126,7 @@ def patch(
     version: str,
     remove_when: str,
     where: str = ANY_MACHINE,
-    elsewhere: Callable[[], Iterable[tuple[Any, str, Any]]] = tuple,
+    also_sets: Callable[[], Iterable[tuple[Any, str, Any]]] = tuple,
 ) -> Patch:
     """Registers a change, without making it.
 
@@ -137,10 +137,10 @@ def patch(
         why: what is wrong with the original, in a few words.
         version: the Megatron that the change was made for, and tried with.
         remove_when: what must hold for the change to go.
-        where: on which machines, or in which runs, the change is made.
-        elsewhere: gives further places of the same change when it is made: an owner, an attribute, its new value.
+        where: a condition in words: on which machines, or in which runs, the change is made.
+        also_sets: called once the change is made; gives what else to set: an owner, an attribute, its new value.
     """
-    made = Patch(path, wrapper, why, version, remove_when, where, elsewhere)
+    made = Patch(path, wrapper, why, version, remove_when, where, also_sets)
     _PATCHES[path, why] = made
     return made
 

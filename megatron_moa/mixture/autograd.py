@@ -24,14 +24,15 @@ _Context = torch.autograd.function.FunctionCtx
 
 
 class MixtureInputs(NamedTuple):
-    """Holds the tensors that the mixture of ``z + bias`` times ``per_token_scale`` is computed from.
+    """Holds the inputs of ``mix(z + bias) * per_token_scale``.
 
-    Letters are as in docs/mixture.md. Backends get tokens in any dimensions [...], all tensors contiguous, but for z of
-    two dimensions, whose rows may lie at any distance.
+    Sizes f, h and n are as in docs/mixture.md, z is not: here it is all of fc1's output, there W2's half alone.
+    Backends get contiguous tensors of any leading dimensions [...]; only a z of two dimensions may have gaps between
+    its rows.
 
     Attributes:
-        z: [..., f] (type1) or [..., 2f], fc1's output.
-        coefficients: [n] or [..., n], float32.
+        z: fc1's output: y [..., f] for type1, else y and z of docs/mixture.md side by side, [..., 2f].
+        coefficients: [n] or [..., n], float32; [groups, n] until :func:`_for_backend` gives each row its own.
         bias: [f] or [2f], or None.
         per_token_scale: [...], or None.
     """
@@ -139,9 +140,10 @@ def unserved(mixture: MixtureConfig) -> SettingError:
 def _once_differentiable(
     backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., tuple[Tensor | None, ...]]:
-    """As PyTorch's decorator of this name, but every second derivative is refused, and with a remedy.
+    """PyTorch's decorator of this name, but it refuses every second derivative, and names a remedy.
 
-    It would take the first one's parts for constants. PyTorch's lets it pass where the incoming gradient is a constant.
+    ``backward`` runs without autograd, so a second derivative would lack terms. PyTorch's decorator refuses only where
+    the incoming gradient wants a gradient; where that is a constant, a wrong second derivative would pass.
     """
 
     @functools.wraps(backward)
@@ -294,6 +296,7 @@ def _mix_backward(
     )
     if need_coefficients and group_ends is not None:
         grad_coefficients = grouped_sum(grad_coefficients, group_ends)
+    # Backends give no gradient of the bias: it is z's, summed over tokens.
     grad_bias = None
     if need_bias:
         bias = inputs.bias

@@ -67,7 +67,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _two_or_more(rows: Tensor) -> Tensor:
-    """Rows [t, n] or [t]; zeros make two of fewer, as the compiler would specialise to 0 and 1."""
+    """Pads [t, n] or [t] with zeros to two rows: the compiler would specialise to none and one."""
     missing = 2 - len(rows)
     return rows if missing <= 0 else F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing))
 
@@ -157,8 +157,9 @@ class _Evaluated:
     Attributes:
         out: [t, f]
         partials: d out / d z, one [t, f] for each of fc1's halves.
-        terms: d out / d c_i, or of what stands for them before :attr:`raised`: tensors [t, f].
-        raised: from sums of products with ``terms`` those with d out / d c_i, n of them.
+        terms: d out / d a_j, one [t, f] for each a_j that lowering.py makes of the coefficients (of quadratic for each
+            coefficient itself).
+        raised: turns the gradients of the a_j, [t] each, into those of the n coefficients, [t] each.
     """
 
     out: Tensor
@@ -248,7 +249,7 @@ def _dot(weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _compile(function: Callable[..., Any], name: str, form: str) -> Callable[..., Any]:
-    """With a code object of its own, so that functions do not share (and exhaust) one recompile limit.
+    """Compiles a function under a code object of its own, so that it has a recompile limit of its own.
 
     Beyond the limit it begins anew: the compiler compiles for each of torch's global states (threads, inference mode,
     deterministic algorithms, ...) and for some strides, of which a long program may see more.

@@ -295,7 +295,16 @@ class MixtureConfig:
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any], **execution: Any) -> Self:
-        """The mixture of a config.json; arguments and errors as in :meth:`from_args`."""
+        """The mixture that a config.json holds (:meth:`to_json`); settings that it lacks have their defaults.
+
+        Args:
+            settings: by the names of :meth:`to_json`.
+            execution: as in :meth:`from_args`.
+
+        Raises:
+            UserError: an invalid setting.
+            TypeError: an unknown name.
+        """
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
         if "mixing" in given:
             given["kind"] = given.pop("mixing")
@@ -308,7 +317,7 @@ class MixtureConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the form multiplies an activated with a linear branch (Type II), as SwiGLU does."""
+        """Whether fc1's output has two halves, y = W1 x and z = W2 x (Type II), as SwiGLU's has."""
         return self.form != "type1"
 
     @property

@@ -150,11 +150,14 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _around(mixture: MixtureConfig, tensor: Tensor) -> _Decorator | None:
-    """Returns what a public function is to be called inside of, as a decorator; mostly None.
+    """Returns the decorator that a public function must be called under; None in most calls.
 
-    torch.compile and torch.export can trace no backend but the reference, which torch.compile fuses. So where no
-    backend is named that computes a mixture in a graph; one that is named ends the graph and begins another. And
-    autocast, which would round logits of gates, has no say in it: every backend rounds once, at the end.
+    There are two. While torch.compile traces, a backend that is named (triton, compile) ends the graph and runs outside
+    of it; with auto and eager the reference is traced, and torch.compile fuses it. Under autocast the call runs with
+    autocast off: it would round the gates' logits, and backends round once, at the end.
+
+    Raises:
+        SettingError: such a backend in torch.export that is not strict, which cannot leave the graph.
     """
     if torch.compiler.is_compiling() and mixture.backend in ("triton", "compile"):
         if not torch.compiler.is_dynamo_compiling():  # torch.export, not strict, which has no way out of the graph
@@ -211,7 +214,7 @@ def _triton_backend() -> autograd.Backend:
     return backend
 
 
-# Of gated_mixture no dtype is checked, which layers alone call, with what linear layers gave.
+# gated_mixture does not check dtypes: layers alone call it, with the outputs of linear layers.
 _MIXTURE_TENSORS = ("preactivation", "coefficients", "bias", "per_token_scale")
 _GATE_TENSORS = ("x", "weight", "bias", "amplitude", "scale")
 

@@ -132,7 +132,7 @@ def parse_arguments(
         optimizer.check_saved_schedule(args, saved, checkpoint)
         optimizer_resharding.check_saved_split(args, saved, checkpoint)
     args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
-    args.moa_experts_share_parameters = True  # so that does, see optimizer_resharding
+    args.moa_experts_share_parameters = True  # travels, too: optimizer_resharding reads by it how the state is laid out
     if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from; has no flag
         args.moa_end_tokens = saved.moa_end_tokens
     random_states.check_saved(args, saved, checkpoint)

@@ -302,6 +302,6 @@ def test_for_a_time(library: SimpleNamespace) -> None:
 
 
 def test_constants_and_further_places(library: SimpleNamespace) -> None:
-    _patch(constant(abs), elsewhere=lambda: [(library, "other", 4)]).install()
+    _patch(constant(abs), also_sets=lambda: [(library, "other", 4)]).install()
     assert library.double is abs
     assert library.other == 4

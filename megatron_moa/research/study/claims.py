@@ -30,12 +30,12 @@ class Claim:
     """A statement that we draw from the figures of arXiv 2605.26647, in short a claim of it.
 
     Attributes:
-        parts: what it is made of: it is confirmed where a pair of every part is. The paper's arms; ours, which start at
-            the scale of a fixed layer, stand in for them under another verdict.
+        parts: groups of pairs of the paper's arms; one pair of every group must be confirmed. :func:`matched` gives
+            ours, which have a verdict of their own.
         find: what the settings say of a pair.
         studies: files of examples/studies that run it.
         model: of the paper's, which its differences are of.
-        left_out: pairs of the kind of which the paper's own figures do not say it.
+        left_out: pairs of the same kind that are not claimed, since the paper's own figures do not bear them out.
     """
 
     title: str
@@ -52,10 +52,10 @@ class Verdict:
 
     Attributes:
         word: :data:`CONFIRMED`, :data:`CONTRADICTED`, :data:`MIXED` or :data:`UNDECIDED`.
-        deciding: the heaviest finding, where settings disagree one of each side; empty where nothing was run.
-        reasons: how often what left a setting undecided.
+        deciding: the most reliable finding, where they disagree one of each side; empty where nothing was run.
+        reasons: numbers of undecided findings by reason.
         shown, missing: parts that are confirmed, and those without any run, by their first pair.
-        counts: settings that confirm and contradict.
+        counts: numbers of findings that confirm and that contradict.
     """
 
     word: str
@@ -73,12 +73,19 @@ def matched(pair: Pair) -> Pair:
 
 
 def judge(results: Results, claim: Claim, ours: bool = False) -> Verdict:
-    """Decided settings alone decide; where they disagree, or a part has none, nothing is decided."""
+    """Judges a claim by its decided findings.
+
+    It is contradicted if one contradicts and none confirms, :data:`MIXED` if there are both, confirmed if every part
+    has one that confirms and none contradicts, and undecided otherwise.
+
+    Args:
+        ours: judges our arms (:func:`matched`) in place of the paper's.
+    """
     parts = [
         [found for pair in part for found in claim.find(results, matched(pair) if ours else pair)]
         for part in claim.parts
     ]
-    findings = sorted((found for part in parts for found in part), key=lambda found: found.weight)
+    findings = sorted((found for part in parts for found in part), key=lambda found: found.sort_key)
     by_word = {word: [found for found in findings if found.word == word] for word in (CONFIRMED, CONTRADICTED)}
     firsts = [matched(part[0]) if ours else part[0] for part in claim.parts]
     shown = [first for first, part in zip(firsts, parts, strict=True) if any(f.word == CONFIRMED for f in part)]

@@ -64,8 +64,8 @@ class Finding:
     note: str = ""
 
     @property
-    def weight(self) -> tuple[bool, int, float]:
-        """To sort by: at best rates, of more seeds, of a narrower interval."""
+    def sort_key(self) -> tuple[bool, int, float]:
+        """Sorts the most reliable first: at best rates, then of more seeds, then of a narrower interval."""
         if self.known is None:
             return True, 0, math.inf
         return bool(self.known.bound), -self.known.count, self.known.half if self.known.count > 1 else math.inf
@@ -90,7 +90,7 @@ def gains(results: Results, pair: Pair, moe: bool = False) -> Iterator[Finding]:
 
 
 def no_gain(results: Results, pair: Pair) -> Iterator[Finding]:
-    """An interval of smaller gains alone than the paper's least of other forms confirms."""
+    """An interval of nothing but losses and gains below :data:`LEAST_MOE_GAIN` confirms."""
     for found in gains(results, pair, moe=True):
         known = found.known
         beyond = replace(known, **{end: getattr(known, end) + LEAST_MOE_GAIN for end in ("mean", "low", "high")})
@@ -102,7 +102,10 @@ def no_gain(results: Results, pair: Pair) -> Iterator[Finding]:
 
 
 def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
-    """Losing less than the baseline, between the baseline's best rate and up to twice that, confirms."""
+    """Losing less than the baseline by a larger rate than the baseline's best confirms.
+
+    The larger one is the largest that both tried within :data:`RATES_BORNE` times that best rate.
+    """
     least, most = RATES_BORNE
     for setting in results.settings:
         arm, fixed = (results.tuned(setting, name) for name in pair)

@@ -174,12 +174,12 @@ class _Running:
             self.log.read_line(line)
 
     @property
-    def done(self) -> float:
+    def fraction_done(self) -> float:
         """The part of the run that is behind it."""
         return self.log.iterations[-1].iteration / self.log.iterations[-1].total if self.log.iterations else 0.0
 
     def state(self) -> str:
-        return f"{self.cell.arm} {self.cell.size} lr {self.cell.rate:g} {self.done:.0%}"
+        return f"{self.cell.arm} {self.cell.size} lr {self.cell.rate:g} {self.fraction_done:.0%}"
 
 
 class Runner:
@@ -250,7 +250,7 @@ class Runner:
                 end_processes([run.process for run in self.running])
 
     def pending(self) -> list[Cell]:
-        """What can be run now."""
+        """Cells without a result whose turn it is, those that are running among them."""
         return pending(self.study, losses_of(self.results))
 
     def _step(self) -> bool:
@@ -389,7 +389,9 @@ class Runner:
         """How many runs are done, and how long those that are known of will take, by those that are done."""
         done, known = len(self.results), len(self.results) + len(self.running) + len(waiting)
         text = f"{done} of {known} runs"
-        left = sum(map(self._seconds, waiting)) + sum((1 - run.done) * self._seconds(run.cell) for run in self.running)
+        left = sum(map(self._seconds, waiting)) + sum(
+            (1 - run.fraction_done) * self._seconds(run.cell) for run in self.running
+        )
         return f"{text}, about {left / self.at_a_time / 60:.0f} min left" if left else text
 
     def _seconds(self, cell: Cell) -> float:

@@ -25,14 +25,14 @@ UNTUNED = "not decided: best rate not found"
 DIVERGED = "not decided: a run diverged"
 AT_MOST, AT_LEAST, UNKNOWN = "≤ ", "≥ ", "? "  # of a difference, where an arm's best rate has not been found
 
-# Flags in which the runs of one kind of model may differ: its size, and what belongs to a run rather than to a model.
+# Flags in which runs of one kind of model may differ: those of its size, and those of a run or its arm.
 _OF_SIZE = (
     *("--num-layers", "--hidden-size", "--num-attention-heads", "--ffn-hidden-size", "--init-method-std"),
     *("--moe-ffn-hidden-size", "--moe-shared-expert-intermediate-size"),
 )
 _OF_RUN = ("--lr", "--min-lr", "--seed", "--micro-batch-size", "--swiglu", "--squared-relu")
 
-Setting = tuple[str, str, int, str, str]  # megatron_moa.research.study.grid.Cell.setting
+Setting = tuple[str, str, int, str, str]  # Cell.setting: corpus, size, tokens, optimizer, schedule
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,9 @@ class Results:
     def may_be_lower(self, setting: Setting, arm: str) -> bool:
         """Returns whether a rate that was not tried may be an arm's best.
 
-        That is so where the best is at the end of those that were tried, or the only one. Other seeds of a layer need
-        no rates of their own at the best one of its own seeds.
+        That is so where the best is the lowest or the highest that was tried, or the only one. An arm with
+        ``other_seeds`` (its baseline again) need not try rates itself where it has the baseline's best, if that has
+        worse ones on both sides.
         """
         tuned = self.tuned(setting, arm)
         if arm in ARMS and ARMS[arm].other_seeds:
