@@ -124,18 +124,18 @@ def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> N
 def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | None:
     """What Megatron would load of a folder, None for nothing."""
     complete = saved_iterations(root)
-    kept = all_kept_aside(root)
     try:
         latest = read_tracker(root)
         return Checkpoint(flag, root, args.ckpt_step if args.ckpt_step and latest is not None else latest)
     except FileNotFoundError:
         if args.ckpt_step and flag == "--load":  # Megatron then needs no tracker
             return Checkpoint(flag, root, args.ckpt_step)
-        if not complete and not kept:
+        if not complete and not all_kept_aside(root):
             return None
         problem = f"{TRACKER} is missing"
     except DamagedCheckpoint as error:
         problem = str(error)
+    kept = all_kept_aside(root)
     if kept and max(kept) > max(complete, default=0):
         raise _being_written_again(Checkpoint(flag, root, max(kept)), kept[max(kept)])
     if not complete:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.metadata
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_moa.errors import UserError
@@ -474,6 +475,11 @@ def spellings(name: str) -> tuple[str, ...]:
     if name in _BOTH:
         return (f"--{dashes}", f"--no-{dashes}")
     return (f"--{dashes}",)
+
+
+def is_typed(name: str) -> bool:
+    """Whether this process's command line sets one of Megatron's args, if only to its default."""
+    return any(word.split("=", 1)[0] in spellings(name) for word in sys.argv[1:])
 
 
 def is_negative(name: str) -> bool:

@@ -164,6 +164,11 @@ def _saved_group(group: dict, saved: list[dict]) -> dict:
     )
 
 
+def hangs_on_experts(saved: argparse.Namespace) -> bool:
+    """Whether optimizer state loads only where experts are split like dense layers in both or neither."""
+    return bool(getattr(saved, "num_experts", None)) and getattr(saved, "optimizer", "adam") not in ("adam", "sgd")
+
+
 def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint's optimizer state is in a form for another split.
 
@@ -177,7 +182,7 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
     """
     if not loads_optimizer(args, saved, checkpoint):
         return
-    if getattr(saved, "optimizer", "adam") not in ("adam", "sgd") and splits_experts(saved) != splits_experts(args):
+    if hangs_on_experts(saved) and splits_experts(saved) != splits_experts(args):
         # As of 0.19.2 experts are parameter groups of their own where they are split: "Cannot merge two lists".
         sizes = "expert_model_parallel_size", "expert_tensor_parallel_size", "tensor_model_parallel_size"
         there, here = (" ".join(as_typed(name, getattr(some, name)) for name in sizes) for some in (saved, args))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -232,13 +231,12 @@ def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argpa
         raise UserError(f"--load {folder}: no checkpoint with settings there; give a folder --save wrote to")
     restore_model_flags(args, saved)
     defaults = parser_defaults()
-    typed = {word.split("=", 1)[0] for word in sys.argv[1:]}
     left = _RESTORED.union(_MODEL_PARALLEL if args.use_mp_args_from_checkpoint_args else ())
     given = {  # Megatron takes some of these from the checkpoint whatever the command line says
         name: value
         for name, value in vars(args).items()
         if name in defaults.keys() - left
-        and (typed.intersection(megatron_flags.spellings(name)) or not megatron_flags.same(name, value, defaults[name]))
+        and (not megatron_flags.same(name, value, defaults[name]) or megatron_flags.is_typed(name))
     }
     load_args_from_checkpoint(args, "load" if checkpoint.flag == "--load" else "pretrained_checkpoint")
     vars(args).update(given, spec=given.get("spec"))  # Megatron's own script builds its layers by a --spec

@@ -6,7 +6,6 @@ import argparse
 import ast
 import linecache
 import re
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,7 +79,6 @@ def _flags_named_in(text: str, args: argparse.Namespace) -> str:
     in_code = re.findall(r"\bargs\.(\w+)", text)
     names = [name for name in {**words, **dict.fromkeys(in_code)} if name in defaults and hasattr(args, name)]
     names = [name for name in names if "_" in name or name in in_code]  # "load" may be a word of a sentence
-    typed = {word.split("=", 1)[0] for word in sys.argv[1:]}
-    given = [name for name in names if typed.intersection(megatron_flags.spellings(name))]
+    given = [name for name in names if megatron_flags.is_typed(name)]
     changed = [name for name in names if getattr(args, name) != defaults[name]]
     return ", ".join(as_typed(name, getattr(args, name)) for name in given or changed or names)

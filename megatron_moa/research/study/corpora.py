@@ -16,6 +16,7 @@ import tarfile
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,21 +72,21 @@ class Corpus:
     data: Path
     tokenizer: Path
 
+    @cached_property
+    def _vocabulary(self) -> list[str]:
+        import sentencepiece  # here: what else is in this module serves machines without it
+
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
+        return tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))
+
     @property
     def padded_vocabulary(self) -> int:
         """Rows of the embedding, as Megatron pads it (``--make-vocab-size-divisible-by`` 128)."""
-        import sentencepiece  # here: what else is in this module serves machines without it
-
-        size = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer)).vocab_size()
-        return -(-size // 128) * 128
+        return -(-len(self._vocabulary) // 128) * 128
 
     def content(self) -> dict[str, Any]:
         """Tells it from other text under its name: the bytes of its tokens, and a hash of the vocabulary."""
-        import sentencepiece
-
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer))
-        pieces = "\0".join(tokenizer.id_to_piece(list(range(tokenizer.vocab_size()))))
-        digest = hashlib.sha256(pieces.encode("utf-8", "surrogatepass")).hexdigest()
+        digest = hashlib.sha256("\0".join(self._vocabulary).encode("utf-8", "surrogatepass")).hexdigest()
         return {"bytes": os.path.getsize(f"{self.data}.bin"), "vocabulary": digest[:16]}
 
     def flags(self) -> list[str]:

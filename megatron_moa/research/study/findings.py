@@ -126,7 +126,7 @@ def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
             continue
         bound = AT_MOST if results.may_be_lower(setting, pair[0]) else ""
         bound = UNKNOWN if results.may_be_lower(setting, pair[1]) else bound
-        known = replace(Interval.of(values), bound=bound, diverged=bool(arm.diverged or fixed.diverged))
+        known = replace(Interval.of(values), bound=bound, diverged=results.diverged(setting, *pair))
         yield _found(pair, setting, known, note)
 
 

@@ -205,8 +205,8 @@ _OF_CELLS = (
     *("--lr", "--min-lr", "--seed", "--train-iters", "--train-samples", "--optimizer", "--lr-decay-style"),
     *("--swiglu", "--squared-relu", "--moa-mixing", "--moa-form"),
 )
-# What a size has by its keys.
-_OF_SIZE = {
+# What a size's keys say: the key by its flag.
+_KEYS_OF_SIZE = {
     "--num-layers": "layers",
     "--hidden-size": "hidden",
     "--num-attention-heads": "heads",
@@ -225,8 +225,8 @@ def _check_flags(where: str, flags: Iterable[str]) -> None:
         name, equals, _ = flag.partition("=")
         if name in _OF_CELLS:
             raise UserError(f"{where}: {flag}: is the study's own, by a grid's keys; leave it out")
-        if name in _OF_SIZE:
-            raise UserError(f"{where}: {flag}: a size says that by its key {_OF_SIZE[name]}; leave it out")
+        if name in _KEYS_OF_SIZE:
+            raise UserError(f"{where}: {flag}: a size says that by its key {_KEYS_OF_SIZE[name]}; leave it out")
         if equals and name.startswith("--"):  # flags are looked for by their names
             raise UserError(f"{where}: {flag}: give the flag and its value as two words")
 
@@ -296,8 +296,8 @@ def _from_recipe(where: str, recipe: str) -> dict[str, Any]:
     starts = [number for number, word in enumerate(words) if word.startswith("--")]
     for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
         flag, values = words[start], words[start + 1 : end]
-        if flag in _OF_SIZE and flag != "--moe-ffn-hidden-size":
-            found[_OF_SIZE[flag]] = float(values[0]) if flag == "--init-method-std" else int(values[0])
+        if flag in _KEYS_OF_SIZE and flag != "--moe-ffn-hidden-size":
+            found[_KEYS_OF_SIZE[flag]] = float(values[0]) if flag == "--init-method-std" else int(values[0])
         elif flag not in ("--swiglu", "--squared-relu", "--max-position-embeddings"):  # an arm's, and the study's
             flags += [flag, *values]
     if "--moe-ffn-hidden-size" in flags:  # what arms widen is an expert

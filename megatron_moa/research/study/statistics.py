@@ -250,8 +250,11 @@ class Results:
         bound = {(True, False): AT_MOST, (False, True): AT_LEAST, (True, True): UNKNOWN}.get(
             (self.may_be_lower(setting, arm), self.may_be_lower(setting, to)), ""
         )
-        diverged = any(self.tuned(setting, name).diverged for name in (arm, to))
-        return replace(Interval.of(values, confidence), bound=bound, diverged=diverged)
+        return replace(Interval.of(values, confidence), bound=bound, diverged=self.diverged(setting, arm, to))
+
+    def diverged(self, setting: Setting, *arms: str) -> bool:
+        """Returns whether a run of one of these arms at its best rate has no finite loss."""
+        return any(self.tuned(setting, arm).diverged for arm in arms)
 
     def may_be_lower(self, setting: Setting, arm: str) -> bool:
         """Returns whether a rate that was not tried may be an arm's best.

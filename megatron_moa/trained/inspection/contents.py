@@ -9,6 +9,7 @@ from megatron_moa.checkpoints.files import (
     read_manifest,
 )
 from megatron_moa.checkpoints.tensors import CheckpointTensors
+from megatron_moa.megatron_fixes.optimizer_resharding import hangs_on_experts
 from megatron_moa.megatron_fixes.random_states import splits_experts
 from megatron_moa.trained.inspection.coefficients import coefficients
 from megatron_moa.trained.inspection.kinds import KINDS, kind_of
@@ -78,7 +79,7 @@ def optimizer_state(checkpoint: CheckpointTensors, args: argparse.Namespace) -> 
     in_buckets = any("optimizer.distributed." in key for key in checkpoint.tensors)
     if sharding == "fully_reshardable" or not (getattr(args, "use_distributed_optimizer", False) or in_buckets):
         limit = ""
-        if getattr(args, "optimizer", "adam") not in ("adam", "sgd") and getattr(args, "num_experts", None):
+        if hangs_on_experts(args):
             limit = f" that splits experts {'otherwise than' if splits_experts(args) else 'as'} dense layers"
         return f"there, for any split{limit} (saved under {split})"
     return f"there, for {split.rpartition(', ')[0]} and any DP ({sharding or 'distributed'}; saved under {split})"

@@ -59,7 +59,7 @@ def _lost_beside(study: Material, arm: str) -> Interval | None:
         return None
     # Twice the best rate is twice another one where the best has not been found.
     untuned = any(study.results.may_be_lower(study.main, name) for name in (arm, BASELINE))
-    diverged = any(study.results.tuned(study.main, name).diverged for name in (arm, BASELINE))
+    diverged = study.results.diverged(study.main, arm, BASELINE)
     return replace(Interval.of(pairs), bound=UNKNOWN if untuned else "", diverged=diverged)
 
 
