@@ -171,7 +171,11 @@ RUN_ARGS=(
 )
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-    NPROC_PER_NODE=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # which nvidia-smi takes no notice of
+        NPROC_PER_NODE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -vcE '^(-1)?$' || true)
+    else
+        NPROC_PER_NODE=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    fi
     ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
 fi
 for name in NPROC_PER_NODE NNODES; do
@@ -184,7 +188,7 @@ if ((NPROC_PER_NODE * ${NNODES:-1} > 1)); then
         [ -n "${MASTER_ADDR:-}" ] || fail "MASTER_ADDR is not set: with NNODES=$NNODES set it to the host name of the node with NODE_RANK=0"
         COMMAND+=(--node-rank "${NODE_RANK:-0}" --master-addr "$MASTER_ADDR")
     fi
-    COMMAND+=(--master-port "${MASTER_PORT:-29500}")
+    COMMAND+=(${MASTER_PORT:+--master-port "$MASTER_PORT"})
     read -ra words <<<"${LAUNCH_ARGS:-}"
     COMMAND+=("${words[@]}")
 fi
@@ -196,5 +200,6 @@ if [ -n "$DRY_RUN" ]; then
     print_command "${COMMAND[@]}"
     exit 0
 fi
+export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} # for the launcher: this may be another folder, and nothing installed
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1} # Megatron's overlap of TP, and of DP, relies on its order
 exec "${COMMAND[@]}"

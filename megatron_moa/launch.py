@@ -2,10 +2,10 @@
 
     python -m megatron_moa.launch --nproc-per-node 8 pretrain_gpt_moa.py ... --exit-signal-handler
 
-takes torchrun's arguments and differs from it, as of torch 2.11, in three things.  SIGTERM and SIGUSR2 go to the
+takes torchrun's arguments and differs from it, as of torch 2.11, in four things.  SIGTERM and SIGUSR2 go to the
 training processes, which then have the time they need to save; torchrun kills them after 30 seconds, and dies of a
-SIGUSR2.  It leaves with their exit code, where torchrun's is always 1.  And of a process that was killed it leaves
-nothing behind.
+SIGUSR2.  It leaves with their exit code, where torchrun's is always 1.  Of a process that was killed it leaves
+nothing behind.  And without --master-port one node takes a free port, torchrun always 29500.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import (
     config_from_args,
@@ -28,10 +29,12 @@ from torch.distributed.run import (
 )
 
 from megatron_moa.errors import UserError, fail, one_line, one_line_errors
+from megatron_moa.megatron_fixes.single_process import free_port
 from megatron_moa.training.exit_codes import EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL, STOP_SIGNALS
 
 PROGRAM = "megatron_moa.launch"
 _MOST_PROCESSES = 1024  # of a node
+_MASTER_PORT = 29500  # torchrun's, which all nodes know
 _FINAL = (2, EXIT_NOT_FINITE)  # another start would end the same way
 
 
@@ -86,6 +89,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         UserError: torchrun could not start with them.
     """
     parser = get_args_parser()
+    if "PET_MASTER_PORT" not in os.environ:
+        parser.set_defaults(master_port=0)
     parser.error = lambda message: fail(PROGRAM, f"{message}; see python -m {PROGRAM} --help")
     options = parser.parse_args(arguments)
     processes, nodes = options.nproc_per_node, options.nnodes
@@ -105,6 +110,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f"--node-rank {options.node_rank}: out of range; give 0 to {most - 1}, as --nnodes {nodes} has it"
         )
+    if options.master_port == 0:
+        options.master_port = free_port() if most == 1 else _MASTER_PORT
     try:
         config_from_args(options)
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
@@ -140,6 +147,12 @@ def main(arguments: list[str] | None = None) -> None:
         ends = ", ".join(f"rank {rank} with {failure.exitcode}" for rank, failure in failures)
         print(f"{PROGRAM}: the processes of this node ended: {ends}; exit code {code}", file=sys.stderr)
         raise SystemExit(code) from None
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"--master-port {options.master_port}: something else listens there; give another, the same on all nodes"
+        ) from None
     except ValueError as error:  # of the rendezvous: nothing has begun
         raise _refused(error) from None
 

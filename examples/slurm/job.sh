@@ -10,6 +10,7 @@
 #   CONTAINER        an image: for Apptainer if it ends in .sif, else for Pyxis; CONTAINER_MOUNTS (from:to,…)
 #   SOCKET_IFNAME    the network interface of NCCL's and gloo's sockets
 : "${SCRIPT:?}" "${MEGATRON_MOA_DIR:?}"
+MEGATRON_MOA_DIR=$(cd "$MEGATRON_MOA_DIR" && pwd)
 ARGUMENTS=("$@") # the script's own
 
 say() { echo "$SCRIPT: $1" >&2; }
@@ -43,6 +44,14 @@ run_job() {
     [[ $RUN_DIR != *[[:space:]]* ]] || fail "RUN_DIR $RUN_DIR: has a space; take a name without"
     [[ $MAX_STARTS =~ ^[1-9][0-9]*$ ]] || fail "MAX_STARTS $MAX_STARTS: not a number; leave it out for 3"
     is_switch CHAIN DOCTOR
+    local word
+    for word in "$@"; do
+        case $word in
+        --save | --save=* | --load | --load=*)
+            fail "${word%%=*}: a job goes on from the checkpoints in RUN_DIR; set that (a sweep: SWEEP_DIR), and --pretrained-checkpoint for weights to begin with"
+            ;;
+        esac
+    done
     [ "${CHAIN:-0}" != 1 ] || [ -n "${SBATCH_ARGS+set}" ] ||
         fail "CHAIN=1: SBATCH_ARGS is not set; set it to the options you gave sbatch, which the successor needs, too"
     LOGS=$RUN_DIR/slurm/$JOB-${SLURM_RESTART_COUNT:-0}
@@ -98,10 +107,14 @@ avoid_excluded() {
 set_environment() {
     MASTER_ADDR=${NODES[0]}
     if ! getent hosts "$MASTER_ADDR" >/dev/null; then # not in the name service: Slurm has the address
-        MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | grep -oP 'NodeAddr=\K\S+')
+        MASTER_ADDR=$(scontrol show node "$MASTER_ADDR" | grep -oP 'NodeAddr=\K\S+' || true)
+        [ -n "$MASTER_ADDR" ] || again 1 "${NODES[0]}: neither the name service nor Slurm has its address"
     fi
     MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the range from which systems give out ports
+    # This script runs on the first node; another job may listen there.
+    while (: <>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
     export MASTER_ADDR MASTER_PORT NNODES=${#NODES[@]}
+    export PYTHONPATH=$MEGATRON_MOA_DIR${PYTHONPATH:+:$PYTHONPATH} # the doctor's; an image has dependencies alone
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     if [ -n "${SOCKET_IFNAME:-}" ]; then
         export NCCL_SOCKET_IFNAME=$SOCKET_IFNAME GLOO_SOCKET_IFNAME=$SOCKET_IFNAME
@@ -112,9 +125,13 @@ set_environment() {
 step() {
     rm -f "$LOGS"/*/exit_code
     [ -z "$STOPPED" ] || return 0
-    local mounts=$PWD:$PWD
-    [ "$MEGATRON_MOA_DIR" = "$PWD" ] || mounts+=,$MEGATRON_MOA_DIR:$MEGATRON_MOA_DIR
-    mounts+=${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
+    local folder one folders=() mounts=''
+    # RUN_DIR may lie elsewhere, and runs/ may be a link.
+    for folder in "$PWD" "$MEGATRON_MOA_DIR" "$(cd "$RUN_DIR" && pwd)" "$(cd "$RUN_DIR" && pwd -P)"; do
+        for one in "${folders[@]}"; do [[ $folder/ != "$one"/* ]] || continue 2; done
+        folders+=("$folder") mounts+=$folder:$folder,
+    done
+    mounts=${mounts%,}${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     # When the first node has ended, what has not followed after five minutes never will.
     local srun=(srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --wait=300)
     ((NNODES == 1)) || srun+=(--label)

@@ -10,6 +10,7 @@ import re
 from megatron_moa.doctor.finding import CHECK, FALLS_BACK, GIB, MISSING, OK, Facts, Finding
 from megatron_moa.doctor.processes import LAUNCHER_VARIABLES
 from megatron_moa.doctor.versions import EMERGING_OPTIMIZERS, MEGATRON, OLDEST_TORCH, PYTHON, TORCH, TRITON, numbers
+from megatron_moa.megatron_fixes.single_process import slurm_gpus
 
 
 def judge_python(version: tuple, executable: str) -> Finding:
@@ -90,9 +91,12 @@ def judge_cuda(torch: Facts, driver: Facts, environment: dict) -> list[Finding]:
 
 
 def _no_gpu(torch: Facts, driver: Facts, environment: dict) -> Finding:
-    consequence = "training runs on CPU over gloo"
+    state, consequence = FALLS_BACK, "training runs on CPU over gloo"
+    if given := slurm_gpus(environment):
+        state = MISSING
+        consequence = f"Slurm gave this job {given}, so training ends at once unless CUDA_VISIBLE_DEVICES is set empty"
     if not driver.get("gpus"):
-        return Finding("GPU", FALLS_BACK, f"none seen ({driver['error']}): {consequence}")
+        return Finding("GPU", state, f"none seen ({driver['error']}): {consequence}")
     seen = f"nvidia-smi lists {driver['gpus']}"
     remedy = torch["reason"] or "python -c 'import torch; torch.cuda.init()' says why"
     if not torch["cuda"]:
@@ -108,7 +112,7 @@ def _no_gpu(torch: Facts, driver: Facts, environment: dict) -> Finding:
         )
     else:
         why = "torch cannot use them"
-    return Finding("GPU", FALLS_BACK, f"{seen}, but {why}: {consequence}", remedy)
+    return Finding("GPU", state, f"{seen}, but {why}: {consequence}", remedy)
 
 
 def judge_megatron(facts: Facts) -> list[Finding]:

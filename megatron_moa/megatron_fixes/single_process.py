@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import socket
+from collections.abc import Mapping
 
 from megatron_moa.errors import UserError
 
@@ -26,6 +27,13 @@ def check_started_once() -> None:
                 "launcher a node, as in srun --ntasks-per-node=1 python -m megatron_moa.launch ... (docs/slurm.md), or "
                 f"for trainings of their own unset {name}"
             )
+
+
+def slurm_gpus(environment: Mapping[str, str]) -> int:
+    """Returns how many GPUs of this node Slurm gave the job; 0 where CUDA_VISIBLE_DEVICES hides them."""
+    given = environment.get("SLURM_GPUS_ON_NODE", "")
+    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return int(given) if given.isdecimal() and not hidden else 0
 
 
 def single_process_environment() -> None:

@@ -19,6 +19,7 @@ from megatron_moa.training.megatron_checks import megatron_checks
 
 _GATES = "*.coefficients.weight"  # [n, h]
 _ALL = "*.coefficients.*"  # biases, amplitudes and LA coefficients [n] too
+_UNSAVED = ("lr_wsd_decay", "lr_warmup_init")  # what a saved schedule of Megatron 0.19.2 lacks
 
 
 def check_schedule(args: argparse.Namespace) -> None:
@@ -130,39 +131,58 @@ def check_saved_schedule(args: argparse.Namespace, saved: argparse.Namespace, ch
     """
     if not loads_optimizer(args, saved, checkpoint):
         return
-    if args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler:
+    if args.override_opt_param_scheduler:
         return
-    theirs = _schedule(saved)
-    for flag, (value, meaning) in _schedule(args).items():
-        saved_flag, (saved_value, saved_meaning) = flag, theirs.get(flag, (None, None))
-        if saved_value is None:  # iterations here, samples there
-            saved_flag = next(name for name in theirs if name.split("_")[:-1] == flag.split("_")[:-1])
-            saved_value, saved_meaning = theirs[saved_flag]
+    follows_saved = args.use_checkpoint_opt_param_scheduler
+    style = (saved if follows_saved else args).lr_decay_style
+    theirs = _schedule(saved, style)
+    for flag, (value, meaning) in _schedule(args, style).items():
+        is_saved = not flag.startswith(_UNSAVED)
+        if follows_saved and is_saved:
+            continue
+        saved_flag = flag
+        if flag not in theirs:  # iterations here, samples there
+            what, unit = flag.rsplit("_", 1)
+            saved_flag = f"{what}_{'samples' if unit == 'iters' else 'iters'}"
+        saved_value, saved_meaning = theirs[saved_flag]
         if meaning != saved_meaning:
             differs, saved_differs = as_typed(flag, value), as_typed(saved_flag, saved_value)
             if value == saved_value:  # as many iterations, of another size
                 differs = as_typed("global_batch_size", args.global_batch_size)
                 saved_differs = as_typed("global_batch_size", saved.global_batch_size)
+            old_one = ", --use-checkpoint-opt-param-scheduler the old one" if is_saved else ""
             raise UserError(
                 f"{differs}: the schedule to go on with has {saved_differs} ({checkpoint}); give that, or add "
-                "--override-opt-param-scheduler to follow the new one, --use-checkpoint-opt-param-scheduler the old one"
+                f"--override-opt-param-scheduler to follow the new one{old_one}"
             )
 
 
-def _schedule(args: argparse.Namespace) -> dict[str, tuple[object, object]]:
-    """What Megatron's schedule is made of, by flag: as given, and what it means (lengths in samples)."""
+def _schedule(args: argparse.Namespace, style: str) -> dict[str, tuple[object, object]]:
+    """What Megatron's schedule is made of, by flag: as given, and what it means (lengths in samples).
+
+    Args:
+        style: of the learning rate's decay; WSD has flags of its own.
+    """
     in_samples = bool(args.train_samples)
     unit, samples = ("samples", 1) if in_samples else ("iters", args.global_batch_size)
     length = getattr(args, f"train_{unit}")
     decay = getattr(args, f"lr_decay_{unit}") or length
     warmup = getattr(args, f"lr_warmup_{unit}")
-    schedule = {f"train_{unit}": (length, length * samples), f"lr_decay_{unit}": (decay, decay * samples)}
     if args.lr_warmup_fraction is not None:
         warmup = args.lr_warmup_fraction * decay
-    schedule[f"lr_warmup_{unit}"] = (warmup, warmup * samples)
-    for name in ("lr_decay_style", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"):
-        schedule[name] = (getattr(args, name), getattr(args, name))
-    return schedule
+    lengths = {f"train_{unit}": length, f"lr_decay_{unit}": decay, f"lr_warmup_{unit}": warmup}
+    names = ["lr_decay_style", "lr_warmup_init", "weight_decay_incr_style"]
+    if style == "WSD":
+        names.append("lr_wsd_decay_style")
+        lengths[f"lr_wsd_decay_{unit}"] = getattr(args, f"lr_wsd_decay_{unit}") or 0
+    if args.weight_decay_incr_style == "constant":  # Megatron fills in the other two by it
+        names.append("weight_decay")
+    else:
+        names += ["start_weight_decay", "end_weight_decay"]
+    values = {name: getattr(args, name) for name in names}
+    return {name: (value, value) for name, value in values.items()} | {
+        name: (value, value * samples) for name, value in lengths.items()
+    }
 
 
 def _checked(build: Callable, args: argparse.Namespace) -> Callable:

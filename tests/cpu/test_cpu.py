@@ -130,8 +130,8 @@ TINY = shlex.split(
 LLAMA = shlex.split("--normalization RMSNorm --swiglu --disable-bias-linear --position-embedding-type rope")
 
 
-def run(command: list[str], cwd: Path = ROOT) -> Run:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(command: list[str], cwd: Path = ROOT, **variables: str) -> Run:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_DEVICE_MAX_CONNECTIONS"):
         environment.pop(name, None)
     result = subprocess.run(
@@ -288,6 +288,16 @@ def test_command_line_without_a_script():
     nothing = run(["-m", "megatron_moa.cpu"])
     assert nothing.returncode == 2
     assert nothing.log.startswith("usage: ")
+
+
+def test_gpus_of_slurm_that_cannot_be_used_end_a_run():
+    """The whole allocation once computed on the CPU, after one line."""
+    script = ["-c", "from megatron_moa.cpu.switch import enable; enable()"]
+    without = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"}
+    ended = run(script, **without)
+    assert (ended.returncode, len(ended.log.splitlines())) == (1, 1), ended.log
+    assert ended.log.startswith("SLURM_GPUS_ON_NODE is 8, but torch finds no CUDA device on ")
+    assert run(script, **{**without, "CUDA_VISIBLE_DEVICES": ""}).returncode == 0
 
 
 def test_enable_again_changes_nothing():

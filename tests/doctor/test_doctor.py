@@ -203,6 +203,11 @@ def test_driver_too_old_for_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (finding.remedy, "newer driver" in finding.text) == ("no libcuda.so", False)
     (finding,) = judgements.judge_cuda({**without, "cuda": "12.6"}, driver, {"CUDA_VISIBLE_DEVICES": ""})
     assert finding.remedy == "unset CUDA_VISIBLE_DEVICES"
+    for seen in (driver, {"gpus": 0, "error": "no nvidia-smi"}):
+        (finding,) = judgements.judge_cuda(without, seen, {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1"})
+        assert (finding.state, "Slurm gave this job 8, so training ends at once" in finding.text) == ("missing", True)
+        hidden = {"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ""}
+        assert judgements.judge_cuda(without, seen, hidden)[0].state == "falls back"
 
 
 def test_cuda_version_that_nvidia_smi_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

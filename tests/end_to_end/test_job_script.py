@@ -7,6 +7,7 @@ tests/end_to_end/test_slurm.py has a real one.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from tests.support.training import ROOT
 
 SCONTROL = 'case "$1 $2" in "show hostnames") echo "$3" ;; "show node") echo NodeAddr=127.0.0.1 ;; esac'
-SRUN = 'while [ "$1" != python3 ]; do shift; done; SLURMD_NODENAME=n1 SLURM_NODEID=0 exec "$@"'
+SRUN = 'echo "srun $*" >&2; while [ "$1" != python3 ]; do shift; done; SLURMD_NODENAME=n1 SLURM_NODEID=0 exec "$@"'
 
 
 def write_program(path: Path, lines: str) -> Path:
@@ -28,10 +29,15 @@ def write_program(path: Path, lines: str) -> Path:
 
 
 def run_job(
-    folder: Path, program: str, script: str = "pretrain.sbatch", *arguments: str, **variables: str
+    folder: Path,
+    program: str,
+    script: str = "pretrain.sbatch",
+    *arguments: str,
+    scontrol: str = SCONTROL,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """A job on one node; ``program`` stands for Python, in bash."""
-    write_program(folder / "bin" / "scontrol", SCONTROL)
+    write_program(folder / "bin" / "scontrol", scontrol)
     write_program(folder / "bin" / "srun", SRUN)
     python = write_program(folder / "bin" / "program", program)
     environment = {
@@ -96,3 +102,49 @@ def test_a_command_that_is_not_there_is_one_line_of_its_node(tmp_path: Path) -> 
     assert "node.py: /nowhere/python: cannot be started on n1: No such file or directory\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 127
+
+
+@pytest.mark.parametrize("flag", ["--save", "--save=ck", "--load", "--load=ck"])
+def test_checkpoints_elsewhere_are_refused(flag: str, tmp_path: Path) -> None:
+    """The job counts its progress in RUN_DIR: it gave up a training that went well."""
+    done = run_job(tmp_path, "exit 0", "pretrain.sbatch", "dense-0.12b", "moa", "--mock-data", flag, "ck")
+    name = flag.partition("=")[0]
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert done.stderr.startswith(f"pretrain.sbatch: {name}: a job goes on from the checkpoints in RUN_DIR; set that")
+
+
+def test_a_container_has_the_runs_folder(tmp_path: Path) -> None:
+    """A run on another disk, or behind a link, was written into the container."""
+    project, disk, submitted = str(ROOT), tmp_path / "disk", tmp_path / "submitted"
+    for folder in (disk, submitted):
+        folder.mkdir()
+    (submitted / "runs").symlink_to(disk)
+    container = {"CONTAINER": "image.sif", "CONTAINER_MOUNTS": "/data:/data"}
+    for run, mounts in (
+        (str(disk / "run"), [submitted, project, disk / "run"]),
+        ("runs/run", [submitted, project, disk / "run"]),
+        ("run", [submitted, project]),
+    ):
+        done = run_job(submitted, "exit 0", RUN_DIR=run, **container)
+        binds = ",".join([f"{folder}:{folder}" for folder in mounts] + ["/data:/data"])
+        assert f"apptainer exec --nv --bind {binds} --pwd {submitted} image.sif" in done.stderr, done.stderr
+
+
+def test_the_port_is_free_and_the_package_found(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 10007))
+        other.listen()
+        done = run_job(tmp_path, 'echo "$PYTHONPATH $*"', NPROC_PER_NODE="2")
+    assert done.returncode == 0, done.stderr
+    assert "--master-port 10008" in done.stdout
+    assert done.stdout.startswith(f"{ROOT}:{ROOT} ")
+
+
+def test_a_first_node_without_an_address_is_said(tmp_path: Path) -> None:
+    """The script ended without a word."""
+    no_address = SCONTROL.replace("NodeAddr=127.0.0.1", "")
+    done = run_job(tmp_path, "exit 0", scontrol=no_address)
+    assert (done.returncode, "n1: neither the name service nor Slurm has its address: requeued" in done.stderr) == (
+        1,
+        True,
+    )

@@ -383,6 +383,19 @@ def test_variables_and_trailing_flags_override() -> None:
     assert words[words.index("--moa-mixing") :][:4] == ["--moa-mixing", "la", "--moa-form", "one-sided"]
 
 
+@pytest.mark.parametrize(("visible", "processes"), [("0,1", "2"), ("3", None), ("", None), ("-1", None)])
+def test_a_process_for_every_visible_gpu(visible: str, processes: str | None, tmp_path: Path) -> None:
+    """nvidia-smi lists all eight, whatever CUDA_VISIBLE_DEVICES says."""
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/bash\nfor i in {0..7}; do echo GPU $i; done\n")
+    listing.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    words = dry_run("dense-0.12b", "moa", PATH=path, CUDA_VISIBLE_DEVICES=visible, **DATA)
+    assert ("--nproc-per-node" in words) == bool(processes)
+    assert processes is None or value(words, "--nproc-per-node") == processes
+    assert value(dry_run("dense-0.12b", "moa", PATH=path, **DATA), "--nproc-per-node") == "8"
+
+
 def test_several_nodes() -> None:
     where = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "node-1", "MASTER_PORT": "1234", "NPROC_PER_NODE": "8"}
     words = dry_run("dense-2b", "moa", LAUNCH_ARGS="--log-dir logs --redirects 3", **where, **DATA)

@@ -272,7 +272,8 @@ def test_apptainer_runs_the_node(slurm: Slurm, tmp_path: Path) -> None:
     container = {"CONTAINER": "image.sif", "CONTAINER_MOUNTS": "/data:/data"}
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     assert slurm.end(slurm.train(PYTHON="true", PATH=path, **container)) == ("COMPLETED", "0", 0)
-    assert f"apptainer exec --nv --bind {ROOT}:{ROOT},/data:/data --pwd {ROOT} image.sif" in slurm.log
+    run = tmp_path / "run"
+    assert f"apptainer exec --nv --bind {ROOT}:{ROOT},{run}:{run},/data:/data --pwd {ROOT} image.sif" in slurm.log
 
 
 def test_nodes_that_fail_together_are_not(slurm: Slurm, tmp_path: Path) -> None:

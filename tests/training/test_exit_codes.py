@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -305,6 +306,24 @@ def test_launcher_says_in_one_line_what_it_cannot_start_with(flags, said, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("megatron_moa.launch: error: ")
     assert said in line.replace("/--max_restarts", "")
+
+
+def test_launcher_takes_a_free_port_unless_one_is_named(tmp_path):
+    """Two runs on a machine had torchrun's 29500, and the second died of a traceback."""
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ['MASTER_PORT'])")
+    command = [sys.executable, "-m", "megatron_moa.launch", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    ports = set(done.stdout.split())
+    assert (done.returncode, len(ports), "29500" in ports) == (0, 1, False), done.stderr
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        command += ["--master-port", port, str(script)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    said = f"megatron_moa.launch: error: --master-port {port}: something else listens there; give another"
+    assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
 
 
 def test_launcher_finds_its_children():

@@ -442,6 +442,11 @@ _SCHEDULE = {
     "lr_warmup_samples": 0,
     "lr_warmup_fraction": None,
     "lr_decay_style": "cosine",
+    "lr_warmup_init": 0.0,
+    "lr_wsd_decay_iters": None,
+    "lr_wsd_decay_samples": None,
+    "lr_wsd_decay_style": "exponential",
+    "weight_decay": 0.1,
     "start_weight_decay": 0.1,
     "end_weight_decay": 0.1,
     "weight_decay_incr_style": "constant",
@@ -463,7 +468,14 @@ _IN_SAMPLES = {"train_iters": None, "train_samples": 400, "lr_warmup_iters": 0, 
         ({"lr_decay_iters": 90}, "--lr-decay-iters 90: the schedule to go on with has --lr-decay-iters 100"),
         ({"lr_warmup_iters": 5}, "--lr-warmup-iters 5: the schedule to go on with has --lr-warmup-iters 10"),
         ({"lr_decay_style": "WSD"}, "--lr-decay-style WSD: the schedule to go on with has --lr-decay-style cosine"),
-        ({"end_weight_decay": 0.2}, "--end-weight-decay 0.2: the schedule to go on with has --end-weight-decay 0.1"),
+        (
+            {"weight_decay": 0.2, "start_weight_decay": 0.2, "end_weight_decay": 0.2},
+            "--weight-decay 0.2: the schedule to go on with has --weight-decay 0.1",
+        ),
+        (
+            {"weight_decay_incr_style": "linear", "end_weight_decay": 0.2},
+            "--weight-decay-incr-style linear: the schedule to go on with has --weight-decay-incr-style constant",
+        ),
         ({"global_batch_size": 8}, "--global-batch-size 8: the schedule to go on with has --global-batch-size 4"),
         (
             {**_IN_SAMPLES, "train_samples": 500},
@@ -482,6 +494,46 @@ def test_another_schedule_is_refused(given: dict[str, Any], text: str | None) ->
     assert "--override-opt-param-scheduler" in str(error.value)
     for remedy in ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler", "no_load_optim"):
         check_saved_schedule(argparse.Namespace(**{**args, remedy: True}), saved, checkpoint)
+
+
+_WSD = {**_SCHEDULE, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 20}
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, None),
+        ({**_IN_SAMPLES, "lr_wsd_decay_iters": None, "lr_wsd_decay_samples": 80}, None),
+        ({"lr_wsd_decay_iters": 30}, "--lr-wsd-decay-iters 30: the schedule to go on with has --lr-wsd-decay-iters 20"),
+        ({"lr_wsd_decay_style": "cosine"}, "--lr-wsd-decay-style cosine: the schedule to go on with has --lr-wsd-"),
+        ({"lr_warmup_init": 1e-5}, "--lr-warmup-init 1e-05: the schedule to go on with has --lr-warmup-init 0.0"),
+        (
+            {**_IN_SAMPLES, "lr_wsd_decay_iters": None, "lr_wsd_decay_samples": 100},
+            "--lr-wsd-decay-samples 100: the schedule to go on with has --lr-wsd-decay-iters 20",
+        ),
+    ],
+)
+def test_another_end_of_a_wsd_schedule_is_refused(given: dict[str, Any], text: str | None) -> None:
+    """Megatron's checkpoints do not have it, so the old one cannot be followed by a flag either."""
+    saved, checkpoint = argparse.Namespace(**_LOADED, **_WSD), Checkpoint("--load", Path("folder"), 10)
+    args = {**_LOADED, **_WSD, **given}
+    for follow in ({}, {"use_checkpoint_opt_param_scheduler": True}):
+        run = argparse.Namespace(**{**args, **follow})
+        if text is None:
+            check_saved_schedule(run, saved, checkpoint)
+            continue
+        with pytest.raises(UserError, match=re.escape(text)) as error:
+            check_saved_schedule(run, saved, checkpoint)
+        assert str(error.value).endswith("or add --override-opt-param-scheduler to follow the new one")
+    check_saved_schedule(argparse.Namespace(**{**args, "override_opt_param_scheduler": True}), saved, checkpoint)
+
+
+def test_the_saved_wsd_schedule_needs_its_end() -> None:
+    """A cosine run that follows it failed in Megatron's first step, for want of a length."""
+    saved, checkpoint = argparse.Namespace(**_LOADED, **_WSD), Checkpoint("--load", Path("folder"), 10)
+    run = argparse.Namespace(**{**_LOADED, **_SCHEDULE, "use_checkpoint_opt_param_scheduler": True})
+    with pytest.raises(UserError, match=r"--lr-wsd-decay-iters 0: the schedule to go on with has .* 20 "):
+        check_saved_schedule(run, saved, checkpoint)
 
 
 def test_another_optimizer_beside_muon_is_refused() -> None:
