@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import re
 
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
@@ -67,6 +68,8 @@ def our_flags() -> list[str]:
 
 def add_mixture_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the group "mixture of activations"."""
+    # Python 3.12 takes -1e-05, as a float is printed, for a flag.
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
     group = parser.add_argument_group("mixture of activations")
     # No argparse choices: MixtureConfig checks, so that one text serves the command line and the library.
     group.add_argument(

@@ -48,8 +48,9 @@ def check_compiler(gpu: bool) -> list[Finding]:
         "kernels fail at the first step" if gpu else "the mixture runs in eager PyTorch, slower and with more memory"
     )
     kind = "C" if gpu else "C++"
-    variable, names = ("CC", ("gcc", "clang", "cc")) if gpu else ("CXX", ("g++", "clang++"))
-    candidates = [os.environ.get(variable), *names]
+    variable = "CC" if gpu else "CXX"
+    # Triton looks for several; torch.compile for one.
+    candidates = [os.environ.get("CC"), "gcc", "clang", "cc"] if gpu else [os.environ.get("CXX", "g++")]
     compiler = next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
     install = "apt install g++ python3-dev (or your system's packages of that kind), or set " + variable
     name = f"{kind} compiler"

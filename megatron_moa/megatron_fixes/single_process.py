@@ -1,5 +1,7 @@
 """Lets Megatron start as one process, without torchrun, by setting what torchrun would set."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import random

@@ -10,8 +10,10 @@ of :class:`Backend`: megatron_moa.mixture.compile_backend or megatron_moa.mixtur
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, NoReturn, Protocol
 
 import torch
@@ -148,7 +150,7 @@ def _once_differentiable(
 
     @functools.wraps(backward)
     def wrapped(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), _autocast_off(grads):
             first = backward(ctx, *grads)
         if not torch.is_grad_enabled():  # it is with create_graph=True
             return first
@@ -157,6 +159,14 @@ def _once_differentiable(
         return refuse(*(None if tensor is None else tensor.detach().requires_grad_() for tensor in first))
 
     return wrapped
+
+
+def _autocast_off(grads: Sequence[Tensor | None]) -> AbstractContextManager[object]:
+    """For a backward called under autocast, which would round the products of the gates' gradients."""
+    if not torch._C._is_any_autocast_enabled():
+        return nullcontext()
+    device = next((grad.device.type for grad in grads if grad is not None), "cpu")
+    return torch.autocast(device, enabled=False)
 
 
 class _Fused(torch.autograd.Function):
@@ -179,9 +189,9 @@ class _Mixture(_Fused):
     @staticmethod
     @_once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, group_ends = ctx.saved_tensors
         backend, mixture = ctx.settings
         _refuse_what_is_overwritten(ctx, mixture)
+        *tensors, group_ends = ctx.saved_tensors
         grads = _mix_backward(backend, MixtureInputs(*tensors), mixture, group_ends, grad, ctx.needs_input_grad[3:])
         return None, None, None, *grads
 
@@ -262,8 +272,8 @@ def _refuse_what_is_overwritten(ctx: _Context, mixture: MixtureConfig) -> None:
 
 
 def _with_rows(tensor: Tensor) -> Tensor:
-    """The same, as backends want it: rows without gaps, and beyond two dimensions one after the other."""
-    if tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1):
+    """The same in dense rows that do not overlap, beyond two dimensions without gaps between them."""
+    if tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.stride(0) >= tensor.size(1)):
         return tensor
     return tensor.contiguous()
 
@@ -286,6 +296,8 @@ def _mix_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of the inputs, where ``needed``, from that of the result."""
     need_z, need_coefficients, need_bias, need_scale = needed
+    if mixture.overwrite and not need_z:  # where a bias alone is trained
+        mixture = dataclasses.replace(mixture, overwrite=False)
     if inputs.z.numel() == 0:
         return tuple(torch.zeros_like(tensor) if need else None for tensor, need in zip(inputs, needed, strict=True))
     grad_z, grad_coefficients, grad_scale = backend.mixture_backward(

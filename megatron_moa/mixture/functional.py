@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,7 +87,7 @@ def gate_coefficients(
         mixture: psi and backend.
         bias: b [n] ([groups, n]), or None.
         amplitude: a [n] ([groups, n]), or None for fixed amplitude.
-        scale: [1], a constant, or None for 1.
+        scale: [1], a constant other than 0, or None for 1.
         group_ends: [groups] int32, where tokens are sorted by expert and each expert has a gate of its own: x's rows
             up to and with each (megatron_moa.mixture.grouped_products).
 
@@ -173,7 +174,7 @@ def _around(mixture: MixtureConfig, tensor: Tensor) -> _Decorator | None:
 @functools.cache
 def _outside(function: Callable[..., Any]) -> Callable[..., Any]:
     # Not at import: it imports the compiler.
-    return torch.compiler.disable(function, reason="a backend is named, which cannot be traced")
+    return torch.compiler.disable(function)
 
 
 def _without_autocast(device: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,13 +290,14 @@ def check_overwrite(mixture: MixtureConfig, backend: str) -> None:
 def resolve_backend(backend: str, device_type: str) -> str:
     """Returns the name of the backend that runs.
 
-    ``auto`` takes ``triton`` on GPUs, else ``compile``. Without a compiler it takes ``eager``, and logs that.
+    ``auto`` takes ``triton`` on GPUs, ``compile`` on CPUs, ``eager`` on other devices; without a compiler ``eager``,
+    and logs that.
 
     Raises:
         UserError: for a backend asked for by name that is not there.
     """
-    if backend == "eager":
-        return backend
+    if backend == "eager" or (backend == "auto" and device_type not in ("cuda", "cpu")):
+        return "eager"
     has_triton = importlib.util.find_spec("triton") is not None
     if backend == "triton" or (backend == "auto" and device_type == "cuda" and has_triton):
         if not has_triton:
@@ -319,8 +321,9 @@ def _missing_compiler(device_type: str) -> str | None:
     """What torch.compile lacks on this kind of device, or None."""
     if device_type == "cuda":
         return None if importlib.util.find_spec("triton") else "torch.compile needs the package triton on GPUs"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name):
-        return "torch.compile needs a C++ compiler (g++ or clang++) on PATH"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # what torch.compile takes
+    if not shutil.which(compiler):
+        return f"torch.compile needs a C++ compiler, {compiler or 'which CXX names'}, on PATH"
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     if not os.path.exists(header):
         return "torch.compile needs Python's headers (python3-dev)"

@@ -302,6 +302,50 @@ def test_gradient_in_place_of_the_preactivation(form: str) -> None:
         out.sum().backward()
 
 
+def test_who_else_saved_the_preactivation_is_refused() -> None:
+    """It computed its gradient from the mixture's."""
+    mixture = MixtureConfig(activations=("silu", "tanh"), overwrite=True, backend="triton")
+    leaf = torch.randn(3, 8, device=DEVICE, requires_grad=True)
+    z = leaf * 1
+    also = (z * z).sum()
+    out = mixed_activation(z, torch.rand(3, 4, device=DEVICE), mixture).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out + also).backward()
+
+
+def test_a_preactivation_without_gradient_is_left_where_its_bias_is_trained() -> None:
+    mixture = MixtureConfig(activations=("silu", "tanh"), overwrite=True, backend="triton")
+    z, bias = torch.randn(3, 8, device=DEVICE), torch.randn(8, device=DEVICE, requires_grad=True)
+    before = z.clone()
+    mixed_activation(z, torch.rand(3, 4, device=DEVICE), mixture, bias).sum().backward()
+    assert torch.equal(z, before)
+    assert bias.grad.all()
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=FULL)])
+def test_rows_that_overlap(backend: str) -> None:
+    """Windows over a sequence: each row's gradient was written over the next one's."""
+    mixture = MixtureConfig(form="type1", activations=("silu", "tanh"), backend=backend)
+    coefficients = torch.rand(6, 2, device=DEVICE)
+    results = []
+    for backend_here in (backend, "eager"):
+        leaf = torch.linspace(-2, 2, 14, device=DEVICE, requires_grad=True)
+        out = mixed_activation(leaf.unfold(0, 9, 1), coefficients, dataclasses.replace(mixture, backend=backend_here))
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_nan_of_a_gpu_in_a_gates_gradient_stays() -> None:
+    """NVIDIA's arithmetic gives 0x7fffffff, to which rounding to TF32 added until it was -0."""
+    mixture = MixtureConfig(activations=("silu", "tanh"), backend="triton")
+    x, weight = (torch.randn(size, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for size in (3, 4))
+    grad = torch.zeros(3, 4, device=DEVICE)
+    grad.view(torch.int32)[1, 2] = 0x7FFFFFFF
+    for gradient in torch.autograd.grad(gate_coefficients(x, weight, mixture), (x, weight), grad):
+        assert gradient.isnan().any()
+
+
 def test_backends_that_cannot_write_in_place_say_so() -> None:
     for backend in ("compile", "eager"):
         mixture = MixtureConfig(overwrite=True, backend=backend)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from megatron_moa.errors import UserError
 from megatron_moa.mixture import autograd, functional, reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
-from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation
+from megatron_moa.mixture.functional import gate_coefficients, gated_mixture, mixed_activation, resolve_backend
 
 # relu2 and relu3 have continuous derivatives; finite differences need points off the kinks of the others.
 SMOOTH = ("identity", "gelu", "silu", "relu2", "tanh", "mish")
@@ -171,6 +172,35 @@ def test_autocast_has_no_say(backend: str) -> None:
         found = computed()
         assert torch.mm(x, x.t()).dtype == torch.bfloat16  # and goes on afterwards
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["triton", pytest.param("compile", marks=pytest.mark.full)])
+def test_autocast_has_no_say_in_a_backward_that_is_called_under_it(backend: str) -> None:
+    mixture = MixtureConfig(activations=("silu", "tanh"), amplitude="learned", backend=backend)
+    x, weight, amplitude = (torch.randn(shape, requires_grad=True) for shape in ((5, 6), (4, 6), (4,)))
+
+    def gradients() -> tuple[Tensor, ...]:
+        coefficients = gate_coefficients(x, weight, mixture, amplitude=amplitude)
+        return torch.autograd.grad(coefficients.square().sum(), (x, weight, amplitude))
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_compile_is_taken_where_torch_finds_its_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for one name; clang++ beside a missing g++ ended in its error."""
+    for name in ("clang++", "other"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for compiler, backend in ((None, "eager"), ("missing", "eager"), ("other", "compile")):
+        monkeypatch.delenv("CXX", raising=False)
+        if compiler:
+            monkeypatch.setenv("CXX", compiler)
+        assert resolve_backend.__wrapped__("auto", "cpu") == backend
+    assert resolve_backend.__wrapped__("auto", "mps") == "eager"
 
 
 @pytest.mark.parametrize("function", [gate_coefficients, mixed_activation])

@@ -179,6 +179,27 @@ def test_gates_of_every_quadratic_form_fit_into_shared_memory() -> None:
 
 
 @needs_tools
+@pytest.mark.full
+def test_gates_beside_float32_weights_fit_into_the_shared_memory_of_any_gpu() -> None:
+    """bfloat16's x under autocast: three products of TF32 took more than these GPUs have."""
+    shared = numbers_printed(
+        "from megatron_moa.mixture.activations import ACTIVATIONS\n"
+        "from megatron_moa.mixture.autograd import GateInputs\n"
+        "from megatron_moa.mixture.triton_backend import gate\n"
+        "for k in (6, 8, 10, 11, 14):\n"
+        "    mixture = tool.MixtureConfig(form='quadratic', activations=tuple(ACTIVATIONS)[:k], amplitude='learned')\n"
+        "    n = mixture.num_coefficients\n"
+        "    x = torch.empty(8192, 1024, dtype=torch.bfloat16, device='meta')\n"
+        "    weight, amplitude = torch.empty(n, 1024, device='meta'), torch.empty(n, device='meta')\n"
+        "    grad, inputs = torch.empty(8192, n, device='meta'), GateInputs(x, weight, None, amplitude)\n"
+        "    launch = tool.recorded(gate, gate.backward, inputs, mixture, grad, grad, (True, True))[0]\n"
+        "    print(tool.compile_launch(launch, 86).metadata.shared)\n"
+    )
+    assert len(shared) == 5
+    assert max(shared) <= 99 << 10  # of compute capability 8.6, 8.9 and 12.0
+
+
+@needs_tools
 def test_activations_share_their_special_functions(counts: dict[str, Counts]) -> None:
     whole, two, one = (counts[name] for name in ("whole", "two", "one"))
     # An exponential and a reciprocal serve sigmoid, silu and their derivatives, a second reciprocal tanh; Phi takes a

@@ -56,6 +56,12 @@ def test_a_named_form_needs_no_reason() -> None:
     assert args.moa_form_reason is None
 
 
+def test_small_negative_starts_are_numbers() -> None:
+    """Python 3.12 takes -1e-05 for a flag; a mixture's own flags have it."""
+    mixture = MixtureConfig("la", "one-sided", ("silu",), initial_coefficients=(-1e-5,))
+    assert mixture_from_args(parse(*mixture.to_flags())).initial_coefficients == (-1e-5,)
+
+
 def test_initial_values_are_taken_as_they_are_given() -> None:
     mixture = mixture_from_args(parse("--moa-mixing", "la", "--moa-init", "0"))
     assert (set(mixture.start_values()), mixture.init_scale) == ({0.0}, "paper")

@@ -113,7 +113,8 @@ def _psi(
 def _rounded_to_tf32(x):
     """The nearest number that TF32's products take as it is; they would cut x off."""
     bits = x.to(tl.int32, bitcast=True) + 0x1000
-    return (bits & -0x2000).to(tl.float32, bitcast=True)
+    rounded = (bits & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)  # of NVIDIA's NaN, 0x7fffffff, the sum would be -0
 
 
 @triton.jit
@@ -392,12 +393,16 @@ def _constants(shape: _Shape, mixture: MixtureConfig) -> dict[str, object]:
 @functools.cache
 def _backward_constants(shape: _Shape, mixture: MixtureConfig, needed: tuple[bool, bool]) -> dict[str, object]:
     """What the backward kernel is compiled for."""
+    constants = dict(_constants(shape, mixture))
     precision = "tf32x3" if shape.weight == torch.float32 else "tf32"
-    if shape.x == torch.float32 or torch.version.hip:
+    # Three products of TF32 keep three tiles in shared memory: beyond 64 coefficients more than most GPUs have.
+    if shape.x == torch.float32 or torch.version.hip or (precision == "tf32x3" and shape.n > 64):
         precision = "ieee"
+    if precision == "tf32x3":
+        constants["HIDDEN"] = _HIDDEN // 2
     need_x, need_weight = needed
     further = {"NEED_X": need_x, "NEED_WEIGHT": need_weight, "GRADIENT_PRECISION": precision, "SLAB": _SLAB}
-    return {**_constants(shape, mixture), **further}
+    return {**constants, **further}
 
 
 def _total(partial: Tensor | None, parameter: Tensor | None, inputs: GateInputs) -> Tensor | None:

@@ -235,7 +235,11 @@ def backward(
     chosen = configuration("backward", mixture.form, f, z.device)
     rows = 1 if per_token else chosen.rows
     programs = -(-tokens // rows)
-    grad_z = (z if mixture.overwrite else torch.empty_like(z)) if need_z else None
+    grad_z = None
+    if need_z:
+        grad_z = z if mixture.overwrite else torch.empty_like(z)
+        if mixture.overwrite:  # whoever else has saved z is refused by autograd
+            torch.autograd.graph.increment_version(z)
     grad_scale = torch.empty_like(scale) if need_scale else None
     sums = None
     if need_coefficients:
