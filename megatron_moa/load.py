@@ -38,7 +38,7 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
         from megatron_moa.hf.loading import load_folder
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[hf]'"
+            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[hf]'"
         ) from None
     return load_folder(Path(folder))
 

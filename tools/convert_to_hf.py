@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_moa.hf import export
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[hf]'"
+            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[hf]'"
         ) from None
     import torch
 

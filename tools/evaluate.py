@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             from lm_eval.tasks import TaskManager
         except ModuleNotFoundError as error:
             raise UserError(
-                f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt '.[eval]'"
+                f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[eval]'"
             ) from None
         from megatron_moa.hf.loading import load_folder
 

@@ -1,6 +1,6 @@
 """Pretrains a masked autoencoder whose feed-forward layers mix activations, as the paper does.
 
-    pip install -c constraints.txt '.[vision]'                           # make does it, too
+    pip install -c constraints.txt -e '.[vision]'                        # make does it, too
     python examples/vision/pretrain_mae.py                               # tiny, on three pictures: 1 minute on 2 cores
     torchrun --nproc-per-node 8 examples/vision/pretrain_mae.py --size base --bf16 \\
         --data imagenet/train --val-data imagenet/val --out runs/mae-quadratic

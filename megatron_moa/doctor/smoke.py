@@ -23,7 +23,7 @@ def smoke() -> Finding:
     name = "five steps"
     if not script.is_file():
         text = f"pretrain_gpt_moa.py is not at {ROOT}"
-        return Finding(name, MISSING, text, "install the whole package: pip install -c constraints.txt .")
+        return Finding(name, MISSING, text, "install the whole package: pip install -c constraints.txt -e .")
     environment = {k: value for k, value in os.environ.items() if k not in (*LAUNCHER_VARIABLES, *TASK_COUNTS)}
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     start = time.monotonic()
