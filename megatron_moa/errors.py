@@ -80,6 +80,21 @@ def one_line(error: BaseException, *, typed: bool = False) -> str:
 
 
 @contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """Turns the import of a missing package inside into a UserError that names its extra of setup.py.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[{extra}]'"
+        ) from None
+
+
+@contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turns a :class:`UserError` or a full disk inside into one line on stderr and exit code 2.
 

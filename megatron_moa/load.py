@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_moa.errors import UserError
+from megatron_moa.command_line.trained_model import check_no_checkpoint_flags
+from megatron_moa.errors import needs_extra
 from megatron_moa.trained.text_model import TextModel
 
 
@@ -30,16 +31,9 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
         from megatron_moa.trained.from_megatron import load_model
 
         return load_model(str(folder), megatron_flags, iteration)
-    if iteration is not None:
-        raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; drop the flag")
-    if megatron_flags:
-        raise UserError(f"{megatron_flags[0]}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")
-    try:
+    check_no_checkpoint_flags(folder, iteration, megatron_flags)
+    with needs_extra("hf"):
         from megatron_moa.hf.loading import load_folder
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[hf]'"
-        ) from None
     return load_folder(Path(folder))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_target_flags, add_tolerance_flag, target_settings
-from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.errors import OneLineParser, needs_extra, one_line_ending
 
 if TYPE_CHECKING:
     from megatron_moa.hf.folder import HuggingFaceFolder
@@ -63,15 +63,11 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
 
         # isort: split
-        try:
+        with needs_extra("hf"):
             from megatron_moa.checkpoints.writer import TRAIN_ON
             from megatron_moa.hf import importing
             from megatron_moa.hf.folder import open_folder
             from megatron_moa.trained.compare_logits import VerificationError
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[hf]'"
-            ) from None
         import torch
 
         folder = open_folder(flags.hf, flags.allow_pickle)

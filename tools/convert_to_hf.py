@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_iteration_flag
-from megatron_moa.errors import OneLineParser, UserError, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, needs_extra, one_line_errors
 
 PROGRAM = "convert_to_hf.py"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -64,12 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     """Prepares, writes, compares, renames."""
     flags, megatron_flags = parse_flags(argv)
     # Imported after the flags are read: it takes seconds.
-    try:
+    with needs_extra("hf"):
         from megatron_moa.hf import export
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[hf]'"
-        ) from None
     import torch
 
     from megatron_moa.trained.compare_logits import VerificationError

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_moa.errors import OneLineParser, UserError, has_types, one_line, one_line_errors
+from megatron_moa.errors import OneLineParser, UserError, has_types, needs_extra, one_line, one_line_errors
 
 PROGRAM = "evaluate.py"
 OWN_TASKS = Path(__file__).resolve().parents[1] / "examples" / "evaluation"
@@ -266,13 +266,9 @@ def main(argv: list[str] | None = None) -> None:
     if missing:
         if data is not None:
             os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
-        try:
+        with needs_extra("eval"):
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"{error.name} is not installed; in the project's folder: pip install -c constraints.txt -e '.[eval]'"
-            ) from None
         from megatron_moa.hf.loading import load_folder
 
         manager = TaskManager(include_path=[OWN_TASKS, *([flags.tasks_folder] if flags.tasks_folder else [])])

@@ -24,7 +24,12 @@ def check_source(folder: str, iteration: int | None, megatron_flags: Sequence[st
         )
     if not (Path(folder) / "config.json").is_file():
         check_words(megatron_flags, our_flags())
-        return
+    else:
+        check_no_checkpoint_flags(folder, iteration, megatron_flags)
+
+
+def check_no_checkpoint_flags(folder: str | Path, iteration: int | None, megatron_flags: Sequence[str]) -> None:
+    """Raises UserError for flags that are for a Megatron checkpoint, not for a Hugging Face folder."""
     if iteration is not None:
         raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; drop the flag")
     if megatron_flags:
