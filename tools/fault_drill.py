@@ -14,14 +14,12 @@ some.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
 from megatron_moa.command_line.numbers import seed
 from megatron_moa.errors import OneLineParser, one_line_errors
-from megatron_moa.research.fault_drill.poison import run_poisoned
 from megatron_moa.research.fault_drill.run import run_drill
 
 PROGRAM = "fault_drill.py"
@@ -29,9 +27,6 @@ PROGRAM = "fault_drill.py"
 
 def main() -> None:
     """Runs the drill; exit code 1 if a fault did not end as expected."""
-    if sys.argv[1:2] == ["--poison"]:  # how the drill starts itself for its NaNs
-        run_poisoned(*sys.argv[2:])
-        return
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill the run (default: 20)")

@@ -37,6 +37,7 @@ _NOT_OURS = {  # modules whose --help is not a parser of ours
 _STARTED_BY_OTHERS = (  # without flags: other modules run them in processes of their own
     "megatron_moa.hf.source_logits",
     "megatron_moa.hf.standalone",
+    "megatron_moa.research.fault_drill.poison",
     "megatron_moa.research.study.timing",
 )
 

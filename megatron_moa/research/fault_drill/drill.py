@@ -67,7 +67,7 @@ class Drill:
             save: where checkpoints are read and written.
             flags: beside those of every run.
             launcher: by megatron_moa.launch; otherwise every rank by itself.
-            script: what runs instead of the script, given as its first argument.
+            script: what runs the script instead of Python itself: a file or ``-m`` and a module, and their arguments.
             within: a command that runs the rest of its arguments.
         """
         tiny = [flag for flag in TINY if flag != "--mock-data" or "--data-path" not in flags]

@@ -14,10 +14,10 @@ import torch
 from megatron_moa.checkpoints.files import iteration_folder
 from megatron_moa.research.fault_drill.damage import cut, flip, in_namespace, write_data
 from megatron_moa.research.fault_drill.drill import INTERVAL, Drill, latest
-from megatron_moa.research.fault_drill.starts import ROOT, Start, expect
+from megatron_moa.research.fault_drill.starts import Start, expect
 from megatron_moa.training.exit_codes import EXIT_LOST_RANK, EXIT_NOT_FINITE, EXIT_SAVED_ON_SIGNAL
 
-_TOOL = ROOT / "tools" / "fault_drill.py"
+_POISON = "megatron_moa.research.fault_drill.poison"  # a module that runs a script
 
 
 def signal_to_launcher(drill: Drill) -> tuple[str, str]:
@@ -145,8 +145,7 @@ def not_finite(drill: Drill, what: str, parameter: str) -> tuple[str, str]:
     """Puts NaN into a parameter (hence into the loss) or into its gradient."""
     save = drill.checkpoints(f"nan-{what}")
     at = 2 * INTERVAL
-    poison = (str(_TOOL), "--poison", what, parameter, str(at + 2))
-    with drill.start(save, script=poison) as run:
+    with drill.start(save, script=("-m", _POISON, what, parameter, str(at + 2))) as run:
         code = run.wait()
         line = run.log.line("is not finite")
         expect(code == EXIT_NOT_FINITE, f"exit code {code}: {run.log.path}")

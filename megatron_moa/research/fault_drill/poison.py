@@ -1,4 +1,7 @@
-"""Makes a value NaN in a training, while it runs."""
+"""Makes a value NaN in a training, while it runs.
+
+``python -m megatron_moa.research.fault_drill.poison WHAT PARAMETER ITERATION SCRIPT ARGUMENTS`` runs a script so.
+"""
 
 from __future__ import annotations
 
@@ -50,3 +53,7 @@ def run_poisoned(what: str, parameter: str, iteration: str, script: str, *argume
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_poisoned(*sys.argv[1:])
