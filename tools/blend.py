@@ -15,6 +15,7 @@ import shlex
 from collections.abc import Sequence
 
 from megatron_moa.command_line import output_files
+from megatron_moa.command_line.numbers import positive_number
 from megatron_moa.data import corpus, dataset
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
@@ -44,7 +45,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", metavar="SHARES", help="as in training (99,1,0): its first share can be trained on")
     parser.add_argument("--valid", nargs="+", metavar="PREFIX", help="datasets for validation, by their tokens")
     parser.add_argument("--test", nargs="+", metavar="PREFIX", help="datasets for the test, by their tokens")
-    parser.add_argument("--tokens", type=float, metavar="N", help="of the training: shows the epochs, e.g. 26e9")
+    parser.add_argument(
+        "--tokens", type=positive_number, metavar="N", help="of the training: shows the epochs, e.g. 26e9"
+    )
     parser.add_argument("--output", metavar="FILE", help="the blend file; without it nothing is written")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     return parser.parse_args(argv)
@@ -85,8 +88,6 @@ def blend(args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Raises UserError for an invalid number of a flag."""
-    if args.tokens is not None and not 0 < args.tokens < math.inf:
-        raise UserError(f"--tokens {args.tokens:g}: a number above 0 is wanted, e.g. 26e9")
     if args.temperature is not None and not args.temperature > 0:
         raise UserError(f"--temperature {args.temperature:g}: a number above 0 is wanted; 1 weighs by tokens")
     if args.weights is None:

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_moa.command_line.numbers import positive, within
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.research.compare_runs import Comparison, Record
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
@@ -128,16 +129,18 @@ def main() -> None:
     parser.add_argument("--records", type=Path, nargs=2, metavar="FOLDER", help="compare these instead of training")
     for name in ("a", "b"):
         parser.add_argument(f"--{name}", default="", metavar="FLAGS", help=f"setting {name}, quoted as one word")
-        parser.add_argument(f"--processes-{name}", type=int, metavar="N", help="default: the fewest that serve it")
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="training steps (default: 30)")
+        parser.add_argument(f"--processes-{name}", type=positive, metavar="N", help="default: the fewest that serve it")
+    parser.add_argument("--steps", type=positive, default=30, metavar="N", help="training steps (default: 30)")
     parser.add_argument(
         "--loss-steps",
-        type=int,
+        type=positive,
         default=10,
         metavar="N",
         help="of these, steps whose losses are compared (default: 10)",
     )
-    parser.add_argument("--tolerance", type=float, default=1e-5, metavar="X", help="relative (default: 1e-5)")
+    parser.add_argument(
+        "--tolerance", type=within(float, 0), default=1e-5, metavar="X", help="relative (default: 1e-5)"
+    )
     parser.add_argument("--moe", action="store_true", help="a tiny MoE model instead of the tiny dense one")
     options = parser.parse_args(_with_values_attached(arguments))
     records = [Record.read(folder) for folder in options.records] if options.records else _train_both(options, common)

@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_moa.command_line.numbers import positive, within
 from megatron_moa.errors import OneLineParser, UserError, has_types, needs_extra, one_line, one_line_errors
 
 PROGRAM = "evaluate.py"
@@ -51,20 +52,14 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", metavar="FOLDER", help="for results (default: evaluation in the folder that is loaded)"
     )
     parser.add_argument(
-        "--num-fewshot", type=int, default=0, metavar="N", help="examples before a question (default 0)"
+        "--num-fewshot", type=within(int, 0), default=0, metavar="N", help="examples before a question (default 0)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default 8)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of a task, to try it out")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="(default 8)")
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N documents of a task, to try it out"
+    )
     parser.add_argument("--again", action="store_true", help="evaluate what has been evaluated already")
-    flags = parser.parse_args(argv)
-    for name, value, least in (
-        ("--num-fewshot", flags.num_fewshot, 0),
-        ("--batch-size", flags.batch_size, 1),
-        ("--limit", flags.limit, 1),
-    ):
-        if value is not None and value < least:
-            raise UserError(f"{name} {value}: out of range; give {least} or more")
-    return flags
+    return parser.parse_args(argv)
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_moa.command_line.numbers import seed
+from megatron_moa.command_line.numbers import seed, within
 from megatron_moa.errors import OneLineParser, one_line_errors
 from megatron_moa.research.fault_drill.run import run_drill
 
@@ -29,7 +29,9 @@ def main() -> None:
     """Runs the drill; exit code 1 if a fault did not end as expected."""
     parser = OneLineParser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often to kill the run (default: 20)")
+    parser.add_argument(
+        "--kills", type=within(int, 0), default=20, metavar="N", help="how often to kill the run (default: 20)"
+    )
     parser.add_argument("--only", metavar="NAME,...", help="kill, or single faults by name; default: all")
     parser.add_argument("--seed", type=seed, default=1, metavar="N", help="of the moments (default: 1)")
     parser.add_argument(

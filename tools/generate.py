@@ -18,6 +18,7 @@ import dataclasses
 import json
 import sys
 
+from megatron_moa.command_line.numbers import positive, share, within
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
 from megatron_moa.data.corpus import add_reading_flags, text_file, texts
@@ -42,31 +43,27 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     )
     parser.add_argument("--prompts-file", metavar="FILE", help="further prompts, one a line; JSON lines: their texts")
     add_reading_flags(parser)
-    parser.add_argument("--num-tokens", type=int, default=100, metavar="N", help="new tokens at most (default 100)")
+    parser.add_argument(
+        "--num-tokens", type=positive, default=100, metavar="N", help="new tokens at most (default 100)"
+    )
     parser.add_argument(
         "--num-samples",
-        type=int,
+        type=within(int, 1, MOST_SAMPLES),
         default=1,
         metavar="N",
         help=f"how many continuations of each prompt, at most {MOST_SAMPLES:,}",
     )
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the likeliest of sum P")
-    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the sampling")
+    parser.add_argument(
+        "--temperature", type=within(float, 0), default=1.0, metavar="T", help="0 takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top-k", type=within(int, 0), default=0, metavar="K", help="sample among the K likeliest; 0: all"
+    )
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="sample among the likeliest of sum P")
+    seeds = within(int, -(2**63), 2**64 - 1)  # what torch takes
+    parser.add_argument("--seed", type=seeds, default=1, metavar="N", help="of the sampling")
     parser.add_argument("--json", action="store_true", help="a JSON object a line: prompt, text, tokens, ended")
-    flags, rest = parser.parse_known_args(argv)
-    for name, value, legal in (
-        ("--num-tokens", flags.num_tokens, flags.num_tokens > 0),
-        ("--num-samples", flags.num_samples, 0 < flags.num_samples <= MOST_SAMPLES),
-        ("--temperature", flags.temperature, flags.temperature >= 0),
-        ("--top-k", flags.top_k, flags.top_k >= 0),
-        ("--top-p", flags.top_p, 0 < flags.top_p <= 1),
-        ("--seed", flags.seed, -(2**63) <= flags.seed < 2**64),  # what torch takes
-    ):
-        if not legal:
-            raise UserError(f"{name} {value}: out of range; see generate.py --help")
-    return flags, rest
+    return parser.parse_known_args(argv)
 
 
 def read_prompts(flags: argparse.Namespace) -> list[str]:

@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.trained.inspection.contents import describe
@@ -31,7 +32,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="what training's --save named, or the folder of one checkpoint")
     add_iteration_flag(parser)
     parser.add_argument("--diff", type=Path, metavar="OTHER", help="compare with another checkpoint")
-    parser.add_argument("--diff-iteration", type=int, metavar="N", help="which one of OTHER; default: the latest")
+    parser.add_argument("--diff-iteration", type=positive, metavar="N", help="which one of OTHER; default: the latest")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with all settings and tensors")
     flags = parser.parse_args(argv)
     if flags.diff_iteration is not None and flags.diff is None:

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_moa import startup
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import positive, share
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.planning import inputs, memory, search
@@ -117,14 +117,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if (name := flag.partition("=")[0]) in OURS:
             raise UserError(f"{name}: chosen here by {OURS[name]}; drop it behind --")
     return options
-
-
-def share(text: str) -> float:
-    """For argparse: a number above 0, at most 1."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1, as 0.4")
-    return value
 
 
 def price(text: str) -> float:

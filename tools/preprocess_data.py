@@ -24,7 +24,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.numbers import within
 from megatron_moa.data import corpus, dataset_writer, tokenizers
 from megatron_moa.data.preprocessing import preprocess
 from megatron_moa.errors import OneLineParser, one_line_ending
@@ -66,11 +66,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     group.add_argument("--overwrite", action="store_true", help="replace the files if they exist")
-    group.add_argument("--shuffle-documents", type=int, metavar="SEED", help="put the documents in a random order")
+    group.add_argument(
+        "--shuffle-documents", type=within(int, 0), metavar="SEED", help="put the documents in a random order"
+    )
     group = parser.add_argument_group("work")
     group.add_argument(
         "--workers",
-        type=positive,
+        type=within(int, 1, _MOST_WORKERS),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes on this machine; default: its cores",
@@ -81,12 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="K/N",
         help="do the K-th of N shares of the input, for tools/merge_data.py; slurm: the task of srun that this is",
     )
-    args = parser.parse_args(argv)
-    if args.workers > _MOST_WORKERS:
-        parser.error(f"--workers {args.workers}: out of range; give 1 to {_MOST_WORKERS}")
-    if args.shuffle_documents is not None and args.shuffle_documents < 0:
-        parser.error(f"--shuffle-documents {args.shuffle_documents}: out of range; give 0 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_moa.command_line import output_files
-from megatron_moa.command_line.numbers import positive, seed
+from megatron_moa.command_line.numbers import positive, seed, within
 from megatron_moa.data import corpus
 from megatron_moa.errors import OneLineParser, UserError, one_line_ending
 
@@ -71,7 +71,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--vocab-size", type=positive, default=32000, metavar="N")
     group.add_argument(
         "--character-coverage",
-        type=float,
+        type=within(float, 0.98, 1),  # sentencepiece's own bounds
         default=0.9995,
         metavar="SHARE",
         help="share of the text's characters that get a token; the rarest are written as bytes (default 0.9995)",
@@ -85,17 +85,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--max-sentences", type=positive, metavar="N", help="train on at most so many lines")
     group.add_argument("--seed", type=seed, default=1234, metavar="N", help="which part of a larger corpus is drawn")
-    group.add_argument("--threads", type=positive, default=len(os.sched_getaffinity(0)), metavar="N")
+    threads = len(os.sched_getaffinity(0))
+    group.add_argument("--threads", type=within(int, 1, MOST_THREADS), default=threads, metavar="N")
     args = parser.parse_args(argv)
-    if not 0.98 <= args.character_coverage <= 1:  # sentencepiece's own bounds
-        parser.error(f"--character-coverage {args.character_coverage}: a share from 0.98 to 1 is wanted")
     if not SPECIAL_TOKENS + 256 <= args.vocab_size <= MOST_TOKENS:
         parser.error(
             f"--vocab-size {args.vocab_size}: out of range; give {SPECIAL_TOKENS + 256} (the 256 bytes and "
             f"{SPECIAL_TOKENS} special tokens) to {MOST_TOKENS:,}"
         )
-    if args.threads > MOST_THREADS:
-        parser.error(f"--threads {args.threads}: out of range; give 1 to {MOST_THREADS}")
     return args
 
 

@@ -34,7 +34,7 @@ import argparse
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,7 @@ from torchvision.utils import save_image
 from transformers import ViTMAEForPreTraining
 
 from megatron_moa import MixtureConfig
-from megatron_moa.command_line.numbers import positive, seed
+from megatron_moa.command_line.numbers import positive, seed, within
 from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_ending
 from megatron_moa.mixture.config import BACKENDS, MIXINGS
 from megatron_moa.mixture.functional import resolve_backend
@@ -356,19 +356,6 @@ def make_mixture(mixing: str, form: str | None, backend: str = "auto") -> Mixtur
             raise UserError(f"--moa-form {form}: has no effect with --moa-mixing none; drop one of them")
         return None
     return MixtureConfig(kind=mixing, form=form or "quadratic", backend=backend)
-
-
-def within(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
-        number = kind(text)
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"a number from {low:g} to {high:g} is wanted, not {text}")
-        return number
-
-    parse.__name__ = kind.__name__  # argparse names it to who gives no number at all
-    return parse
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,35 +6,22 @@ They name a checkpoint, a tolerance, and the mixture to convert a model to.
 from __future__ import annotations
 
 import argparse
-import contextlib
 from typing import Any
 
+from megatron_moa.command_line.numbers import positive, positive_number
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import FORMS, GATES, MIXINGS
 
 
 def add_iteration_flag(parser: argparse.ArgumentParser) -> None:
     """Adds ``--iteration N``, which checkpoint of a folder a tool takes; None is the latest."""
-    parser.add_argument("--iteration", type=_iteration, metavar="N", help="which checkpoint; default: the latest")
-
-
-def _iteration(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is wanted")
-    return int(text)
+    parser.add_argument("--iteration", type=positive, metavar="N", help="which checkpoint; default: the latest")
 
 
 def add_tolerance_flag(parser: argparse.ArgumentParser) -> None:
     """Adds ``--tolerance T``, how much logits of a conversion's source and result may differ."""
     what = "largest difference of logits over the largest logit; default 1e-5"
-    parser.add_argument("--tolerance", type=_tolerance, default=1e-5, metavar="T", help=what)
-
-
-def _tolerance(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if float(text) > 0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text}: give a number above 0, such as 1e-5")
+    parser.add_argument("--tolerance", type=positive_number, default=1e-5, metavar="T", help=what)
 
 
 def add_target_flags(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -77,7 +77,7 @@ def test_blend_with_its_own_validation_data(tmp_path: Path, capsys: pytest.Captu
         (["--data", "{tmp}/a", "{tmp}/a", "--weights", "1e308", "1e308"], "too large or too far apart; give shares"),
         (["--data", "{tmp}/a", "{tmp}/a", "--weights", "5e-324", "1e9"], "too large or too far apart; give shares"),
         (["--data", "{tmp}/a", "{tmp}/c", "--temperature", "1e-6"], "--temperature 1e-06: gives the smaller datasets"),
-        (["--tokens", "nan"], "--tokens nan: a number above 0 is wanted, e.g. 26e9"),
+        (["--tokens", "nan"], "--tokens: a number above 0 is wanted, not nan"),
         (["--split", "0,1,0"], "--split 0,1,0: leaves nothing of {tmp}/a to training; use e.g. --split 99,1,0"),
         (["--split", "9,1,0", "--valid", "{tmp}/a"], "--split 9,1,0: contradicts --valid and --test"),
         (["--data", "{tmp}/a", "{tmp}/c", "{tmp}/a"], "--data {tmp}/a: is named twice; name it once, a larger weight"),

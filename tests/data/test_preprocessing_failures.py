@@ -66,9 +66,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threade
         (["--output-prefix", "{tmp}/folder/"], "--output-prefix {tmp}/folder/: a folder; add a name"),
         (["--output-prefix", "{tmp}/text/x"], "{tmp}/text is a file, not a folder; choose another place"),
         (["--output-prefix", "/proc/x"], "--output-prefix /proc/x"),
-        (["--workers", "0"], "argument --workers: a number above 0 is wanted, not 0"),
-        (["--workers", "9" * 20], "--workers 99999999999999999999: out of range; give 1 to 1024"),
-        (["--shuffle-documents", "-1"], "--shuffle-documents -1: out of range; give 0 or more"),
+        (["--workers", "0"], "argument --workers: a number from 1 to 1024 is wanted, not 0"),
+        (["--workers", "9" * 20], "--workers: a number from 1 to 1024 is wanted, not 9999"),
+        (["--shuffle-documents", "-1"], "--shuffle-documents: a number of 0 or more is wanted, not -1"),
         (["--wrokers", "2"], "unrecognized arguments: --wrokers 2"),
     ],
 )

@@ -100,7 +100,7 @@ def test_damage(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--kills", "-1"], "--kills -1"),
+        (["--kills", "-1"], "--kills: a number of 0 or more is wanted, not -1"),
         (["--only", "kill,flood"], "--only flood"),
         (["--processes", "3"], "--processes 3"),
     ],

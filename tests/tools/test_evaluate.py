@@ -190,7 +190,7 @@ def test_dry_run_prints_the_command(export: Path) -> None:
     [
         ([], ["evaluate.sh: ", "EXPORT"]),
         (["/nonexistent"], ["evaluate.py: error: --load /nonexistent", "config.json"]),
-        (["/nonexistent", "--limit", "0"], ["--limit 0"]),
+        (["/nonexistent", "--limit", "0"], ["--limit: a number above 0 is wanted, not 0"]),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], parts: list[str]) -> None:

@@ -357,7 +357,7 @@ def test_runs_nothing_of_a_strangers_file(tmp_path: Path, capsys: pytest.Capture
         ([], ".metadata: cannot be read"),
         (["--iteration", "7"], ".metadata: cannot be read"),
         (["--iteration", "8"], "--iteration 8: is not in"),
-        (["--iteration", "0"], "--iteration: 0: a number above 0 is wanted"),
+        (["--iteration", "0"], "--iteration: a number above 0 is wanted, not 0"),
         (["--ckpt-step", "7"], "--ckpt-step: is for training; which checkpoint is taken here, --iteration N says"),
     ):
         with pytest.raises(SystemExit) as end:

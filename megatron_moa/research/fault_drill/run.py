@@ -51,8 +51,6 @@ def run_drill(options: argparse.Namespace) -> int:
 
 
 def _chosen_faults(options: argparse.Namespace) -> list[str]:
-    if options.kills < 0:
-        raise UserError(f"--kills {options.kills}: negative; give how often the run is to be killed")
     if options.processes not in (1, 2, 4):  # the tiny model's batch is 4
         raise UserError(f"--processes {options.processes}: the tiny model trains on 1, 2 or 4")
     chosen = options.only.split(",") if options.only else ["kill", *FAULTS]
