@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 from megatron_moa.command_line.numbers import positive, within
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.research.compare_runs import Comparison, Record
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
@@ -87,14 +88,12 @@ def _train_both(options: argparse.Namespace, common: list[str]) -> list[Record]:
 
 def print_table(comparison: Comparison) -> None:
     """Losses, gradients, copies: a markdown table each."""
-    print("\n| step | loss a | loss b | relative difference |\n| --- | --- | --- | --- |")
-    for iteration, (a, b, relative) in comparison.losses.items():
-        print(f"| {iteration} | {a:.7f} | {b:.7f} | {relative:.1e} |")
-    print("\n| gradient at step 1 | largest entry in a | largest difference, relative to it |\n| --- | --- | --- |")
-    for key, (largest, relative) in sorted(comparison.gradients.items()):
-        print(f"| {key} | {largest:.3e} | {relative:.1e} |")
-    for key in comparison.missing:
-        print(f"| {key} | only in one of the two | |")
+    losses = [(step, f"{a:.7f}", f"{b:.7f}", f"{apart:.1e}") for step, (a, b, apart) in comparison.losses.items()]
+    print("\n" + markdown_table(["step", "loss a", "loss b", "relative difference"], losses))
+    gradients = [(key, f"{top:.3e}", f"{apart:.1e}") for key, (top, apart) in sorted(comparison.gradients.items())]
+    gradients += [(key, "only in one of the two", "") for key in comparison.missing]
+    header = ["gradient at step 1", "largest entry in a", "largest difference, relative to it"]
+    print("\n" + markdown_table(header, gradients))
     equal = comparison.replicated - len(comparison.differing)
     print(f"\ncopies of replicated parameters in b after the last step: {equal} of {comparison.replicated} bit-equal")
     for key in comparison.differing:

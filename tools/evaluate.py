@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moa.command_line.numbers import positive, within
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, has_types, needs_extra, one_line, one_line_errors
 
 PROGRAM = "evaluate.py"
@@ -211,7 +212,7 @@ def evaluate(lm: Any, manager: Any, task: Any, flags: argparse.Namespace) -> dic
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Results by task, as a Markdown table."""
-    lines = ["| task | documents | metric | value | standard error |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for task, result in results.items():
         metrics = result["metrics"]
         for name, value in metrics.items():
@@ -219,9 +220,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 continue
             metric, comma, filtered = name.partition(",")  # as lm_eval writes both
             error = metrics.get(f"{metric}_stderr{comma}{filtered}")
-            error = "" if error is None else f"{error:.4f}"
-            lines.append(f"| {task} | {result['documents']} | {name} | {value:.4f} | {error} |")
-    return "\n".join(lines)
+            rows.append((task, result["documents"], name, f"{value:.4f}", None if error is None else f"{error:.4f}"))
+    return markdown_table(["task", "documents", "metric", "value", "standard error"], rows)
 
 
 @one_line_errors(PROGRAM)

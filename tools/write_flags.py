@@ -159,18 +159,18 @@ def _training_script(parser: argparse.ArgumentParser) -> list[str]:
         "Megatron's flags (`python pretrain_gpt_moa.py --help-megatron` explains them), and ours:\n",
         *_tables(parser, ours),
         "Settings of Megatron's with other defaults here; a flag that is given stays:\n",
-        "| setting | where | default | why not Megatron's |\n| --- | --- | --- | --- |",
     ]
     kernels = {default.name: default.kernel for default in KERNEL_DEFAULTS}
-    reason = ""
+    reason, settings = "", []
     for dest, value, why in CPU_DEFAULTS:
         reason = reason if why == "as above" else why
         where = f"without {kernels[dest]}" if dest in kernels else "on CPU"
         value = value() if callable(value) else value
         because = "Megatron's default needs that kernel" if dest in kernels else reason
-        parts.append(f"| `{dest}` | {where} | `{getattr(value, 'name', value)}` | {because} |")
-    parts.append("\nRefused on CPU, in one line, with values that need a GPU:\n\n| flag | instead |\n| --- | --- |")
-    parts += [f"| `{flag}` | {remedy} |" for _, flag, _, remedy in GPU_FLAGS]
+        settings.append([f"`{dest}`", where, f"`{getattr(value, 'name', value)}`", because])
+    parts.append(markdown_table(["setting", "where", "default", "why not Megatron's"], settings))
+    parts.append("\nRefused on CPU, in one line, with values that need a GPU:\n")
+    parts.append(markdown_table(["flag", "instead"], [(f"`{flag}`", remedy) for _, flag, _, remedy in GPU_FLAGS]))
     return [*parts, ""]
 
 

@@ -256,10 +256,8 @@ def _ablation_table(ablation: dict[str, Any], model: dict[str, Any]) -> Iterator
         f"(Student's t over {ablation['clusters']} {ablation['over']}):"
     )
     yield ""
-    yield "| coefficients | difference | 95 % interval |"
-    yield "| --- | --- | --- |"
-    for row in ablation["rows"]:
-        yield f"| {row['name']} | {row['difference']:+.4f} | {_interval(row['interval'])} |"
+    table = [(row["name"], f"{row['difference']:+.4f}", _interval(row["interval"])) for row in ablation["rows"]]
+    yield markdown_table(["coefficients", "difference", "95 % interval"], table)
     if model["mixing"] != "moa":
         return
     by_kind = {row["kind"]: row for row in ablation["rows"]}
@@ -315,14 +313,14 @@ def _continued_table(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
         "paired seeds with a 95 % interval (Student's t):"
     )
     yield ""
-    yield "| way | seeds | loss | difference | 95 % interval |"
-    yield "| --- | --- | --- | --- | --- |"
+    table = []
     for entry in continued_summary(lines):
         if not entry["seeds"]:
             continue
         difference = f"{entry['difference']:+.4f}" if "difference" in entry else ""
         interval = _interval(entry["interval"]) if "interval" in entry else ""
-        yield f"| {WAYS[entry['way']]} | {len(entry['seeds'])} | {entry['loss']:.4f} | {difference} | {interval} |"
+        table.append([WAYS[entry["way"]], len(entry["seeds"]), f"{entry['loss']:.4f}", difference, interval])
+    yield markdown_table(["way", "seeds", "loss", "difference", "95 % interval"], table)
 
 
 def _branches(gates: Sequence[dict[str, Any]], form: str) -> dict[str, list[dict[str, Any]]]:

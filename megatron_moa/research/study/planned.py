@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.grid import Cell, Study, pending
@@ -27,8 +28,6 @@ def planned(study: Study) -> Iterator[str]:
     Raises:
         UserError: a size that is of no recipe, or a plan that fails.
     """
-    yield f"| model | tokens | layer | runs | hours of one {GPU.upper()} a run | GPU hours |"
-    yield "| --- | --- | --- | --- | --- | --- |"
     runs: Counter[tuple[str, int, str, str, bool, str]] = Counter()
     for cell in _at_least(study):
         arm = ARMS[cell.arm]
@@ -38,7 +37,7 @@ def planned(study: Study) -> Iterator[str]:
         if arm.mixture is not None:
             mixing = ("la-" if arm.mixture.kind == "la" else "") + arm.mixture.form
         runs[cell.size, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing] += 1
-    total = 0.0
+    total, table = 0.0, []
     for (name, tokens, optimizer, schedule, gated, mixing), count in runs.items():
         size = study.sizes[name]
         own = {
@@ -57,7 +56,9 @@ def planned(study: Study) -> Iterator[str]:
         hours = _hours(size.recipe, mixing, {key: str(value) for key, value in own.items()}, flags)
         total += count * hours
         layer = ("SwiGLU" if gated else "ReLU2") if mixing == "none" else mixing
-        yield f"| {name} | {tokens / 1e9:g}e9 | {layer} | {count} | {hours:.1f} | {count * hours:.0f} |"
+        table.append([name, f"{tokens / 1e9:g}e9", layer, count, f"{hours:.1f}", f"{count * hours:.0f}"])
+    header = ["model", "tokens", "layer", "runs", f"hours of one {GPU.upper()} a run", "GPU hours"]
+    yield markdown_table(header, table)
     more = (
         ", and more where an arm's best rate is the last of those tried" if any(g.extend for g in study.grids) else ""
     )
