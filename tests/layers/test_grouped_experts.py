@@ -24,6 +24,7 @@ from megatron_moa.layers.grouped_linear import TorchColumnParallelGroupedLinear,
 from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
+from megatron_moa.research.benchmarks.peak_memory import saved_for_backward
 from megatron_moa.research.compare_runs import Comparison, assemble
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.support.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
@@ -244,22 +245,11 @@ def test_coefficients_are_observed() -> None:
     torch.testing.assert_close(sums[True], sums[False], rtol=1e-6, atol=1e-6)
 
 
-def saved_for_backward(experts: SequentialMLP | TEGroupedMLP) -> int:
+def kept_bytes(experts: SequentialMLP | TEGroupedMLP) -> int:
     """Bytes that a forward keeps beside the parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in experts.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     x, probabilities, _ = inputs(SIZES["uneven"], torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = experts(x, torch.tensor(SIZES["uneven"]), probabilities)
-    del output
-    return sum(kept.values())
+    sizes = torch.tensor(SIZES["uneven"])
+    return saved_for_backward(lambda: experts(x, sizes, probabilities)[0], leave_out=experts.parameters()).bytes
 
 
 def test_linears_keep_their_input_and_nothing_else() -> None:
@@ -279,7 +269,7 @@ def test_keep_no_more_for_backward_than_sequential_experts(mixture: MixtureConfi
     # The eager backend gives every token its expert's coefficients.
     copies = 10 * 14 * 4 if mixture is LA else 0
     integers = 10 * 8 + 4 * 8  # which expert a token is of, and where experts end
-    assert saved_for_backward(grouped) <= saved_for_backward(sequential) + copies + integers
+    assert kept_bytes(grouped) <= kept_bytes(sequential) + copies + integers
 
 
 @pytest.mark.parametrize("mixture", [MOA, pytest.param(LA, marks=full), None], ids=["moa", "la", "none"])
