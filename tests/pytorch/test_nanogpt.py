@@ -5,31 +5,22 @@ A few steps of its training learn.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from megatron_moa import MixedFeedForward
+from tests.support.scripts import load_script
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/nanogpt.py"
 
 
-def load_script() -> ModuleType:
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location("nanogpt", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-nanogpt = load_script()
+nanogpt = load_script("examples/nanogpt.py")
 
 
 def test_the_mixture_by_hand_is_the_layer() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_moa.research.compare_runs import Comparison, Piece, Record, Step, assemble
-from tests.support.training import ROOT, run_script
+from tests.support.training import run_script
+from tools import compare_parallel
 
 TOOL = "tools/compare_parallel.py"
 
@@ -62,7 +62,7 @@ def test_each_difference_is_found() -> None:
     ],
 )
 def test_fewest_processes(flags: str, processes: int) -> None:
-    assert runpy.run_path(str(ROOT / TOOL))["fewest_processes"](flags.split()) == processes
+    assert compare_parallel.fewest_processes(flags.split()) == processes
 
 
 @pytest.mark.full

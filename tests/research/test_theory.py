@@ -5,12 +5,9 @@ The theorems say: fixed ⊂ LA ⊂ MoA.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -19,19 +16,9 @@ from torch import Tensor
 from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.mixture.config import DICTIONARIES, MixtureConfig
 from tests.support.layers import build_feed_forward, make_config, randn64
+from tests.support.scripts import load_script
 
-
-def load_script() -> ModuleType:
-    """The example as a module."""
-    path = Path(__file__).resolve().parents[2] / "examples/theory/containment.py"
-    spec = importlib.util.spec_from_file_location("containment", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-containment = load_script()
+containment = load_script("examples/theory/containment.py")
 SUM, RIDGE, PAIRS, TRIPLE = containment.WITNESSES
 FIXED = {layer.name: layer for layer in containment.LAYERS if layer.witness is SUM and layer.fixed and not layer.unit}
 LA_RIDGE, LA_TRIPLE = (

@@ -5,7 +5,6 @@ Tested are also what a diverged run does, and one tiny demo.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -24,20 +22,10 @@ from megatron_moa.runs.training_log import IterationLine, TrainingLog
 from megatron_moa.training.exit_codes import EXIT_NOT_FINITE
 from tests.command_line.test_processes import is_alive, wait_for_end
 from tests.support import launch
+from tools import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def load_demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their annotations' names
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_demo()
 
 
 @pytest.fixture(autouse=True)

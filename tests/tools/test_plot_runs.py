@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from megatron_moa.runs.curves import Course, Curve
 from tests.runs.test_curves import TOKENS, steps, write_events
-from tests.support.training import ROOT
-
-
-@pytest.fixture(scope="module")
-def plot() -> ModuleType:
-    """The tool, imported."""
-    spec = importlib.util.spec_from_file_location("plot_runs", ROOT / "tools" / "plot_runs.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their annotations' names
-    spec.loader.exec_module(module)
-    return module
+from tools import plot_runs
 
 
 def curve(tokens: list[float], values: list[float]) -> Curve:
@@ -30,45 +17,45 @@ def curve(tokens: list[float], values: list[float]) -> Curve:
     return Curve(np.array(tokens, float), np.arange(len(tokens), dtype=float), np.array(values, float))
 
 
-def test_smoothing_is_a_running_mean_over_what_there_is(plot: ModuleType) -> None:
+def test_smoothing_is_a_running_mean_over_what_there_is() -> None:
     line = curve(list(range(10)), [0, 0, 0, 0, 10, 0, 0, 0, 0, 5])
-    assert plot.smoothed(line, 0.4).values == pytest.approx([0, 0, 2, 2, 2, 2, 2, 1, 5 / 4, 5 / 3])
-    assert plot.smoothed(line, 0.0) is line
+    assert plot_runs.smoothed(line, 0.4).values == pytest.approx([0, 0, 2, 2, 2, 2, 2, 1, 5 / 4, 5 / 3])
+    assert plot_runs.smoothed(line, 0.0) is line
     straight = curve(list(range(10)), list(range(10)))
-    assert plot.smoothed(straight, 0.4).values[2:-2] == pytest.approx(straight.values[2:-2])
+    assert plot_runs.smoothed(straight, 0.4).values[2:-2] == pytest.approx(straight.values[2:-2])
 
 
-def test_seeds_are_put_at_the_places_that_all_reach(plot: ModuleType) -> None:
-    places, values = plot.stacked([curve([0, 10, 20, 30], [4, 3, 2, 1]), curve([5, 25], [6, 2])], "tokens")
+def test_seeds_are_put_at_the_places_that_all_reach() -> None:
+    places, values = plot_runs.stacked([curve([0, 10, 20, 30], [4, 3, 2, 1]), curve([5, 25], [6, 2])], "tokens")
     assert places.tolist() == [10, 20]
     assert values.tolist() == [[3, 2], [5, 3]]
 
 
-def test_the_difference_is_taken_at_the_same_number_of_tokens(plot: ModuleType) -> None:
+def test_the_difference_is_taken_at_the_same_number_of_tokens() -> None:
     baseline = [curve([0, 10, 20, 30], [4, 3, 2, 1]), curve([0, 10, 20, 30], [6, 5, 4, 3])]  # mean 5 4 3 2
-    places, values = plot.difference([curve([5, 15, 25], [4, 3, 2.5])], baseline)
+    places, values = plot_runs.difference([curve([5, 15, 25], [4, 3, 2.5])], baseline)
     assert places.tolist() == [10, 20]
     assert values == pytest.approx(np.array([[3.5 - 4, 2.75 - 3]]))
-    places, _ = plot.difference([curve([40, 50], [1, 1])], baseline)
+    places, _ = plot_runs.difference([curve([40, 50], [1, 1])], baseline)
     assert not len(places)
 
 
-def test_units(plot: ModuleType) -> None:
-    assert plot.token_unit(4.6e9) == (1e9, "tokens (billions)")
-    assert plot.token_unit(640) == (1.0, "tokens")
-    assert plot.time_unit(90) == (1.0, "time (seconds)")
-    assert plot.time_unit(5 * 3600) == (3600.0, "time (hours)")
+def test_units() -> None:
+    assert plot_runs.token_unit(4.6e9) == (1e9, "tokens (billions)")
+    assert plot_runs.token_unit(640) == (1.0, "tokens")
+    assert plot_runs.time_unit(90) == (1.0, "time (seconds)")
+    assert plot_runs.time_unit(5 * 3600) == (3600.0, "time (hours)")
 
 
-def test_labels_are_as_long_as_they_must_be(plot: ModuleType, tmp_path: Path) -> None:
+def test_labels_are_as_long_as_they_must_be(tmp_path: Path) -> None:
     folders = [tmp_path / "sweep" / arm / "1" for arm in ("none", "moa")]
     for folder in folders:
         (folder / "tensorboard").mkdir(parents=True)
         (folder / "train.log").touch()
-    assert plot.default_labels(folders) == ["none/1", "moa/1"]
-    assert plot.default_labels([folder / "tensorboard" for folder in folders]) == ["none/1", "moa/1"]
-    assert plot.default_labels([folder / "train.log" for folder in folders]) == ["none/1", "moa/1"]
-    assert plot.default_labels([folders[0].parent, folders[1].parent]) == ["none", "moa"]
+    assert plot_runs.default_labels(folders) == ["none/1", "moa/1"]
+    assert plot_runs.default_labels([folder / "tensorboard" for folder in folders]) == ["none/1", "moa/1"]
+    assert plot_runs.default_labels([folder / "train.log" for folder in folders]) == ["none/1", "moa/1"]
+    assert plot_runs.default_labels([folders[0].parent, folders[1].parent]) == ["none", "moa"]
 
 
 @pytest.fixture
@@ -86,10 +73,10 @@ def runs(tmp_path: Path) -> dict[str, Path]:
     return folders
 
 
-def test_figures_are_written(plot: ModuleType, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_written(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     output = runs["none-1"].parent / "new" / "plots"
     labels = ["--labels", "SwiGLU", "SwiGLU", "MoA, all seven", "MoA, all seven"]
-    plot.main([*map(str, runs.values()), *labels, "--baseline", str(runs["none-2"]), "--output", str(output)])
+    plot_runs.main([*map(str, runs.values()), *labels, "--baseline", str(runs["none-2"]), "--output", str(output)])
     names = ["loss-tokens.png", "loss-time.png", "validation.png", "difference.png", "coefficients-MoA-all-seven.png"]
     assert capsys.readouterr().out.split() == [str(output / name) for name in names]
     for name in names:
@@ -99,23 +86,23 @@ def test_figures_are_written(plot: ModuleType, runs: dict[str, Path], capsys: py
 
 
 def test_labels_that_look_alike_in_a_file_name_keep_their_figures(
-    plot: ModuleType, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [str(runs["moa-1"])] * 5
     labels = ["--labels", "a b", "a-b", "a-b-2", "a/b", "x" * 300]
-    plot.main([*folders, *labels, "--output", str(tmp_path / "plots")])
+    plot_runs.main([*folders, *labels, "--output", str(tmp_path / "plots")])
     names = [Path(line).name for line in capsys.readouterr().out.splitlines()][3:]
     ends = ("a-b", "a-b-2", "a-b-2-2", "a-b-3", "x" * 100)
     assert names == [f"coefficients-{end}.png" for end in ends]
     assert all((tmp_path / "plots" / name).is_file() for name in names)
 
 
-def test_what_the_axes_show(plot: ModuleType, runs: dict[str, Path], tmp_path: Path) -> None:
-    arms, baseline = plot.arms_of(list(runs.values()), ["a", "a", "b", "b"], runs["none-1"])
+def test_what_the_axes_show(runs: dict[str, Path], tmp_path: Path) -> None:
+    arms, baseline = plot_runs.arms_of(list(runs.values()), ["a", "a", "b", "b"], runs["none-1"])
     assert [(arm.title, len(arm.runs)) for arm in arms] == [("a (2 runs)", 2), ("b (2 runs)", 2)]
     assert baseline is arms[0]
-    page = plot.Page(arms, tmp_path)
-    plot.draw_difference(page, arms, baseline, 0.0)
+    page = plot_runs.Page(arms, tmp_path)
+    plot_runs.draw_difference(page, arms, baseline, 0.0)
     ((_, figure),) = page.pending
     training, validation = figure.axes
     line = next(line for line in training.lines if line.get_label() == "b (2 runs)")
@@ -128,8 +115,8 @@ def test_what_the_axes_show(plot: ModuleType, runs: dict[str, Path], tmp_path: P
     assert (spread.min(), spread.max()) == pytest.approx((-0.5 - 0.1 / 2**0.5, -0.5 + 0.1 / 2**0.5), abs=1e-6)
 
 
-def test_a_baseline_beside_the_runs_is_drawn_too(plot: ModuleType, runs: dict[str, Path]) -> None:
-    arms, baseline = plot.arms_of([runs["moa-1"]], None, runs["none-1"])
+def test_a_baseline_beside_the_runs_is_drawn_too(runs: dict[str, Path]) -> None:
+    arms, baseline = plot_runs.arms_of([runs["moa-1"]], None, runs["none-1"])
     assert [arm.label for arm in arms] == ["none-1", "moa-1"]
     assert baseline is arms[0]
     assert all(isinstance(run, Course) for arm in arms for run in arm.runs)
@@ -149,7 +136,6 @@ def test_a_baseline_beside_the_runs_is_drawn_too(plot: ModuleType, runs: dict[st
 def test_mistakes_are_one_line_and_nothing_is_written(
     arguments: list[str],
     words: str,
-    plot: ModuleType,
     runs: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -158,7 +144,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     write_events(Path("later"), 1e9, steps(1001, 1100, 2.0))
     Path("a-file").touch()
     with pytest.raises(SystemExit) as leaving:
-        plot.main(arguments)
+        plot_runs.main(arguments)
     assert leaving.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("plot_runs.py: error: ")
@@ -199,9 +185,9 @@ def write_damaged(path: Path, tail: str) -> None:
         "\udcff\udcfe",
     ],
 )
-def test_a_log_that_was_cut_off_is_read(tail: str, plot: ModuleType, tmp_path: Path) -> None:
+def test_a_log_that_was_cut_off_is_read(tail: str, tmp_path: Path) -> None:
     write_damaged(tmp_path / "train.log", tail)
-    course = plot.read_course(tmp_path)
+    course = plot_runs.read_course(tmp_path)
     assert course.loss.values.tolist() == [5.0, 5.0, 4.0, 4.0]
     assert course.loss.tokens.tolist() == [128, 256, 384, 512]
     assert len(course.validation) == 0
@@ -210,22 +196,22 @@ def test_a_log_that_was_cut_off_is_read(tail: str, plot: ModuleType, tmp_path: P
 
 
 def test_a_log_that_was_cut_off_is_drawn(
-    plot: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_damaged(Path("train.log"), " validation loss at iteration 2 on validation set | lm loss value: 5.1")
-    plot.main(["train.log"])
+    plot_runs.main(["train.log"])
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["plots/loss-tokens.png", "plots/loss-time.png"]
     assert printed[2].startswith("plots/coefficients-")
 
 
 def test_plots_that_cannot_be_written_are_one_line(
-    plot: ModuleType, runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(runs["none-1"].parent)
     with pytest.raises(SystemExit) as leaving:
-        plot.main(["none-1", "--output", "/proc/plots"])
+        plot_runs.main(["none-1", "--output", "/proc/plots"])
     assert leaving.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("plot_runs.py: error: --output /proc/plots: cannot be written to (")
