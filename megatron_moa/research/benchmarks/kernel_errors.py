@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -152,11 +152,6 @@ def check_gate(
     checks = _compare(name, coefficients, mixture, inputs, random.normal(tokens, n, dtype=torch.float32).detach())
     result, *gradients = checks
     return [dataclasses.replace(result, floor=result.floor + _sum_floor(mixture, dtype, device, hidden)), *gradients]
-
-
-def bit_equal_gradients(gradients: Callable[[], Sequence[Tensor]]) -> bool:
-    """Whether two calls give the same bits."""
-    return all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
 
 class _Random:
