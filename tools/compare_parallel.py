@@ -6,9 +6,9 @@
     python tools/compare_parallel.py --processes-b 2 --b '--use-distributed-optimizer' -- --moa-mixing la --num-layers 4
 
 Both settings are flags of pretrain_gpt_moa.py; flags after ``--`` hold for both and come after a tiny model's
-(megatron_moa/runs/tiny_model.py). b starts from a's weights. Printed are the loss at every step, every parameter's
-gradient at the first step, relative to its largest entry, and whether all copies of replicated parameters are equal at
-the end.
+(megatron_moa/runs/tiny_model.py). b starts from a's weights. Printed are the losses of the first ten steps, every
+parameter's gradient at the first step, relative to its largest entry, and whether all copies of replicated parameters
+are equal at the end.
 Exit code 0: within the tolerance; 1: not; 2: a mistake in the flags.
 """
 
@@ -30,6 +30,7 @@ from megatron_moa.research.compare_runs import Comparison, Record
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
+_LOSS_STEPS = 10  # whose losses are compared, from the first on
 _SIZES = {
     "tp": ("--tensor-model-parallel-size",),
     "pp": ("--pipeline-model-parallel-size",),
@@ -131,19 +132,12 @@ def main() -> None:
         parser.add_argument(f"--processes-{name}", type=positive, metavar="N", help="default: the fewest that serve it")
     parser.add_argument("--steps", type=positive, default=30, metavar="N", help="training steps (default: 30)")
     parser.add_argument(
-        "--loss-steps",
-        type=positive,
-        default=10,
-        metavar="N",
-        help="of these, steps whose losses are compared (default: 10)",
-    )
-    parser.add_argument(
         "--tolerance", type=within(float, 0), default=1e-5, metavar="X", help="relative (default: 1e-5)"
     )
     parser.add_argument("--moe", action="store_true", help="a tiny MoE model instead of the tiny dense one")
     options = parser.parse_args(_with_values_attached(arguments))
     records = [Record.read(folder) for folder in options.records] if options.records else _train_both(options, common)
-    comparison = Comparison.of(*records, steps=options.loss_steps)
+    comparison = Comparison.of(*records, steps=_LOSS_STEPS)
     print_table(comparison)
     good = comparison.within(options.tolerance)
     print(f"\n{'within' if good else 'NOT within'} {options.tolerance:g}")

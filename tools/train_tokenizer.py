@@ -50,7 +50,7 @@ def make_tokenizer(args: argparse.Namespace) -> None:
     targets = output_files.check_output("--output", args.output, (".model", ".vocab"), args.overwrite)
     corpus.check_not_overwritten([file.path for file in files], "--output", targets)
     start = time.perf_counter()
-    lines = sample_lines(files, args.sample_bytes, args.max_sentences, args.seed)
+    lines = sample_lines(files, args.sample_bytes, args.seed)
     model = train(lines, args)
     with output_files.written_whole("--output", targets) as (model_path, vocab_path):
         Path(model_path).write_bytes(model)
@@ -83,7 +83,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="train on about so much text, drawn evenly from all files (default 200 MB)",
     )
-    group.add_argument("--max-sentences", type=positive, metavar="N", help="train on at most so many lines")
     group.add_argument("--seed", type=seed, default=1234, metavar="N", help="which part of a larger corpus is drawn")
     threads = len(os.sched_getaffinity(0))
     group.add_argument("--threads", type=within(int, 1, MOST_THREADS), default=threads, metavar="N")
@@ -96,9 +95,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def sample_lines(
-    files: Sequence[corpus.TextFile], sample_bytes: int, max_sentences: int | None = None, seed: int = 1234
-) -> list[str]:
+def sample_lines(files: Sequence[corpus.TextFile], sample_bytes: int, seed: int = 1234) -> list[str]:
     """Lines for training: all of a small corpus, else blocks drawn without repetition from all files.
 
     The same files, bounds and seed give the same lines. Only what is drawn is read.
@@ -114,8 +111,6 @@ def sample_lines(
         lines, _ = lines_of(blocks, sample_bytes)
     if not lines:
         raise UserError("--input: no text in these files; give files that hold more than empty lines")
-    if max_sentences and len(lines) > max_sentences:
-        lines = draw.sample(lines, max_sentences)
     return lines
 
 
