@@ -127,7 +127,7 @@ def _mixture_flops(args: argparse.Namespace, mixture: MixtureConfig | None) -> t
 
 def _feed_forwards(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """Input size and width of every feed-forward layer and expert that a token passes."""
-    for is_moe in _moe_pattern(args):
+    for is_moe in moe_layers(args, with_mtp=True):
         if not is_moe:
             yield args.hidden_size, args.ffn_hidden_size
             continue
@@ -135,15 +135,6 @@ def _feed_forwards(args: argparse.Namespace) -> Iterator[tuple[int, int]]:
             yield args.moe_latent_size or args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
         if args.moe_shared_expert_intermediate_size:
             yield args.hidden_size, args.moe_shared_expert_intermediate_size
-
-
-def _moe_pattern(args: argparse.Namespace) -> list[bool]:
-    """Returns of each layer whether it is one of experts.
-
-    Layers of multi-token prediction come last and are as the last of the others.
-    """
-    pattern = moe_layers(args)
-    return pattern + [pattern[-1]] * (args.mtp_num_layers or 0)
 
 
 def _padded_vocab_size(args: argparse.Namespace) -> int:
