@@ -55,7 +55,7 @@ def nothing(x: Tensor) -> Tensor:
 
 
 @dataclass
-class Arm:
+class TimedLayer:
     """One layer, and the microseconds of its calls by phase, in lists by round.
 
     Attributes:
@@ -90,7 +90,7 @@ def _fast(times: list[float]) -> float:
 
 def build(
     name: str, family: str, mixture: MixtureConfig | None, settings: dict[str, Any], options: argparse.Namespace
-) -> Arm:
+) -> TimedLayer:
     """A layer in Megatron's DDP with Megatron's optimizer."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -116,10 +116,10 @@ def build(
         optimizer.step()
 
     count = sum(parameter.requires_grad for parameter in layer.parameters())
-    return Arm(name, family, count, lambda: model(x)[0], backward, step)
+    return TimedLayer(name, family, count, lambda: model(x)[0], backward, step)
 
 
-def built_arms(options: argparse.Namespace) -> list[Arm]:
+def built_arms(options: argparse.Namespace) -> list[TimedLayer]:
     """All contenders."""
     mixtures = [
         (f"{kind} {form}", MixtureConfig(kind.lower(), form)) for form in options.form for kind in ("MoA", "LA")
@@ -138,7 +138,7 @@ def built_arms(options: argparse.Namespace) -> list[Arm]:
     return arms
 
 
-def time_rounds(arms: list[Arm], rounds: int, repetitions: int) -> None:
+def time_rounds(arms: list[TimedLayer], rounds: int, repetitions: int) -> None:
     """Microseconds of each call, each round starting with another arm; the first does not count."""
     for number in range(rounds + 1):
         for arm in (*arms[number % len(arms) :], *arms[: number % len(arms)]):
@@ -159,7 +159,7 @@ def time_rounds(arms: list[Arm], rounds: int, repetitions: int) -> None:
                     arm.rounds[phase].append(calls)
 
 
-def records(arms: list[Arm]) -> list[dict[str, Any]]:
+def records(arms: list[TimedLayer]) -> list[dict[str, Any]]:
     """The figures of each arm."""
     found = []
     for arm in arms:

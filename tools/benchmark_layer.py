@@ -47,7 +47,7 @@ PEAK_GOAL = 1.01
 
 
 @dataclass(frozen=True)
-class Arm:
+class Contender:
     """One contender.
 
     Attributes:
@@ -67,7 +67,7 @@ class Arm:
     variant: str | None = None
 
 
-def arms(options: argparse.Namespace) -> list[Arm]:
+def arms(options: argparse.Namespace) -> list[Contender]:
     """The contenders that the flags ask for, families one after the other."""
     executions = {None: {}} if not options.experts else {"sequential": {}, "grouped": {"moe_grouped_gemm": True}}
     if options.execution:
@@ -85,7 +85,7 @@ def arms(options: argparse.Namespace) -> list[Arm]:
     ]
 
 
-def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
+def _family(options: argparse.Namespace, gated: bool) -> list[Contender]:
     forms = [form for form in options.form if (form != "type1") == gated]
     if not forms:
         return []
@@ -98,24 +98,24 @@ def _family(options: argparse.Namespace, gated: bool) -> list[Arm]:
         freeze=True,
         backend=options.backend,
     )
-    found = [Arm(f"{fixed}", fixed, None, "stock", settings)]
+    found = [Contender(f"{fixed}", fixed, None, "stock", settings)]
     if gated:  # Megatron fuses GELU with a bias only
-        found.append(Arm(f"{fixed} fused", fixed, None, "stock", {**settings, "bias_activation_fusion": True}))
-    found.append(Arm(f"{fixed} compiled here", fixed, one, "compiled", settings))
+        found.append(Contender(f"{fixed} fused", fixed, None, "stock", {**settings, "bias_activation_fusion": True}))
+    found.append(Contender(f"{fixed} compiled here", fixed, one, "compiled", settings))
     for form in forms:
         for mixing in options.mixing:
             config = MixtureConfig(kind=mixing, form=form, backend=options.backend)
             name = f"{LABELS[mixing]} {form}"
-            found.append(Arm(name, fixed, config, "mixture", settings))
+            found.append(Contender(name, fixed, config, "mixture", settings))
             if options.recompute:
                 found.append(_recomputed(found[-1], options))
             if options.overwrite:
                 again = replace(config, overwrite=True)
-                found.append(Arm(f"{name} overwriting", fixed, again, "mixture", settings, "overwriting"))
+                found.append(Contender(f"{name} overwriting", fixed, again, "mixture", settings, "overwriting"))
     return found
 
 
-def _recomputed(arm: Arm, options: argparse.Namespace) -> Arm:
+def _recomputed(arm: Contender, options: argparse.Namespace) -> Contender:
     """The mixture's output is not kept for backward but computed again."""
     arm = replace(arm, name=f"{arm.name} recomputed", variant="recomputed")
     if options.experts:
@@ -145,7 +145,7 @@ class Built:
         return saved.bytes, saved.bytes_of(coefficients)
 
 
-def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> Built:
+def build(arm: Contender, options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> Built:
     """Builds the layer with random input [tokens, 1, h] and a random gradient of its output.
 
     Input and gradient are the same for every arm.
@@ -172,7 +172,7 @@ def build(arm: Arm, options: argparse.Namespace, device: torch.device, dtype: to
 def measure(options: argparse.Namespace, device: torch.device, dtype: torch.dtype, tp: int) -> list[dict[str, Any]]:
     """Builds all arms, times each family in alternation, measures memory; a record for each arm."""
     built: dict[str, Built] = {}
-    contenders: list[Arm] = []
+    contenders: list[Contender] = []
     for arm in arms(options):
         try:
             built_arm = build(arm, options, device, dtype, tp)
@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace, device: torch.device, dtype: torch.dtyp
 
 
 def _family_records(
-    own: list[Arm], built: dict[str, Built], timings: timing.Timings, device: torch.device
+    own: list[Contender], built: dict[str, Built], timings: timing.Timings, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     by_role = {role: [arm.name for arm in own if arm.role == role] for role in ("stock", "compiled")}
     stock = timings.fastest(by_role["stock"]) if by_role["stock"] else None

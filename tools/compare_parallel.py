@@ -26,7 +26,7 @@ from pathlib import Path
 from megatron_moa.command_line.numbers import positive, within
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.research.compare_runs import Comparison, Record
+from megatron_moa.research.compare_runs import Record, RunComparison
 from megatron_moa.runs.tiny_model import MOE, SWIGLU, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,7 +87,7 @@ def _train_both(options: argparse.Namespace, common: list[str]) -> list[Record]:
     return records
 
 
-def print_table(comparison: Comparison) -> None:
+def print_table(comparison: RunComparison) -> None:
     """Losses, gradients, copies: a markdown table each."""
     losses = [(step, f"{a:.7f}", f"{b:.7f}", f"{apart:.1e}") for step, (a, b, apart) in comparison.losses.items()]
     print("\n" + markdown_table(["step", "loss a", "loss b", "relative difference"], losses))
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--moe", action="store_true", help="a tiny MoE model instead of the tiny dense one")
     options = parser.parse_args(_with_values_attached(arguments))
     records = [Record.read(folder) for folder in options.records] if options.records else _train_both(options, common)
-    comparison = Comparison.of(*records, steps=_LOSS_STEPS)
+    comparison = RunComparison.of(*records, steps=_LOSS_STEPS)
     print_table(comparison)
     good = comparison.within(options.tolerance)
     print(f"\n{'within' if good else 'NOT within'} {options.tolerance:g}")

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
         folder = open_folder(flags.hf, flags.allow_pickle)
         dtype = importing.check_dtype(folder, None if flags.dtype == DTYPES[0] else getattr(torch, flags.dtype))
-        split = importing.Split(flags.tp, flags.pp, flags.ep)
+        split = importing.TakenSplit(flags.tp, flags.pp, flags.ep)
         try:
             with written_folder("--out", flags.out) as partial, contextlib.redirect_stdout(sys.stderr):
                 imported = importing.import_folder(

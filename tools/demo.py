@@ -59,7 +59,7 @@ QUICK = Settings("asyncio/*.py", 512, TINY, iterations=12)
 
 
 @dataclass
-class Run:
+class Command:
     """A command, the log of all it prints, and its process once it has been started."""
 
     name: str
@@ -98,7 +98,7 @@ class Run:
         self.ended = time.monotonic()
 
 
-def run_all(runs: Sequence[Run], at_a_time: int, show: Callable[[], object], **environment: str) -> None:
+def run_all(runs: Sequence[Command], at_a_time: int, show: Callable[[], object], **environment: str) -> None:
     """Runs commands, so many at a time, and calls ``show`` now and then; none outlives an error or Ctrl-C."""
     try:
         while any(run.ended is None for run in runs):
@@ -117,7 +117,7 @@ def step(title: str, tool: str, flags: Sequence[object], log: Path) -> str:
     command = [sys.executable, str(ROOT / "tools" / tool), *map(str, flags)]
     print(f"\n{title}\n  $ {typed(command)}", flush=True)
     with tqdm(bar_format="  {elapsed}", leave=False, disable=not LIVE) as clock:
-        run_all([Run(tool, command, log)], 1, clock.refresh)
+        run_all([Command(tool, command, log)], 1, clock.refresh)
     return log.read_text(errors="replace")
 
 
@@ -160,7 +160,7 @@ def make_data(settings: Settings, out: Path) -> None:
     step("[2/6] The text as a dataset of token numbers", "preprocess_data.py", flags, out / "dataset.log")
 
 
-def trainings(settings: Settings, out: Path, seed: int) -> list[Run]:
+def trainings(settings: Settings, out: Path, seed: int) -> list[Command]:
     """The three trainings; their commands differ in the layer's flags and in folders alone."""
     from megatron_moa.research.study.arms import Size
     from megatron_moa.research.study.corpora import Corpus
@@ -178,11 +178,11 @@ def trainings(settings: Settings, out: Path, seed: int) -> list[Run]:
         words += Corpus(out / "data", out / "tokenizer.model").flags()
         words += ["--save", str(folder), "--save-interval", str(settings.iterations)]
         words += ["--data-cache-path", str(folder / "cache")]  # one each: runs at a time would write the same files
-        runs.append(Run(name, words, folder / "train.log"))
+        runs.append(Command(name, words, folder / "train.log"))
     return runs
 
 
-def train(runs: Sequence[Run], iterations: int) -> None:
+def train(runs: Sequence[Command], iterations: int) -> None:
     """Runs the trainings, with a bar on a terminal, elsewhere a line every half minute."""
     # A run has a core of its own: so small a model gains little from a second one, and times can be compared.
     cores = len(os.sched_getaffinity(0))
@@ -211,7 +211,7 @@ def train(runs: Sequence[Run], iterations: int) -> None:
         run_all(runs[::-1], at_a_time, show, **environment)  # the mixtures first: the shortest fills what is left
 
 
-def seconds_left(runs: Sequence[Run], logs: dict[str, TrainingLog], at_a_time: int) -> float | None:
+def seconds_left(runs: Sequence[Command], logs: dict[str, TrainingLog], at_a_time: int) -> float | None:
     """How long the trainings will take; None until as many as run at a time are a tenth through."""
     rest: dict[str, float] = {}
     for run in runs:
@@ -254,7 +254,7 @@ def save_results(logs: dict[str, TrainingLog], settings: Settings, seed: int, fi
     file.write_text(re.sub(r"\bNaN\b|-?\bInfinity\b", "null", json.dumps(content, indent=2)) + "\n")
 
 
-def report(runs: Sequence[Run], logs: dict[str, TrainingLog], out: Path) -> None:
+def report(runs: Sequence[Command], logs: dict[str, TrainingLog], out: Path) -> None:
     """Shows table and verdict, draws the losses, and lets MoA write a text unless it diverged."""
     print(step("[4/6] The table; mixing none is SwiGLU", "tabulate_runs.py", [out], out / "table.log"))
     print(verdict(logs))

@@ -34,7 +34,7 @@ _TIME_UNITS = ((2 * 86400.0, 86400.0, "days"), (2 * 3600.0, 3600.0, "hours"), (1
 
 
 @dataclass(frozen=True)
-class Arm:
+class LabelledRuns:
     """Runs of one label."""
 
     label: str
@@ -87,7 +87,9 @@ def difference(curves: Sequence[Curve], baseline: Sequence[Curve]) -> tuple[np.n
     return common, others - values.mean(0)[np.isin(grid, common)]
 
 
-def arms_of(paths: Sequence[Path], labels: Sequence[str] | None, baseline: Path | None) -> tuple[list[Arm], Arm | None]:
+def arms_of(
+    paths: Sequence[Path], labels: Sequence[str] | None, baseline: Path | None
+) -> tuple[list[LabelledRuns], LabelledRuns | None]:
     """Runs by label, in the order given, and which arm is the baseline (None without one).
 
     Raises:
@@ -104,7 +106,7 @@ def arms_of(paths: Sequence[Path], labels: Sequence[str] | None, baseline: Path 
     grouped: dict[str, list[Course]] = {}
     for path, name in zip(paths, names, strict=True):
         grouped.setdefault(name, []).append(read_course(path))
-    arms = [Arm(label, tuple(runs)) for label, runs in grouped.items()]
+    arms = [LabelledRuns(label, tuple(runs)) for label, runs in grouped.items()]
     reference = names[paths.index(baseline)] if baseline is not None else None
     return arms, next((arm for arm in arms if arm.label == reference), None)
 
@@ -134,13 +136,13 @@ def pyplot() -> ModuleType:
 class Page:
     """A figure with the arms' colours, and where it is written."""
 
-    def __init__(self, arms: Sequence[Arm], folder: Path) -> None:
+    def __init__(self, arms: Sequence[LabelledRuns], folder: Path) -> None:
         palette = pyplot().get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
         self.colors = {arm.label: palette[index % len(palette)] for index, arm in enumerate(arms)}
         self.folder = folder
         self.pending: list[tuple[Path, Figure]] = []
 
-    def draw(self, axes: Axes, arm: Arm, places: np.ndarray, values: np.ndarray, **style: object) -> None:
+    def draw(self, axes: Axes, arm: LabelledRuns, places: np.ndarray, values: np.ndarray, **style: object) -> None:
         """The mean of values [runs, m] at places [m], and for several runs a band of one standard deviation."""
         color, mean = self.colors[arm.label], values.mean(0)
         axes.plot(places, mean, color=color, label=arm.title, linewidth=1.5, **style)
@@ -203,7 +205,7 @@ def new_axes(x: str, y: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[:, 0])
 
 
-def draw_training(page: Page, arms: Sequence[Arm], along: str, part: float) -> None:
+def draw_training(page: Page, arms: Sequence[LabelledRuns], along: str, part: float) -> None:
     """Draws the training loss against tokens or seconds.
 
     The fall of the first steps is cut off, or the fall is all there is to see.
@@ -239,7 +241,7 @@ def frame(axes: Axes, shown: Sequence[np.ndarray]) -> None:
         axes.set_ylim(finite.min() - margin, finite.max() + margin)
 
 
-def draw_validation(page: Page, arms: Sequence[Arm]) -> None:
+def draw_validation(page: Page, arms: Sequence[LabelledRuns]) -> None:
     """Validation loss against tokens; nothing where no run was evaluated."""
     evaluated = with_validation(arms)
     if not evaluated:
@@ -252,18 +254,18 @@ def draw_validation(page: Page, arms: Sequence[Arm]) -> None:
     page.finish(figure, "validation")
 
 
-def with_validation(arms: Sequence[Arm]) -> list[Arm]:
+def with_validation(arms: Sequence[LabelledRuns]) -> list[LabelledRuns]:
     """The arms all of whose runs were evaluated."""
     return [arm for arm in arms if all(len(run.validation) for run in arm.runs)]
 
 
-def draw_difference(page: Page, arms: Sequence[Arm], baseline: Arm, part: float) -> None:
+def draw_difference(page: Page, arms: Sequence[LabelledRuns], baseline: LabelledRuns, part: float) -> None:
     """Losses less the baseline's, of training and, where there is one, of validation.
 
     Raises:
         UserError: an arm has no tokens in common with the baseline.
     """
-    kinds: list[tuple[str, Callable[[Course], Curve], Sequence[Arm], dict]] = [
+    kinds: list[tuple[str, Callable[[Course], Curve], Sequence[LabelledRuns], dict]] = [
         ("training", lambda run: smoothed(run.loss, part), arms, {})
     ]
     evaluated = with_validation(arms)
@@ -287,7 +289,7 @@ def draw_difference(page: Page, arms: Sequence[Arm], baseline: Arm, part: float)
     page.finish(figure, "difference")
 
 
-def draw_coefficients(page: Page, arm: Arm, statistics: Statistics) -> None:
+def draw_coefficients(page: Page, arm: LabelledRuns, statistics: Statistics) -> None:
     """Mean and standard deviation over tokens of each coefficient in each layer, as two maps."""
     rows, columns = statistics.mean.shape
     width = 3.0 + (0.6 if columns <= 20 else 0.4) * columns

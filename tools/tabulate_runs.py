@@ -45,7 +45,7 @@ _SAME = (
 
 
 @dataclass(frozen=True)
-class Run:
+class FoundLog:
     """A log, and the path it was found at."""
 
     path: Path
@@ -104,7 +104,7 @@ def find_logs(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: Sequence[Path]) -> tuple[list[FoundLog], list[str]]:
     """The complete runs, and a line on each of the others.
 
     Raises:
@@ -112,7 +112,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     """
     runs, others = [], []
     for path in find_logs(paths):
-        run = Run(path, TrainingLog.read(path))
+        run = FoundLog(path, TrainingLog.read(path))
         if not run.log.iterations or "lr" not in run.log.settings:
             others.append(f"{path}: no training in it")
         elif damaged := [name for name, form in _NUMBERS.items() if not form.fullmatch(run.log.settings.get(name, ""))]:
@@ -137,7 +137,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     return runs, others
 
 
-def _upgrade(run: Run) -> None:
+def _upgrade(run: FoundLog) -> None:
     """Brings a log's settings to today's names; those of format version 1 have ``moa_la_init``.
 
     Raises:
@@ -154,9 +154,9 @@ def _upgrade(run: Run) -> None:
         run.log.settings = {name: str(value) for name, value in vars(settings).items()}
 
 
-def lines_of(runs: Sequence[Run]) -> list[Line]:
+def lines_of(runs: Sequence[FoundLog]) -> list[Line]:
     """Runs by arm and learning rate, baselines first, arms in the order they were found."""
-    groups: dict[tuple[tuple[str, ...], float], dict[int, Run]] = {}
+    groups: dict[tuple[tuple[str, ...], float], dict[int, FoundLog]] = {}
     for run in runs:
         group = groups.setdefault((run.arm, run.learning_rate), {})
         seed = int(run.log.settings["seed"])

@@ -48,7 +48,7 @@ _LONGEST = 4096  # of the sequences to train on, unless --seq-length says more: 
 
 
 @dataclass(frozen=True)
-class Split:
+class TakenSplit:
     """Over how many ranks a run that takes its split from the checkpoint goes."""
 
     tensor: int = 1
@@ -285,7 +285,7 @@ def import_folder(
     folder: HuggingFaceFolder,
     root: Path,
     final: Path,
-    split: Split,
+    split: TakenSplit,
     dtype: torch.dtype,
     seq_length: int | None = None,
     target: dict[str, Any] | None = None,

@@ -40,7 +40,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """Seconds of a training step.
 
     Attributes:
@@ -64,7 +64,7 @@ class Step:
         return self.compute + self.bubble + self.exposed
 
 
-def step_time(model: Model, split: Split, flops: Flops, gpu: Gpu, mfu: float) -> Step:
+def step_time(model: Model, split: Split, flops: Flops, gpu: Gpu, mfu: float) -> StepTime:
     """Time of a step.
 
     Args:
@@ -79,7 +79,7 @@ def step_time(model: Model, split: Split, flops: Flops, gpu: Gpu, mfu: float) ->
     logits = 6 * model.padded_vocabulary(split.tp) * model.hidden / token
     longest = (1 - logits) / split.pp + logits if split.pp > 1 else 1.0
     in_turn = compute * split.pp * longest * (m + (split.pp - 1) / split.vpp) / m
-    return Step(compute, in_turn - compute, tuple(_traffic(model, split, gpu, compute / m)))
+    return StepTime(compute, in_turn - compute, tuple(_traffic(model, split, gpu, compute / m)))
 
 
 def recomputed_flops(model: Model, split: Split, flops: Flops) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.planning.communication import GPUS_PER_NODE, Step, step_time
+from megatron_moa.planning.communication import GPUS_PER_NODE, StepTime, step_time
 from megatron_moa.planning.memory import GIBIBYTE, Memory, peak
 from megatron_moa.planning.model import RECOMPUTE, Model, Split
 from megatron_moa.training.flops import Flops, flops_per_token
@@ -37,7 +37,7 @@ class Plan:
 
     split: Split
     memory: Memory
-    step: Step
+    step: StepTime
 
 
 def divisors(number: int, most: int) -> list[int]:

@@ -31,7 +31,7 @@ from megatron_moa.megatron_fixes.patching import RECORDING, patch
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorPiece:
     """What one rank holds of a global tensor.
 
     Attributes:
@@ -56,7 +56,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """One training step. ``losses`` is empty on ranks that are not on the last pipeline stage."""
 
     iteration: int
@@ -68,10 +68,10 @@ class Step:
 class Record:
     """What one run left: the pieces of all ranks, and the steps as the last pipeline stage saw them."""
 
-    start: list[Piece] = field(default_factory=list)
-    gradients: list[Piece] = field(default_factory=list)
-    end: list[Piece] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    start: list[TensorPiece] = field(default_factory=list)
+    gradients: list[TensorPiece] = field(default_factory=list)
+    end: list[TensorPiece] = field(default_factory=list)
+    steps: list[RecordedStep] = field(default_factory=list)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -87,14 +87,14 @@ class Record:
         record = cls()
         for rank, saved in enumerate(ranks):
             for name in ("start", "gradients", "end"):
-                getattr(record, name).extend(Piece(*piece, rank=rank) for piece in saved[name])
-            steps = [Step(*step) for step in saved["steps"]]
+                getattr(record, name).extend(TensorPiece(*piece, rank=rank) for piece in saved[name])
+            steps = [RecordedStep(*step) for step in saved["steps"]]
             if any(step.losses for step in steps):
                 record.steps = steps
         return record
 
 
-def assemble(pieces: list[Piece]) -> dict[str, Tensor]:
+def assemble(pieces: list[TensorPiece]) -> dict[str, Tensor]:
     """Whole tensors by name, from the first copy of every part."""
     whole: dict[str, Tensor] = {}
     for piece in reversed(pieces):
@@ -105,7 +105,7 @@ def assemble(pieces: list[Piece]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """How far record b is from record a.
 
     Attributes:
@@ -123,7 +123,7 @@ class Comparison:
     differing: list[str]
 
     @classmethod
-    def of(cls, a: Record, b: Record, steps: int | None = None) -> Comparison:
+    def of(cls, a: Record, b: Record, steps: int | None = None) -> RunComparison:
         """Compares two runs of the same model and data; losses over the first ``steps`` (None: all)."""
         expected = {step.iteration: step.losses["lm loss"] for step in a.steps}
         losses = {}
@@ -154,7 +154,7 @@ class Comparison:
         return all(d <= tolerance for d in differences) and not self.missing and not self.differing
 
 
-def group_copies(pieces: list[Piece]) -> list[tuple[str, *tuple[Tensor, ...]]]:
+def group_copies(pieces: list[TensorPiece]) -> list[tuple[str, *tuple[Tensor, ...]]]:
     """The name and the values of every part of a parameter that several ranks hold."""
     parts: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
     for piece in pieces:
@@ -228,7 +228,7 @@ class Recorder:
 
             result = train_step(*args, **kwargs)
             losses = {name: float(value) for name, value in result[0].items()}
-            self.record.steps.append(Step(get_args().curr_iteration + 1, losses, float(result[5] or 0.0)))
+            self.record.steps.append(RecordedStep(get_args().curr_iteration + 1, losses, float(result[5] or 0.0)))
             return result
 
         return call
@@ -274,7 +274,7 @@ _PATCHES = tuple(
 
 def pieces_of(
     models: list[torch.nn.Module], values: Callable[[torch.nn.Parameter], Tensor] | None = None
-) -> Iterator[Piece]:
+) -> Iterator[TensorPiece]:
     """This rank's parameters as pieces of the global ones, as Megatron's checkpoints place them.
 
     Args:
@@ -308,12 +308,14 @@ def pieces_of(
             stacked = tensor.prepend_axis_num
             where = ".".join(map(str, tensor.global_offset[:stacked]))
             key = tensor.key.removeprefix(".") + (f"[{where}]" if stacked else "")
-            yield Piece(key, tuple(tensor.global_shape[stacked:]), tuple(tensor.global_offset[stacked:]), tensor.data)
+            yield TensorPiece(
+                key, tuple(tensor.global_shape[stacked:]), tuple(tensor.global_offset[stacked:]), tensor.data
+            )
 
 
-def copies(pieces: Iterator[Piece]) -> list[Piece]:
+def copies(pieces: Iterator[TensorPiece]) -> list[TensorPiece]:
     """The pieces with their values copied, on the CPU."""
-    return [Piece(p.key, p.shape, p.offset, p.data.detach().cpu().clone()) for p in pieces]
+    return [TensorPiece(p.key, p.shape, p.offset, p.data.detach().cpu().clone()) for p in pieces]
 
 
 def gather_sharded_gradients(models: list[torch.nn.Module]) -> None:

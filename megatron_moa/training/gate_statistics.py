@@ -161,7 +161,7 @@ class GateStatistics:
 
 
 @dataclass(frozen=True)
-class Interval:
+class ConfidenceInterval:
     """A mean with its 95 % interval; NaN limits where there are fewer than two clusters."""
 
     mean: float
@@ -169,7 +169,7 @@ class Interval:
     high: float
 
 
-def paired_interval(differences: Sequence[float], clusters: Sequence[int]) -> Interval:
+def paired_interval(differences: Sequence[float], clusters: Sequence[int]) -> ConfidenceInterval:
     """Returns the mean of differences and its 95 % interval by Student's t over clusters.
 
     Members of a cluster may depend on one another: the standard error is cluster-robust, sqrt(C / (C - 1) sum_c (sum_i
@@ -186,8 +186,8 @@ def paired_interval(differences: Sequence[float], clusters: Sequence[int]) -> In
     _, index = groups.unique(return_inverse=True)
     number = int(index.max()) + 1
     if number < 2:
-        return Interval(mean, math.nan, math.nan)
+        return ConfidenceInterval(mean, math.nan, math.nan)
     sums = torch.zeros(number, dtype=torch.float64).index_add_(0, index, values - mean)
     error = math.sqrt(number / (number - 1) * sums.square().sum().item()) / len(values)
     reach = float(t.ppf(0.975, number - 1)) * error
-    return Interval(mean, mean - reach, mean + reach)
+    return ConfidenceInterval(mean, mean - reach, mean + reach)

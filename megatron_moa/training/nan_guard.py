@@ -35,7 +35,7 @@ from megatron_moa.training.exit_codes import EXIT_NOT_FINITE, report
 
 
 @dataclass(frozen=True)
-class Finding:
+class NotFinite:
     """What one rank found.
 
     Attributes:
@@ -65,7 +65,7 @@ class StopOnNonFinite(RerunStateMachine):
         self._first_seen: str | None = None
         self._seen_again = False
         self._rejections = 0
-        self._finding: Finding | None = None
+        self._finding: NotFinite | None = None
         self._hooks: list[RemovableHandle] = []
         self._reran = False
 
@@ -135,8 +135,8 @@ class StopOnNonFinite(RerunStateMachine):
             return super().should_checkpoint_and_exit()
         if self._finding is None and self._first_seen is not None:
             again = "" if self._seen_again else f", but not when computed again on {os.uname().nodename}: suspect it"
-            self._finding = Finding((_LAST,), f"{self._first_seen}{again}")
-        findings: list[Finding | None] = [None] * torch.distributed.get_world_size()
+            self._finding = NotFinite((_LAST,), f"{self._first_seen}{again}")
+        findings: list[NotFinite | None] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(findings, self._finding)
         first = min((finding for finding in findings if finding is not None), key=lambda f: f.order, default=None)
         if first is None:  # the rerun was for something that is not fatal
@@ -170,7 +170,7 @@ class StopOnNonFinite(RerunStateMachine):
 
     def _found(self, order: tuple[int, ...], text: str) -> None:
         if self._finding is None or order < self._finding.order:
-            self._finding = Finding(order, text)
+            self._finding = NotFinite(order, text)
 
     def _watch_forward(self) -> None:
         self._calls = 0

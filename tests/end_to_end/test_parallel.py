@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moa.mixture.config import FORMS
-from megatron_moa.research.compare_runs import Comparison, Record
+from megatron_moa.research.compare_runs import Record, RunComparison
 from tests.support.training import FORM_ARMS, MOE, SWIGLU, TWO_KINDS, recorded
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -112,7 +112,7 @@ def _assert_equal(
 ) -> None:
     start, expected = one_process[model]
     run = recorded(folder, *model.split(), *flags.split(), processes=processes, start_from=start)
-    comparison = Comparison.of(expected, run, steps=LOSS_STEPS)
+    comparison = RunComparison.of(expected, run, steps=LOSS_STEPS)
     assert len(comparison.losses) == LOSS_STEPS
     assert comparison.replicated > 0 or "pipeline" in flags
     assert comparison.within(TOLERANCE), comparison

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_moa.layers.coefficients import Coefficients
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
-from megatron_moa.research.compare_runs import Comparison
+from megatron_moa.research.compare_runs import RunComparison
 from tests.support.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.support.training import MOE, SWIGLU, Run, recorded, train
 
@@ -233,7 +233,7 @@ def test_dropout_is_reproducible_and_copies_stay_equal(flags: str, tmp_path: Pat
     first, second = (
         recorded(tmp_path / name, *SWIGLU, *DROPOUT.split(), *flags.split(), processes=2) for name in ("a", "b")
     )
-    comparison = Comparison.of(first, second)
+    comparison = RunComparison.of(first, second)
     assert len(comparison.losses) == 10
     assert comparison.within(0.0), comparison
     assert comparison.replicated > 0 or "pipeline" in flags

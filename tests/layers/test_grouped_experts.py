@@ -25,7 +25,7 @@ from megatron_moa.megatron_fixes.optimizer_resharding import check_saved_split
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.research.benchmarks.peak_memory import saved_for_backward
-from megatron_moa.research.compare_runs import Comparison, assemble
+from megatron_moa.research.compare_runs import RunComparison, assemble
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.support.layers import build_feed_forward, build_model, logits_of, make_config, moe_settings
 from tests.support.training import MOE, SWIGLU, recorded, train
@@ -413,7 +413,7 @@ def test_train_as_sequential_experts_do(tmp_path: Path, flags: str, splits: list
         if processes == 1:  # from the same seed it starts from the same weights by itself
             alone = recorded(tmp_path / "alone", *grouped)
             assert all(torch.equal(a.data, b.data) for a, b in zip(alone.start, run.start, strict=True))
-        comparison = Comparison.of(expected, run)
+        comparison = RunComparison.of(expected, run)
         assert len(comparison.losses) == STEPS
         assert not comparison.missing
         assert comparison.within(TOLERANCE), (split, comparison)

@@ -23,7 +23,7 @@ from megatron_moa.layers.mlp import MixedMLP
 from megatron_moa.layers.norm_and_attention import TorchAttention, TorchRMSNorm
 from megatron_moa.mixture import reference
 from megatron_moa.mixture.config import FORMS, MixtureConfig
-from megatron_moa.research.compare_runs import Comparison
+from megatron_moa.research.compare_runs import RunComparison
 from megatron_moa.training import recompute
 from megatron_moa.training.coefficient_monitor import CoefficientMonitor
 from tests.support.layers import build_model, logits_of, make_config, moe_settings
@@ -324,6 +324,6 @@ def test_training_on_two_ranks_is_bit_equal(model: list[str], recomputations: li
     expected = recorded(tmp_path / "kept", *flags, processes=2)
     for index, recomputation in enumerate(recomputations):
         run = recorded(tmp_path / str(index), *flags, *recomputation.split(), processes=2)
-        comparison = Comparison.of(expected, run)
+        comparison = RunComparison.of(expected, run)
         assert len(comparison.losses) == 3
         assert comparison.within(0.0), (recomputation, comparison)

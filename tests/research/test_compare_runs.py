@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moa.research.compare_runs import Comparison, Piece, Record, Step, assemble
+from megatron_moa.research.compare_runs import Record, RecordedStep, RunComparison, TensorPiece, assemble
 from tests.support.training import run_script
 from tools import compare_parallel
 
 TOOL = "tools/compare_parallel.py"
 
 
-def record_of(gradient: torch.Tensor, end: list[Piece], loss: float = 4.0) -> Record:
-    gradients = [Piece("w", (4, 2), (0, 0), gradient[:2]), Piece("w", (4, 2), (2, 0), gradient[2:])]
-    return Record(gradients=gradients, end=end, steps=[Step(1, {"lm loss": loss}, 1.0)])
+def record_of(gradient: torch.Tensor, end: list[TensorPiece], loss: float = 4.0) -> Record:
+    gradients = [TensorPiece("w", (4, 2), (0, 0), gradient[:2]), TensorPiece("w", (4, 2), (2, 0), gradient[2:])]
+    return Record(gradients=gradients, end=end, steps=[RecordedStep(1, {"lm loss": loss}, 1.0)])
 
 
 def test_pieces_make_the_whole() -> None:
@@ -28,7 +28,7 @@ def test_pieces_make_the_whole() -> None:
 
 def test_equal_records_agree() -> None:
     gradient = torch.arange(8.0).view(4, 2)
-    comparison = Comparison.of(record_of(gradient, []), record_of(gradient, []))
+    comparison = RunComparison.of(record_of(gradient, []), record_of(gradient, []))
     assert comparison.within(0.0)
     assert comparison.gradients == {"w": (7.0, 0.0)}
 
@@ -38,16 +38,16 @@ def test_each_difference_is_found() -> None:
     a = record_of(gradient, [])
     other = gradient.clone()
     other[3, 0] += 0.07  # of 7, in the second rank's part
-    assert Comparison.of(a, record_of(other, [])).gradients["w"][1] == pytest.approx(0.01, rel=1e-4)
-    assert not Comparison.of(a, record_of(other, [])).within(1e-3)
-    assert not Comparison.of(a, record_of(gradient, [], loss=4.1)).within(1e-3)
-    copies = [Piece("g", (2,), (0,), torch.tensor([1.0, x]), rank) for rank, x in enumerate((2.0, 2.0000002))]
-    drifted = Comparison.of(a, record_of(gradient, copies))
+    assert RunComparison.of(a, record_of(other, [])).gradients["w"][1] == pytest.approx(0.01, rel=1e-4)
+    assert not RunComparison.of(a, record_of(other, [])).within(1e-3)
+    assert not RunComparison.of(a, record_of(gradient, [], loss=4.1)).within(1e-3)
+    copies = [TensorPiece("g", (2,), (0,), torch.tensor([1.0, x]), rank) for rank, x in enumerate((2.0, 2.0000002))]
+    drifted = RunComparison.of(a, record_of(gradient, copies))
     assert drifted.differing == ["g"]
     assert not drifted.within(1e-3)
     without = record_of(gradient, [])
     without.gradients = []
-    assert Comparison.of(a, without).missing == ["w"]
+    assert RunComparison.of(a, without).missing == ["w"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def log_of(loss: float, milliseconds: float = 100.0, parameters: int = 1000) -> 
 
 
 def shell(name: str, script: str, folder: Path) -> object:
-    return demo.Run(name, ["sh", "-c", script], folder / name / "train.log")
+    return demo.Command(name, ["sh", "-c", script], folder / name / "train.log")
 
 
 def diverged() -> TrainingLog:
@@ -147,7 +147,7 @@ from pathlib import Path
 sys.path.insert(0, "tools")
 import demo
 def make_data(settings, out):
-    run = demo.Run("sleeper", ["sh", "-c", "sleep 60 & echo $!; wait"], out / "log")
+    run = demo.Command("sleeper", ["sh", "-c", "sleep 60 & echo $!; wait"], out / "log")
     demo.run_all([run], 1, lambda: None)
 demo.make_data = make_data
 demo.main(["--out", sys.argv[1]])
@@ -179,7 +179,7 @@ def test_an_interrupted_demo_leaves_no_process(stop: signal.Signals, tmp_path: P
 
 def test_time_left_counts_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo.time, "monotonic", lambda: 100.0)
-    runs = [demo.Run(name, [], Path()) for name in ("SwiGLU", "LA", "MoA")]
+    runs = [demo.Command(name, [], Path()) for name in ("SwiGLU", "LA", "MoA")]
     for run in runs[:2]:
         run.process = run  # any
     runs[0].started, runs[1].started = 60.0, 70.0
@@ -209,7 +209,7 @@ def test_a_diverged_run_is_where_it_has_finite_values(
         return "Megatron's log\n--- sample ---\ndef main\n"
 
     monkeypatch.setattr(demo, "step", step)
-    runs = [demo.Run(name, [], tmp_path / name.lower() / "train.log") for name in demo.ARMS]
+    runs = [demo.Command(name, [], tmp_path / name.lower() / "train.log") for name in demo.ARMS]
     logs = {name: diverged() if name == lost else log_of(3.0) for name in demo.ARMS}
     demo.save_results(logs, demo.QUICK, 1, tmp_path / "results.json")
     demo.report(runs, logs, tmp_path)

@@ -21,7 +21,7 @@ from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.flags import mixture_from_args
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
-from megatron_moa.research.compare_runs import Piece, Record
+from megatron_moa.research.compare_runs import Record, TensorPiece
 from megatron_moa.training.arguments import restore_model_flags
 from megatron_moa.training.optimizer import check_saved_optimizer, check_saved_schedule
 from tests.support import launch
@@ -256,7 +256,7 @@ def test_layer_wise_buffers_leave_gates_out() -> None:
 # What a run leaves.
 
 
-def _is_mixture(piece: Piece) -> bool:
+def _is_mixture(piece: TensorPiece) -> bool:
     return ".coefficients." in piece.key
 
 

@@ -11,8 +11,8 @@ from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.findings import (
     CONFIRMED,
     CONTRADICTED,
-    Finding,
     Pair,
+    SettingVerdict,
     gains,
     kept,
     larger_rates,
@@ -40,7 +40,7 @@ class Claim:
 
     title: str
     parts: tuple[tuple[Pair, ...], ...]
-    find: Callable[[Results, Pair], Iterator[Finding]]
+    find: Callable[[Results, Pair], Iterator[SettingVerdict]]
     studies: tuple[str, ...]
     model: str = DENSE
     left_out: tuple[Pair, ...] = ()
@@ -59,7 +59,7 @@ class Verdict:
     """
 
     word: str
-    deciding: tuple[Finding, ...]
+    deciding: tuple[SettingVerdict, ...]
     reasons: dict[str, int]
     shown: tuple[Pair, ...]
     missing: tuple[Pair, ...]

@@ -46,7 +46,7 @@ Pair = tuple[str, str]  # an arm, and what it is compared with
 
 
 @dataclass(frozen=True)
-class Finding:
+class SettingVerdict:
     """What one setting says of a claim.
 
     Attributes:
@@ -75,13 +75,13 @@ def _is_moe(results: Results, setting: Setting) -> bool:
     return "--num-experts" in results.flags(setting)
 
 
-def _found(pair: Pair, setting: Setting, known: Interval, note: str = "") -> Finding:
+def _found(pair: Pair, setting: Setting, known: Interval, note: str = "") -> SettingVerdict:
     """A lower loss confirms."""
     word = {BETTER: CONFIRMED, WORSE: CONTRADICTED}.get(known.verdict, UNDECIDED)
-    return Finding(pair, setting, known, word, REASONS.get(known.verdict, ""), note)
+    return SettingVerdict(pair, setting, known, word, REASONS.get(known.verdict, ""), note)
 
 
-def gains(results: Results, pair: Pair, moe: bool = False) -> Iterator[Finding]:
+def gains(results: Results, pair: Pair, moe: bool = False) -> Iterator[SettingVerdict]:
     """A lower loss at the best rates confirms, in dense models or in MoE."""
     for setting in results.settings:
         known = results.difference(setting, *pair)
@@ -89,7 +89,7 @@ def gains(results: Results, pair: Pair, moe: bool = False) -> Iterator[Finding]:
             yield _found(pair, setting, known)
 
 
-def no_gain(results: Results, pair: Pair) -> Iterator[Finding]:
+def no_gain(results: Results, pair: Pair) -> Iterator[SettingVerdict]:
     """An interval of nothing but losses and gains below :data:`LEAST_MOE_GAIN` confirms."""
     for found in gains(results, pair, moe=True):
         known = found.known
@@ -101,7 +101,7 @@ def no_gain(results: Results, pair: Pair) -> Iterator[Finding]:
         yield replace(found, word=word, reason=reason)
 
 
-def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
+def larger_rates(results: Results, pair: Pair) -> Iterator[SettingVerdict]:
     """Losing less than the baseline by a larger rate than the baseline's best confirms.
 
     The larger one is the largest that both tried within :data:`RATES_BORNE` times that best rate.
@@ -122,7 +122,7 @@ def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
         values = [one - two - (three - four) for one, two, three, four in (v for v in by_seed if None not in v)]
         note = f"what rate {rates[0]:g} costs over {rates[1]:g}"
         if not all(map(math.isfinite, values)):
-            yield Finding(pair, setting, None, UNDECIDED, REASONS[DIVERGED], note)
+            yield SettingVerdict(pair, setting, None, UNDECIDED, REASONS[DIVERGED], note)
             continue
         bound = AT_MOST if results.may_be_lower(setting, pair[0]) else ""
         bound = UNKNOWN if results.may_be_lower(setting, pair[1]) else bound
@@ -130,7 +130,7 @@ def larger_rates(results: Results, pair: Pair) -> Iterator[Finding]:
         yield _found(pair, setting, known, note)
 
 
-def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[Finding]:
+def kept(results: Results, pair: Pair, tokens: bool = False) -> Iterator[SettingVerdict]:
     """Yields what each larger setting says of the gain in a smaller one.
 
     A gain in both confirms. After a gain in the smaller, a loss in the larger contradicts, and so does an undecided

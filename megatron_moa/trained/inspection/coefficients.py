@@ -17,7 +17,7 @@ from megatron_moa.trained.inspection.kinds import kind_of
 
 
 @dataclass(frozen=True)
-class Coefficients:
+class SavedCoefficients:
     """The coefficients of one layer; of routed experts the mean over them.
 
     Attributes:
@@ -33,7 +33,7 @@ class Coefficients:
     rows: dict[str, list[float]]
 
 
-def coefficients(checkpoint: CheckpointTensors, mixture: MixtureConfig) -> Iterator[Coefficients]:
+def coefficients(checkpoint: CheckpointTensors, mixture: MixtureConfig) -> Iterator[SavedCoefficients]:
     """Reads all layers' coefficients, in the layers' order."""
     found = []
     for module in {key.rpartition(".")[0] for key in checkpoint.tensors if kind_of(key) == "mixture"}:
@@ -50,7 +50,7 @@ def coefficients(checkpoint: CheckpointTensors, mixture: MixtureConfig) -> Itera
                 place = "shared experts" if ".shared_experts." in module else "mlp"
                 if ".experts." in module:
                     place = f"mean of {shape[0 if numbered else 1]} experts"
-                found.append(Coefficients(layer, place, _rows(tensors, mixture)))
+                found.append(SavedCoefficients(layer, place, _rows(tensors, mixture)))
         except (KeyError, IndexError, RuntimeError, TypeError):
             raise UserError(
                 f"{checkpoint.folder}: {module} is not what its settings mean, {mixture.describe()}"

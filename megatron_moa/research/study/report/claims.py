@@ -12,7 +12,7 @@ from megatron_moa.research.study.claims import (
     judge,
     paper_figure,
 )
-from megatron_moa.research.study.findings import CONFIRMED, CONTRADICTED, LEAST_MOE_GAIN, Finding, Pair
+from megatron_moa.research.study.findings import CONFIRMED, CONTRADICTED, LEAST_MOE_GAIN, Pair, SettingVerdict
 from megatron_moa.research.study.paper import CURVES, RATES_BORNE
 from megatron_moa.research.study.pictures import arm_title, setting_title
 from megatron_moa.research.study.report.material import Lines, Material
@@ -77,7 +77,7 @@ def _cells(claim: Claim, verdict: Verdict, studies: Sequence[str] = ()) -> list[
     return [word, "; ".join(map(_comparison, verdict.deciding)), settings, _why(claim, verdict, studies)]
 
 
-def _comparison(found: Finding) -> str:
+def _comparison(found: SettingVerdict) -> str:
     note = f" ({found.note})" if found.note else ""
     text = f"{pair_title(found.pair, with_fixed=True)}{note}"
     return f"{text}: {difference_text(found.known)}, {counted(found.known.count, 'seed')}" if found.known else text

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.research.study.report.material import Lines
 from megatron_moa.research.study.statistics import BETTER, DIVERGED, ONE_SEED, UNDECIDED, UNTUNED, WORSE, Interval
-from megatron_moa.research.study.steps import Step
+from megatron_moa.research.study.steps import Choice
 
 
 def table(rows: Sequence[Sequence[str]]) -> Lines:
@@ -40,7 +40,7 @@ def verdict_text(verdict: str) -> str:
     return f"**{verdict}**" if verdict in (BETTER, WORSE) else verdict
 
 
-def control_text(step: Step, known: Interval) -> str:
+def control_text(step: Choice, known: Interval) -> str:
     """Returns whether a control comes out as it must."""
     if known.verdict in (ONE_SEED, UNTUNED, DIVERGED):
         return known.verdict
@@ -53,7 +53,7 @@ def tally(verdicts: Sequence[str]) -> str:
     return listed(f"{verdicts.count(word)} {word}" for word in words if word in verdicts)
 
 
-def step_sentence(step: Step, known: Interval) -> str:
+def step_sentence(step: Choice, known: Interval) -> str:
     """Returns a step and its difference as a sentence."""
     subject = step.words[0].upper() + step.words[1:]
     if known.verdict == UNTUNED:
