@@ -1,4 +1,4 @@
-"""Gives the data loader a stream of random numbers of its own, as it has beside a GPU."""
+"""Keeps the data loader's random numbers apart from the model's on a CPU, as they are on a GPU."""
 
 import contextlib
 import functools

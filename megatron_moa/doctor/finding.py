@@ -1,4 +1,4 @@
-"""Defines what a report is made of: facts, findings with a state, and the report itself."""
+"""Defines the doctor's report and its lines, each of which says what was found and what to do."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Turns a Hugging Face model into a Megatron checkpoint, and compares the two models.
+"""Writes a Megatron checkpoint from a Hugging Face folder, to train on, and compares the two models.
 
 Settings become flags; weights are written one at a time. What lies on disk is compared with transformers' model.
+loading.py loads a folder as it is, without Megatron.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Loads the model of a Hugging Face folder for use.
+"""Loads the model of a Hugging Face folder in transformers, to generate and evaluate with it.
 
 This project's exports load with this package's classes, other models with transformers' own; code that lies in the
-folder is never run.
+folder is never run. importing.py writes a Megatron checkpoint from a folder instead.
 """
 
 from __future__ import annotations

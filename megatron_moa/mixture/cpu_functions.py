@@ -1,7 +1,7 @@
-"""Defines functions that stand in for those of activations.py on CPUs: the same by arithmetic alone.
+"""Computes the functions of activations.py on CPUs with a polynomial in place of the exponential.
 
 In the loops that torch.compile makes for a CPU, each exp2 is a call of a library, which costs more than all else that a
-mixture of two exponentials does to an element. Here exp is a power of a polynomial.
+mixture of two exponentials does to an element.
 """
 
 from __future__ import annotations

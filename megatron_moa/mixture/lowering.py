@@ -1,6 +1,6 @@
-"""Lowers a dictionary of activations to the terms that these are made of (activations.py).
+"""Rewrites a mixture of activations as a sum of the fewer terms that its activations are made of.
 
-Functions here also evaluate the terms with torch.
+activations.py says of each activation which terms those are. Functions here also evaluate them with torch.
 
 With r = max(x, 0), a mixture of a dictionary is
 

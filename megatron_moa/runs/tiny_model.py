@@ -1,4 +1,4 @@
-"""Names flags of models so small that a run is mostly start-up, on mock data, for tools and tests."""
+"""Holds the flags of two tiny models on mock data, dense and MoE, for tools and tests."""
 
 # The data are the same for every run with the same seed. The vocabulary, 64 with the end-of-document token, is padded
 # to a multiple of 16 times the tensor-parallel size: to 64 up to TP 4.

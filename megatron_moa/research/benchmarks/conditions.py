@@ -1,7 +1,4 @@
-"""Sets up a benchmark, and records what it ran on beside what it found.
-
-That is flags, device, versions and commit.
-"""
+"""Adds the benchmarks' common flags, and records flags, device, versions and commit beside results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Finds what each setting of a study says of a claim.
+"""Judges a claim of the paper's by each setting of a study: confirmed, contradicted or undecided.
 
-There are four ways to ask, each a rule on differences.
+There is a rule for each of four kinds of claims: a gain, no gain, larger learning rates, a gain that is kept.
 """
 
 from __future__ import annotations
