@@ -78,13 +78,13 @@ def main(argv: list[str] | None = None) -> None:
                 imported = importing.import_folder(
                     folder,
                     partial,
-                    flags.out.absolute(),
-                    split,
-                    dtype,
-                    flags.seq_length,
-                    target,
-                    not flags.no_tokenizer,
-                    megatron_flags,
+                    final=flags.out.absolute(),
+                    split=split,
+                    dtype=dtype,
+                    seq_length=flags.seq_length,
+                    target=target,
+                    with_tokenizer=not flags.no_tokenizer,
+                    megatron_flags=megatron_flags,
                 )
                 comparison = None
                 if not flags.no_verify:

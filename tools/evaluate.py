@@ -107,14 +107,35 @@ def finished(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return result
 
 
-def check_folders(flags: argparse.Namespace) -> None:
-    """Raises UserError for a folder that is not there.
+def check_folders(flags: argparse.Namespace, folder: Path, out: Path) -> None:
+    """Raises UserError for a folder that is not there, or is another than it should be.
 
     To be called before the harness is imported, which takes seconds.
     """
-    for flag, folder in (("--data", flags.data), ("--tasks-folder", flags.tasks_folder)):
-        if folder is not None and not Path(folder).is_dir():
-            raise UserError(f"{flag} {folder}: no such folder; check the path")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--load {folder}: has no config.json; give a folder that tools/convert_to_hf.py wrote")
+    if out.resolve() == folder.resolve():
+        raise UserError(f"--out {out}: is the model's own folder; name another, such as {out / 'evaluation'}")
+    for flag, given in (("--data", flags.data), ("--tasks-folder", flags.tasks_folder)):
+        if given is not None and not Path(given).is_dir():
+            raise UserError(f"{flag} {given}: no such folder; check the path")
+
+
+def settings_by_task(flags: argparse.Namespace, folder: Path, data: Path | None) -> dict[str, dict[str, Any]]:
+    """What a task's result depends on: flags, and fingerprints of the model's and the task's files."""
+    settings = {
+        "load": str(folder.resolve()),
+        "num_fewshot": flags.num_fewshot,
+        "limit": flags.limit,
+        "data": str(data),
+        "tasks_folder": flags.tasks_folder,
+        "model_files": fingerprint(path for path in folder.iterdir() if path.is_file()),
+    }
+    further = [*files_below(OWN_TASKS), *files_below(Path(flags.tasks_folder) if flags.tasks_folder else None)]
+    return {
+        name: {**settings, "task_files": fingerprint([*further, *files_below(data and data / name)])}
+        for name in flags.tasks
+    }
 
 
 def local_files(folder: Path, task: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -224,6 +245,35 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["task", "documents", "metric", "value", "standard error"], rows)
 
 
+def load(flags: argparse.Namespace, folder: Path, data: Path | None, names: Iterable[str]) -> tuple[Any, Any, dict]:
+    """The model as the harness takes it, the harness's TaskManager, and the tasks of these names.
+
+    Raises:
+        UserError: the harness is not installed, a task that cannot be built, or a model without a tokenizer.
+    """
+    if data is not None:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
+    with needs_extra("eval"):
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    from megatron_moa.hf.loading import load_folder
+
+    manager = TaskManager(include_path=[OWN_TASKS, *([flags.tasks_folder] if flags.tasks_folder else [])])
+    tasks = {name: build_task(manager, name, data) for name in names}
+    model = load_folder(folder)
+    if model.tokenizer is None:
+        raise UserError(f"--load {folder}: has no tokenizer; put its files there")
+    lm = HFLM(
+        pretrained=model.model,
+        tokenizer=model.tokenizer,
+        batch_size=flags.batch_size,
+        max_length=model.context,
+        prefix_token_id=model.first,
+        add_bos_token=bool(model.before_text),
+    )
+    return lm, manager, tasks
+
+
 @one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Loads once, evaluates what is not there yet, prints all of it."""
@@ -231,59 +281,24 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(flags.load)
     out = Path(flags.out) if flags.out else folder / "evaluation"
     data = Path(flags.data) if flags.data else None
-    settings = {
-        "load": str(folder.resolve()),
-        "num_fewshot": flags.num_fewshot,
-        "limit": flags.limit,
-        "data": str(data),
-        "tasks_folder": flags.tasks_folder,
-    }
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--load {folder}: has no config.json; give a folder that tools/convert_to_hf.py wrote")
-    if out.resolve() == folder.resolve():
-        raise UserError(f"--out {out}: is the model's own folder; name another, such as {out / 'evaluation'}")
-    check_folders(flags)
-    settings["model_files"] = fingerprint(path for path in folder.iterdir() if path.is_file())
-    further = [*files_below(OWN_TASKS), *files_below(Path(flags.tasks_folder) if flags.tasks_folder else None)]
-    made_of = {
-        name: {**settings, "task_files": fingerprint([*further, *files_below(data and data / name)])}
-        for name in flags.tasks
-    }
+    check_folders(flags, folder, out)
+    settings = settings_by_task(flags, folder, data)
     results = {}
     for name in flags.tasks:
         if (out / f"{name}.json").is_dir():
             raise UserError(f"--out {out}: {name}.json in it is a folder; move it away")
-        before = None if flags.again else finished(out / f"{name}.json", made_of[name])
+        before = None if flags.again else finished(out / f"{name}.json", settings[name])
         if before is not None:
             results[name] = before
             print(f"> {name}: evaluated already, {out / name}.json; --again repeats it", file=sys.stderr)
     missing = [name for name in flags.tasks if name not in results]
     if missing:
-        if data is not None:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
-        with needs_extra("eval"):
-            from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
-        from megatron_moa.hf.loading import load_folder
-
-        manager = TaskManager(include_path=[OWN_TASKS, *([flags.tasks_folder] if flags.tasks_folder else [])])
-        tasks = {name: build_task(manager, name, data) for name in missing}
-        model = load_folder(folder)
-        if model.tokenizer is None:
-            raise UserError(f"--load {folder}: has no tokenizer; put its files there")
-        lm = HFLM(
-            pretrained=model.model,
-            tokenizer=model.tokenizer,
-            batch_size=flags.batch_size,
-            max_length=model.context,
-            prefix_token_id=model.first,
-            add_bos_token=bool(model.before_text),
-        )
+        lm, manager, tasks = load(flags, folder, data, missing)
         make_folder(out)
         for name, task in tasks.items():
             when = datetime.datetime.now().isoformat(timespec="seconds")
             measured = evaluate(lm, manager, task, flags)
-            results[name] = {"task": name, "settings": made_of[name], "when": when, **measured}
+            results[name] = {"task": name, "settings": settings[name], "when": when, **measured}
             write(out / f"{name}.json", results[name])
     print(table({name: results[name] for name in flags.tasks}))
 

@@ -285,6 +285,7 @@ class Imported:
 def import_folder(
     folder: HuggingFaceFolder,
     root: Path,
+    *,
     final: Path,
     split: TakenSplit,
     dtype: torch.dtype,

@@ -84,27 +84,10 @@ def load_replaced(
     if settings.get("trust_remote_code") is None:
         settings["trust_remote_code"] = False  # by None transformers asks on the terminal
     if config is None:
-        of_hub = {name: value for name, value in settings.items() if name in _OF_HUB}
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, **of_hub)
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise UserError(
-                    f"{folder}: its config is code of its own; give trust_remote_code=True if that may run"
-                ) from None
-            raise UserError(
-                f"{folder}: no model that can be read, name a folder that save_pretrained wrote, or a model on the "
-                f"Hugging Face Hub: {one_line(error, typed=True)}"
-            ) from None
+        config = _read_config(folder, settings)
     if not getattr(config, _RECORD, None):
         raise UserError(f"{folder}: its config.json notes no {_RECORD}; load it by transformers' from_pretrained")
-    if model_class is None:
-        named = (config.architectures or ["no class"])[0]
-        model_class = getattr(transformers, named, None)
-        if model_class is None:
-            raise UserError(f"{folder}: its config.json names {named}, which transformers has not; give model_class")
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise UserError(f"model_class={model_class!r}: is no model's class; give one such as LlamaForCausalLM")
+    model_class = _class_of(folder, config, model_class)
     layers: dict[str, MixedFeedForward] = {}
 
     def build(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -126,6 +109,37 @@ def load_replaced(
         if layer.mixture.freeze:  # transformers makes loaded weights train
             layer.coefficients.requires_grad_(False)
     return model
+
+
+def _read_config(folder: str | Path, settings: dict[str, Any]) -> Any:
+    import transformers
+
+    of_hub = {name: value for name, value in settings.items() if name in _OF_HUB}
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, **of_hub)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder}: its config is code of its own; give trust_remote_code=True if that may run"
+            ) from None
+        raise UserError(
+            f"{folder}: no model that can be read, name a folder that save_pretrained wrote, or a model on the "
+            f"Hugging Face Hub: {one_line(error, typed=True)}"
+        ) from None
+
+
+def _class_of(folder: str | Path, config: Any, model_class: type | None) -> type:
+    """The class that is given, else the one that config.json names."""
+    import transformers
+
+    if model_class is None:
+        named = (config.architectures or ["no class"])[0]
+        model_class = getattr(transformers, named, None)
+        if model_class is None:
+            raise UserError(f"{folder}: its config.json names {named}, which transformers has not; give model_class")
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise UserError(f"model_class={model_class!r}: is no model's class; give one such as LlamaForCausalLM")
+    return model_class
 
 
 def _matching(model: nn.Module, match: Match | None) -> dict[str, Recognised]:

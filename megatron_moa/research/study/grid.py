@@ -129,13 +129,7 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
     Raises:
         UserError: no such file, not TOML, no such scale, or a key, name or value that does not fit.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); see examples/studies/") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not TOML ({one_line(error)})") from None
-    content = _at_scale(path, content, scale)
+    content = _at_scale(path, _read_toml(path), scale)
     if not content.get("grid"):
         raise UserError(f"{path}: has no [[grid]]; see examples/studies/")
     sizes = fitting(f"{path}: sizes", content.get("sizes", {}), dict[str, _Table])
@@ -151,37 +145,7 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
     models = {name: _size(f"{path}: sizes.{name}", name, table) for name, table in sizes.items()}
     study = filled(Study, str(path), {**content, "sizes": models, "corpora": corpora})
     for number, grid in enumerate(study.grids, start=1):
-        for what, names, there in (
-            ("arms", grid.arms, ARMS),
-            ("sizes", grid.sizes, study.sizes),
-            ("corpora", grid.corpora, study.corpora),
-            ("optimizer", (grid.optimizer,), OPTIMIZERS),
-            ("schedule", (grid.schedule,), SCHEDULES),
-        ):
-            unknown = [name for name in names if name not in there]
-            if unknown:
-                raise UserError(f"{path}: grid {number}: {what} {unknown[0]}: unknown; there are {', '.join(there)}")
-        for what in ("arms", "sizes", "corpora", "tokens", "seeds"):
-            if not getattr(grid, what):
-                raise UserError(f"{path}: grid {number}: {what}: a list is empty; only rates may be (each arm's best)")
-        if grid.extend and not grid.rates:
-            raise UserError(f"{path}: grid {number}: extend true: there are no rates to go on from; add rates")
-        if grid.extend and study.tuning_seed not in grid.seeds:
-            raise UserError(
-                f"{path}: grid {number}: extend true: its seeds lack {study.tuning_seed}, the tuning_seed, which says "
-                "where the best rate lies; add it"
-            )
-        by_time = [arm for arm in grid.arms if ARMS[arm].widened == "time"]
-        if by_time and not study.timing:
-            raise UserError(
-                f"{path}: grid {number}: arms {by_time[0]}: is as wide as step times say, of which timing = 0 measures "
-                "none; set timing = 15"
-            )
-        if grid.further_seeds and not grid.rates:
-            raise UserError(
-                f"{path}: grid {number}: further_seeds {grid.further_seeds[0]}: there are no rates to choose from; "
-                "name it in seeds, or add rates"
-            )
+        _check_grid(f"{path}: grid {number}", study, grid)
     unknown = [name for name in study.keep if name not in ARMS]
     if unknown:
         raise UserError(f"{path}: keep {unknown[0]}: unknown; there are {', '.join(ARMS)}")
@@ -192,6 +156,50 @@ def read_study(path: Path, scale: str = PAPER) -> Study:
         if not grid.rates:
             _check_best_rates(f"{path}: grid {number}", study, grid)
     return study
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); see examples/studies/") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not TOML ({one_line(error)})") from None
+
+
+def _check_grid(where: str, study: Study, grid: Grid) -> None:
+    """Raises UserError for names that are unknown, and for keys that need another one."""
+    for what, names, there in (
+        ("arms", grid.arms, ARMS),
+        ("sizes", grid.sizes, study.sizes),
+        ("corpora", grid.corpora, study.corpora),
+        ("optimizer", (grid.optimizer,), OPTIMIZERS),
+        ("schedule", (grid.schedule,), SCHEDULES),
+    ):
+        unknown = [name for name in names if name not in there]
+        if unknown:
+            raise UserError(f"{where}: {what} {unknown[0]}: unknown; there are {', '.join(there)}")
+    for what in ("arms", "sizes", "corpora", "tokens", "seeds"):
+        if not getattr(grid, what):
+            raise UserError(f"{where}: {what}: a list is empty; only rates may be (each arm's best)")
+    if grid.extend and not grid.rates:
+        raise UserError(f"{where}: extend true: there are no rates to go on from; add rates")
+    if grid.extend and study.tuning_seed not in grid.seeds:
+        raise UserError(
+            f"{where}: extend true: its seeds lack {study.tuning_seed}, the tuning_seed, which says where the best "
+            "rate lies; add it"
+        )
+    by_time = [arm for arm in grid.arms if ARMS[arm].widened == "time"]
+    if by_time and not study.timing:
+        raise UserError(
+            f"{where}: arms {by_time[0]}: is as wide as step times say, of which timing = 0 measures none; "
+            "set timing = 15"
+        )
+    if grid.further_seeds and not grid.rates:
+        raise UserError(
+            f"{where}: further_seeds {grid.further_seeds[0]}: there are no rates to choose from; name it in seeds, or "
+            "add rates"
+        )
 
 
 def _with_further_seeds(grid: Grid) -> Iterator[Grid]:
