@@ -137,8 +137,10 @@ def test_the_readmes_short_form_is_what_the_committed_lines_say() -> None:
 
     text = " ".join(text.split())
     assert (verdicts_on("moa-bi-sided"), verdicts_on("swiglu-scaled")) == ([*[WORSE] * 3, UNDECIDED], [WORSE] * 2)
-    assert "it is worse in all three dense settings with several seeds, undecided in a MoE." in text
+    assert "it is worse than SwiGLU in all three dense settings with several seeds, undecided in a MoE." in text
     assert "SwiGLU scaled up as much is worse, too." in text
+    softmax = results.difference(setting, "moa-type1-softmax", "relu2")
+    assert ("Type I MoA with softmax gates is better than ReLU2." in text) == (softmax.verdict == BETTER)
     several = verdicts_on("moa-bi-sided-matched")
     words = ["none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     better, worse = (several.count(verdict) for verdict in (BETTER, WORSE))
@@ -147,7 +149,7 @@ def test_the_readmes_short_form_is_what_the_committed_lines_say() -> None:
     assert f"writes it from {len(results.lines)} runs" in text
     verdicts = [(claim, judge(results, claim)) for claim in CLAIMS]
     not_run = sum(verdict.word in (UNDECIDED, MIXED) and not verdict.deciding for _, verdict in verdicts)
-    assert f"{tally(verdicts)}, {words[not_run]} without a run;" in text
+    assert f"{tally(verdicts)}, {words[not_run]} of them without a run." in text
 
 
 def test_what_is_due_to_what(tmp_path: Path) -> None:
