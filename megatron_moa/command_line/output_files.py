@@ -45,6 +45,9 @@ def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
             folder = os.path.dirname(folder)
         os.makedirs(os.path.dirname(os.path.abspath(targets[0])), exist_ok=True)
         yield temporary
+        for source in temporary:  # some errors of a disk show only here
+            with open(source, "rb") as stream:
+                os.fsync(stream.fileno())
         for target in targets[1:]:  # so that a crash between two renames never leaves an old file beside a new one
             if os.path.exists(target):
                 os.unlink(target)

@@ -41,9 +41,16 @@ def write_index(path: str, dtype: type, lengths: numpy.ndarray) -> None:
     ends = numpy.cumsum(lengths, dtype=numpy.int64)
     with open(path, "wb") as stream:
         stream.write(dataset.index_header(dtype, len(lengths)))
-        lengths.astype(numpy.int32, copy=False).tofile(stream)
-        ((ends - lengths) * numpy.dtype(dtype).itemsize).tofile(stream)
-        numpy.arange(len(lengths) + 1, dtype=numpy.int64).tofile(stream)
+        stream.write(lengths.astype(numpy.int32, copy=False))
+        stream.write((ends - lengths) * numpy.dtype(dtype).itemsize)
+        stream.write(numpy.arange(len(lengths) + 1, dtype=numpy.int64))
+
+
+def check_size(path: str, dtype: type, lengths: numpy.ndarray) -> None:
+    """Raises OSError unless a .bin has the bytes of documents of these lengths."""
+    found, expected = os.path.getsize(path), int(lengths.sum(dtype=numpy.int64)) * numpy.dtype(dtype).itemsize
+    if found != expected:
+        raise OSError(f"{found:,} bytes arrived instead of {expected:,}")
 
 
 def shuffle_documents(
@@ -292,6 +299,7 @@ def merge(
                 _append(path, target, done)
         else:
             lengths = shuffle_documents(paths, dtype, lengths, seed, target, done)
+    check_size(bin_path, dtype, lengths)
     write_index(idx_path, dtype, lengths)
 
 

@@ -125,6 +125,7 @@ def write_dataset(
         if seed is not None:
             with open(bin_path, "wb") as stream:
                 lengths = dataset_writer.shuffle_documents([ordered_path], settings.dtype, lengths, seed, stream)
+        dataset_writer.check_size(bin_path, settings.dtype, lengths)
         dataset_writer.write_index(idx_path, settings.dtype, lengths)
     finally:
         if ordered_path != bin_path and os.path.exists(ordered_path):
@@ -141,7 +142,7 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
         progress = progress_bar(sum(piece.input_bytes for piece in work), title)
     with progress as bar:
         for batch in tokenized(tasks(work), settings, args.workers):
-            batch.tokens.tofile(stream)
+            stream.write(batch.tokens)  # not tofile, which overlooks an error of the last bytes it writes
             totals.lengths.append(batch.lengths)
             totals.empty += batch.empty
             totals.text_bytes += batch.text_bytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,8 @@ from tests.support.datasets import (
     preprocess,
 )
 from tools import blend, train_tokenizer
+
+SENTENCEPIECE = "SentencePieceTokenizer"
 
 # The test process has other threads by then; a tool that was just started has none.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -186,6 +189,25 @@ def test_full_disk_is_one_line(
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--shuffle-documents", "1"]])
+def test_last_bytes_that_do_not_fit_are_one_line(flags: list[str], model: str, tmp_path: Path) -> None:
+    """They are less than a buffer, and written as the file is closed."""
+    (tmp_path / "a.txt").write_text("".join(map(chr, range(0x4E00, 0x5000))))  # three bytes each: 3 KB of tokens
+    arguments = ["--input", tmp_path / "a.txt", "--tokenizer-model", model, "--tokenizer-type", SENTENCEPIECE]
+    done = subprocess.run(
+        command("preprocess_data", *arguments, "--output-prefix", tmp_path / "d", "--workers", 1, *flags),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "d.bin: cannot be written (File too large); free space" in done.stderr
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
 def test_a_killed_worker_is_one_line(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +232,7 @@ def start_long_run(source: Path, folder: Path, model: str) -> subprocess.Popen:
     folder.mkdir()
     arguments = ["--input", source, "--output-prefix", folder / "d", "--tokenizer-model", model, "--workers", 2]
     process = subprocess.Popen(
-        command("preprocess_data", *arguments, "--tokenizer-type", "SentencePieceTokenizer"),
+        command("preprocess_data", *arguments, "--tokenizer-type", SENTENCEPIECE),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
