@@ -80,7 +80,7 @@ def blend(args: argparse.Namespace) -> None:
         text, flags = "".join(lines), ["--data-args-path", args.output, "--split", split]
     if not targets:
         return
-    with output_files.written_whole("--output", targets) as (path,), open(path, "w") as stream:
+    with output_files.written_whole("--output", targets, args.overwrite) as (path,), open(path, "w") as stream:
         stream.write(text)
     print(f"written        {args.output}")
     print(f"use it with    {shlex.join(flags)} --data-cache-path FOLDER")

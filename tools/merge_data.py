@@ -59,7 +59,7 @@ def merge(args: argparse.Namespace) -> None:
             f"--output-prefix {prefix}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free; free space"
         )
     data_bytes = sum(manifest.expected_sizes[".bin"] for manifest in manifests)
-    with output_files.written_whole("--output-prefix", targets) as (bin_path, idx_path):
+    with output_files.written_whole("--output-prefix", targets, args.overwrite) as (bin_path, idx_path):
         with progress_bar(data_bytes, "merging") as bar:
             dataset_writer.merge(parts, manifests, bin_path, idx_path, bar.update)
         if args.overwrite:

@@ -52,7 +52,7 @@ def make_tokenizer(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     lines = sample_lines(files, args.sample_bytes, args.seed)
     model = train(lines, args)
-    with output_files.written_whole("--output", targets) as (model_path, vocab_path):
+    with output_files.written_whole("--output", targets, args.overwrite) as (model_path, vocab_path):
         Path(model_path).write_bytes(model)
         Path(vocab_path).write_text(vocabulary_table(model), encoding="utf-8")
     report(model, lines, args, time.perf_counter() - start)

@@ -1,5 +1,6 @@
 """Writes files of the tools whole or not at all, after checking that they can be written."""
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +9,10 @@ from megatron_moa.errors import UserError, one_line
 
 
 def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool) -> list[str]:
-    """The files a prefix stands for; raises UserError if they cannot or must not be written."""
+    """The files a prefix stands for; raises UserError if they cannot or must not be written.
+
+    A link counts as what it points to.
+    """
     for ending in endings:
         if ending and prefix.endswith(ending):
             raise UserError(f"{flag} {prefix}: a prefix without ending is wanted: {flag} {prefix.removesuffix(ending)}")
@@ -17,9 +21,7 @@ def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool
     if is_folder or not os.path.basename(prefix):
         raise UserError(f"{flag} {prefix}: a folder; add a name, e.g. {flag} {os.path.join(prefix, 'corpus')}")
     targets = [prefix + ending for ending in endings]
-    existing = [target for target in targets if os.path.exists(target)]
-    if existing and not overwrite:
-        raise UserError(f"{flag} {prefix}: {existing[0]} exists; choose another name or add --overwrite")
+    _check_replaceable(f"{flag} {prefix}", targets, overwrite)
     parent = os.path.dirname(os.path.abspath(prefix))
     while not os.path.exists(parent):
         parent = os.path.dirname(parent)
@@ -30,12 +32,31 @@ def check_output(flag: str, prefix: str, endings: Sequence[str], overwrite: bool
     return targets
 
 
+def _check_replaceable(where: str, targets: Sequence[str], overwrite: bool) -> None:
+    for target in targets:
+        if not os.path.exists(target):
+            continue
+        if not os.path.isfile(target):
+            raise UserError(f"{where}: {target} is a folder, a device or a pipe, not a file; choose another name")
+        if not overwrite:
+            raise UserError(f"{where}: {target} exists; choose another name or add --overwrite")
+
+
 @contextmanager
-def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
+def written_whole(flag: str, targets: Sequence[str], overwrite: bool = True) -> Iterator[list[str]]:
     """Yields temporary names, one beside each target, and renames all the files at the end.
 
-    If anything goes wrong no temporary file remains.
+    Where a target is a link, the file that it points to is written. If anything goes wrong no temporary file remains.
+
+    Args:
+        flag: that named the files, for messages.
+        targets: the files.
+        overwrite: whether to replace files that another run has written meanwhile.
+
+    Raises:
+        UserError: a file cannot, or must not, be written.
     """
+    targets = [os.path.realpath(target) for target in targets]
     temporary = [f"{target}.{os.getpid()}.tmp" for target in targets]
     folder = os.path.dirname(os.path.abspath(targets[0]))
     created = []
@@ -48,6 +69,7 @@ def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
         for source in temporary:  # some errors of a disk show only here
             with open(source, "rb") as stream:
                 os.fsync(stream.fileno())
+        _check_replaceable(f"{flag} {targets[0]}", targets, overwrite)
         for target in targets[1:]:  # so that a crash between two renames never leaves an old file beside a new one
             if os.path.exists(target):
                 os.unlink(target)
@@ -55,10 +77,9 @@ def written_whole(flag: str, targets: Sequence[str]) -> Iterator[list[str]]:
             os.replace(source, target)
         created = []
     except OSError as error:
-        raise UserError(
-            f"{flag} {targets[0]}: cannot be written ({error.strerror or one_line(error)}); free space or "
-            "choose another place"
-        ) from None
+        remedy = "free space or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{flag} {targets[0]}: cannot be written ({reason}); {remedy}choose another place") from None
     finally:
         for path in temporary:
             if os.path.exists(path):

@@ -58,7 +58,7 @@ def preprocess(args: argparse.Namespace) -> None:
         return
     targets = output_files.check_output("--output-prefix", args.output_prefix, (".bin", ".idx"), args.overwrite)
     settings = worker_settings(args)
-    with output_files.written_whole("--output-prefix", targets) as (bin_path, idx_path):
+    with output_files.written_whole("--output-prefix", targets, args.overwrite) as (bin_path, idx_path):
         totals = write_dataset(list(pieces(files)), settings, args, bin_path, idx_path)
         if args.overwrite:
             dataset_writer.drop_index_cache(args.output_prefix)
@@ -92,6 +92,8 @@ def preprocess_part(files: Sequence[corpus.TextFile], args: argparse.Namespace) 
         dtype = numpy.dtype(settings.dtype).name
         manifest = Manifest(part.number, part.count, totals.documents, totals.tokens, dtype, decisive)
         manifest.write(json_path)
+        if os.path.exists(f"{prefix}.json") and not args.overwrite:
+            raise UserError(f"--part {part.number}/{part.count}: another run has written {prefix} meanwhile; keep it")
     report(totals, args)
     print(f"written        {prefix} ({' '.join(dataset_writer.PART_ENDINGS)}) in {totals.seconds:.1f} s")
     command = shlex.join(["merge_data.py", "--output-prefix", args.output_prefix])

@@ -548,6 +548,19 @@ def test_written_whole(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "new")) == ["a", "b"]
 
 
+def test_a_link_is_written_through_and_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder/file")
+    with output_files.written_whole("--output", [str(tmp_path / "link")]) as (name,):
+        Path(name).write_text("whole")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "folder" / "file").read_text() == "whole"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"^--output \S+pipe: \S+pipe is a folder, a device or a pipe, not a file; "):
+        output_files.check_output("--output", str(tmp_path / "pipe"), ("",), overwrite=True)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "empty"])
 def test_index_cache_that_was_cut(model: str, tmp_path: Path, damage: str) -> None:
     """What a run leaves that is killed while it writes the cache, which Megatron takes for finished."""

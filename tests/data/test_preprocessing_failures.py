@@ -5,7 +5,9 @@ They are mistakes, full disks, and runs that are killed or interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
 import os
 import resource
 import shlex
@@ -224,6 +226,56 @@ def test_a_killed_worker_is_one_line(
     line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 2)
     assert "--workers 2: a worker was killed, probably for memory; use fewer workers" in line
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_workers_that_cannot_be_started_are_one_line(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    forks = iter([os.fork, os.fork])
+
+    def fork() -> int:
+        if (real := next(forks, None)) is None:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return real()
+
+    monkeypatch.setattr(os, "fork", fork)
+    line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 9)
+    assert "--workers 9: cannot be started (Resource temporarily unavailable); use fewer, e.g. --workers 1" in line
+    assert os.listdir(tmp_path) == ["a.txt"]
+    for worker in multiprocessing.active_children():
+        worker.join(10)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("flags", "made", "expected"),
+    [
+        ([], "d.bin", "d.bin exists; choose another name"),
+        (["--part", "1/1"], "d.part-00001-of-00001.json", "--part 1/1: another run has written"),
+    ],
+)
+def test_a_dataset_that_another_run_wrote_meanwhile_is_kept(
+    flags: list[str],
+    made: str,
+    expected: str,
+    model: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    write = dataset_writer.write_index
+
+    def write_with_another(*arguments: object) -> None:
+        (tmp_path / made).write_text("another run's")
+        write(*arguments)
+
+    monkeypatch.setattr(dataset_writer, "write_index", write_with_another)
+    line = one_line(capsys, preprocess, model, tmp_path / "d", "--input", tmp_path / "a.txt", "--workers", 1, *flags)
+    assert expected in line
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.txt", made])
+    assert (tmp_path / made).read_text() == "another run's"
 
 
 def start_long_run(source: Path, folder: Path, model: str) -> subprocess.Popen:
