@@ -33,6 +33,17 @@ def check_is_folder(flag: str, path: Path) -> None:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror}); give a folder you may read") from None
 
 
+def why_absent(path: str, absent: str = "no such file") -> str:
+    """Says why a path is not found: ``absent``, or e.g. that a folder above it may not be entered."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return absent
+    except OSError as error:
+        return error.strerror
+    return absent
+
+
 def has_types(value: Any, types: Mapping[str, type]) -> bool:
     """Whether JSON that a file held is an object with these keys, their values of these types.
 

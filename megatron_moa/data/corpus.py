@@ -16,6 +16,9 @@ import io
 import json
 import lzma
 import os
+import posixpath
+import shlex
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_moa.errors import UserError, one_line
+from megatron_moa.errors import UserError, one_line, why_absent
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -147,10 +150,10 @@ def _stat(path: str) -> os.stat_result | None:
 def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str]) -> list[str]:
     if not glob:
         raise UserError(f"--input {folder}: a folder; say which of its files to take, e.g. --glob '**/*.txt'")
-    try:
-        found = sorted(path.relative_to(folder).as_posix() for path in Path(folder).glob(glob) if path.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise UserError(f"--glob {glob}: {error}; give a pattern relative to the folder, e.g. '**/*.txt'") from None
+    parts = posixpath.normpath(glob).split("/")
+    if parts[0] in ("", ".", ".."):
+        raise UserError(f"--glob {glob}: not below the folder; give a pattern relative to it, e.g. '**/*.txt'")
+    found = sorted(_matches(folder, parts, exclude))
     kept = [name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
     if not found:
         raise UserError(
@@ -159,6 +162,63 @@ def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str]) -> l
     if not kept:
         raise UserError(f"--exclude {' '.join(exclude)}: leaves none of the {len(found)} files of --glob {glob}")
     return [os.path.join(folder, name) for name in kept]
+
+
+def _matches(folder: str, parts: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
+    """Yields the files below a folder that match the parts of a pattern, relative to it.
+
+    Links to folders are followed, but for those that lead back up.
+
+    Raises:
+        UserError: what may hold such files cannot be read, or is a broken link, and no pattern of ``exclude`` names it.
+    """
+    fixed = parts.index("**") if "**" in parts else len(parts) - 1  # so many folders have names that must match
+    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    while folders:
+        below, above = folders.pop()
+        try:
+            own = os.stat(os.path.join(folder, below))
+            entries = os.listdir(os.path.join(folder, below))
+        except OSError as error:
+            _check_excluded(folder, below, exclude, error)
+            continue
+        if (own.st_dev, own.st_ino) in above:
+            continue
+        for entry in entries:
+            names = f"{below}{entry}".split("/")
+            enters = fnmatch.fnmatchcase(entry, parts[len(names) - 1]) if len(names) <= fixed else "**" in parts
+            matches = _fits(names, parts)
+            if not enters and not matches:
+                continue
+            name = "/".join(names)
+            try:
+                mode = os.stat(os.path.join(folder, name)).st_mode
+            except OSError as error:
+                _check_excluded(folder, name, exclude, error)
+                continue
+            if enters and stat.S_ISDIR(mode):
+                folders.append((f"{name}/", above | {(own.st_dev, own.st_ino)}))
+            elif matches and stat.S_ISREG(mode):
+                yield name
+
+
+def _check_excluded(folder: str, name: str, exclude: Sequence[str], error: OSError) -> None:
+    """Raises UserError for what cannot be looked at below a folder, unless it is to be left out."""
+    name, path = name.rstrip("/"), os.path.join(folder, name.rstrip("/"))
+    if any(fnmatch.fnmatch(left_out, pattern) for pattern in exclude for left_out in (name, f"{name}/")):
+        return
+    reason = "a broken link" if isinstance(error, FileNotFoundError) and os.path.islink(path) else error.strerror
+    remedy = f"mend that, or leave it out with --exclude {shlex.quote(name)}" if name else "change its permissions"
+    raise UserError(f"--input {path}: {reason}; {remedy}")
+
+
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a path's names match the parts of a pattern, where ``**`` stands for any number of folders."""
+    if not parts or not names:
+        return not parts and not names
+    if parts[0] == "**":
+        return len(parts) == 1 or any(_fits(names[i:], parts[1:]) for i in range(len(names)))
+    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
 
 
 def text_file(
@@ -187,7 +247,7 @@ def _text_file(
 def _check_readable(file: TextFile) -> None:
     if not os.path.exists(file.path):
         what = "no such file or folder" if file.flag == "--input" else "no such file"
-        raise UserError(f"{file.named}: {what}; check the path")
+        raise UserError(f"{file.named}: {why_absent(file.path, what)}; check the path")
     if not os.access(file.path, os.R_OK):
         raise UserError(f"{file.named}: not readable; change its permissions (chmod +r) or leave it out")
     if file.path.lower().endswith(".zst"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy
 
 from megatron_moa.command_line.quiet_imports import quiet_imports
-from megatron_moa.errors import UserError
+from megatron_moa.errors import UserError, why_absent
 
 TRAIN, VALIDATION, TEST = "training", "validation", "test"
 
@@ -63,7 +63,7 @@ def read_index(prefix: str, flag: str = "--data-path") -> DatasetIndex:
         if not os.path.isfile(path):
             near = f"{prefix}_text_document"
             hint = f"did you mean {near}?" if os.path.isfile(near + ending) else "make it with tools/preprocess_data.py"
-            raise UserError(f"{flag} {prefix}: no file {path}; check the path, or {hint}")
+            raise UserError(f"{flag} {prefix}: {why_absent(path, 'no file')} {path}; check the path, or {hint}")
         if not os.access(path, os.R_OK):
             raise UserError(f"{flag} {prefix}: {path} is not readable; change its permissions (chmod +r)")
         if os.path.getsize(path) == 0:

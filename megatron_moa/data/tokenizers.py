@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moa.command_line.quiet_imports import quiet_imports
-from megatron_moa.errors import UserError, one_line
+from megatron_moa.errors import UserError, one_line, why_absent
 
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -48,7 +48,7 @@ def _require_file(flag: str, path: str | None, tokenizer_type: str) -> str:
         raise UserError(f"--tokenizer-type {tokenizer_type}: needs a file; add {flag} FILE")
     if not os.path.exists(path):
         near = f"; did you mean {path}.model?" if os.path.exists(f"{path}.model") else "; check the path"
-        raise UserError(f"{flag} {path}: no such file{near}")
+        raise UserError(f"{flag} {path}: {why_absent(path)}{near}")
     if not os.path.isfile(path):
         hint = " (for a folder of Hugging Face files use --tokenizer-type HuggingFaceTokenizer)"
         raise UserError(f"{flag} {path}: not a file; {tokenizer_type} wants one file{hint}")

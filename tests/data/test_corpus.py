@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import lzma
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -205,6 +207,54 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatc
     expected = f"{path}: Parquet needs pyarrow; pip install pyarrow, or write the texts as JSON lines"
     assert refusal(lambda: texts(path)) == f"--text {expected}"
     assert refusal(lambda: corpus.find_text_files([str(path)])) == f"--input {expected}"
+
+
+def test_a_folders_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "folder" / "sub" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("folder/a.txt", "folder/.b.txt", "folder/sub/deep/c.txt", "folder/sub/d.md", "elsewhere/e.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "folder" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to("../folder")
+
+    def found(glob: str) -> list[str]:
+        folder = str(tmp_path / "folder")
+        return [file.path.removeprefix(f"{folder}/") for file in corpus.find_text_files([folder], glob)]
+
+    assert found("**/*.txt") == [".b.txt", "a.txt", "linked/e.txt", "sub/deep/c.txt"]
+    assert found("*.txt") == [".b.txt", "a.txt"]
+    assert found("./*/*") == ["linked/e.txt", "sub/d.md"]
+    assert found("sub/**/[cd].*") == ["sub/d.md", "sub/deep/c.txt"]
+    assert found("**/deep/*") == ["sub/deep/c.txt"]
+    assert "--glob ../*: not below the folder; give a pattern relative to it" in refusal(lambda: found("../*"))
+
+
+def test_what_cannot_be_looked_at_in_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("folder", "folder/locked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "folder" / "a.txt").write_text("text")
+    (tmp_path / "folder" / "locked" / "b.txt").write_text("text")
+    (tmp_path / "folder" / "broken").symlink_to("nowhere")
+    (tmp_path / "folder" / "loop").symlink_to("loop")
+    list_folder = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        if path.endswith("locked/"):  # root may read it
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    folder, left_out = str(tmp_path / "folder"), []
+    assert [file.path for file in corpus.find_text_files([folder], "*.txt")] == [f"{folder}/a.txt"]
+    reasons = {"broken": "a broken link", "loop": "Too many levels of symbolic links", "locked": "Permission denied"}
+    for _ in reasons:
+        line = refusal(lambda: corpus.find_text_files([folder], "**/*.txt", left_out))
+        (name,) = [name for name in reasons if f"{folder}/{name}:" in line]
+        assert line == f"--input {folder}/{name}: {reasons[name]}; mend that, or leave it out with --exclude {name}"
+        left_out.append(name)
+    assert [file.path for file in corpus.find_text_files([folder], "**/*.txt", left_out)] == [f"{folder}/a.txt"]
+    line = refusal(lambda: corpus.find_text_files([f"{folder}/loop/a.txt"]))
+    assert line == f"--input {folder}/loop/a.txt: Too many levels of symbolic links; check the path"
 
 
 def test_ranges_cut_a_file_into_its_lines(tmp_path: Path) -> None:
