@@ -31,6 +31,7 @@ from megatron_moa.errors import UserError, one_line, why_absent
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PARQUET_ENDING = ".parquet"
+_NOT_READ = tuple(".zst .zstd .lz4 .lzma .br .z .7z .zip .rar .tar .tgz .tbz .tbz2 .txz".split())
 _PARQUET_ROWS = 1024  # read at once
 _JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", float: "a number"}
 
@@ -129,6 +130,7 @@ def find_text_files(
                 f"{file.named}: compressed, and a sample is drawn from all over the text; decompress some of it "
                 "first, e.g. gzip -dk"
             )
+    _check_named_once(files)
     if not sum(file.size for file in files):
         raise UserError(f"--input {' '.join(inputs)}: all {len(files)} files are empty; give files with text")
     return files
@@ -141,6 +143,17 @@ def check_not_overwritten(inputs: Iterable[str], flag: str, targets: Iterable[st
         found = _stat(path)
         if found is not None and (target := written.get((found.st_dev, found.st_ino))) is not None:
             raise UserError(f"{flag} {target}: is the file {path} that is read; choose another name")
+
+
+def _check_named_once(files: Iterable[TextFile]) -> None:
+    """Raises UserError for a file that is there twice, under any names."""
+    paths: dict[tuple[int, int], str] = {}
+    for file in files:
+        found = os.stat(file.path)
+        first = paths.get((found.st_dev, found.st_ino))
+        if first is not None:
+            raise UserError(f"{file.named}: the same file as {first}; name it once, or leave one out with --exclude")
+        paths[found.st_dev, found.st_ino] = file.path
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -250,10 +263,11 @@ def _check_readable(file: TextFile) -> None:
         raise UserError(f"{file.named}: {why_absent(file.path, what)}; check the path")
     if not os.access(file.path, os.R_OK):
         raise UserError(f"{file.named}: not readable; change its permissions (chmod +r) or leave it out")
-    if file.path.lower().endswith(".zst"):
-        raise UserError(
-            f"{file.named}: zstd cannot be read here; decompress it first (zstd -d), or use {' '.join(DECOMPRESSORS)}"
-        )
+    name, ending = os.path.splitext(file.path.lower())
+    ending = os.path.splitext(name)[1] if ending in DECOMPRESSORS else ending
+    if ending in _NOT_READ:
+        packed = " ".join(DECOMPRESSORS)
+        raise UserError(f"{file.named}: {ending} cannot be read here; unpack it, or compress each file to {packed}")
     if file.parquet:
         if file.compressed:
             raise UserError(f"{file.named}: Parquet compresses its columns itself; decompress the file first")
@@ -265,11 +279,18 @@ def _reading(file: TextFile) -> Iterator[None]:
     """Turns what goes wrong with a file while it is read into a UserError."""
     try:
         yield
+    except MemoryError:
+        raise too_large(file) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{file.named}: cut off or damaged ({error}); copy or compress it again") from None
     except OSError as error:
         reason = error.strerror or one_line(error)
         raise UserError(f"{file.named}: {reason}; check the file and its permissions") from None
+
+
+def too_large(file: TextFile) -> UserError:
+    """Returns the error for a document that memory does not hold."""
+    return UserError(f"{file.named}: memory does not hold a document of it; cut it into smaller ones")
 
 
 @contextmanager
@@ -299,16 +320,16 @@ def texts(file: TextFile, start: int = 0, end: int | None = None, lines: bytes |
         yield from _parquet_texts(file, start, end)
     elif not file.json_lines:
         with _reading(file), _opened(file.path) as (stream, _):
-            data = stream.read()
-        yield without_bom(decode(data, file))
+            yield without_bom(decode(stream.read(), file))
     elif end is None:
         with _reading(file), _opened(file.path) as (stream, _):
             for number, line in enumerate(stream, 1):
                 yield from _json_text(line, file, lambda number=number: number)
     else:
         found = lines_between(file, start, end) if lines is None else _lines_of(lines, start)
-        for offset, line in found:
-            yield from _json_text(line, file, functools.partial(line_number, file, offset))
+        with _reading(file):
+            for offset, line in found:
+                yield from _json_text(line, file, functools.partial(line_number, file, offset))
 
 
 def lines_between(file: TextFile, start: int, end: int) -> Iterator[tuple[int, bytes]]:
@@ -465,6 +486,8 @@ def _opened_parquet(file: TextFile) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(file.path) as parquet:
             yield parquet
+    except MemoryError:  # pyarrow's own are such, too
+        raise too_large(file) from None
     except (pyarrow.ArrowException, OSError) as error:
         reason = one_line(error)[:200]
         raise UserError(f"{file.named}: not Parquet, or damaged ({reason}); copy or write it again") from None
@@ -490,7 +513,7 @@ def _parquet_texts(file: TextFile, start: int, end: int | None) -> Iterator[str]
         # No threads: the caller may be one of many processes.
         batches = parquet.iter_batches(_PARQUET_ROWS, list(groups), [file.key], use_threads=False)
         for batch in batches:
-            column = batch.column(0)
+            column = batch.column(file.key)  # not the first: a.b also names what is called b within a
             if types.is_dictionary(column.type):
                 column = column.dictionary_decode()
             for data in column.cast("large_binary").to_pylist():  # as bytes: Parquet files can hold invalid UTF-8
@@ -508,6 +531,8 @@ def _check_column(file: TextFile, schema: Any, types: Any) -> None:
     if file.key not in schema.names:
         names = ", ".join(repr(name[:40]) for name in schema.names[:8])
         raise UserError(f"{file.named}: has no column {file.key!r} (it has {names or 'none'}); {remedy}")
+    if schema.names.count(file.key) > 1:
+        raise UserError(f"{file.named}: has {schema.names.count(file.key)} columns {file.key!r}; rename all but one")
     kind = schema.field(file.key).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):

@@ -143,12 +143,39 @@ def test_invalid_utf8_is_named_by_line_in_a_text_file(tmp_path: Path) -> None:
     assert "line 3 is not UTF-8 (byte 2); convert the file" in refusal(lambda: texts(path))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.txt.ZST"])
-def test_zstd_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "ending"), [("a.jsonl.zst", ".zst"), ("a.txt.ZST", ".zst"), ("a.tar", ".tar"), ("a.tar.gz", ".tar")]
+)
+def test_archives_are_refused(name: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / name
-    path.write_bytes(b"\x28\xb5\x2f\xfd")
-    assert "zstd cannot be read here; decompress it first (zstd -d)" in refusal(lambda: texts(path))
-    assert "zstd cannot be read here" in refusal(lambda: corpus.find_text_files([str(path)]))
+    path.write_bytes(b"text")
+    assert f"{name}: {ending} cannot be read here; unpack it" in refusal(lambda: texts(path))
+    assert f"{ending} cannot be read here" in refusal(lambda: corpus.find_text_files([str(path)], compressed=True))
+
+
+def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
+    line = refusal(lambda: corpus.find_text_files([str(tmp_path)], "*.txt"))
+    assert line.startswith(f"--input {tmp_path}/b.txt: the same file as {tmp_path}/a.txt; name it once")
+    path = str(tmp_path / "a.txt")
+    assert f"the same file as {path}" in refusal(lambda: corpus.find_text_files([path, path]))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_document_that_memory_does_not_hold_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(LINES)
+    file = corpus.find_text_files([str(path)])[0]
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(corpus, "decode", full)
+    for read in (lambda: texts(path), lambda: list(corpus.texts(file, 0, file.size))):
+        assert refusal(read).endswith(f"{path}: memory does not hold a document of it; cut it into smaller ones")
 
 
 @pytest.mark.parametrize("kind", ["folder", "absent", "damaged.jsonl.gz", "damaged.parquet"])
@@ -197,6 +224,15 @@ def test_bad_parquet_rows_and_columns_are_named(tmp_path: Path) -> None:
     assert "has no column 'body' (it has 'text', 'invalid', 'n'); name" in refusal(lambda: texts(path, "body"))
     file = corpus.find_text_files([str(path)])[0]
     assert "row 2 has null" in refusal(lambda: list(corpus.texts(file, 1, 2)))
+
+
+def test_parquet_columns_of_like_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pyarrow.array([{"text": "nested"}]), pyarrow.array(["flat"]), pyarrow.array(["x"]), pyarrow.array(["y"])]
+    table = pyarrow.Table.from_arrays(columns, ["meta", "meta.text", "text", "text"])
+    pyarrow.parquet.write_table(table, path)
+    assert texts(path, "meta.text") == ["flat"]
+    assert "a.parquet: has 2 columns 'text'; rename all but one" in refusal(lambda: texts(path))
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
