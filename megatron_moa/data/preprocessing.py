@@ -31,6 +31,7 @@ class Totals:
     empty: int = 0
     text_bytes: int = 0
     special: Counter[str] = field(default_factory=Counter)
+    unknown: int = 0
     busy_seconds: float = 0.0  # of all workers together
     seconds: float = 0.0
 
@@ -149,6 +150,7 @@ def write_tokens(work: Sequence[Piece], settings: Settings, args: argparse.Names
             totals.empty += batch.empty
             totals.text_bytes += batch.text_bytes
             totals.special += batch.special
+            totals.unknown += batch.unknown
             totals.busy_seconds += batch.seconds
             bar.update(batch.input_bytes)
     totals.seconds = time.perf_counter() - start
@@ -170,6 +172,11 @@ def report(totals: Totals, args: argparse.Namespace) -> None:
         print(
             f"special tokens {totals.special.total():,} were written out in the texts ({names}) and read as such; "
             'with "split_special_tokens": true in its tokenizer_config.json the tokenizer reads them as text'
+        )
+    if totals.unknown:
+        print(
+            f"unknown tokens {totals.unknown:,} stand for text that the tokenizer has no token for, and that is lost; "
+            "use one that falls back to bytes, or one trained on such texts"
         )
     if totals.tokens:
         print(f"packing        {totals.text_bytes / totals.tokens:.2f} bytes per token")

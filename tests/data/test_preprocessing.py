@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from tests.support.datasets import (
     TEXTS,
     command,
     documents,
+    one_line,
     preprocess,
     write_json_lines,
 )
@@ -175,6 +177,58 @@ def test_special_tokens_in_a_text_are_told(
     preprocess(model, tmp_path / "d", "--input", tmp_path / "a.jsonl", "--overwrite")
     assert documents(tmp_path / "d")[0].count(2) == 1
     assert "special tokens" not in capsys.readouterr().out
+
+
+def word_tokenizer(folder: Path, words: Sequence[str], kind: str = "WordLevel", **settings: object) -> str:
+    """Writes a Hugging Face tokenizer of some words, with a first token before each text."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["<s>", "</s>", *words])}
+    model = models.WordLevel(vocabulary, unk_token="<unk>") if kind == "WordLevel" else models.BPE(vocabulary, [])
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Strip()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens).save_pretrained(folder)
+    return str(folder)
+
+
+def test_unknown_and_empty_texts_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    warned: list[object] = []
+    monkeypatch.setattr(transformers.tokenization_utils_base.logger, "warning", lambda *text: warned.append(text))
+    rows = ["one two three", "one <unk> four", "  ", "two two two two two"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    flags = ["--input", tmp_path / "a.jsonl", "--workers", "1"]
+    words = ["<unk>", "one", "two"]
+    model = word_tokenizer(tmp_path / "words", words, unk_token="<unk>", model_max_length=4)
+    preprocess(model, tmp_path / "d", *flags)
+    assert documents(tmp_path / "d") == [[0, 3, 4, 2, 1], [0, 3, 2, 2, 1], [0, 4, 4, 4, 4, 4, 1]]
+    printed = capsys.readouterr().out
+    assert "empty, skipped 1\n" in printed
+    assert "special tokens 1 were written out in the texts (<unk>)" in printed
+    assert "unknown tokens 2 stand for text that the tokenizer has no token for" in printed  # three, four
+    assert "leaves out characters" not in printed
+    assert not warned
+    preprocess(word_tokenizer(tmp_path / "letters", "one", "BPE"), tmp_path / "e", *flags)
+    assert documents(tmp_path / "e")[0] == [0, 2, 3, 4, 2, 4, 4, 1]  # one o ee
+    assert "note           the tokenizer leaves out characters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_tokenizer_that_fails_on_a_text_is_one_line(
+    workers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("one three")
+    model = word_tokenizer(tmp_path / "words", ["one", "x", "y"])  # Megatron tries it on x and y
+    flags = ["--input", tmp_path / "a.txt", "--workers", workers]
+    line = one_line(capsys, preprocess, model, tmp_path / "d", *flags)
+    assert f"--tokenizer-model {model}: cannot tokenize a text of {tmp_path}/a.txt (" in line
 
 
 def test_overwrite_replaces_both_and_drops_the_stale_index_cache(model: str, tmp_path: Path) -> None:
