@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from megatron_moa.command_line import output_files
 from megatron_moa.command_line.numbers import positive_number
 from megatron_moa.data import corpus, dataset
+from megatron_moa.data.blends import as_number
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "blend.py"
@@ -63,6 +64,7 @@ def blend(args: argparse.Namespace) -> None:
     targets = [] if args.output is None else output_files.check_output("--output", args.output, ("",), args.overwrite)
     for flag, prefixes in (("--data", args.data), ("--valid", args.valid), ("--test", args.test)):
         check_named_once(flag, prefixes or [])
+        check_words(flag, prefixes or [])
         read = [prefix + ending for prefix in prefixes or [] for ending in (".bin", ".idx")]
         corpus.check_not_overwritten(read, "--output", targets)
     # All files are looked at before a split is computed, for which Megatron is imported.
@@ -113,6 +115,14 @@ def check_named_once(flag: str, prefixes: Sequence[str]) -> None:
         if file in files:
             raise UserError(f"{flag} {prefix}: is named twice; name it once, a larger weight has it drawn more often")
         files.add(file)
+
+
+def check_words(flag: str, prefixes: Sequence[str]) -> None:
+    """Raises UserError for a name that a blend file's reader would take for a weight or a comment."""
+    for prefix in prefixes:
+        if prefix.startswith("#") or as_number(prefix) is not None:
+            kind = "comment" if prefix.startswith("#") else "weight"
+            raise UserError(f"{flag} {prefix}: would be a {kind} in a blend file; write ./{prefix}")
 
 
 def read_index(prefix: str) -> dataset.DatasetIndex:

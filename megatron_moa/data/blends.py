@@ -131,7 +131,7 @@ def _without_weights(words: Sequence[tuple[str, str]], flag: str, shown: str = "
         words: where each word stands, and the word.
         shown: what a message begins with, instead of the place and the word.
     """
-    weights = [_as_number(word) for _, word in words]
+    weights = [as_number(word) for _, word in words]
     if len(words) == 1 or not any(weight is not None for weight in weights):
         return list(words)
     for i, ((where, word), weight) in enumerate(zip(words, weights, strict=True)):
@@ -148,7 +148,8 @@ def _without_weights(words: Sequence[tuple[str, str]], flag: str, shown: str = "
     return list(words[1::2])
 
 
-def _as_number(word: str) -> float | None:
+def as_number(word: str) -> float | None:
+    """Returns the weight that a word of a blend is, or None for a prefix."""
     try:
         return float(word)
     except ValueError:
