@@ -258,6 +258,8 @@ def test_records_that_cannot_be_written_are_one_line_and_none_of_them(tmp_path: 
     with pytest.raises(TypeError):
         conditions.append_records(file, "layer", {}, [{"arm": "a"}, {"arm": object()}])
     assert file.read_text() == ""
+    os.mkfifo(tmp_path / "pipe")
+    conditions.check_json(tmp_path / "pipe")  # records are appended, so nothing is replaced
 
 
 def test_the_command_has_the_variables_that_change_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

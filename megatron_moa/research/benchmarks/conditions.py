@@ -56,8 +56,9 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 
 def check_json(path: Path | None) -> None:
     """Raises UserError for what cannot be a file, before minutes are spent on what it is to hold."""
-    if path is not None and not (path.is_fifo() or path.is_char_device()):  # to these one can append
-        check_output("--json", str(path), ("",), overwrite=True)
+    if path is None or (os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)):
+        return  # a device or a pipe, to which one can append
+    check_output("--json", str(path), ("",), overwrite=True)
 
 
 def set_up(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
