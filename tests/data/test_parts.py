@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,8 @@ def mixed(corpus: Path, tmp_path: Path) -> list[object]:
     (folder / "1.jsonl.gz").write_bytes(gzip.compress((folder / "1.jsonl").read_bytes()))
     for i, words in enumerate((0, 400, 3, 0)):
         (folder / f"{i}.txt").write_text("text without newline " * words)
-    return ["--input", folder, corpus, folder, "--glob", "**/[0-9]*"]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    return ["--input", folder, corpus, copy, "--glob", "**/[0-9]*"]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5, 60])

@@ -29,7 +29,7 @@ def test_records_that_are_none_of_a_runs_are_one_line(
     [
         (["table", "{tmp}/host.jsonl"], "no table for host"),  # it would be left out without a word
         (["training", "{tmp}/log", "--arm", "MoA", "--json", "{tmp}"], "--json {tmp}: Is a directory; name a file"),
-        (["corpus", "{tmp}/x", "--glob", "/etc/*"], "--glob /etc/*: Non-relative patterns are unsupported"),
+        (["corpus", "{tmp}/x", "--glob", "/etc/*"], "--glob /etc/*: not below the folder; give a pattern relative"),
         (["corpus", "{tmp}/log/x", "--glob", "bisect.py"], "PREFIX {tmp}/log/x: {tmp}/log is a file, not a folder"),
     ],
 )
