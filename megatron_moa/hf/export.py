@@ -107,12 +107,12 @@ def export(
     if prepared.saved_ends:  # a list where there are several
         config.eos_token_id = prepared.saved_ends[0] if len(prepared.saved_ends) == 1 else list(prepared.saved_ends)
     family, reason = _family(config, architecture)
-    has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder)
+    final = family.from_own(config)
+    has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder, final)
     weights = ShardWriter(folder, max_shard_bytes)
     table = list(family.entries(config))
     tensors = to_hf(ModelTensors(prepared.checkpoint.path, prepared.build_empty()), config, table)
     weights.write(_converted(tensors, dtype), sum(len(entry.hf) for entry in table))
-    final = family.from_own(config)
     final.dtype = weights.dtype
     final.architectures = [family.architecture]
     if family is OWN:

@@ -15,7 +15,7 @@ from megatron_moa.data.tokenizers import SENTENCEPIECE_TYPES, adds_special_token
 from megatron_moa.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # Scripts with and without spaces, right to left, combining marks, digits, code, runs of white space at the ends and in
 # between, characters beyond the basic plane, joined emoji, and the mark that sentencepiece writes for a space.
@@ -30,7 +30,7 @@ SAMPLE = (
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # kinds of pieces in a sentencepiece model
 
 
-def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path) -> bool:
+def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path, config: PreTrainedConfig) -> bool:
     """Writes the tokenizer's files and compares their ids to the trained tokenizer's.
 
     They are compared on :data:`SAMPLE` and special tokens.
@@ -39,6 +39,7 @@ def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path) -> 
         tokenizer: Megatron's.
         args: those it was built from.
         folder: exists.
+        config: of the exported model, whose kind may decide which class of tokenizer transformers loads.
 
     Returns:
         False for a NullTokenizer, which has nothing to export.
@@ -70,6 +71,12 @@ def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path) -> 
         raise UserError(
             f"--tokenizer-model {model}: exported it would give other ids than in training, from token {first} on "
             f"({ids[first : first + 4]} instead of {expected[first : first + 4]}); add --no-tokenizer"
+        )
+    beside = AutoTokenizer.from_pretrained(folder, config=config)  # as beside config.json
+    if beside.encode(text) != expected or beside.decode(expected) != exported.decode(expected):
+        raise UserError(
+            f"--tokenizer-model {model}: transformers reads it as another tokenizer beside a model of type "
+            f"{config.model_type}; add --architecture GPTMoAForCausalLM, or --no-tokenizer"
         )
     return True
 

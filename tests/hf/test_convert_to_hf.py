@@ -58,7 +58,7 @@ CASES: dict[str, tuple[list[str], int, str]] = {
         "GPTMoAForCausalLM",
     ),
     "stock, biases, tied, TP 2": ([*SWIGLU, *SPLIT, *STOCK], 2, "LlamaForCausalLM"),
-    "stock, biases of q, k, v": ([*SWIGLU, *STOCK, "--add-qkv-bias"], 1, "Qwen2ForCausalLM"),
+    "stock, biases of q, k, v, no tokenizer": ([*SWIGLU, *STOCK, "--add-qkv-bias"], 1, "Qwen2ForCausalLM"),
     "stock, own class asked for": ([*SWIGLU, *STOCK], 1, "GPTMoAForCausalLM"),
     "stock, q/k norm": ([*SWIGLU, *STOCK, "--qk-layernorm"], 1, "Qwen3ForCausalLM"),
     "stock, GPT-2-like, biases, tied": ([*GPT2, *UNGROUPED, *STOCK], 1, "GPT2LMHeadModel"),
@@ -129,6 +129,7 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     code, log = launch.launch(launch.script, (str(ROOT / "pretrain_gpt_moa.py"), flags), processes, tmp_path)
     assert code == 0, log[-3000:]
     asked = ["--architecture", architecture] if "asked for" in case else []
+    asked += ["--no-tokenizer"] if "no tokenizer" in case else []
     code, log = convert(tmp_path, "--load", checkpoint, "--out", out, "--max-shard-size", "100KB", *asked)
     assert code == 0, log[-3000:]
     assert "verified    largest difference" in log
@@ -252,7 +253,7 @@ def test_tokenizers_of_all_kinds(tmp_path: Path) -> None:
     def exported(kind: str, path: Path | None, library: str, out: Path, **settings: object) -> bool:
         args = Namespace(tokenizer_type=kind, tokenizer_model=path and str(path), seq_length=64)
         tokenizer = MegatronTokenizer.from_pretrained(args.tokenizer_model, {"library": library}, **settings)
-        return export_tokenizer(tokenizer, args, out)
+        return export_tokenizer(tokenizer, args, out, GPTMoAConfig())
 
     trained, one, two = tmp_path / "tok.model", tmp_path / "one", tmp_path / "two"
     train_sentencepiece(trained)
@@ -269,7 +270,32 @@ def test_tokenizers_of_all_kinds(tmp_path: Path) -> None:
     train_sentencepiece(trained, normalization_rule_name="nfkc", remove_extra_whitespaces=True)
     args = Namespace(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(trained), seq_length=64)
     with pytest.raises(UserError, match=r"tok\.model: exported it would give other ids than in training, from token"):
-        export_tokenizer(tokenizer, args, tmp_path / "five")
+        export_tokenizer(tokenizer, args, tmp_path / "five", GPTMoAConfig())
+
+
+def test_a_tokenizer_beside_config_json_is_trainings_or_refused(tmp_path: Path) -> None:
+    """Beside some models transformers loads a class of tokenizer that the tokenizer's files do not name."""
+    trained, saved = tmp_path / "tok.model", tmp_path / "saved"
+    train_sentencepiece(trained)
+    _from_sentencepiece(trained, 64).save_pretrained(saved)
+    for path, kind, library, settings in (
+        (trained, "SentencePieceTokenizer", "sentencepiece", {}),
+        (saved, "HuggingFaceTokenizer", "huggingface", {"include_special_tokens": True}),
+    ):
+        tokenizer = MegatronTokenizer.from_pretrained(str(path), {"library": library}, **settings)
+        args = Namespace(tokenizer_type=kind, tokenizer_model=str(path), seq_length=64)
+        for family in (*families.FAMILIES, families.OWN):
+            out, config = tmp_path / f"{library}-{family.architecture}", family.from_own(GPTMoAConfig())
+            out.mkdir()
+            if family is families.QWEN2:
+                with pytest.raises(UserError, match=r"type qwen2; add --architecture GPTMoAForCausalLM, or --no-tok"):
+                    export_tokenizer(tokenizer, args, out, config)
+                continue
+            export_tokenizer(tokenizer, args, out, config)
+            config.save_pretrained(out)
+            exported = AutoTokenizer.from_pretrained(out)
+            assert exported.encode(SAMPLE) == tokenizer.tokenize(SAMPLE), out.name
+            assert exported.decode(exported.encode(SAMPLE)) == SAMPLE.replace("\u2581", " "), out.name
 
 
 def test_card_knows_the_last_validation_loss(tmp_path: Path) -> None:

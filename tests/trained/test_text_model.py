@@ -330,7 +330,7 @@ def test_what_a_tokenizer_puts_before_a_text_is_there_in_checkpoint_and_export(
     trained = MegatronTokenizer.from_pretrained(
         args.tokenizer_model, {"library": "huggingface"}, include_special_tokens=trained_with
     )
-    assert export_tokenizer(trained, args, tmp_path / "exported")
+    assert export_tokenizer(trained, args, tmp_path / "exported", GPTMoAConfig())
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
     document = trained.tokenize("a b")
     assert exported.encode("a b") == document
