@@ -6,7 +6,6 @@ import argparse
 import ctypes
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from megatron_moa.checkpoints.tensors import ModelTensors
 from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
+from megatron_moa.hf.exported_code import write_code
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
 from megatron_moa.hf.mapping import is_buffer, to_hf
 from megatron_moa.hf.settings import config_from_args
@@ -37,12 +37,6 @@ from megatron_moa.trained.from_megatron import PreparedCheckpoint
 TOLERANCE = 1e-4  # largest difference of logits, relative to the largest logit; fp32 on both sides
 TRANSFORMERS = "5.12 to 5.24"  # releases that exports were tried with: setup.py's range
 _CODE = Path(__file__).parent
-_CODE_FOLDERS = (_CODE, _CODE.parent / "mixture", _CODE.parent)  # no file name is in two of them
-_AUTO = {
-    "AutoConfig": "configuration_gpt_moa.GPTMoAConfig",
-    "AutoModel": "modeling_gpt_moa.GPTMoAModel",
-    "AutoModelForCausalLM": "modeling_gpt_moa.GPTMoAForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -116,9 +110,7 @@ def export(
     final.dtype = weights.dtype
     final.architectures = [family.architecture]
     if family is OWN:
-        final.auto_map = dict(_AUTO)
-        for name, text in code_files().items():
-            (folder / name).write_text(text)
+        write_code(final, folder)
     final.save_pretrained(folder)
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**tokens).save_pretrained(folder)
@@ -239,28 +231,6 @@ def _return_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
-
-
-def code_files() -> dict[str, str]:
-    """Returns the Python files of an export, their text by name.
-
-    These are the model's files and those of this package that it uses, all in one folder.
-    """
-    files: dict[str, str] = {}
-    pending = ["modeling_gpt_moa"]
-    while pending:
-        name = pending.pop()
-        if f"{name}.py" in files:
-            continue
-        own = (_CODE / f"{name}.py").is_file()
-        folder = next(folder for folder in _CODE_FOLDERS if (folder / f"{name}.py").is_file())
-        text = (folder / f"{name}.py").read_text()
-        # The model's own files prefer an installed megatron_moa where they try to import it.
-        imports = r"^(from )megatron_moa\.(?:\w+\.)*" if own else r"^(\s*from )megatron_moa\.(?:\w+\.)*"
-        text = re.sub(imports, r"\1.", text, flags=re.MULTILINE)
-        files[f"{name}.py"] = text
-        pending += re.findall(r"^\s*from \.(\w+) import", text, flags=re.MULTILINE)
-    return files
 
 
 # Verification.

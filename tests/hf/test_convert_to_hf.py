@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_moa.errors import UserError
 from megatron_moa.hf import export, families
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.export import ShardWriter, code_files
+from megatron_moa.hf.export import ShardWriter
+from megatron_moa.hf.exported_code import code_files
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.tokenizer import SAMPLE, _from_sentencepiece, export_tokenizer
-from tests.support import launch, stranger
+from tests.support import launch, stranger, tiny_hf
 from tests.support.tokenizers import train_sentencepiece
 from tests.support.training import MOE, ROOT, SWIGLU, TINY
 from tools.convert_to_hf import PROGRAM, parse_flags, size
@@ -327,6 +328,17 @@ def test_code_needs_no_megatron_moa() -> None:
                 continue
             assert node.level or not node.module.startswith("megatron"), f"{name}: {node.module}"
             assert not node.level or f"{node.module}.py" in files, f"{name}: {node.module}"
+
+
+@pytest.mark.distributed
+def test_what_this_package_saves_stands_alone(tmp_path: Path) -> None:
+    """So does what a stranger saves of it, who has the class of the folder's code."""
+    model = tiny_hf.build("moa")
+    model.save_pretrained(tmp_path / "ours")
+    logits = model(torch.arange(12).view(2, 6)).logits
+    for name in ("ours", "saved"):
+        seen = as_a_stranger(tmp_path / name, tmp_path)
+        torch.testing.assert_close(torch.tensor(seen["logits"]), logits, **tiny_hf.EQUAL)
 
 
 def test_shards_are_bounded_and_hold_everything(tmp_path: Path) -> None:

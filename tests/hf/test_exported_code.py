@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from megatron_moa.hf.export import code_files
+from megatron_moa.hf.exported_code import code_files
 from tests.support.tiny_hf import EQUAL, KINDS, build, tokens_of
 
 

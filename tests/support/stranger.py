@@ -12,7 +12,7 @@ OURS = ("megatron", "megatron_moa", "tools")
 def use(folder: str, modules_cache: str, result: str) -> None:
     """Writes the model's class, logits, hidden states' shape and greedy tokens as JSON.
 
-    This is a target of launch.py.
+    It saves the model in ``saved`` beside that file, too. This is a target of launch.py.
     """
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         del sys.modules[name]
@@ -30,3 +30,4 @@ def use(folder: str, modules_cache: str, result: str) -> None:
     generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=5, do_sample=False)
     seen = {"class": type(model).__name__, "logits": logits.tolist(), "hidden": list(hidden.shape)}
     Path(result).write_text(json.dumps({**seen, "generated": generated.tolist()}))
+    model.save_pretrained(Path(result).with_name("saved"))
