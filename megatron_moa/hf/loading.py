@@ -109,16 +109,21 @@ class FolderModel(TextModel):
         tokens = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         mask = torch.arange(longest, device=self.device) >= longest - lengths[:, None]
-        result = self.model.generate(
-            tokens,
-            attention_mask=mask.long(),
+        settings = GenerationConfig(
             max_new_tokens=steps,
             do_sample=False,
             num_beams=1,
             eos_token_id=list(self.ends) or None,
             pad_token_id=padding,
-            logits_processor=LogitsProcessorList([_Chosen(choose_next)]),
         )
+        # What else a folder has for generate, such as a penalty of repetitions, would change what is chosen;
+        # transformers fills in from the model's what a given configuration leaves open.
+        folders, self.model.generation_config = self.model.generation_config, settings
+        try:
+            chosen = LogitsProcessorList([_Chosen(choose_next)])
+            result = self.model.generate(tokens, attention_mask=mask.long(), logits_processor=chosen)
+        finally:
+            self.model.generation_config = folders
         return result[:, longest:].tolist()
 
 
@@ -173,8 +178,6 @@ def load_folder(folder: Path) -> FolderModel:
             raise UserError(f"--load {folder}: weights do not fit config.json, {kind}: {named}; export it again")
     if not getattr(model.config, "max_position_embeddings", None):
         raise UserError(f"{folder / 'config.json'}: has no max_position_embeddings, which says how long a text may be")
-    # What else a folder has for generate, such as a penalty of repetitions, would change what is chosen.
-    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     mixture = mixture_config(model.config) if isinstance(model.config, GPTMoAConfig) else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return FolderModel(model.eval().requires_grad_(False).to(device), tokenizer, mixture)

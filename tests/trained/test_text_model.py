@@ -307,11 +307,16 @@ def test_any_of_several_end_tokens_ends_a_text(file: str, tmp_path: Path) -> Non
 
 
 def test_a_folders_penalties_change_nothing(tmp_path: Path) -> None:
-    """Instruction models have them in generation_config.json: the tokens are those that the logits choose."""
+    """Instruction models have them in generation_config.json: the tokens are those that the logits choose.
+
+    The model itself keeps them, for who saves it.
+    """
     path = write_model(tmp_path / "model")
     (free,) = load_folder(path).generate([[1]], 8)
     rewrite(path / "generation_config.json", repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=3)
-    assert load_folder(path).generate([[1]], 8) == [free]
+    model = load_folder(path)
+    assert model.generate([[1]], 8) == [free]
+    assert model.model.generation_config.repetition_penalty == 5.0
 
 
 @pytest.mark.parametrize("trained_with", [True, False])
