@@ -6,6 +6,7 @@ from os import PathLike
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from megatron_moa.mixture.config import FORMAT_VERSION, refuse_changed_form
 
@@ -133,6 +134,15 @@ class GPTMoAConfig(PreTrainedConfig):
                 raise ValueError(f"{name} {getattr(self, name)!r}: unknown; one of {', '.join(legal)}")
         if len(self.moe_layers) != self.num_hidden_layers:
             raise ValueError(f"moe_layers: {len(self.moe_layers)} entries for {self.num_hidden_layers} layers")
+        if any(self.moe_layers) and not self.num_experts:
+            raise ValueError("moe_layers: some layers are of experts, and num_experts is 0")
+        if any(self.moe_layers) and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok}: not 1 to num_experts {self.num_experts}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"num_key_value_heads {self.num_key_value_heads}: {heads} is no multiple of it")
+        if self.mixing is None and self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {self.hidden_act!r}: transformers has no activation of that name")
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
 

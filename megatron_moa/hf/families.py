@@ -118,7 +118,12 @@ class Family:
             UserError: a key of config.json that neither this project nor Megatron has anything for.
         """
         self._check_keys(config)
-        own = self._translate(config)
+        try:
+            own = self._translate(config)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"config.json, {error}") from None
         self._check_own(own)
         return own
 

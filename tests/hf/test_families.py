@@ -202,6 +202,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     ("architecture", "settings", "message"),
     [
         ("LlamaForCausalLM", {"hidden_act": "relu"}, "hidden_act relu: supported here: silu"),
+        ("LlamaForCausalLM", {"hidden_act": "nope"}, "hidden_act 'nope': transformers has no"),
         ("LlamaForCausalLM", {"attention_bias": True}, "attention_bias True: biases of q, k, v and attention's output"),
         ("LlamaForCausalLM", {"mlp_bias": True}, "mlp_bias True: biases of MLPs alone"),
         ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias True: biases of q, k, v and attention's"),

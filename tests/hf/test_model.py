@@ -320,7 +320,18 @@ def test_a_table_that_does_not_fit_is_an_error_by_name() -> None:
     assert torch.equal(state["output_layer.weight"][-1], weights["lm_head.weight"][-1])  # what pads repeats the last
 
 
-@pytest.mark.parametrize("setting", [{"normalization": "BatchNorm"}, {"router_score": "best"}, {"moe_layers": [True]}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"normalization": "BatchNorm"},
+        {"router_score": "best"},
+        {"moe_layers": [True]},
+        {"moe_layers": [True, False]},  # num_experts is 0
+        {"num_experts_per_tok": 5, "num_experts": 4},
+        {"num_key_value_heads": 5},  # of 12
+        {"hidden_act": "nope"},
+    ],
+)
 def test_a_configuration_that_cannot_be_is_refused(setting: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(setting))):
         GPTMoAConfig(num_hidden_layers=2, **setting)
