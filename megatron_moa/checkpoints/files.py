@@ -93,6 +93,7 @@ def read_tracker(root: Path) -> int | None:
     return int(text)
 
 
+HOLDS_ADAPTER = "holds an adapter (adapter_config.json); merge it into its model first"
 NO_CHECKPOINT = "no checkpoint there; give the folder that training's --save named"
 
 
@@ -102,6 +103,8 @@ def mistaken_folder(root: Path) -> str | None:
         return f"a single checkpoint, not the folder of them; give {root.parent}"
     if (root / "config.json").is_file():
         return "a Hugging Face folder; make a checkpoint of it with tools/convert_from_hf.py first"
+    if (root / "adapter_config.json").is_file():
+        return HOLDS_ADAPTER
     return None
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from megatron_moa.checkpoints.files import HOLDS_ADAPTER
 from megatron_moa.command_line.output_folder import is_unfinished
 from megatron_moa.errors import UserError, one_line
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
@@ -192,7 +193,7 @@ def _check_finished(root: Path) -> None:
     if unfinished is not None:
         raise UserError(f"--hf {root}: its download has not ended ({unfinished.relative_to(root)}); fetch it again")
     if (root / "adapter_config.json").exists():
-        raise UserError(f"--hf {root}: holds an adapter (adapter_config.json); merge it into its model first")
+        raise UserError(f"--hf {root}: {HOLDS_ADAPTER}")
 
 
 # Settings.

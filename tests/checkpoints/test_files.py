@@ -462,6 +462,7 @@ def test_without_a_manifest_a_checkpoint_loads_with_a_notice(copied: Path) -> No
         ),
         ("--load export --save export", "--load export: a Hugging Face folder; "),
         ("--load export --save out --pretrained-checkpoint absent", "--load export: a Hugging Face folder; "),
+        ("--load adapter", "--load adapter: holds an adapter (adapter_config.json); merge it into its model first"),
         ("--pretrained-checkpoint export", "--pretrained-checkpoint export: a Hugging Face folder; "),
         (
             "--load typo",
@@ -485,6 +486,8 @@ def test_training_begins_anew_only_where_that_was_meant(
     Path("empty").mkdir()
     Path("export").mkdir()
     Path("export", "config.json").write_text("{}")
+    Path("adapter").mkdir()
+    Path("adapter", "adapter_config.json").write_text("{}")
     names = ("load", "save", "pretrained_checkpoint", "ckpt_step", "non_persistent_ckpt_type")
     parser = argparse.ArgumentParser()
     for name in names:
