@@ -98,8 +98,9 @@ def export(
     config = config_from_args(prepared.args, prepared.config.mixture, prepared.vocab_size)
     for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
         setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
-    if prepared.saved_ends:  # a list where there are several
-        config.eos_token_id = prepared.saved_ends[0] if len(prepared.saved_ends) == 1 else list(prepared.saved_ends)
+    if prepared.saved_ends is not None:  # a list where there are several
+        ends = list(prepared.saved_ends)
+        config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     family, reason = _family(config, architecture)
     final = family.from_own(config)
     has_tokenizer = with_tokenizer and export_tokenizer(tokenizer, prepared.args, folder, final)

@@ -49,7 +49,7 @@ class LoadedModel(TextModel):
         tokenizer: the one it was trained with.
         rows: of the embedding, without padding; an imported model may have more than its tokenizer has tokens.
         iteration: the training iteration it was saved at.
-        saved_ends: the tokens that end a text by the Hugging Face folder it came from; None where it came from none.
+        saved_ends: the tokens that end a text by the Hugging Face folder it came from; None for the tokenizer's.
     """
 
     model: GPTModel
@@ -79,7 +79,7 @@ class LoadedModel(TextModel):
 
     @property
     def ends(self) -> tuple[int, ...]:
-        return tuple(self.saved_ends) if self.saved_ends else super().ends
+        return super().ends if self.saved_ends is None else tuple(self.saved_ends)
 
     @property
     def before_text(self) -> list[int]:
@@ -162,9 +162,12 @@ class PreparedCheckpoint:
     def saved_ends(self) -> Sequence[int] | None:
         """Returns the tokens that end a text by the Hugging Face folder the model came from.
 
-        This is None where the model came from no such folder.
+        This is None where the tokenizer says which: the model came from no such folder, or from one that names none.
         """
-        return getattr(self.saved, "moa_end_tokens", None)
+        ends = getattr(self.saved, "moa_end_tokens", None)
+        if ends is None and hasattr(self.saved, "moa_end_tokens") and self.args.tokenizer_type == "NullTokenizer":
+            return ()  # a NullTokenizer's end is its last number, which may be any token of the folder's vocabulary
+        return ends
 
     def build_empty(self) -> GPTModel:
         """:func:`empty_model` of its settings."""
