@@ -31,16 +31,19 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_gpt_moa import FORMAT_VERSION, GPTMoAConfig
+from megatron_moa.mixture.config import ACTIVATION_NAMES, FORMAT_VERSION, FORMS, GATES
+
+from .configuration_gpt_moa import GPTMoAConfig
 
 try:
-    from megatron_moa.mixture.config import FORMAT_VERSION as INSTALLED_VERSION
+    from megatron_moa.mixture import config as installed
     from megatron_moa.mixture.config import MixtureConfig
     from megatron_moa.mixture.functional import gate_coefficients, mixed_activation
     from megatron_moa.mixture.start_scale import matching_scale
 
-    if INSTALLED_VERSION != FORMAT_VERSION:
-        raise ImportError("the installed megatron_moa computes forms of another format version")
+    names = (ACTIVATION_NAMES, installed.ACTIVATION_NAMES), (FORMS, installed.FORMS), (GATES, installed.GATES)
+    if installed.FORMAT_VERSION != FORMAT_VERSION or any(set(own) - set(theirs) for own, theirs in names):
+        raise ImportError("the installed megatron_moa has another format version, or lacks names of this folder's code")
 except ImportError:  # an export, which carries what it needs of the package
     from .config import MixtureConfig
     from .reference import gate_coefficients, mixed_activation

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_moa.hf.exported_code import code_files
+from megatron_moa.mixture import config
 from tests.support.tiny_hf import EQUAL, KINDS, build, tokens_of
 
 
@@ -43,6 +44,15 @@ def test_an_export_uses_a_megatron_moa_of_its_format_version(
     module = importlib.import_module(f"{exported_code}.modeling_gpt_moa")
     assert {module.mixed_activation.__module__, module.gate_coefficients.__module__} == {source}
     assert module.GPTMoAConfig().mixing_format_version == 2
+
+
+@pytest.mark.parametrize("names", ["ACTIVATION_NAMES", "FORMS", "GATES"])
+def test_an_export_uses_its_own_code_where_the_installed_one_lacks_a_name(
+    names: str, exported_code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, names, getattr(config, names)[1:])
+    module = importlib.import_module(f"{exported_code}.modeling_gpt_moa")
+    assert {module.mixed_activation.__module__, module.gate_coefficients.__module__} == {"alone.reference"}
 
 
 COMPILED = [
