@@ -25,10 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.numbers import positive, seed
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.command_line.tool_flags import add_iteration_flag
+from megatron_moa.command_line.trained_model import check_megatron_flags
 from megatron_moa.data.corpus import read_documents
 from megatron_moa.data.dataset import TRAIN, VALIDATION, check_token_ids, dataset_documents
 from megatron_moa.errors import OneLineParser, UserError, has_types, one_line_errors
@@ -287,12 +289,13 @@ def main(argv: list[str] | None = None) -> None:
     """Analyses, writes, prints."""
     with contextlib.ExitStack() as written:
         flags, megatron_flags = parse_flags(argv)
+        check_megatron_flags(flags, megatron_flags)
         check_apart(flags)
         words = sys.argv[1:] if argv is None else argv
         flags.command = shlex.join(["python", f"tools/{PROGRAM}", *words])
         out = written.enter_context(written_folder("--out", flags.out)) if flags.out else None
         la_folder = written.enter_context(written_folder("--write-la", flags.write_la)) if flags.write_la else None
-        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+        with held_log():
             analysis, said = analyze(flags, megatron_flags, la_folder)
         from megatron_moa.research.gates.analysis import gate_table, markdown
         from megatron_moa.research.gates.pictures import draw_curves, draw_gates

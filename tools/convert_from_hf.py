@@ -11,11 +11,11 @@ float32. Further Megatron flags may follow. Exit codes: 1 if the logits differ, 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_target_flags, add_tolerance_flag, target_settings
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         dtype = importing.check_dtype(folder, None if flags.dtype == DTYPES[0] else getattr(torch, flags.dtype))
         split = importing.TakenSplit(flags.tp, flags.pp, flags.ep)
         try:
-            with written_folder("--out", flags.out) as partial, contextlib.redirect_stdout(sys.stderr):
+            with written_folder("--out", flags.out) as partial, held_log(VerificationError):
                 imported = importing.import_folder(
                     folder,
                     partial,

@@ -11,10 +11,10 @@ flags may follow (``--tokenizer-model FILE`` for a tokenizer that has moved).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import (
     add_iteration_flag,
@@ -22,6 +22,7 @@ from megatron_moa.command_line.tool_flags import (
     add_tolerance_flag,
     target_settings,
 )
+from megatron_moa.command_line.trained_model import check_megatron_flags
 from megatron_moa.errors import OneLineParser, one_line_errors
 
 _NAME = "convert_mixing.py"
@@ -44,6 +45,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
 def main(argv: list[str] | None = None) -> None:
     """Converts, compares, prints, and leaves with 1, and without a result, if the models differ."""
     flags, megatron_flags = parse_flags(argv)
+    check_megatron_flags(flags, megatron_flags)
     with written_folder("--out", flags.out) as unfinished:
         # Imported after the flags are read: it takes seconds.
         from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         from megatron_moa.checkpoints.writer import TRAIN_ON
         from megatron_moa.trained.upcycling import convert
 
-        with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the result
+        with held_log():
             done = convert(flags.load, unfinished, megatron_flags, flags.iteration, **target_settings(flags))
         source = "stock feed-forward layers" if done.source is None else done.source.describe()
         print(f"> from {source}\n> to {done.target.describe()}")

@@ -10,13 +10,14 @@ checkpoint's in float32. Exit codes: 1 if they do not, 2 for a mistake.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_iteration_flag
+from megatron_moa.command_line.trained_model import check_megatron_flags
 from megatron_moa.errors import OneLineParser, UserError, needs_extra, one_line_errors
 
 PROGRAM = "convert_to_hf.py"
@@ -63,6 +64,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
 def main(argv: list[str] | None = None) -> None:
     """Prepares, writes, compares, renames."""
     flags, megatron_flags = parse_flags(argv)
+    check_megatron_flags(flags, megatron_flags)
     # Imported after the flags are read: it takes seconds.
     with needs_extra("hf"):
         from megatron_moa.hf import export
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(flags.out)
     try:
         with written_folder("--out", target) as partial:
-            with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+            with held_log(VerificationError):
                 prepared = prepare_checkpoint(flags.load, megatron_flags, flags.iteration)
                 if prepared.args.params_dtype != torch.float32:
                     raise UserError("--bf16, --fp16: models are compared in float32; drop it, and say --dtype")

@@ -14,11 +14,11 @@ minus stride tokens. Bytes make models of different tokenizers comparable. The l
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from pathlib import Path
 
+from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
@@ -48,7 +48,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
 def main(argv: list[str] | None = None) -> None:
     """Loads, predicts, prints a line a file and their sum as JSON."""
     flags, megatron_flags = parse_flags(argv)
-    check_source(flags.load, flags.iteration, megatron_flags)
+    check_source(flags, megatron_flags)
     files = {
         path: read_documents(Path(path), "--text", flags.json_key, flags.errors, True)
         for path in dict.fromkeys(flags.text)
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_moa.load import load
     from megatron_moa.trained.text_model import TextLoss
 
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron's log
+    with held_log():
         model = load(flags.load, megatron_flags, flags.iteration)
     total, count = TextLoss(0.0, 0, 0), 0
     for path, documents in files.items():

@@ -13,11 +13,11 @@ the tokens they choose are the same. One process: for looking at a model, not fo
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 
+from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.numbers import positive, share, within
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
@@ -93,12 +93,12 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """Loads, continues and prints."""
     flags, megatron_flags = parse_flags(argv)
-    check_source(flags.load, flags.iteration, megatron_flags)
+    check_source(flags, megatron_flags)
     prompts = read_prompts(flags)
     # Imported after the flags are read: it takes seconds.
     from megatron_moa.load import load
 
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron's log: standard output is for the text
+    with held_log():
         model = load(flags.load, megatron_flags, flags.iteration)
         continuations = model.generate(
             prompts, flags.num_tokens, flags.temperature, flags.top_k, flags.top_p, flags.seed

@@ -291,7 +291,9 @@ def _earlier(args: argparse.Namespace, checkpoint: Checkpoint, problem: str) -> 
     return earlier
 
 
-def check_before_setup(args: argparse.Namespace, tokenizer: Any) -> tuple[Checkpoint | None, argparse.Namespace | None]:
+def check_before_setup(
+    args: argparse.Namespace, tokenizer: Any, trains: bool = True
+) -> tuple[Checkpoint | None, argparse.Namespace | None]:
     """Checks the folders to load from and save to before a model is built; collective.
 
     Call it when the ranks can talk.
@@ -299,6 +301,7 @@ def check_before_setup(args: argparse.Namespace, tokenizer: Any) -> tuple[Checkp
     Args:
         args: the run's; gets a fingerprint of the tokenizer, which checkpoints carry.
         tokenizer: Megatron's.
+        trains: whether the run goes on training from the checkpoint, on data that may have changed.
 
     Returns:
         The checkpoint that is going to be loaded and the args it was saved with; None for what is not there.
@@ -324,7 +327,7 @@ def check_before_setup(args: argparse.Namespace, tokenizer: Any) -> tuple[Checkp
             other_tokens = list(changed_tokens(args, saved, checkpoint))
             if other_tokens:
                 args.moa_end_tokens = None  # numbers of the vocabulary before
-            for change in (*other_tokens, *changed_data(args, saved, checkpoint)):
+            for change in (*other_tokens, *(changed_data(args, saved, checkpoint) if trains else ())):
                 notice(f"WARNING: {change}")
     if args.save is not None and "://" not in args.save:
         check_writable(Path(args.save))

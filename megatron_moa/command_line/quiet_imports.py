@@ -1,4 +1,4 @@
-"""Keeps the warnings that Megatron prints while it is imported out of a tool's output."""
+"""Keeps the warnings that Megatron prints out of a tool's output."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keeps Megatron's warnings about the absent Transformer Engine, Apex and CUDA out of a tool's output."""
+    """Keeps warnings of Megatron and torch, such as those about absent packages, out of a tool's output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

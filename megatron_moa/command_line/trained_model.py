@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,22 +11,34 @@ from megatron_moa.command_line.megatron_flags import check_words
 from megatron_moa.errors import UserError
 
 
-def check_source(folder: str, iteration: int | None, megatron_flags: Sequence[str]) -> None:
+def check_megatron_flags(flags: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
+    """Raises UserError for a flag that neither a tool nor Megatron has.
+
+    Args:
+        flags: the tool's own, parsed; the nearest name may be one of theirs.
+        megatron_flags: what is left for Megatron.
+    """
+    own = ["--" + name.replace("_", "-") for name in vars(flags)]
+    check_words(megatron_flags, [*our_flags(), *own])
+
+
+def check_source(flags: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
     """Raises UserError for a folder that is not there, and for flags that do not fit it.
 
     Args:
-        folder: a Megatron checkpoint's, or a Hugging Face folder; what is in it is checked when it is loaded.
-        iteration: which checkpoint; None for the latest.
+        flags: a tool's own, parsed, with ``load``, a Megatron checkpoint's folder or a Hugging Face folder, whose
+            content is checked when it is loaded, and ``iteration``, which checkpoint; None for the latest.
         megatron_flags: further flags for a checkpoint.
     """
+    folder = flags.load
     if not Path(folder).is_dir():
         raise UserError(
             f"--load {folder}: no checkpoint there, nor a folder; give what training's --save named, or an export"
         )
     if not (Path(folder) / "config.json").is_file():
-        check_words(megatron_flags, our_flags())
+        check_megatron_flags(flags, megatron_flags)
     else:
-        check_no_checkpoint_flags(folder, iteration, megatron_flags)
+        check_no_checkpoint_flags(folder, flags.iteration, megatron_flags)
 
 
 def check_no_checkpoint_flags(folder: str | Path, iteration: int | None, megatron_flags: Sequence[str]) -> None:

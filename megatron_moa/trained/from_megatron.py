@@ -280,7 +280,7 @@ def _prepared_by(flags: Sequence[str]) -> PreparedCheckpoint:
         raise UserError(f"--load {args.load}: loads into one process; drop the flags that split the model")
     config = model_config_from_args(args, mixture)
     tokenizer = get_tokenizer()
-    checkpoint, saved = check_before_setup(args, tokenizer)
+    checkpoint, saved = check_before_setup(args, tokenizer, trains=False)
     return PreparedCheckpoint(args, saved, checkpoint, config, tokenizer)
 
 

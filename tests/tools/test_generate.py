@@ -56,6 +56,12 @@ def test_high_temperatures_are_even(temperature: float) -> None:
     torch.testing.assert_close(draw(temperature=temperature), torch.full((4,), 0.25), atol=0.03, rtol=0)
 
 
+def test_a_mistyped_flag_is_answered_with_the_tools_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--load", str(tmp_path), "--num-token", "5"])
+    assert "did you mean --num-tokens?" in capsys.readouterr().err
+
+
 class ByteModel(TextModel):
     """A token is a byte, spaces at the ends of a text are none, and what follows is the byte before."""
 
