@@ -42,12 +42,13 @@ MODEL=$1 MIXING=$2
 shift 2
 
 # The trailing flags, without those that are for this script; what they say about data matters here.
-FLAGS=() DRY_RUN='' DATA_GIVEN=''
+FLAGS=() DRY_RUN='' DATA_GIVEN='' TOKENIZER_GIVEN=''
 for flag in "$@"; do
     case ${flag%%=*} in
     --dry-run) DRY_RUN=1 && continue ;;
     --mock-data) DATA_GIVEN=mock ;;
     --data-path | --data-args-path | --train-data-path | --per-split-data-args-path) DATA_GIVEN=flags ;;
+    --tokenizer-* | --use-checkpoint-args) TOKENIZER_GIVEN=flags ;;
     esac
     FLAGS+=("$flag")
 done
@@ -135,6 +136,9 @@ if [ "$DATA_GIVEN" = mock ]; then
     DATA_ARGS=(--tokenizer-type NullTokenizer --vocab-size "${VOCAB_SIZE:-50257}")
 else
     DATA_ARGS=(--tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}")
+    case ${TOKENIZER_TYPE:-SentencePieceTokenizer}$TOKENIZER_GIVEN in
+    SentencePieceTokenizer | HuggingFaceTokenizer) TOKENIZER_MODEL=${TOKENIZER_MODEL:-TOKENIZER_MODEL} ;; # a placeholder
+    esac
     DATA_ARGS+=(${TOKENIZER_MODEL:+--tokenizer-model "$TOKENIZER_MODEL"})
     if [ -n "${DATA_ARGS_PATH:-}" ]; then
         DATA_ARGS+=(--data-args-path "$DATA_ARGS_PATH" --split "${SPLIT:-99,1,0}")
@@ -153,6 +157,8 @@ else
         [ -n "$DRY_RUN" ] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote, or add --mock-data"
         DATA_ARGS+=(--data-path DATA_PATH --split "${SPLIT:-99,1,0}")
     fi
+    [ "${TOKENIZER_MODEL:-}" != TOKENIZER_MODEL ] || [ -n "$DRY_RUN" ] ||
+        fail "TOKENIZER_MODEL is not set: set it to the file of tools/train_tokenizer.py, or with TOKENIZER_TYPE=HuggingFaceTokenizer to a folder"
 fi
 DATA_ARGS+=(${DATA_CACHE_PATH:+--data-cache-path "$DATA_CACHE_PATH"})
 

@@ -71,6 +71,7 @@ train() {
     run=$(folder "$1" "$2" "$3")
     command=$(LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" --dry-run "${@:4}") || return 2
     [[ $command != *"--data-path DATA_PATH "* ]] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote, or add --mock-data"
+    [[ $command != *"--tokenizer-model TOKENIZER_MODEL "* ]] || fail "TOKENIZER_MODEL is not set: set it to the file of tools/train_tokenizer.py"
     # Where it runs may change between two starts; what it trains may not.
     command=${command#*pretrain_gpt_moa.py}
     if [ -e "$run/command" ] && [ "$command" != "$(cat "$run/command")" ]; then

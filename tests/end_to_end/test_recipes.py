@@ -409,7 +409,8 @@ def test_several_nodes() -> None:
 @pytest.mark.parametrize(
     ("variables", "flags"),
     [
-        ({"DATA_PATH": "0.7 a 0.3 b"}, "--data-path 0.7 a 0.3 b --split 99,1,0"),
+        ({"DATA_PATH": "0.7 a 0.3 b"}, "--tokenizer-model TOKENIZER_MODEL --data-path 0.7 a 0.3 b --split 99,1,0"),
+        ({"TOKENIZER_TYPE": "NullTokenizer"}, "--tokenizer-type NullTokenizer --data-path DATA_PATH"),
         (
             {"DATA_PATH": "a", "SPLIT": "95,5,0", "DATA_CACHE_PATH": "/c"},
             "--data-path a --split 95,5,0 --data-cache-path /c",
@@ -433,6 +434,7 @@ def test_data(variables: dict[str, str], flags: str) -> None:
         (["dense-3b", "moa"], {}, "MODEL dense-3b: there is no such recipe; take one of: dense-0.12b "),
         (["dense-2b", "mao"], {}, "MIXING mao: unknown; take none, la, moa"),
         (["dense-2b", "moa"], {}, "DATA_PATH is not set"),
+        (["dense-2b", "moa"], {"DATA_PATH": "a"}, "TOKENIZER_MODEL is not set: set it to the file of tools/train_tok"),
         (["dense-2b", "moa", "--mock-data"], {"OPTIMIZER": "sgdd"}, "OPTIMIZER sgdd: unknown; take one of: adamw muon"),
         (["dense-2b", "moa", "--mock-data"], {"SCHEDULE": "x"}, "SCHEDULE x: unknown; take one of: cosine wsd"),
         (["dense-2b", "moa", "--mock-data"], {"PRECISION": "fp8"}, "PRECISION fp8: unknown; take bf16 or fp32"),
