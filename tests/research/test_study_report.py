@@ -17,7 +17,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from megatron_moa.research.study.arms import ARMS
+from megatron_moa.mixture.config import MixtureConfig
+from megatron_moa.research.study.arms import ARMS, Arm
 from megatron_moa.research.study.claims import CLAIMS, MIXED, judge
 from megatron_moa.research.study.evidence import read_evidence
 from megatron_moa.research.study.paper import reported
@@ -542,6 +543,16 @@ def test_the_papers_rows_stand_beside_what_it_reports(tmp_path: Path) -> None:
     assert reported("moa-one-sided", "moe-0_8b", 28_120_000_000) == (-0.011, "moe-0.8b, curve")
     assert reported("moa-quadratic", "dense-0_12b", 12_000_000_000)[0] == -0.011
     assert reported("moa-bi-sided", "dense-0_12b", 12_000_000_000) is None  # its curve is missing
+
+
+def test_a_study_of_own_arms_has_no_empty_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARMS, "mine", Arm("mine", "my MoA", MixtureConfig("moa", "bi-sided", ("silu", "tanh"))))
+    lines = [*tried("swiglu", [3.0, 3.1, 3.2]), *tried("mine", [2.9, 3.0, 3.1])]
+    text = report_of(tmp_path, write(tmp_path / "study", lines))
+    assert f"None of the {len(CLAIMS)} claims is judged: no two arms" in text
+    assert "| my MoA | 0.008 |" in text
+    for absent in ("## Effect of each choice", "## Beside the paper", "not run (", "What needs these arms"):
+        assert absent not in text
 
 
 def test_what_runs_started_from_and_came_down_to_is_read_off_their_flags(tmp_path: Path) -> None:

@@ -31,11 +31,14 @@ _CURVES = {  # over which of the paper's models a claim of growth goes
 def papers_claims(study: Material) -> Lines:
     """Writes a row for each claim with the paper's coefficients at the start.
 
-    A claim has a second row for ours where they were run.
+    A claim has a second row for ours where they were run. Where no claim has a comparison, a sentence says so.
     """
     papers, ours = ([(claim, judge(study.results, claim, own)) for claim in CLAIMS] for own in (False, True))
     run = [(claim, verdict) for claim, verdict in ours if verdict.deciding]
     yield "## The paper's claims\n"
+    if not run and not any(verdict.deciding for _, verdict in papers):
+        yield f"None of the {len(CLAIMS)} claims is judged: no two arms that one compares were run.\n"
+        return
     yield f"With the paper's coefficients at the start: **{tally(papers)}**."
     yield f"With mixtures that start at SwiGLU's scale, which are ours: **{tally(run)}**.\n"
     rows = [

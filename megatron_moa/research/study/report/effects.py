@@ -18,10 +18,13 @@ from megatron_moa.research.study.steps import CHAINS, MATCHED, OWN_SCALE
 
 
 def effects_of_choices(study: Material) -> Lines:
-    """Writes the chains of steps in the main setting, each step with its effect on the loss."""
+    """Writes the chains of steps in the main setting, if any, each step with its effect on the loss."""
+    steps = list(steps_of(study, study.main, in_words=True))
+    if not steps:
+        return
     yield "## Effect of each choice\n"
     yield f"{setting_title(study.main)}. Each line changes one thing; a negative difference is a gain.\n"
-    yield from steps_of(study, study.main, in_words=True)
+    yield from steps
     yield from _comparisons(study)
     seed = study.results.tuning_seed
     parts = []

@@ -141,7 +141,10 @@ def _undecided(study: Material) -> Lines:
             f"- Differences below about {statistics.median(halves):.3f} nats, half the width of the main setting's "
             "middle interval."
         )
-    compared = dict.fromkeys(arm for _, chain in CHAINS for step in chain for arm in (step.arm, step.to))
+    steps = [step for _, chain in CHAINS for step in chain]
+    if not any(study.difference(step.arm, step.to) for step in steps):
+        return  # a study of other arms
+    compared = dict.fromkeys(arm for step in steps for arm in (step.arm, step.to))
     there = {cell.arm for cell in study.results.lines}
     missing = [arm for arm in compared if study.results.tuned(study.main, arm) is None]
     for text, arms in (

@@ -99,16 +99,18 @@ def _with_percent(study: Material, known: Interval) -> str:
 
 
 def beside_the_paper(study: Material) -> Lines:
-    """Writes the rows of the paper's tables 1 and 2, setting by setting."""
+    """Writes the rows of the paper's tables 1 and 2, setting by setting, if any were run."""
+    tables = {s: [row for arm in ROWS if (row := _row(study, s, arm))] for s in study.results.settings}
+    tables = {setting: rows for setting, rows in tables.items() if any(row[4] for row in rows)}
+    if not tables:
+        return
     yield "## Beside the paper\n"
     yield "Type I against ReLU2, Type II against SwiGLU, every arm at its own best rate; gates are sigmoid where no"
     yield "others are named. The last column: what arXiv 2605.26647 reports, and of which model.\n"
-    for setting in study.results.settings:
-        rows = [row for arm in ROWS if (row := _row(study, setting, arm))]
-        if any(row[4] for row in rows):
-            yield f"### {setting_title(setting)}\n"
-            header = ["arm", "best rate", "loss", "compared with", "difference", "is", "the paper's"]
-            yield from table([header, *rows])
+    for setting, rows in tables.items():
+        yield f"### {setting_title(setting)}\n"
+        header = ["arm", "best rate", "loss", "compared with", "difference", "is", "the paper's"]
+        yield from table([header, *rows])
 
 
 def _row(study: Material, setting: Setting, arm: str) -> list[str]:
