@@ -55,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         study = read_study(flags.study, flags.scale)
         if flags.plan:
-            for line in planned(study):
+            for line in planned(study, flags.study):
                 print(line, flush=True)
             return
         name = flags.study.stem + ("" if flags.scale == PAPER else f"-{flags.scale}")
         at_a_time = flags.at_a_time or len(visible_gpus()) or len(os.sched_getaffinity(0))
-        runner = Runner(study, flags.out or Path("runs") / f"study-{name}", at_a_time, flags.threads)
+        out = flags.out or Path("runs") / f"study-{name}"
+        runner = Runner(study, out, at_a_time, flags.threads, flags.study)
         if flags.list:
             for cell in runner.pending():
                 print(cell.name)

@@ -160,6 +160,14 @@ def test_the_width_of_equal_time_lies_on_the_line_through_two_widths():
         width_of_equal_time({"swiglu": 10.0, WIDER: 9.0}, 100, 150, 12.0)
 
 
+def test_flags_of_mixtures_are_left_out_of_arms_without_one(tmp_path):
+    study = study_of(STUDY.replace("timing = 0", "timing = 0\nflags = '--moa-backend eager --bf16'"), tmp_path)
+    for cell in pending(study, {}):
+        flags = command(study, cell)
+        assert ("--moa-backend" in flags) == ("eager" in flags) == (cell.arm == "moa-bi-sided")
+        assert "--bf16" in flags
+
+
 # What is run next.
 
 
@@ -224,7 +232,9 @@ def test_a_diverged_rate_is_no_best_one(tmp_path):
         (("rates = [1e-2, 2e-2]", "rates = [0, 1e-2]"), "grid 1: rates 0: give a positive number"),
         (("rates = [1e-2, 2e-2]", "rates = [nan]"), "grid 1: rates nan: must be a finite number"),
         (("rates = [1e-2, 2e-2]", "seeds = [1, 2]"), "grid 1: swiglu has no rates, here or in a grid of this size"),
+        (("rates = [1e-2, 2e-2]", 'rates = "1e-2"'), "grid 1: rates '1e-2': must be a list, such as [1e-2]"),
         (("timing = 0", "flags = '--bf16 --lr 7'"), "flags: --lr: is the study's own"),
+        (("timing = 0", "flags = '--weight-deca 0'"), "flags: --weight-deca: neither Megatron 0.19.2 nor megatron_mo"),
         (("[[grid]]", "[[grid]"), "is not TOML"),
         (("[corpora", "#\xe9\n[corpora"), "is not TOML ('utf-8' codec"),
         (("timing = 0", f"timing = 0\nkeep = {'[' * 5000}"), "is not TOML"),
@@ -403,6 +413,9 @@ def test_a_plan_is_of_the_studys_size_and_not_of_its_recipe(monkeypatch, tmp_pat
     study = study_of(STUDY.replace("layers = 2\nhidden = 48\nffn = 128\nheads = 2", size), tmp_path)
     monkeypatch.setattr(subprocess, "run", plan)
     assert list(planned(study))[-1].startswith("\nAll: 4 runs, 4 GPU hours")
+    shape["--moa-activations"] = "identity"  # the arm's own dictionary
+    (grid,) = study.grids
+    assert "la-one-sided identity" in next(planned(replace(study, grids=(replace(grid, arms=("swiglu-scaled",)),))))
 
 
 def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
@@ -421,7 +434,7 @@ def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
         ("dense-0.12b", mixing, ffn, "2400000000", "adamw", "cosine")
         for mixing, ffn in (("bi-sided", "type2"), ("none", "type1"), ("none", "type2"), ("type1", "type1"))
     ]
-    with pytest.raises(UserError, match="--plan: size tiny is of no recipe"):
+    with pytest.raises(UserError, match=r"--plan: the study's file: sizes.tiny: has no recipe, .*; add recipe ="):
         list(planned(small))
     assert len(pending(night, {})) == 18
     assert list(planned(night))[-1].startswith("\nAll: 30 runs, 80 GPU hours, and more where")
@@ -592,7 +605,8 @@ def test_results_of_another_text_are_refused(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(Runner, "_start", lambda *_: started.append(1))
     with pytest.raises(
-        UserError, match=r"corpora\.python: .*text is another text, or .*, than line 2 of .*; give that"
+        UserError,
+        match=r"^the study's file: corpora\.python: .*text is another text, or .*, than line 2 of .*; give that",
     ):
         Runner(study, tmp_path, 1, 1).run()
     assert not started
@@ -706,7 +720,7 @@ def test_a_corpus_from_a_debian_package(tmp_path):
 
 def test_a_corpus_of_the_users_own(tmp_path, monkeypatch):
     settings = {"data": "$OWN/text", "tokenizer": "$OWN/tokenizer.model"}
-    with pytest.raises(UserError, match=r"corpora\.own\.data '\$OWN/text': there is no file \$OWN/text\.bin"):
+    with pytest.raises(UserError, match=r"corpora\.own\.data '\$OWN/text': OWN is not set; set it so that"):
         make_corpus("own", settings, tmp_path)
     monkeypatch.setenv("OWN", str(tmp_path))
     (tmp_path / "text.bin").touch()
@@ -943,12 +957,12 @@ def test_a_report_of_it(smoke, tmp_path):
 
 
 def test_one_process_a_study_and_a_failed_run_is_named(tmp_path):
-    (tmp_path / "study.toml").write_text(STUDY.replace("heads = 2", "heads = 2\nflags = '--no-such-flag'"))
+    (tmp_path / "study.toml").write_text(STUDY.replace("heads = 2", "heads = 2\nflags = '--moa-progress sideways'"))
     out = tmp_path / "out"
     run = start_study("--study", str(tmp_path / "study.toml"), "--out", str(out), "--at-a-time", "1")
     error = run.communicate(timeout=300)[1]
     assert run.returncode == 2
     assert "ended with exit code 2" in error
-    assert "--no-such-flag" in error
+    assert "--moa-progress sideways: unknown" in error
     assert "train.log" in error
     assert read_results(out / RESULTS) == []

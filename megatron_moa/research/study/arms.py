@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+from megatron_moa.command_line.flags import mixture_defaults
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.mixture.start_scale import output_scale
 from megatron_moa.research.study.values import Count, Natural, NotNegative, Positive
@@ -113,6 +115,13 @@ class Arm:
     def seed(self, number: int) -> int:
         """``--seed`` of the run that a study calls seed ``number``."""
         return number + _OTHER_SEEDS if self.other_seeds else number
+
+    def shared_flags(self, flags: Sequence[str]) -> list[str]:
+        """Leaves a study's flags about mixtures, such as ``--moa-backend``, out of an arm that has none."""
+        own = {"--" + name.replace("_", "-") for name in mixture_defaults()} if self.mixture is None else set()
+        starts = [number for number, word in enumerate(flags) if word.startswith("--")]
+        kept = [flags[a:b] for a, b in pairwise([0, *starts, len(flags)]) if a == b or flags[a] not in own]
+        return [word for words in kept for word in words]
 
     def flags(self, size: Size) -> list[str]:
         """Of pretrain_gpt_moa.py, without the width."""

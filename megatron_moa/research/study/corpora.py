@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -160,11 +161,14 @@ def _own_path(name: str, key: str, typed: str) -> Path:
     """A path of the user's, variables of the environment filled in."""
     path = os.path.expandvars(typed)
     file = f"{path}.bin" if key == "data" else path
-    if "$" in path or not Path(file).is_file():
+    tool = "preprocess_data.py" if key == "data" else "train_tokenizer.py"
+    if unset := re.search(r"\$(\w+|\{[^}]*\})", path):
+        variable = unset[1].strip("{}")
         raise UserError(
-            f"corpora.{name}.{key} {typed!r}: there is no file {file}; give what tools/preprocess_data.py "
-            "(data) and tools/train_tokenizer.py (tokenizer) wrote, and set the variables in it"
+            f"corpora.{name}.{key} {typed!r}: {variable} is not set; set it so that this is what tools/{tool} wrote"
         )
+    if not Path(file).is_file():
+        raise UserError(f"corpora.{name}.{key} {typed!r}: there is no file {file}; give what tools/{tool} wrote")
     return Path(path)
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from megatron_moa.command_line.flags import our_flags
+from megatron_moa.command_line.megatron_flags import check_words
 from megatron_moa.errors import UserError, one_line, printable
 from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.research.study.corpora import check_settings
@@ -228,7 +230,7 @@ _KEYS_OF_SIZE = {
 }
 
 
-def _check_flags(where: str, flags: Iterable[str]) -> None:
+def _check_flags(where: str, flags: Sequence[str]) -> None:
     for flag in flags:
         name, equals, _ = flag.partition("=")
         if name in _OF_CELLS:
@@ -237,6 +239,10 @@ def _check_flags(where: str, flags: Iterable[str]) -> None:
             raise UserError(f"{where}: {flag}: a size says that by its key {_KEYS_OF_SIZE[name]}; leave it out")
         if equals and name.startswith("--"):  # flags are looked for by their names
             raise UserError(f"{where}: {flag}: give the flag and its value as two words")
+    try:
+        check_words(flags, our_flags())
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _check_best_rates(where: str, study: Study, grid: Grid) -> None:

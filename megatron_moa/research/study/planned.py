@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import UserError
+from megatron_moa.mixture.config import DICTIONARIES
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.grid import Cell, Study, pending
 from megatron_moa.research.study.runner import with_width
@@ -20,25 +21,34 @@ _PLAN = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 GPU, MFU = "h100", 0.25
 
 
-def planned(study: Study) -> Iterator[str]:
+def planned(study: Study, file: Path | str = "the study's file") -> Iterator[str]:
     """Lines of markdown: runs and hours of each model and layer, one GPU a run, and their sum.
 
-    A widened SwiGLU is planned as SwiGLU. Rates that a grid goes on to are not known yet, and not counted.
+    A widened SwiGLU is planned as SwiGLU, and gates of every kind as sigmoid ones. Rates that a grid goes on to are not
+    known yet, and not counted.
+
+    Args:
+        file: the study's, for messages.
 
     Raises:
         UserError: a size that is of no recipe, or a plan that fails.
     """
-    runs: Counter[tuple[str, int, str, str, bool, str]] = Counter()
+    runs: Counter[tuple[str, int, str, str, bool, str, tuple[str, ...]]] = Counter()
     for cell in _at_least(study):
         arm = ARMS[cell.arm]
         if not study.sizes[cell.size].recipe:
-            raise UserError(f"--plan: size {cell.size} is of no recipe; leave out --scale, or plan a study of recipes")
-        mixing = "none"
+            raise UserError(
+                f"--plan: {file}: sizes.{cell.size}: has no recipe, which hours are planned by; add recipe = "
+                "'dense-0.12b', or another of examples/models, or take a scale whose sizes have one"
+            )
+        mixing, activations = "none", ()
         if arm.mixture is not None:
             mixing = ("la-" if arm.mixture.kind == "la" else "") + arm.mixture.form
-        runs[cell.size, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing] += 1
+            if arm.mixture.activations != DICTIONARIES[arm.mixture.form]:
+                activations = arm.mixture.activations
+        runs[cell.size, cell.tokens, cell.optimizer, cell.schedule, arm.is_gated, mixing, activations] += 1
     total, table = 0.0, []
-    for (name, tokens, optimizer, schedule, gated, mixing), count in runs.items():
+    for (name, tokens, optimizer, schedule, gated, mixing, activations), count in runs.items():
         size = study.sizes[name]
         own = {
             "TOKENS": tokens,
@@ -51,11 +61,15 @@ def planned(study: Study) -> Iterator[str]:
             "MICRO_BATCH_SIZE": size.micro_batch or size.batch,
         }
         shape = {"--num-layers": size.layers, "--hidden-size": size.hidden, "--num-attention-heads": size.heads}
-        flags = [*(word for pair in shape.items() for word in map(str, pair)), *size.flags, *study.flags]
-        flags = with_width(flags, ARMS["swiglu" if gated else "relu2"].width(size))
+        fixed = ARMS["swiglu" if gated else "relu2"]
+        further = [*size.flags, *study.flags]
+        further = fixed.shared_flags(further) if mixing == "none" else further
+        flags = [*(word for pair in shape.items() for word in map(str, pair)), *further]
+        flags += ["--moa-activations", *activations] if activations else []
+        flags = with_width(flags, fixed.width(size))
         hours = _hours(size.recipe, mixing, {key: str(value) for key, value in own.items()}, flags)
         total += count * hours
-        layer = ("SwiGLU" if gated else "ReLU2") if mixing == "none" else mixing
+        layer = fixed.title if mixing == "none" else " ".join([mixing, *activations])
         table.append([name, f"{tokens / 1e9:g}e9", layer, count, f"{hours:.1f}", f"{count * hours:.0f}"])
     header = ["model", "tokens", "layer", "runs", f"hours of one {GPU.upper()} a run", "GPU hours"]
     yield markdown_table(header, table)

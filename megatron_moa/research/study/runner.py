@@ -77,7 +77,8 @@ def command(study: Study, cell: Cell, time_width: int | None = None) -> list[str
     if cell.optimizer == "muon":
         words += "--optimizer muon --muon-momentum 0.95 --muon-nesterov --muon-scale-mode spectral".split()
         words += "--muon-extra-scale-factor 0.2".split()
-    return with_width([*words, *size.flags, *study.flags, *arm.flags(size)], arm.width(size, time_width))
+    shared = arm.shared_flags([*size.flags, *study.flags])
+    return with_width([*words, *shared, *arm.flags(size)], arm.width(size, time_width))
 
 
 def with_width(flags: Sequence[str], width: int) -> list[str]:
@@ -189,16 +190,19 @@ class Runner:
         out: the study's folder: results.jsonl, timing.jsonl, ``runs/`` and ``corpora/``.
         at_a_time: runs at once; on GPUs each has one of its own.
         threads: CPU threads of each.
+        file: the study's, for messages.
     """
 
-    def __init__(self, study: Study, out: Path, at_a_time: int, threads: int) -> None:
+    def __init__(
+        self, study: Study, out: Path, at_a_time: int, threads: int, file: Path | str = "the study's file"
+    ) -> None:
         try:
             os.scandir(out).close()
         except FileNotFoundError:
             pass  # it is made when something runs
         except OSError as error:
             raise _unusable(out, error) from None
-        self.study, self.out = study, out
+        self.study, self.out, self.file = study, out, file
         self.at_a_time, self.threads = at_a_time, threads
         self.corpora: dict[str, Corpus] = {}
         self.results = read_results(out / RESULTS)
@@ -271,8 +275,11 @@ class Runner:
 
     def _corpus(self, name: str) -> Corpus:
         if name not in self.corpora:
-            corpus = make_corpus(name, self.study.corpora[name], self.out / "corpora" / name)
-            self._check_text(name, corpus)
+            try:
+                corpus = make_corpus(name, self.study.corpora[name], self.out / "corpora" / name)
+                self._check_text(name, corpus)
+            except UserError as error:
+                raise UserError(f"{self.file}: {error}") from None
             self.corpora[name] = corpus
         return self.corpora[name]
 

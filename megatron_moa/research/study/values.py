@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -55,7 +56,7 @@ def fitting(where: str, value: Any, hint: Any, head: str = "[[…]]") -> Any:
     Args:
         where: file and key, for messages.
         hint: a dataclass (of a table), a number, str, bool or Any; ``Annotated`` with a :class:`Bound`; ``… | None``;
-            ``dict[str, …]``, ``list[…]``, or a tuple, for which a text is split at blanks.
+            ``dict[str, …]``, ``list[…]``, or a tuple; for one of texts a text is split at blanks.
         head: of each table where several are wanted.
 
     Raises:
@@ -82,9 +83,10 @@ def fitting(where: str, value: Any, hint: Any, head: str = "[[…]]") -> Any:
         tables = is_dataclass(inner[0]) or get_origin(inner[0]) is dict
         if isinstance(value, dict) and tables:
             raise UserError(f"{where}: must be a list of tables, each with the head {head}")
-        values = value.split() if isinstance(value, str) and origin is tuple else value
+        values = value.split() if isinstance(value, str) and hint == tuple[str, ...] else value
         if not isinstance(values, list | tuple):
-            raise UserError(f"{wrong} a list")
+            is_number = inner[0] is not str and re.fullmatch(r"[-+\d][-+.\de]*", str(value))
+            raise UserError(f"{wrong} a list" + (f", such as [{value}]" if is_number else ""))
         if origin is list or inner[-1] is ...:
             kinds = [inner[0]] * len(values)
         elif len(inner) != len(values):
