@@ -97,7 +97,7 @@ def test_text_is_sampled_from_the_checkpoint(trained: tuple[Path, Run]) -> None:
     ("flags", "parts"),
     [
         (["--load", "/nonexistent"], ["--load /nonexistent", "no checkpoint"]),
-        (["--load", "/nonexistent", "--top-p", "1.5"], ["--top-p 1.5"]),
+        (["--load", "/nonexistent", "--top-p", "1.5"], ["--top-p", "1.5"]),
         (["--load", "/nonexistent", "--num-tokens", "many"], ["--num-tokens", "many"]),
     ],
 )
