@@ -225,6 +225,7 @@ def main() -> None:
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     with one_line_errors("pretrain_gpt_moa.py"):
         startup.prepare()  # changes Megatron before arguments are parsed
+        startup.check_given_gpus()
         args, mixture = parse_arguments(check, as_global=False)
         transformer = transformer_config_from_args(args, mixture)  # refuses, too, so before anything is set up
         make_global(args)

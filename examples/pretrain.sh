@@ -177,10 +177,10 @@ RUN_ARGS=(
 )
 
 if [ -z "${NPROC_PER_NODE:-}" ]; then
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # which nvidia-smi takes no notice of
-        NPROC_PER_NODE=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -vcE '^(-1)?$' || true)
-    else
-        NPROC_PER_NODE=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    NPROC_PER_NODE=$( (nvidia-smi -L 2>/dev/null || true) | grep -c '^GPU' || true)
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # which nvidia-smi takes no notice of; CUDA reads it up to a -1
+        visible=$(sed -E 's/(^|,)-1(,.*)?$//' <<<"$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c . || true)
+        ((visible >= NPROC_PER_NODE)) || NPROC_PER_NODE=$visible
     fi
     ((NPROC_PER_NODE > 0)) || NPROC_PER_NODE=1
 fi

@@ -256,6 +256,7 @@ def load(flags: argparse.Namespace, folder: Path, data: Path | None, names: Iter
     with needs_extra("eval"):
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
+        from transformers import GenerationConfig
     from megatron_moa.hf.loading import load_folder
 
     manager = TaskManager(include_path=[OWN_TASKS, *([flags.tasks_folder] if flags.tasks_folder else [])])
@@ -263,6 +264,8 @@ def load(flags: argparse.Namespace, folder: Path, data: Path | None, names: Iter
     model = load_folder(folder)
     if model.tokenizer is None:
         raise UserError(f"--load {folder}: has no tokenizer; put its files there")
+    # What else a folder has for generate, such as a penalty of repetitions, would change the results.
+    model.model.generation_config = GenerationConfig(eos_token_id=model.model.generation_config.eos_token_id)
     lm = HFLM(
         pretrained=model.model,
         tokenizer=model.tokenizer,

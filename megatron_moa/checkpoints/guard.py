@@ -205,7 +205,7 @@ def read_saved_settings(
             f"{checkpoint}: holds no settings to compare; a mixture is loaded from its own checkpoints only"
         )
     else:
-        notice(f"> {checkpoint}: holds no settings, they are not compared")
+        notice(f"WARNING: {checkpoint}: holds no settings, they are not compared")
     return checkpoint, saved
 
 
@@ -319,7 +319,7 @@ def check_before_setup(
         checkpoint = _earlier(args, checkpoint, damage)
     if checkpoint is not None:
         if read_manifest(checkpoint.path) is None:
-            notice(f"> {checkpoint} has no manifest, as one saved by another program: its files are not checked")
+            notice(f"WARNING: {checkpoint} has no manifest, as one saved by another program: its files are not checked")
         checkpoint, saved = read_saved_settings(args, checkpoint)
         if saved is not None:
             check_saved_settings(args, saved, checkpoint)

@@ -433,7 +433,7 @@ class ModelTensors(Mapping[str, Tensor]):
         if surplus := sorted(surplus - {part.key for part in parts}):
             raise UserError(f"{folder}: has {len(surplus)} tensors that the model lacks ({', '.join(surplus[:3])})")
         if checkpoint.has_fp8_scales:
-            print(f"WARNING: {folder}: its fp8 scales are dropped; what is made of it has none", flush=True)
+            print(f"WARNING: --load {folder}: its fp8 scales are dropped; what is made of it has none", flush=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._wanted)

@@ -24,9 +24,9 @@ def held_log(*expected: type[Exception]) -> Iterator[None]:
     try:
         with quiet_imports(), contextlib.redirect_stdout(log):
             yield
-    except (UserError, *expected):
+    except (UserError, KeyboardInterrupt, *expected):
         raise
-    except Exception:
+    except BaseException:  # SystemExit too: something of Megatron's may have left
         sys.stderr.write(log.getvalue())
         raise
     for line in log.getvalue().splitlines():

@@ -10,15 +10,11 @@ The scripts of this project call :func:`megatron_moa.startup.prepare`, which doe
 as the process.
 """
 
-import os
-import sys
-
 import torch
 
 from megatron_moa.cpu import collectives, compilation, factories, fake_cuda, flags, host_stream, megatron_parts
 from megatron_moa.cpu.messages import print_rank_0
 from megatron_moa.megatron_fixes import expected_warnings, from_pypi
-from megatron_moa.megatron_fixes.single_process import slurm_gpus
 
 _PATCHES = (
     compilation.RULES,
@@ -50,7 +46,6 @@ def enable() -> bool:
         return False
     if _enabled:
         return True
-    _check_not_given_gpus()
     print_rank_0("No CUDA device found: Megatron runs on CPU over gloo.")
     expected_warnings.expect_no_gpu()
     import megatron.training.training  # noqa: F401
@@ -60,18 +55,3 @@ def enable() -> bool:
     from_pypi.install()
     _enabled = True
     return True
-
-
-def _check_not_given_gpus() -> None:
-    """Ends the process where Slurm gave it GPUs that torch cannot use.
-
-    The whole allocation would compute on a CPU. Exit code 1 and not 2: the node is at fault, and another one may do.
-    """
-    given = slurm_gpus(os.environ)
-    if given:
-        print(
-            f"SLURM_GPUS_ON_NODE is {given}, but torch finds no CUDA device on {os.uname().nodename}: python -m "
-            "megatron_moa.doctor says why; to compute on the CPU all the same set CUDA_VISIBLE_DEVICES=",
-            file=sys.stderr,
-        )
-        raise SystemExit(1)

@@ -70,7 +70,6 @@ def probe_megatron() -> Facts:
     from megatron_moa.layer_specs import HAVE_TE, layer_spec
     from megatron_moa.mixture.functional import resolve_backend
 
-    os.environ.pop("SLURM_GPUS_ON_NODE", None)  # with GPUs that cannot be used a run ends: judge_cuda says so
     startup.prepare()  # as every run begins
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()  # the spec depends on the pipeline's stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from os import PathLike
 from typing import Any
 
@@ -145,6 +146,16 @@ class GPTMoAConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r}: transformers has no activation of that name")
         self.base_model_tp_plan = self._tensor_parallel_plan()
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
+        """Saves as transformers does, with the model's code beside the settings; a model saves its config so, too.
+
+        A class that was loaded from an export has that folder's code, which transformers copies.
+        """
+        if __name__ == "megatron_moa.hf.configuration_gpt_moa":
+            # No import statement: transformers refuses code that imports what is not installed.
+            import_module("megatron_moa.hf.exported_code").write_code(self, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def _tensor_parallel_plan(self) -> dict[str, str]:
         """Returns how transformers and vLLM split the model's modules over GPUs.

@@ -25,7 +25,6 @@ from megatron_moa.checkpoints.tensors import ModelTensors
 from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
-from megatron_moa.hf.exported_code import write_code
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
 from megatron_moa.hf.mapping import is_buffer, to_hf
 from megatron_moa.hf.settings import config_from_args
@@ -110,9 +109,7 @@ def export(
     weights.write(_converted(tensors, dtype), sum(len(entry.hf) for entry in table))
     final.dtype = weights.dtype
     final.architectures = [family.architecture]
-    if family is OWN:
-        write_code(final, folder)
-    final.save_pretrained(folder)
+    final.save_pretrained(folder)  # with the code of ours
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**tokens).save_pretrained(folder)
     return Exported(

@@ -10,8 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
-from os import PathLike
 from typing import Any
 
 import torch
@@ -438,18 +436,6 @@ class GPTMoAPreTrainedModel(PreTrainedModel):
     }
     # Buffers that training keeps in float32 too: an expert bias is a sum of small steps.
     _keep_in_fp32_modules_strict = ["router_bias", "coefficients.scale"]
-
-    def save_pretrained(
-        self, save_directory: str | PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """Saves as transformers does, with the code beside the weights.
-
-        A class that was loaded from an export has that folder's code, which transformers copies.
-        """
-        if is_main_process and __name__ == "megatron_moa.hf.modeling_gpt_moa":
-            # No import statement: transformers refuses code that imports what is not installed.
-            import_module("megatron_moa.hf.exported_code").write_code(self.config, save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -32,9 +32,12 @@ def check_started_once() -> None:
 
 
 def slurm_gpus(environment: Mapping[str, str]) -> int:
-    """Returns how many GPUs of this node Slurm gave the job; 0 where CUDA_VISIBLE_DEVICES hides them."""
+    """Returns how many GPUs of this node Slurm gave the job; 0 where CUDA_VISIBLE_DEVICES hides them.
+
+    NoDevFiles is what Slurm itself sets for a step without GPUs.
+    """
     given = environment.get("SLURM_GPUS_ON_NODE", "")
-    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
     return int(given) if given.isdecimal() and not hidden else 0
 
 

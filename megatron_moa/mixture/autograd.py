@@ -165,8 +165,8 @@ def _autocast_off(grads: Sequence[Tensor | None]) -> AbstractContextManager[obje
     """For a backward called under autocast, which would round the products of the gates' gradients."""
     if not torch._C._is_any_autocast_enabled():
         return nullcontext()
-    device = next((grad.device.type for grad in grads if grad is not None), "cpu")
-    return torch.autocast(device, enabled=False)
+    device = next((grad.device.type for grad in grads if grad is not None), "meta")
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)  # which meta has not
 
 
 class _Fused(torch.autograd.Function):
@@ -190,7 +190,7 @@ class _Mixture(_Fused):
     @_once_differentiable
     def backward(ctx: _Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         backend, mixture = ctx.settings
-        _refuse_what_is_overwritten(ctx, mixture)
+        _refuse_what_is_overwritten(ctx, mixture, ctx.needs_input_grad[3])
         *tensors, group_ends = ctx.saved_tensors
         grads = _mix_backward(backend, MixtureInputs(*tensors), mixture, group_ends, grad, ctx.needs_input_grad[3:])
         return None, None, None, *grads
@@ -245,7 +245,7 @@ class _GatedMixture(_Fused):
         if grad is None:
             return (None,) * 11
         backend, mixture = ctx.settings
-        _refuse_what_is_overwritten(ctx, mixture)
+        _refuse_what_is_overwritten(ctx, mixture, ctx.needs_input_grad[2])
         tensors = ctx.saved_tensors
         gate, inputs = GateInputs(*tensors[:6]), MixtureInputs(*tensors[6:])
         # fc1's output is let go before the gate's gradients are made, as it is where the two are nodes of their own;
@@ -262,13 +262,13 @@ class _GatedMixture(_Fused):
         return None, None, grad_z, grad_bias, grad_scale, *grads, None, None
 
 
-def _refuse_what_is_overwritten(ctx: _Context, mixture: MixtureConfig) -> None:
+def _refuse_what_is_overwritten(ctx: _Context, mixture: MixtureConfig, need_z: bool) -> None:
     if getattr(ctx, "overwritten", False):
         raise RuntimeError(
             "--moa-overwrite-preactivation: a second backward through the same mixture, whose input is gone; "
             "drop the flag"
         )
-    ctx.overwritten = mixture.overwrite
+    ctx.overwritten = mixture.overwrite and need_z
 
 
 def _with_rows(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """megatron_moa/command_line/held_log.py: what of Megatron's log is shown."""
 
+import logging
+
 import pytest
 
 from megatron_moa.command_line.held_log import held_log
@@ -12,11 +14,21 @@ def fail(error: Exception) -> None:
     raise error
 
 
-def test_the_log_is_shown_after_an_unexpected_failure_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    for error, shown in ((UserError("x"), ""), (KeyError("x"), ""), (ValueError("x"), "> log\n")):
+def test_the_log_is_shown_after_an_unexpected_failure_alone(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    for error, shown in (
+        (UserError("x"), ""),
+        (KeyError("x"), ""),
+        (ValueError("x"), "> log\n"),
+        (SystemExit("x"), "> log\n"),
+    ):
         with pytest.raises(type(error)):
             fail(error)
         assert capsys.readouterr() == ("", shown)
     with held_log():
+        logging.getLogger("megatron.core").warning("of Megatron's")
+        logging.getLogger("megatron_moa.mixture.functional").warning("ours")
         print("> log\nWARNING: --load x: fp8 scales are dropped")
     assert capsys.readouterr() == ("", "WARNING: --load x: fp8 scales are dropped\n")
+    assert caplog.messages == ["ours"]

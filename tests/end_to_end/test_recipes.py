@@ -383,7 +383,9 @@ def test_variables_and_trailing_flags_override() -> None:
     assert words[words.index("--moa-mixing") :][:4] == ["--moa-mixing", "la", "--moa-form", "one-sided"]
 
 
-@pytest.mark.parametrize(("visible", "processes"), [("0,1", "2"), ("3", None), ("", None), ("-1", None)])
+@pytest.mark.parametrize(
+    ("visible", "processes"), [("0,1", "2"), ("0,1,2,-1,3", "3"), ("3", None), ("", None), ("-1", None)]
+)
 def test_a_process_for_every_visible_gpu(visible: str, processes: str | None, tmp_path: Path) -> None:
     """nvidia-smi lists all eight, whatever CUDA_VISIBLE_DEVICES says."""
     listing = tmp_path / "nvidia-smi"
@@ -394,6 +396,8 @@ def test_a_process_for_every_visible_gpu(visible: str, processes: str | None, tm
     assert ("--nproc-per-node" in words) == bool(processes)
     assert processes is None or value(words, "--nproc-per-node") == processes
     assert value(dry_run("dense-0.12b", "moa", PATH=path, **DATA), "--nproc-per-node") == "8"
+    listing.write_text("#!/bin/bash\nexit 9\n")  # no GPU, whatever a profile sets
+    assert "--nproc-per-node" not in dry_run("dense-0.12b", "moa", PATH=path, CUDA_VISIBLE_DEVICES="0,1", **DATA)
 
 
 def test_several_nodes() -> None:
