@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import errno
 import fnmatch
 import functools
 import gzip
@@ -20,9 +21,11 @@ import posixpath
 import shlex
 import stat
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +34,7 @@ from megatron_moa.errors import UserError, one_line, why_absent
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
 DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PARQUET_ENDING = ".parquet"
-_NOT_READ = tuple(".zst .zstd .lz4 .lzma .br .z .7z .zip .rar .tar .tgz .tbz .tbz2 .txz".split())
+_NOT_READ = tuple(".zst .zstd .lz4 .lzma .7z .zip .rar .tar .tgz .tbz .tbz2 .txz".split())
 _PARQUET_ROWS = 1024  # read at once
 _JSON_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", float: "a number"}
 
@@ -146,14 +149,25 @@ def check_not_overwritten(inputs: Iterable[str], flag: str, targets: Iterable[st
 
 
 def _check_named_once(files: Iterable[TextFile]) -> None:
-    """Raises UserError for a file that is there twice, under any names."""
-    paths: dict[tuple[int, int], str] = {}
+    """Raises UserError for a file that is there twice, through links as well.
+
+    Hard links pass: each is a file of its own, and on some file systems numbers do not tell files apart.
+    """
+    paths: dict[str, str] = {}
+    real_folder = functools.cache(os.path.realpath)
     for file in files:
-        found = os.stat(file.path)
-        first = paths.get((found.st_dev, found.st_ino))
-        if first is not None:
-            raise UserError(f"{file.named}: the same file as {first}; name it once, or leave one out with --exclude")
-        paths[found.st_dev, found.st_ino] = file.path
+        real = _real_path(file.path, real_folder)
+        if real in paths:
+            raise UserError(
+                f"{file.named}: the same file as {paths[real]}; name it once, or leave one out with --exclude"
+            )
+        paths[real] = file.path
+
+
+def _real_path(path: str, real_folder: Callable[[str], str]) -> str:
+    """A file's path without links; each folder is looked up once if ``real_folder`` remembers."""
+    folder, name = os.path.split(path)
+    return os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
 
 
 def _stat(path: str) -> os.stat_result | None:
@@ -170,68 +184,118 @@ def _files_of_folder(folder: str, glob: str | None, exclude: Sequence[str]) -> l
     kept = [name for name in found if not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)]
     if not found:
         raise UserError(
-            f"--glob {glob}: matches no file in {folder}; '**/*.txt' reaches into subfolders, '*.txt' does not"
+            f"--glob {glob}: matches no file in {folder}{' but what --exclude names' if exclude else ''}; "
+            "'**/*.txt' reaches into subfolders, '*.txt' does not"
         )
     if not kept:
         raise UserError(f"--exclude {' '.join(exclude)}: leaves none of the {len(found)} files of --glob {glob}")
-    return [os.path.join(folder, name) for name in kept]
+    return [os.path.join(folder, name) for name in _each_once(folder, kept)]
+
+
+def _each_once(folder: str, names: Iterable[str]) -> list[str]:
+    """One name for each file: that without links if it is among them, or else the first."""
+    own = os.path.realpath(folder)
+    kept: dict[str, str] = {}
+    real_folder = functools.cache(os.path.realpath)
+    for name in names:
+        real = _real_path(os.path.join(folder, name), real_folder)
+        if real not in kept or real == os.path.join(own, name):
+            kept[real] = name
+    return sorted(kept.values())
 
 
 def _matches(folder: str, parts: Sequence[str], exclude: Sequence[str]) -> Iterator[str]:
     """Yields the files below a folder that match the parts of a pattern, relative to it.
 
-    Links to folders are followed, but for those that lead back up.
+    Folders come before links to folders. A link is not followed back up, nor to a folder in which the same rest of the
+    pattern was looked for already, so that folders linked to each other do not multiply.
 
     Raises:
-        UserError: what may hold such files cannot be read, or is a broken link, and no pattern of ``exclude`` names it.
+        UserError: what may hold such files cannot be read, or is a broken link with the name of one, and no pattern of
+            ``exclude`` names it.
     """
-    fixed = parts.index("**") if "**" in parts else len(parts) - 1  # so many folders have names that must match
-    folders: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
-    while folders:
-        below, above = folders.pop()
+    none_above: frozenset[tuple[int, int]] = frozenset()
+    folders = deque([("", _places({0}, parts), none_above, False)])
+    links: deque[tuple[str, frozenset[int], frozenset[tuple[int, int]], bool]] = deque()
+    searched = set()
+    while folders or links:
+        below, places, above, linked = (folders or links).popleft()
         try:
-            own = os.stat(os.path.join(folder, below))
-            entries = os.listdir(os.path.join(folder, below))
+            found = os.stat(os.path.join(folder, below))
+            own = (found.st_dev, found.st_ino)
+            if linked and (own in above or (own, places) in searched):
+                continue
+            entries = sorted(os.listdir(os.path.join(folder, below)))
         except OSError as error:
             _check_excluded(folder, below, exclude, error)
             continue
-        if (own.st_dev, own.st_ino) in above:
-            continue
+        searched.add((own, places))
         for entry in entries:
-            names = f"{below}{entry}".split("/")
-            enters = fnmatch.fnmatchcase(entry, parts[len(names) - 1]) if len(names) <= fixed else "**" in parts
-            matches = _fits(names, parts)
-            if not enters and not matches:
+            after = _places_after(entry, places, parts)
+            matches, after = len(parts) in after, after - {len(parts)}
+            if not after and not matches:
                 continue
-            name = "/".join(names)
+            name = f"{below}{entry}"
+            path = os.path.join(folder, name)
             try:
-                mode = os.stat(os.path.join(folder, name)).st_mode
+                mode = os.stat(path).st_mode
             except OSError as error:
-                _check_excluded(folder, name, exclude, error)
+                if matches or not _is_broken(error):
+                    _check_excluded(folder, name, exclude, error)
                 continue
-            if enters and stat.S_ISDIR(mode):
-                folders.append((f"{name}/", above | {(own.st_dev, own.st_ino)}))
+            if after and stat.S_ISDIR(mode) and not _leaves_out(exclude, name):
+                is_link = os.path.islink(path)
+                (links if is_link else folders).append((f"{name}/", after, above | {own}, linked or is_link))
             elif matches and stat.S_ISREG(mode):
                 yield name
 
 
+def _leaves_out(exclude: Sequence[str], folder: str) -> bool:
+    """Whether a pattern names a folder: as ``name``, ``name/`` or ``name/*``."""
+    return any(
+        fnmatch.fnmatch(folder, pattern) or fnmatch.fnmatch(folder, pattern.rstrip("*").removesuffix("/"))
+        for pattern in exclude
+    )
+
+
+def _is_broken(error: OSError) -> bool:
+    """Whether it says that a link leads nowhere."""
+    return error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
 def _check_excluded(folder: str, name: str, exclude: Sequence[str], error: OSError) -> None:
     """Raises UserError for what cannot be looked at below a folder, unless it is to be left out."""
-    name, path = name.rstrip("/"), os.path.join(folder, name.rstrip("/"))
-    if any(fnmatch.fnmatch(left_out, pattern) for pattern in exclude for left_out in (name, f"{name}/")):
+    name = name.rstrip("/")
+    path = os.path.join(folder, name)
+    if name and _leaves_out(exclude, name):
         return
     reason = "a broken link" if isinstance(error, FileNotFoundError) and os.path.islink(path) else error.strerror
-    remedy = f"mend that, or leave it out with --exclude {shlex.quote(name)}" if name else "change its permissions"
+    remedy = (
+        f"mend that, or leave it out with --exclude {shlex.quote(escape(name))}" if name else "change its permissions"
+    )
     raise UserError(f"--input {path}: {reason}; {remedy}")
 
 
-def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether a path's names match the parts of a pattern, where ``**`` stands for any number of folders."""
-    if not parts or not names:
-        return not parts and not names
-    if parts[0] == "**":
-        return len(parts) == 1 or any(_fits(names[i:], parts[1:]) for i in range(len(names)))
-    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+def _places(places: set[int], parts: Sequence[str]) -> frozenset[int]:
+    """Adds the places after each ``**`` but the last part, as it may stand for no folder."""
+    for place in range(len(parts) - 1):
+        if place in places and parts[place] == "**":
+            places.add(place + 1)
+    return frozenset(places)
+
+
+def _places_after(name: str, places: Iterable[int], parts: Sequence[str]) -> frozenset[int]:
+    """Which parts of a pattern may come after a name that is at one of these places.
+
+    ``len(parts)`` is among them if the pattern may end there.
+    """
+    after = set()
+    for place in places:
+        if parts[place] == "**":
+            after |= {place, place + 1} if place == len(parts) - 1 else {place}
+        elif fnmatch.fnmatchcase(name, parts[place]):
+            after.add(place + 1)
+    return _places(after, parts)
 
 
 def text_file(

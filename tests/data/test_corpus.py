@@ -7,8 +7,9 @@ import errno
 import gzip
 import lzma
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow
@@ -36,6 +37,10 @@ def refusal(read: Callable[[], object]) -> str:
         read()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def found_in(folder: Path, glob: str, exclude: Sequence[str] = ()) -> list[str]:
+    return [os.path.relpath(file.path, folder) for file in corpus.find_text_files([str(folder)], glob, exclude)]
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "ndjson", "JSONL", "Json", "NDJSON"])
@@ -153,13 +158,29 @@ def test_archives_are_refused(name: str, ending: str, tmp_path: Path) -> None:
     assert f"{ending} cannot be read here" in refusal(lambda: corpus.find_text_files([str(path)], compressed=True))
 
 
+@pytest.mark.parametrize("name", ["OpenSubtitles.br-en.br", "a.z"])
+def test_endings_that_may_be_text_are_read(name: str, tmp_path: Path) -> None:
+    """OPUS ends files with their language, such as Breton."""
+    path = tmp_path / name
+    path.write_bytes(b"text")
+    assert texts(path) == ["text"]
+
+
 def test_a_file_named_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
-    line = refusal(lambda: corpus.find_text_files([str(tmp_path)], "*.txt"))
-    assert line.startswith(f"--input {tmp_path}/b.txt: the same file as {tmp_path}/a.txt; name it once")
-    path = str(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    path, link = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    line = refusal(lambda: corpus.find_text_files([path, link]))
+    assert line.startswith(f"--input {link}: the same file as {path}; name it once")
     assert f"the same file as {path}" in refusal(lambda: corpus.find_text_files([path, path]))
+    assert f"the same file as {path}" in refusal(lambda: corpus.find_text_files([str(tmp_path), link], "*.txt"))
+
+
+def test_hard_links_are_files_of_their_own(tmp_path: Path) -> None:
+    """Tools that save space make them of equal files."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").hardlink_to(tmp_path / "a.txt")
+    assert found_in(tmp_path, "*.txt") == ["a.txt", "b.txt"]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -254,8 +275,7 @@ def test_a_folders_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "up").symlink_to("../folder")
 
     def found(glob: str) -> list[str]:
-        folder = str(tmp_path / "folder")
-        return [file.path.removeprefix(f"{folder}/") for file in corpus.find_text_files([folder], glob)]
+        return found_in(tmp_path / "folder", glob)
 
     assert found("**/*.txt") == [".b.txt", "a.txt", "linked/e.txt", "sub/deep/c.txt"]
     assert found("*.txt") == [".b.txt", "a.txt"]
@@ -265,13 +285,104 @@ def test_a_folders_links_are_followed(tmp_path: Path) -> None:
     assert "--glob ../*: not below the folder; give a pattern relative to it" in refusal(lambda: found("../*"))
 
 
+@pytest.mark.parametrize(
+    ("links", "glob", "expected"),
+    [
+        ({"1": "2"}, "**/*.txt", ["2/a.txt", "3/x/b.txt"]),
+        ({"1": "2/a.txt", "0.txt": "2/a.txt"}, "**/*.txt", ["2/a.txt", "3/x/b.txt"]),
+        ({"1": "elsewhere", "4": "elsewhere/c"}, "**/*.txt", ["1/c/c.txt", "2/a.txt", "3/x/b.txt"]),
+        ({"0": "elsewhere/c", "1": "elsewhere"}, "**/*.txt", ["0/c.txt", "2/a.txt", "3/x/b.txt"]),
+        ({"1": "3/x"}, "*/*.txt", ["1/b.txt", "2/a.txt"]),
+        ({"3/src": "2"}, "**/src/*.txt", ["3/src/a.txt"]),
+        ({"3/up": "."}, "3/**/*.txt", ["3/x/b.txt"]),
+    ],
+)
+def test_a_file_that_links_reach_is_taken_once(
+    links: dict[str, str], glob: str, expected: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    for name in ("2/a.txt", "3/x/b.txt", "../elsewhere/c/c.txt"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("text")
+    for link, target in links.items():
+        (folder / link).symlink_to(tmp_path / target if target.startswith("elsewhere") else folder / target)
+    assert found_in(folder, glob) == expected
+
+
+def test_folders_linked_to_each_other_are_searched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths through them are more than can be walked."""
+    listed = []
+    list_folder = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        listed.append(path)
+        assert len(listed) < 100
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    numbers = range(12)
+    for number in numbers:
+        (tmp_path / "all" / str(number)).mkdir(parents=True)
+        (tmp_path / "all" / str(number) / "a.txt").write_text("text")
+        for other in set(numbers) - {number}:
+            (tmp_path / "all" / str(number) / f"to{other}").symlink_to(f"../{other}")
+    (tmp_path / "entry").mkdir()
+    (tmp_path / "entry" / "0").symlink_to("../all/0")
+    assert found_in(tmp_path / "all", "**/*.txt") == sorted(f"{number}/a.txt" for number in numbers)
+    assert len(found_in(tmp_path / "entry", "**/*.txt")) == 12
+
+
+@pytest.mark.parametrize("pattern", ["old", "old/", "old/*", "old/**", "o*d", "*ld"])
+def test_excluded_folders_are_not_entered(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("old/sub/a.txt", "older/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("text")
+    list_folder = os.listdir
+
+    def listdir(path: str) -> list[str]:
+        assert "old/" not in path
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    assert found_in(tmp_path, "**/*.txt", [pattern]) == ["older/b.txt"]
+    line = refusal(lambda: found_in(tmp_path, "old/**/*.txt", [pattern]))
+    assert f"matches no file in {tmp_path} but what --exclude names; " in line
+
+
+def test_patterns_of_files_leave_their_folder_in(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name in ("a.txt", "b.md"):
+        (tmp_path / "old" / name).write_text("text")
+    assert found_in(tmp_path, "**/*", ["old/*.md", "old?"]) == ["old/a.txt"]
+
+
+def test_a_broken_link_of_another_name_is_passed_over(tmp_path: Path) -> None:
+    """Emacs locks a file by such a link."""
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / ".#notes.org").symlink_to("user@host.1234:1700000000")
+    (tmp_path / "loop").symlink_to("loop")
+    assert found_in(tmp_path, "**/*.txt") == ["notes.txt"]
+    (tmp_path / ".#notes.txt").symlink_to("user@host.1234:1700000000")
+    assert "/.#notes.txt: a broken link; mend that" in refusal(lambda: found_in(tmp_path, "**/*.txt"))
+
+
+def test_the_remedy_leaves_out_names_with_glob_characters(tmp_path: Path) -> None:
+    (tmp_path / "a[1]").mkdir()
+    (tmp_path / "a[1]" / "b.txt").symlink_to("nowhere")
+    (tmp_path / "c.txt").write_text("text")
+    line = refusal(lambda: found_in(tmp_path, "**/*.txt"))
+    command = line.partition("leave it out with ")[2]
+    assert command == "--exclude 'a[[]1]/b.txt'"
+    assert found_in(tmp_path, "**/*.txt", shlex.split(command)[1:]) == ["c.txt"]
+
+
 def test_what_cannot_be_looked_at_in_a_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("folder", "folder/locked"):
         (tmp_path / name).mkdir()
     (tmp_path / "folder" / "a.txt").write_text("text")
     (tmp_path / "folder" / "locked" / "b.txt").write_text("text")
-    (tmp_path / "folder" / "broken").symlink_to("nowhere")
-    (tmp_path / "folder" / "loop").symlink_to("loop")
+    (tmp_path / "folder" / "broken.txt").symlink_to("nowhere")
+    (tmp_path / "folder" / "loop.txt").symlink_to("loop.txt")
     list_folder = os.listdir
 
     def listdir(path: str) -> list[str]:
@@ -281,16 +392,20 @@ def test_what_cannot_be_looked_at_in_a_folder_is_refused(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "listdir", listdir)
     folder, left_out = str(tmp_path / "folder"), []
-    assert [file.path for file in corpus.find_text_files([folder], "*.txt")] == [f"{folder}/a.txt"]
-    reasons = {"broken": "a broken link", "loop": "Too many levels of symbolic links", "locked": "Permission denied"}
+    assert [file.path for file in corpus.find_text_files([folder], "[a]*.txt")] == [f"{folder}/a.txt"]
+    reasons = {
+        "broken.txt": "a broken link",
+        "loop.txt": "Too many levels of symbolic links",
+        "locked": "Permission denied",
+    }
     for _ in reasons:
         line = refusal(lambda: corpus.find_text_files([folder], "**/*.txt", left_out))
         (name,) = [name for name in reasons if f"{folder}/{name}:" in line]
         assert line == f"--input {folder}/{name}: {reasons[name]}; mend that, or leave it out with --exclude {name}"
         left_out.append(name)
     assert [file.path for file in corpus.find_text_files([folder], "**/*.txt", left_out)] == [f"{folder}/a.txt"]
-    line = refusal(lambda: corpus.find_text_files([f"{folder}/loop/a.txt"]))
-    assert line == f"--input {folder}/loop/a.txt: Too many levels of symbolic links; check the path"
+    line = refusal(lambda: corpus.find_text_files([f"{folder}/loop.txt/a.txt"]))
+    assert line == f"--input {folder}/loop.txt/a.txt: Too many levels of symbolic links; check the path"
 
 
 def test_ranges_cut_a_file_into_its_lines(tmp_path: Path) -> None:
