@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 from megatron_moa.cpu.switch import enable, is_enabled
 from megatron_moa.errors import UserError
-from megatron_moa.megatron_fixes.single_process import single_process_environment
+from megatron_moa.megatron_fixes.single_process import single_process_environment, slurm_gpus
 from megatron_moa.planning import inputs
 from megatron_moa.runs import tiny_model
 from tests.support import launch
@@ -297,8 +297,9 @@ def test_gpus_of_slurm_that_cannot_be_used_end_a_run():
     ended = run(script, **without)
     assert ended.returncode == 1, ended.log
     assert "SLURM_GPUS_ON_NODE is 8, but torch finds no CUDA device on " in ended.log
-    for hidden in ("", "NoDevFiles"):
-        assert run(script, **{**without, "CUDA_VISIBLE_DEVICES": hidden}).returncode == 0
+    assert slurm_gpus(without) == 8
+    for hidden in ("", "-1", "NoDevFiles"):
+        assert slurm_gpus({**without, "CUDA_VISIBLE_DEVICES": hidden}) == 0
 
 
 def test_enable_again_changes_nothing():
