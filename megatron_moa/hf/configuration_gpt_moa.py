@@ -148,7 +148,7 @@ class GPTMoAConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory: str | PathLike, *args: Any, **kwargs: Any) -> None:
-        """Saves as transformers does, with the model's code beside the settings; a model saves its config so, too.
+        """Saves as transformers does, with the model's code beside it; a model that is saved calls it, too.
 
         A class that was loaded from an export has that folder's code, which transformers copies.
         """
