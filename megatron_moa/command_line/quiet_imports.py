@@ -9,19 +9,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Keeps warnings of Megatron and torch, such as those about absent packages, out of a tool's output.
-
-    This project's own stay.
-    """
+    """Keeps warnings of Megatron and torch, such as those about absent packages, out of a tool's output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    loggers = logging.getLogger(), logging.getLogger("megatron_moa")
-    levels = [logger.level for logger in loggers]
-    for logger, level in zip(loggers, (logging.ERROR, logging.WARNING), strict=True):
-        logger.setLevel(level)
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(previous)
