@@ -1,5 +1,7 @@
 """Defines types of argparse for the numbers that flags take."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import math

@@ -5,6 +5,7 @@ What the doctor says of GPUs is tested on facts about them.
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -183,6 +184,21 @@ def test_old_python_is_named_by_old_python() -> None:
         (finding,) = json.loads(result.stdout)["findings"]
         assert finding["state"] == "missing"
         assert "needs 3.12 or later" in finding["text"]
+
+
+def test_what_the_doctor_loads_at_its_start_is_read_by_python_3_8() -> None:
+    """Python 3.8 evaluates the annotations of a module without the import from ``__future__``."""
+    code = (
+        "import sys, megatron_moa.doctor.__main__; print(*(m.__file__ for n, m in sys.modules.items() if 'moa' in n))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [Path(file) for file in loaded.stdout.split()]
+    assert len(files) > 15, files
+    for file in files:
+        module = ast.parse(file.read_text(), feature_version=(3, 8))
+        imported = {node.module for node in module.body if isinstance(node, ast.ImportFrom)}
+        annotated = any(isinstance(node, ast.FunctionDef | ast.AnnAssign) for node in ast.walk(module))
+        assert "__future__" in imported or not annotated, file
 
 
 def test_driver_too_old_for_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
