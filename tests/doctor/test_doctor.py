@@ -188,11 +188,12 @@ def test_old_python_is_named_by_old_python() -> None:
 
 def test_what_the_doctor_loads_at_its_start_is_read_by_python_3_8() -> None:
     """Python 3.8 evaluates the annotations of a module without the import from ``__future__``."""
-    code = (
-        "import sys, megatron_moa.doctor.__main__; print(*(m.__file__ for n, m in sys.modules.items() if 'moa' in n))"
-    )
+    code = """import sys, megatron_moa.doctor.__main__
+for name, module in sys.modules.items():
+    if name.startswith("megatron_moa"):
+        print(module.__file__)"""
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    files = [Path(file) for file in loaded.stdout.split()]
+    files = [Path(file) for file in loaded.stdout.splitlines()]
     assert len(files) > 15, files
     for file in files:
         module = ast.parse(file.read_text(), feature_version=(3, 8))
