@@ -35,17 +35,17 @@ from torch.nn import functional as F
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.mixture.config import DICTIONARIES, FORMS, GATES, MixtureConfig
+from megatron_moa.mixture.config import ACTIVATION_NAMES, DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
 from megatron_moa.research.benchmarks import conditions, kernel_errors, timing
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")
 
-# K grows along this order: the paper's largest dictionary, then the others that are bounded or linear.
-ORDER = (*DICTIONARIES["bi-sided"], "gelu_tanh", "elu", "selu", "mish", "sigmoid")
+# K grows along this order: the paper's largest dictionary, then the other activations.
+ORDER = tuple(dict.fromkeys((*DICTIONARIES["bi-sided"], *ACTIVATION_NAMES)))
 GROWN = {
-    "activations": tuple(range(1, 13)),
+    "activations": tuple(range(1, len(ORDER) + 1)),
     "ffn": (1024, 2048, 4096, 8192, 16384),
     "tokens": (1024, 2048, 4096, 8192, 16384, 32768),
 }

@@ -50,10 +50,20 @@ def check_recompute_mixture(config: TransformerConfig, modules: Sequence[str] | 
         UserError: whole layers are recomputed anyway, the shared expert overlaps with the dispatcher, the scales of
             ``--fp8-recipe delayed``, or no ninja.
     """
+    if config.recompute_granularity == "full":
+        raise UserError(
+            "--moa-recompute: --recompute-granularity full recomputes the mixture already; drop one of the two"
+        )
     whole = [name for name in ("mlp", "moe", "shared_experts") if name in (modules or ())]
-    if config.recompute_granularity == "full" or whole:
-        other = f"--recompute-modules {whole[0]}" if whole else "--recompute-granularity full"
-        raise UserError(f"--moa-recompute: {other} recomputes the mixture already; drop one of the two")
+    if whole:
+        given = f"--recompute-modules {' '.join(modules)}"
+        left = _mixtures_left(config, modules)
+        if not left:
+            raise UserError(f"--moa-recompute: {given} recomputes the mixture already; drop one of the two")
+        raise UserError(
+            f"--moa-recompute: {given} recomputes a part of the mixtures already; drop --moa-recompute, and for the "
+            f"rest add {' '.join(left)} to --recompute-modules"
+        )
     if config.moe_shared_expert_overlap:
         raise UserError("--moa-recompute: not with --moe-shared-expert-overlap; drop one of the two")
     _refuse_delayed_scaling(config, "--moa-recompute")
@@ -82,3 +92,13 @@ def _presence(config: TransformerConfig) -> dict[str, bool]:
     dense = not moe or (frequency > 1 if isinstance(frequency, int) else 0 in frequency)
     shared = moe and config.moe_shared_expert_intermediate_size is not None
     return {"mlp": dense, "moe": moe, "moe_act": moe, "shared_experts": shared}
+
+
+def _mixtures_left(config: TransformerConfig, modules: Sequence[str]) -> list[str]:
+    """Which further modules would recompute the mixtures of all kinds of layers."""
+    has = _presence(config)
+    left = ["mlp"] if has["mlp"] and "mlp" not in modules else []
+    if "moe" in modules:
+        return left
+    left += ["moe_act"] if has["moe"] and "moe_act" not in modules else []
+    return left + (["shared_experts"] if has["shared_experts"] and "shared_experts" not in modules else [])

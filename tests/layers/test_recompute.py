@@ -229,6 +229,18 @@ def test_moa_recompute_beside_what_recomputes_more_is_refused(monkeypatch: pytes
         check(configured(False, True, {**FULL, "recompute_method": "uniform"}), None)
     with pytest.raises(UserError, match="--moa-recompute: --recompute-modules mlp recomputes the mixture"):
         check(configured(False, True, "mlp"), ["mlp"])
+    both = configured(True, True, "moe_act")
+    both.moe_layer_freq, both.moe_shared_expert_intermediate_size = 2, 16
+    for modules, left in (
+        (["mlp"], "moe_act shared_experts"),
+        (["moe"], "mlp"),
+        (["core_attn", "shared_experts"], "mlp moe_act"),
+        (["mlp", "moe_act"], "shared_experts"),
+    ):
+        with pytest.raises(UserError, match=f"{' '.join(modules)} recomputes a part .* for the rest add {left} to"):
+            check(both, modules)
+    with pytest.raises(UserError, match="--recompute-modules mlp moe recomputes the mixture already"):
+        check(both, ["mlp", "moe"])
     overlapping = configured(True, True, None)
     overlapping.moe_shared_expert_overlap = True
     with pytest.raises(UserError, match="--moa-recompute: not with --moe-shared-expert-overlap"):

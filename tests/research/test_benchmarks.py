@@ -383,7 +383,7 @@ MISTAKES = [
     (benchmark_layer, ["--hidden", "0"], "argument --hidden: a number above 0 is wanted, not 0"),
     (benchmark_layer, ["--form", "cubic"], "invalid choice: 'cubic'"),
     (benchmark_kernels, ["--values", "2"], "--values: of what?"),
-    (benchmark_kernels, ["--grow", "activations", "--values", "13"], "--values 13: there are 12 activations"),
+    (benchmark_kernels, ["--grow", "activations", "--values", "15"], "--values 15: there are 14 activations"),
     (
         benchmark_kernels,
         ["--grow", "ffn", "--ffn", "8"],
