@@ -1,8 +1,8 @@
 """Sorts Megatron's flags by what they decide.
 
 Those that decide the model's function come back with ``--use-checkpoint-args``. The command line, resuming,
-``--use-checkpoint-args`` and the export all go by these tables. Names are those of the parsed args; fields of
-TransformerConfig that no flag sets are here too. A test compares the tables with the installed Megatron
+``--use-checkpoint-args`` and the export all go by these tables. Names are those of the parsed args. A test compares
+the tables with the installed Megatron, and sorts the fields of TransformerConfig that no flag sets
 (tests/command_line/test_megatron_flags.py). This module imports neither torch nor Megatron: it answers before they are
 loaded.
 """
@@ -323,31 +323,6 @@ UNREAD = tuple(
     rl_sequence_packing_algo rl_sequence_packing_max_sequences_per_bin rl_skip_bos_token
     rl_verify_model_weights_swap short_seq_prob swin_backbone_type titles_data_path use_flash_attn
     use_legacy_static_engine use_one_sent_docs vision_backbone_type vocab_extra_ids
-    """.split()
-)
-
-# Fields of TransformerConfig without a flag of their name.
-FUNCTION_FIELDS = tuple(
-    """
-    softmax_scale gated_linear_unit activation_func num_moe_experts moe_router_topk_limited_devices moe_token_dropping
-    heterogeneous_block_specs original_max_position_embeddings beta_fast beta_slow
-    """.split()
-)
-TRAINING_FIELDS = ("init_method", "output_layer_init_method", "embedding_init_method")
-EXECUTION_FIELDS = tuple(
-    """
-    gtp_weight_remat_size virtual_pipeline_model_parallel_size expert_gtp_weight_remat_size params_dtype timers
-    finalize_model_grads_func grad_scale_func moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func
-    param_sync_func enable_autocast autocast_dtype num_microbatches_with_partial_activation_checkpoints
-    use_te_rng_tracker tp_comm_atomic_ag tp_comm_atomic_rs tp_comm_overlap_disable_qkv tp_comm_overlap_disable_fc1
-    pipeline_dtype variable_seq_lengths batch_p2p_comm batch_p2p_sync deallocate_pipeline_outputs cpu_offloading
-    _cpu_offloading_context cpu_offloading_activations cpu_offloading_weights cpu_offloading_double_buffering
-    num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage activation_func_fp8_input_store
-    experimental_attention_variant_loss_scale_func bias_activation_fusion persist_layer_norm
-    memory_efficient_layer_norm fused_single_qkv_rope fp8_param fp8_dot_product_attention fp8_multi_head_attention
-    tp_only_amax_red use_kitchen fp4_param cuda_graph_use_single_mempool cuda_graph_retain_backward_graph
-    cuda_graph_scope disable_parameter_transpose_cache inference_sampling_seed use_inference_optimized_layers
-    hetereogenous_dist_checkpoint quant_recipe
     """.split()
 )
 
