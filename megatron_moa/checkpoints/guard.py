@@ -39,6 +39,7 @@ from megatron_moa.checkpoints.settings import (
     changed_tokens,
     check_saved_settings,
     check_vocabulary,
+    differing,
     upgrade_saved_settings,
     vocabulary_digest,
 )
@@ -386,12 +387,12 @@ def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -
     buckets = {key for key in (keys ^ stored) | reshaped if _BUCKET in key}
     if buckets and not models and all(any(_BUCKET in key for key in some) for some in (keys, stored)):
         raise UserError(_other_buckets(f"{flag} {folder}", min(buckets), folder))
-    for differing, what in (
+    for keys, what in (
         (lacking, "lacks {} that this run has"),
         (surplus, "has {} that this run lacks"),
         (reshaped, "has {} in other shapes than this run"),
     ):
-        names = sorted(differing & models if models else differing)  # another model has another optimizer's state
+        names = sorted(keys & models if models else keys)  # another model has another optimizer's state
         if names:
             named = f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
             remedy = SAME_SETTINGS
@@ -418,9 +419,8 @@ def _other_buckets(where: str, example: str, folder: str) -> str:
 
     args, saved = get_args(), CheckpointTensors(Path(folder)).args
     changed = [
-        f"{as_typed(name, getattr(saved, name))} there, {as_typed(name, getattr(args, name))} here"
-        for name in _OF_BUCKETS
-        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+        f"{as_typed(name, there)} there, {as_typed(name, here)} here"
+        for name, here, there in differing(_OF_BUCKETS, args, saved, exactly=True)
     ]
     sizes = [getattr(some, "data_parallel_size", None) for some in (saved, args)]
     if None not in sizes and sizes[0] != sizes[1]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,26 @@ from megatron_moa.mixture.config import (
 # --moa-freeze-gates only whether they are trained: these may change.
 _MIXTURE = ("moa_form", "moa_activations")
 _GATES = ("moa_gate", "moa_gate_bias", "moa_amplitude")
+
+
+def differing(
+    names: Iterable[str],
+    args: argparse.Namespace,
+    saved: argparse.Namespace,
+    unset: Mapping[str, object] = {},
+    exactly: bool = False,
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the settings in which a run differs from a checkpoint: name, the run's value, the saved one.
+
+    Args:
+        unset: values of settings that ``saved``, of an older version, lacks; those without one are not compared.
+        exactly: whether None, 0 and False are told apart, too; else :func:`same` compares.
+    """
+    for name in names:
+        here = getattr(args, name)
+        there = getattr(saved, name, unset.get(name, here))
+        if here != there and (exactly or not same(name, here, there)):
+            yield name, here, there
 
 
 def upgrade_saved_settings(saved: argparse.Namespace, checkpoint: Checkpoint | Path) -> None:
@@ -87,15 +107,11 @@ def check_saved_settings(args: argparse.Namespace, saved: argparse.Namespace, ch
             names.append("moa_init_scale")  # a factor kept beside the gates; elsewhere it is in the parameters
     if not getattr(args, "moe_use_upcycling", False):  # which makes a MoE of a dense checkpoint
         names += relevant(args)
-    for name in names:
-        # An arg that an older Megatron did not have cannot be compared.
-        value, saved_value = getattr(args, name), getattr(saved, name, getattr(args, name))
-        if not same(name, value, saved_value):
-            raise UserError(_difference(name, value, saved_value, checkpoint, args.use_checkpoint_args))
+    for name, here, there in differing(names, args, saved):
+        raise UserError(_difference(as_typed(name, here), as_typed(name, there), checkpoint, args.use_checkpoint_args))
 
 
-def _difference(name: str, value: object, saved_value: object, checkpoint: Checkpoint, takes_saved: bool) -> str:
-    here, there = as_typed(name, value), as_typed(name, saved_value)
+def _difference(here: str, there: str, checkpoint: Checkpoint, takes_saved: bool) -> str:
     remedy = "drop the flag" if takes_saved else "give that, or add --use-checkpoint-args"
     if here.startswith("no "):
         return f"this run lacks {there}, which the checkpoint was trained with ({checkpoint}); {remedy}"
@@ -133,13 +149,11 @@ def changed_data(args: argparse.Namespace, saved: argparse.Namespace, checkpoint
             f"({checkpoint}); samples are cut anew, those already seen are other tokens now, and the log counts all "
             f"of them as {args.seq_length} tokens"
         )
-    for name in _DATA:
-        value, saved_value = getattr(args, name), getattr(saved, name, getattr(args, name))
-        if not same(name, value, saved_value):
-            yield (
-                f"{as_typed(name, value)}: the checkpoint was trained with {as_typed(name, saved_value)} "
-                f"({checkpoint}); training goes on at the same sample number of other data"
-            )
+    for name, here, there in differing(_DATA, args, saved):
+        yield (
+            f"{as_typed(name, here)}: the checkpoint was trained with {as_typed(name, there)} "
+            f"({checkpoint}); training goes on at the same sample number of other data"
+        )
 
 
 def loads_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_moa.checkpoints.files import Checkpoint
-from megatron_moa.checkpoints.settings import loads_optimizer
+from megatron_moa.checkpoints.settings import differing, loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.patching import patch
@@ -199,24 +199,15 @@ def check_saved_split(args: argparse.Namespace, saved: argparse.Namespace, check
         "go on under that, or with --no-load-optim; saved with --dist-ckpt-optim-fully-reshardable, an optimizer's "
         "state loads under any split"
     )
-    for name in _SPLITS:
-        value, saved_value = getattr(args, name), getattr(saved, name, None)
-        if value != saved_value:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{checkpoint} has the optimizer's state for {flag} {saved_value}, not {value}; {remedy}")
     # Transformer Engine's layers and grouped experts have their parameters in another order, and the buffer is saved as
     # it lies.
-    impl, saved_impl = args.transformer_impl, getattr(saved, "transformer_impl", args.transformer_impl)
-    if impl != saved_impl:
-        raise UserError(
-            f"{checkpoint} has the optimizer's state for --transformer-impl {saved_impl}, not {impl}; {remedy}"
-        )
-    grouped, saved_grouped = args.moe_grouped_gemm, getattr(saved, "moe_grouped_gemm", False)
-    if args.num_experts and grouped != saved_grouped:
-        there, here = as_typed("moe_grouped_gemm", saved_grouped), as_typed("moe_grouped_gemm", grouped)
-        raise UserError(f"{checkpoint} has the optimizer's state for {there}, not {here}; {remedy}")
-    mixed = getattr(args, "moa_mixing", "none") != "none"
-    if args.num_experts and grouped and mixed and not getattr(saved, "moa_experts_share_parameters", False):
+    names = (*_SPLITS, "transformer_impl", *(["moe_grouped_gemm"] if args.num_experts else []))
+    unset = {**dict.fromkeys(_SPLITS), "moe_grouped_gemm": False}
+    for name, here, there in differing(names, args, saved, unset, exactly=True):
+        value = as_typed(name, here) if name == "moe_grouped_gemm" else here
+        raise UserError(f"{checkpoint} has the optimizer's state for {as_typed(name, there)}, not {value}; {remedy}")
+    mixed_experts = args.num_experts and args.moe_grouped_gemm and getattr(args, "moa_mixing", "none") != "none"
+    if mixed_experts and not getattr(saved, "moa_experts_share_parameters", False):
         raise UserError(
             f"{checkpoint} has the optimizer's state for one parameter an expert, where grouped experts now share "
             "theirs; go on with --no-load-optim, or under the megatron_moa that saved it"

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from megatron_moa.checkpoints.files import Checkpoint
+from megatron_moa.checkpoints.settings import differing
+from megatron_moa.command_line.megatron_flags import spellings
 from megatron_moa.megatron_fixes.patching import patch
 
 # In the args of checkpoints: that they hold every rank's state, and whose generators' states those are.
@@ -23,12 +25,12 @@ _MARK = "random_states_of_every_rank"
 _DEVICE = "random_states_device"
 
 _LAYOUT = (
-    ("world_size", "processes"),
-    ("tensor_model_parallel_size", "--tensor-model-parallel-size"),
-    ("pipeline_model_parallel_size", "--pipeline-model-parallel-size"),
-    ("context_parallel_size", "--context-parallel-size"),
-    ("expert_model_parallel_size", "--expert-model-parallel-size"),
-    ("expert_tensor_parallel_size", "--expert-tensor-parallel-size"),
+    "world_size",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
 )
 
 
@@ -42,8 +44,7 @@ def splits_experts(args: argparse.Namespace) -> bool:
     """Whether experts are split otherwise than dense layers."""
     layout = _layout(args)
     return bool(getattr(args, "num_experts", None)) and (
-        layout["--expert-model-parallel-size"] > 1
-        or layout["--expert-tensor-parallel-size"] != layout["--tensor-model-parallel-size"]
+        layout.expert_model_parallel_size > 1 or layout.expert_tensor_parallel_size != layout.tensor_model_parallel_size
     )
 
 
@@ -108,18 +109,17 @@ def check_saved(
     elif not hasattr(saved, _MARK):
         reason = "it holds one state for all expert-parallel ranks, as Megatron saves it"
     else:
-        theirs = _layout(saved)
-        for name, value in _layout(args).items():
-            if theirs[name] != value:
-                reason = f"saved with {name} {theirs[name]}, loaded with {value}"
+        for name, here, there in differing(_LAYOUT, _layout(args), _layout(saved)):
+            what = "processes" if name == "world_size" else spellings(name)[0]
+            reason = f"saved with {what} {there}, loaded with {here}"
     if reason is not None:
         args.no_load_rng = True
         if args.rank == 0:
             print(f"> the checkpoint's random number states are not restored: {reason}", flush=True)
 
 
-def _layout(args: argparse.Namespace) -> dict[str, int]:
-    layout = {flag: getattr(args, name, None) or 1 for name, flag in _LAYOUT}
+def _layout(args: argparse.Namespace) -> argparse.Namespace:
+    layout = argparse.Namespace(**{name: getattr(args, name, None) or 1 for name in _LAYOUT})
     if getattr(args, "expert_tensor_parallel_size", None) is None:
-        layout["--expert-tensor-parallel-size"] = layout["--tensor-model-parallel-size"]
+        layout.expert_tensor_parallel_size = layout.tensor_model_parallel_size
     return layout

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_moa.checkpoints import guard
-from megatron_moa.checkpoints.settings import check_saved_settings
+from megatron_moa.checkpoints.settings import check_saved_settings, differing
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import (
     MODEL_FLAGS,
@@ -50,10 +50,9 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
     _restore_megatrons(args, saved)
     defaults = mixture_defaults()
     stock = {**defaults, "moa_mixing": "none"}
-    for name in MODEL_FLAGS:
-        given, stored = getattr(args, name), getattr(saved, name, stock[name])
-        if given not in (defaults[name], stored):
-            raise UserError(f"{as_typed(name, given)}: the checkpoint has {as_typed(name, stored)}; drop the flag")
+    for name, given, stored in differing(MODEL_FLAGS, args, saved, unset=stock, exactly=True):
+        if given != defaults[name]:
+            raise _contradiction(name, given, stored)
         setattr(args, name, stored)
     for name in TRAINING_FLAGS:
         if getattr(args, name) == defaults[name]:
@@ -81,10 +80,14 @@ def _restore_megatrons(args: argparse.Namespace, saved: argparse.Namespace) -> N
         else:
             was_given = not megatron_flags.same(name, given, default)
             if was_given and name in megatron_flags.FUNCTION and not megatron_flags.same(name, given, stored):
-                raise UserError(f"{as_typed(name, given)}: the checkpoint has {as_typed(name, stored)}; drop the flag")
+                raise _contradiction(name, given, stored)
             setattr(args, name, stored)
     if not (args.fp16 or args.bf16):
         args.fp32_residual_connection = False  # everything is in float32
+
+
+def _contradiction(name: str, given: object, stored: object) -> UserError:
+    return UserError(f"{as_typed(name, given)}: the checkpoint has {as_typed(name, stored)}; drop the flag")
 
 
 def parse_arguments(

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable
 
 from megatron_moa.checkpoints.files import Checkpoint
-from megatron_moa.checkpoints.settings import loads_optimizer
+from megatron_moa.checkpoints.settings import differing, loads_optimizer
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.patching import patch
@@ -113,14 +113,11 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
     names = ["optimizer", "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", *unset]
     if args.optimizer == "muon":
         names.append("muon_scalar_optimizer")
-    for name in names:
-        value = getattr(args, name)
-        saved_value = getattr(saved, name, unset.get(name, value))
-        if value != saved_value:
-            raise UserError(
-                f"{as_typed(name, value)}: the optimizer to load has {as_typed(name, saved_value)} ({checkpoint}); "
-                "give that, or start a new optimizer and schedule with --no-load-optim"
-            )
+    for name, here, there in differing(names, args, saved, unset, exactly=True):
+        raise UserError(
+            f"{as_typed(name, here)}: the optimizer to load has {as_typed(name, there)} ({checkpoint}); "
+            "give that, or start a new optimizer and schedule with --no-load-optim"
+        )
 
 
 def check_saved_schedule(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
 from megatron_moa.checkpoints.guard import match_tensors
 from megatron_moa.errors import UserError
+from megatron_moa.training.parser import parser_defaults
 from tests.support.checkpoints import write_checkpoint
 
 BUCKET = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.float32, torch.float32).bucket_idx_{}.exp_avg"
@@ -33,7 +34,7 @@ def stored(root: Path, tensors: dict[str, int]) -> str:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """The run's settings, which are the checkpoint's."""
-    args = argparse.Namespace(**SETTINGS)
+    args = argparse.Namespace(**{**parser_defaults(), **SETTINGS})
     monkeypatch.setattr("megatron.training.global_vars._GLOBAL_ARGS", args)
     return args
 
