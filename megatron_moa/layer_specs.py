@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -56,30 +56,30 @@ if HAVE_TE:
 
 Builder = Callable[..., Any]
 
-# What acts on the activation step, which the mixture owns: (attribute, neutral value, flag).
-_REFUSED_WITH_MIXTURE = (
-    ("activation_func_clamp_value", None, "--activation-func-clamp-value"),
-    ("activation_func_fp8_input_store", False, "--activation-func-fp8-input-store"),
-    ("glu_linear_offset", 0.0, "--glu-linear-offset"),
-    ("moe_mlp_glu_interleave_size", None, "--moe-mlp-glu-interleave-size"),
-    ("use_fused_weighted_squared_relu", False, "--use-fused-weighted-squared-relu"),
-    ("use_grouped_gemm_for_dense_mlp", False, "--use-grouped-gemm-for-dense-mlp"),
-    ("use_grouped_gemm_for_shared_expert", False, "--use-grouped-gemm-for-shared-expert"),
-    ("use_te_activation_func", False, "--use-te-activation-func"),
-    ("use_transformer_engine_op_fuser", False, "--use-transformer-engine-op-fuser"),
-)
+# What acts on the activation step, which the mixture owns, and the value that does nothing.
+_REFUSED_WITH_MIXTURE = {
+    "activation_func_clamp_value": None,
+    "activation_func_fp8_input_store": False,
+    "glu_linear_offset": 0.0,
+    "moe_mlp_glu_interleave_size": None,
+    "use_fused_weighted_squared_relu": False,
+    "use_grouped_gemm_for_dense_mlp": False,
+    "use_grouped_gemm_for_shared_expert": False,
+    "use_te_activation_func": False,
+    "use_transformer_engine_op_fuser": False,
+}
 
 # What grouped experts of ours do not serve, Megatron's own on Transformer Engine do.
-_REFUSED_WITH_GROUPED_EXPERTS = (
-    ("delay_wgrad_compute", False, "--delay-wgrad-compute"),
-    ("fp4", None, "--fp4-format"),
-    ("fp8", None, "--fp8-format"),
-    ("moe_mlp_glu_interleave_size", None, "--moe-mlp-glu-interleave-size"),
-    ("moe_single_grouped_weight", False, "--moe-single-grouped-weight"),
-    ("overlap_dispatch_backward_with_experts_wgrad", False, "--overlap-dispatch-backward-with-experts-wgrad"),
-    ("use_te_activation_func", False, "--use-te-activation-func"),
-    ("use_transformer_engine_op_fuser", False, "--use-transformer-engine-op-fuser"),
-)
+_REFUSED_WITH_GROUPED_EXPERTS = {
+    "delay_wgrad_compute": False,
+    "fp4": None,
+    "fp8": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_single_grouped_weight": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
+    "use_te_activation_func": False,
+    "use_transformer_engine_op_fuser": False,
+}
 _OFFLOADED_OF_EXPERTS = ("expert_fc1", "fused_group_mlp", "moe_act")
 
 
@@ -155,6 +155,7 @@ def mtp_spec(
 
 def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) -> None:
     """Refuses Megatron settings that would silently change, or bypass, what was asked for."""
+    local = config.transformer_impl == "local"
     if config.transformer_impl == "inference_optimized":
         raise UserError("--transformer-impl inference_optimized: is not for training; take transformer_engine or local")
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
@@ -162,10 +163,7 @@ def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) ->
             "--transformer-impl transformer_engine: Transformer Engine is not installed; "
             "install it, or take --transformer-impl local"
         )
-    if config.experimental_attention_variant:
-        raise UserError(
-            f"--experimental-attention-variant {config.experimental_attention_variant}: not supported; drop the flag"
-        )
+    _refuse(config, {"experimental_attention_variant": None}, "not supported; drop the flag")
     if getattr(config, "heterogeneous_block_specs", False):
         raise UserError("--heterogeneous-layers-config-path: not supported; drop the flag")
     if config.num_moe_experts and config.moe_apply_probs_on_input and config.moe_router_topk != 1:
@@ -173,51 +171,39 @@ def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) ->
             f"--moe-apply-probs-on-input: needs --moe-router-topk 1, not {config.moe_router_topk}; give that, or drop "
             "the flag"
         )
-    if (
-        config.num_moe_experts
-        and config.moe_grouped_gemm
-        and (mixture is not None or config.transformer_impl == "local")
-    ):
+    if config.num_moe_experts and config.moe_grouped_gemm and (mixture is not None or local):
         _check_grouped_experts(config)
-    precisions = {f"--{name}-format {getattr(config, name)}": getattr(config, name) for name in ("fp8", "fp4")}
-    for given, value in {**precisions, "--te-precision-config-file": config.quant_recipe}.items():
-        if config.transformer_impl == "local" and value:  # which local layers ignore
-            raise UserError(
-                f"{given}: needs Transformer Engine's layers; add --transformer-impl transformer_engine, or drop the "
-                "flag"
-            )
-    for name in ("moe_latent_size", "cpu_offloading_num_layers"):
-        if not HAVE_TE and getattr(config, name):
-            raise UserError(
-                f"{as_typed(name, getattr(config, name))}: needs Transformer Engine; install it, or drop the flag"
-            )
-    if mixture is None:
-        return
-    if mixture.gated != config.gated_linear_unit:
-        check_form(mixture.form, config.gated_linear_unit)
-    for attribute, neutral, flag in _REFUSED_WITH_MIXTURE:
-        value = getattr(config, attribute, neutral)
-        if value != neutral:
-            shown = flag if value is True else f"{flag} {value}"
-            raise UserError(f"{shown}: acts on the activation step, which the mixture replaces; drop the flag")
+    if local:  # local layers ignore these
+        problem = "needs Transformer Engine's layers; add --transformer-impl transformer_engine, or drop the flag"
+        _refuse(config, {"fp8": None, "fp4": None}, problem)
+        if config.quant_recipe:
+            raise UserError(f"--te-precision-config-file: {problem}")
+    if not HAVE_TE:
+        needing = {"moe_latent_size": None, "cpu_offloading_num_layers": 0}
+        _refuse(config, needing, "needs Transformer Engine; install it, or drop the flag")
+    if mixture is not None:
+        if mixture.gated != config.gated_linear_unit:
+            check_form(mixture.form, config.gated_linear_unit)
+        _refuse(config, _REFUSED_WITH_MIXTURE, "acts on the activation step, which the mixture replaces; drop the flag")
 
 
 def _check_grouped_experts(config: TransformerConfig) -> None:
-    for attribute, neutral, flag in _REFUSED_WITH_GROUPED_EXPERTS:
-        value = getattr(config, attribute, neutral)
-        if value != neutral:
-            shown = flag if value is True else f"{flag} {value}"
-            raise UserError(f"{shown}: not supported by these grouped experts; drop it, or --moe-grouped-gemm")
+    problem = "not supported by these grouped experts; drop it, or --moe-grouped-gemm"
+    _refuse(config, _REFUSED_WITH_GROUPED_EXPERTS, problem)
     if config.add_bias_linear:
         raise UserError(
             "--moe-grouped-gemm: these grouped experts have no bias; add --disable-bias-linear, or drop the flag"
         )
     offloaded = [name for name in _OFFLOADED_OF_EXPERTS if name in (config.offload_modules or ())]
     if config.fine_grained_activation_offloading and offloaded:
-        raise UserError(
-            f"--offload-modules {' '.join(offloaded)}: not supported by these grouped experts; drop it, or "
-            "--moe-grouped-gemm"
-        )
+        raise UserError(f"{as_typed('offload_modules', offloaded)}: {problem}")
+
+
+def _refuse(config: TransformerConfig, neutral: Mapping[str, object], problem: str) -> None:
+    """Raises UserError for the first of these settings that has another value than its neutral one."""
+    for name, value in neutral.items():
+        if getattr(config, name, value) != value:
+            raise UserError(f"{as_typed(name, getattr(config, name))}: {problem}")
 
 
 def _stock_arguments(config: TransformerConfig) -> dict[str, Any]:

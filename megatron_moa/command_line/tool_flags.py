@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.command_line.numbers import positive, positive_number
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import FORMS, GATES, MIXINGS
@@ -53,6 +54,5 @@ def target_settings(flags: argparse.Namespace) -> dict[str, Any] | None:
         return settings
     for name, value in settings.items():
         if value:
-            text = " ".join(value) if isinstance(value, (list, tuple)) else "" if value is True else value
-            raise UserError(f"{f'--{name.replace("_", "-")} {text}'.strip()}: has no effect without --mixing la or moa")
+            raise UserError(f"{as_typed(name, value)}: has no effect without --mixing la or moa")
     return None

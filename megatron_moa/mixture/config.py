@@ -285,11 +285,11 @@ class MixtureConfig:
         if self.kind == "moa" and self.amplitude == "fixed":
             unused.add("initial_coefficients")
         words: list[str] = []
-        for setting, name in ARGS.items():
+        for setting in ARGS:
             value = _plain(getattr(self, setting))
             if setting in unused or value is False:
                 continue
-            words.append("--" + name.replace("_", "-"))
+            words.append(_FLAGS[setting])
             words += [] if value is True else map(_word, value if isinstance(value, list) else [value])
         return words
 
