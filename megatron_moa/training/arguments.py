@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from megatron_moa.checkpoints import guard
+from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.checkpoints.settings import check_saved_settings, differing
 from megatron_moa.command_line import megatron_flags
 from megatron_moa.command_line.flags import (
@@ -105,18 +105,42 @@ def parse_arguments(
     Raises:
         UserError: whatever a user can get wrong, Megatron's own assertions included.
     """
-    from megatron.training.arguments import validate_args
-
     args = parse_flags()
+    # What flags say by themselves, before any file is read.
     check_checkpoint_flags(args)
     check_progress_flags(args)
-    saved = None
-    checkpoint = guard.find_checkpoint(args)
+    # Before anything depends on settings: with --use-checkpoint-args they are the checkpoint's.
+    checkpoint, saved = _find_settings(args)
+    mixture = mixture_from_args(args)
+    _validate(args, mixture, check)
+    # Once settings are validated, as those in a checkpoint are.
+    _compare_with_saved(args, saved, checkpoint)
+    _mark(args, saved)
+    if as_global:  # last, since it makes folders
+        make_global(args)
+    return args, mixture
+
+
+def _find_settings(args: argparse.Namespace) -> tuple[Checkpoint | None, argparse.Namespace | None]:
+    """Returns the checkpoint to load and its settings, None for what is not there.
+
+    With ``--use-checkpoint-args`` the settings become the run's.
+    """
+    checkpoint, saved = guard.find_checkpoint(args), None
     if checkpoint is not None:
         checkpoint, saved = guard.read_saved_settings(args, checkpoint)
     if args.use_checkpoint_args:
         _take_saved_settings(args, checkpoint, saved)
-    mixture = mixture_from_args(args)
+    return checkpoint, saved
+
+
+def _validate(
+    args: argparse.Namespace, mixture: MixtureConfig | None, check: Callable[[argparse.Namespace], None] | None
+) -> None:
+    """Checks settings against each other, ours around Megatron's, which fill in what follows from them."""
+    from megatron.training.arguments import validate_args
+
+    # Before Megatron's: what it would assert without naming a flag, or fill in otherwise.
     check_shapes(args)
     _settle(args, mixture)
     if check is not None:
@@ -124,23 +148,34 @@ def parse_arguments(
     check_output_folders(args)
     with megatron_checks(args):
         validate_args(args)
+    # After Megatron's: what it has filled in, such as sizes of splits and modules of CUDA graphs.
     if mixture is not None:
         check_graphs(args)
     check_splits(args, mixture)
     optimizer.check_validated_arguments(args)
+
+
+def _compare_with_saved(
+    args: argparse.Namespace, saved: argparse.Namespace | None, checkpoint: Checkpoint | None
+) -> None:
+    """Refuses a checkpoint that does not fit the run: its model first, then its optimizer's state.
+
+    Random number states that do not fit are only left out.
+    """
     if saved is not None:
         check_saved_settings(args, saved, checkpoint)
         optimizer.check_saved_optimizer(args, saved, checkpoint)
         optimizer.check_saved_schedule(args, saved, checkpoint)
         optimizer_resharding.check_saved_split(args, saved, checkpoint)
-    args.moa_format_version = FORMAT_VERSION  # travels in checkpoints
-    args.moa_experts_share_parameters = True  # travels, too: optimizer_resharding reads by it how the state is laid out
-    if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from; has no flag
-        args.moa_end_tokens = saved.moa_end_tokens
     random_states.check_saved(args, saved, checkpoint)
-    if as_global:
-        make_global(args)
-    return args, mixture
+
+
+def _mark(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
+    """Adds to args what is to be known of this run's checkpoints and has no flag."""
+    args.moa_format_version = FORMAT_VERSION
+    args.moa_experts_share_parameters = True  # optimizer_resharding reads by it how the state is laid out
+    if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from
+        args.moa_end_tokens = saved.moa_end_tokens
 
 
 def make_global(args: argparse.Namespace) -> None:
@@ -220,7 +255,9 @@ def _graphs_cover_mixtures(args: argparse.Namespace) -> bool:
     return _graphs_cover(args, "mlp", "moe", *(["moe_router"] if with_router else []))
 
 
-def _take_saved_settings(args: argparse.Namespace, checkpoint: Any, saved: argparse.Namespace | None) -> None:
+def _take_saved_settings(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, saved: argparse.Namespace | None
+) -> None:
     """Takes the checkpoint's settings for the run, as ``--use-checkpoint-args`` asks.
 
     They become the run's where its flags do not contradict them.
