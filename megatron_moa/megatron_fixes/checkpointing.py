@@ -36,7 +36,6 @@ from megatron_moa.checkpoints.guard import (
     SAME_SETTINGS,
     changed_scales,
     check_before_setup,
-    find_checkpoint,
     first_failure,
     match_tensors,
     notice,
@@ -56,7 +55,6 @@ def install(args: argparse.Namespace) -> None:
     To be called before ``pretrain``, after Megatron's own checks of ``args``.
     """
     _SETUP.install()
-    _LOAD_CHECKPOINT.install()
     if args.save is None or "://" in args.save:
         return
     saver = Saver(Path(args.save), args.moa_keep_last, args.save_retain_interval)
@@ -278,19 +276,17 @@ def _checking_folders(setup_model_and_optimizer: Callable) -> Callable:
     def call(*args: Any, **kwargs: Any) -> Any:
         from megatron.training import get_args, get_tokenizer
 
-        check_before_setup(get_args(), get_tokenizer())
-        return setup_model_and_optimizer(*args, **kwargs)
+        checkpoint, _ = check_before_setup(get_args(), get_tokenizer())
+        with _LOAD_CHECKPOINT.installed(checkpoint.flag if checkpoint is not None else "--load"):
+            return setup_model_and_optimizer(*args, **kwargs)
 
     return call
 
 
-def _loading_strictly(load_checkpoint: Callable) -> Callable:
+def _loading_strictly(load_checkpoint: Callable, flag: str) -> Callable:
     @functools.wraps(load_checkpoint)
     def call(models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args
-
-        checkpoint = find_checkpoint(get_args())
-        with strict_loading(models, checkpoint.flag if checkpoint is not None else "--load"):
+        with strict_loading(models, flag):
             return load_checkpoint(models, *args, **kwargs)
 
     return call
@@ -306,7 +302,7 @@ _SETUP = patch(
 _LOAD_CHECKPOINT = patch(
     "megatron.training.training.load_checkpoint",
     _loading_strictly,
-    why="where a strict load fails it takes what fits, and leaves the rest as it started",
+    why="where a strict load fails it takes what fits, and leaves the rest as it started; made while a model is set up",
     version="0.19.2",
     remove_when="a strict load that fails ends the run",
 )
