@@ -43,7 +43,7 @@ from megatron_moa.checkpoints.settings import (
     upgrade_saved_settings,
     vocabulary_digest,
 )
-from megatron_moa.checkpoints.tensors import CheckpointTensors
+from megatron_moa.checkpoints.tensors import OPTIMIZER, CheckpointTensors
 from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError, check_is_folder, one_line
 
@@ -123,32 +123,54 @@ def _check_start(args: argparse.Namespace, folders: list[tuple[str, Path]]) -> N
 
 
 def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | None:
-    """What Megatron would load of a folder, None for nothing."""
-    complete = saved_iterations(root)
+    """Returns what Megatron would load of a folder, None for nothing.
+
+    Where the tracker cannot be read, :func:`_last_complete` decides, which may change it or ``args``.
+    """
     try:
         latest = read_tracker(root)
-        return Checkpoint(flag, root, args.ckpt_step if args.ckpt_step and latest is not None else latest)
     except FileNotFoundError:
         if args.ckpt_step and flag == "--load":  # Megatron then needs no tracker
             return Checkpoint(flag, root, args.ckpt_step)
-        if not complete and not all_kept_aside(root):
+        if not saved_iterations(root) and not all_kept_aside(root):
             return None
         problem = f"{TRACKER} is missing"
     except DamagedCheckpoint as error:
         problem = str(error)
-    kept = all_kept_aside(root)
+    else:
+        return Checkpoint(flag, root, args.ckpt_step if args.ckpt_step and latest is not None else latest)
+    return _last_complete(args, flag, root, problem)
+
+
+def _last_complete(args: argparse.Namespace, flag: str, root: Path, problem: str) -> Checkpoint:
+    """Returns the checkpoint to take instead of one that no tracker names, and makes Megatron take it.
+
+    Args:
+        problem: what is wrong with the tracker.
+
+    Raises:
+        UserError: there is none, it may be being written now, or ``--moa-load-last-complete`` is not given.
+    """
+    complete, kept = saved_iterations(root), all_kept_aside(root)
     if kept and max(kept) > max(complete, default=0):
         raise _being_written_again(Checkpoint(flag, root, max(kept)), kept[max(kept)])
     if not complete:
         raise UserError(f"{flag} {root}: {problem}; write the iteration to load into it")
+    last = complete[-1]
     if not args.moa_load_last_complete:
         raise UserError(
-            f"{flag} {root}: {problem}; the last complete checkpoint is iteration {complete[-1]}: "
-            f"write {complete[-1]} into that file, or add --moa-load-last-complete"
+            f"{flag} {root}: {problem}; the last complete checkpoint is iteration {last}: "
+            f"write {last} into that file, or add --moa-load-last-complete"
         )
-    notice(f"WARNING: {flag} {root}: {problem}; going on from iteration {complete[-1]}, the last complete one")
+    notice(f"WARNING: {flag} {root}: {problem}; going on from iteration {last}, the last complete one")
+    _name_for_megatron(args, flag, root, last, problem)
+    return Checkpoint(flag, root, last)
+
+
+def _name_for_megatron(args: argparse.Namespace, flag: str, root: Path, iteration: int, problem: str) -> None:
+    """Writes the tracker anew, or sets ``args.ckpt_step`` where it cannot be written and that is enough."""
     try:
-        write_tracker(root, complete[-1])  # by every rank, each the same: they cannot talk to each other yet
+        write_tracker(root, iteration)  # by every rank, each the same: they cannot talk to each other yet
     except OSError as error:
         # Megatron finds an iteration that it is told without a tracker, but not beside one that it cannot read.
         if flag != "--load" or args.pretrained_checkpoint is not None or (root / TRACKER).exists():
@@ -156,8 +178,7 @@ def _latest(args: argparse.Namespace, flag: str, root: Path) -> Checkpoint | Non
                 f"{flag} {root}: {problem}, and it cannot be written there ({error.strerror}); load a copy of that "
                 "folder that can be written to"
             ) from None
-        args.ckpt_step = complete[-1]
-    return Checkpoint(flag, root, complete[-1])
+        args.ckpt_step = iteration
 
 
 def _newer_non_persistent(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Checkpoint | None:
@@ -297,7 +318,8 @@ def check_before_setup(
 ) -> tuple[Checkpoint | None, argparse.Namespace | None]:
     """Checks the folders to load from and save to before a model is built; collective.
 
-    Call it when the ranks can talk.
+    Call it when the ranks can talk. The checkpoint is looked for anew, as Megatron does after this: since the command
+    line was checked another may have been saved there, or be taken now in the place of a damaged one.
 
     Args:
         args: the run's; gets a fingerprint of the tokenizer, which checkpoints carry.
@@ -347,11 +369,15 @@ def notice(text: str) -> None:
 SAME_SETTINGS = "load it with the settings it was saved with"
 
 
-def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -> None:
-    """Matches what a model asks for with what a checkpoint has, before it is loaded; collective.
+_Shapes = dict[str, tuple[int, ...] | None]  # of tensors by their names; None: any will do
 
-    Names that differ between Transformer Engine's layers and local ones are made the checkpoint's, in place
-    (megatron_moa.checkpoints.names).
+
+def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -> None:
+    """Matches what a model asks for with what a checkpoint has, before it is loaded.
+
+    Collective, since ranks ask for different tensors. Changes ``sharded_state_dict`` in place: names that differ
+    between Transformer Engine's layers and local ones are made the checkpoint's, and what Transformer Engine keeps
+    beside parameters stays as it is where the checkpoint lacks it (megatron_moa.checkpoints.names).
 
     Args:
         folder: of the one checkpoint.
@@ -362,46 +388,67 @@ def match_tensors(sharded_state_dict: dict, folder: str, flag: str = "--load") -
             optimizer's and that nobody asks for. Megatron by itself ignores surplus tensors, missing ones too under
             some values of ``--dist-ckpt-strictness``, and answers another shape with a traceback.
     """
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
-    there = {key: tuple(entry.size) for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    take_stored_names(sharded_state_dict, set(there))
+    stored = {key: tuple(entry.size) for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    take_stored_names(sharded_state_dict, set(stored))
     keep_absent_extra_state(sharded_state_dict, metadata)
+    where = f"{flag} {folder}"
+    model, optimizer = _by_owner(_asked_for(sharded_state_dict))
+    stored_model, stored_optimizer = _by_owner(stored)
+    # The model comes first: another one has another optimizer's state.
+    _refuse(where, *_mismatches(model, stored_model), SAME_SETTINGS)
+    lacking, surplus, reshaped = _mismatches(optimizer, stored_optimizer)
+    buckets = {key for key in lacking | surplus | reshaped if _BUCKET in key}
+    if buckets and all(any(_BUCKET in key for key in shapes) for shapes in (optimizer, stored_optimizer)):
+        raise UserError(_other_buckets(where, min(buckets), folder))
+    _refuse(where, lacking, set(), reshaped, f"{SAME_SETTINGS}, or with --no-load-optim")
+
+
+def _asked_for(sharded_state_dict: dict) -> _Shapes:
+    """Returns the shapes of the tensors that the ranks ask for, all ranks together; collective."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+
     wanted, _, _ = load_preprocess(sharded_state_dict)
     own = {
         value.key: None if value.allow_shape_mismatch else tuple(value.global_shape)
         for value in nested_values(wanted)
         if isinstance(value, ShardedTensor)
     }
-    here = {key: shape for part in gathered(own) for key, shape in part.items()}
-    keys, stored = ({key for key in shapes if not key.endswith(EXTRA_STATE)} for shapes in (here, there))
-    reshaped = {key for key in keys & stored if here[key] not in (None, there[key])}
-    surplus = {key for key in stored - keys if not key.startswith(_OPTIMIZERS)}
-    lacking = keys - stored
-    models = {key for key in lacking | surplus | reshaped if not key.startswith(_OPTIMIZERS)}
-    buckets = {key for key in (keys ^ stored) | reshaped if _BUCKET in key}
-    if buckets and not models and all(any(_BUCKET in key for key in some) for some in (keys, stored)):
-        raise UserError(_other_buckets(f"{flag} {folder}", min(buckets), folder))
+    return {key: shape for part in gathered(own) for key, shape in part.items()}
+
+
+def _by_owner(shapes: _Shapes) -> tuple[_Shapes, _Shapes]:
+    """Returns the model's tensors and the optimizer's, without Transformer Engine's extra states."""
+    model, optimizer = {}, {}
+    for key, shape in shapes.items():
+        if not key.endswith(EXTRA_STATE):
+            (optimizer if key.startswith(OPTIMIZER) else model)[key] = shape
+    return model, optimizer
+
+
+def _mismatches(asked: _Shapes, stored: _Shapes) -> tuple[set[str], set[str], set[str]]:
+    """Returns the names of tensors that a checkpoint lacks, has without being asked, and has in another shape."""
+    reshaped = {key for key in asked.keys() & stored.keys() if asked[key] not in (None, stored[key])}
+    return asked.keys() - stored.keys(), stored.keys() - asked.keys(), reshaped
+
+
+def _refuse(where: str, lacking: set[str], surplus: set[str], reshaped: set[str], remedy: str) -> None:
+    """Raises UserError if any tensor is named."""
     for keys, what in (
         (lacking, "lacks {} that this run has"),
         (surplus, "has {} that this run lacks"),
         (reshaped, "has {} in other shapes than this run"),
     ):
-        names = sorted(keys & models if models else keys)  # another model has another optimizer's state
-        if names:
-            named = f"{len(names)} tensors ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
-            remedy = SAME_SETTINGS
-            if not models:
-                remedy += ", or with --no-load-optim"
-            raise UserError(f"{flag} {folder}: the checkpoint {what.format(named)}; {remedy}")
+        if keys:
+            named = f"{len(keys)} tensors ({', '.join(sorted(keys)[:3])}{', …' if len(keys) > 3 else ''})"
+            raise UserError(f"{where}: the checkpoint {what.format(named)}; {remedy}")
 
 
-_OPTIMIZERS = ("optimizer.", "chained_")  # what the names of an optimizer's tensors begin with
 _BUCKET = "optimizer.distributed."  # in the names of a distributed optimizer's buckets, which are saved as they lie
 # Settings that decide what lies in which bucket.
 _OF_BUCKETS = tuple(
