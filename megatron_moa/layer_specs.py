@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions import fused_layer_norm
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -184,6 +185,11 @@ def check_supported(config: TransformerConfig, mixture: MixtureConfig | None) ->
     if mixture is not None:
         if mixture.gated != config.gated_linear_unit:
             check_form(mixture.form, config.gated_linear_unit)
+        if config.activation_func not in (F.silu, F.gelu):  # that of --swiglu, and Megatron's default
+            name = config.activation_func.__name__
+            flags = {"squared_relu": "--squared-relu", "quick_gelu": "--quick-geglu"}
+            shown = flags.get(name, f"activation_func {name}")
+            raise UserError(f"{shown}: the mixture replaces the activation; name it in --moa-activations instead")
         _refuse(config, _REFUSED_WITH_MIXTURE, "acts on the activation step, which the mixture replaces; drop the flag")
 
 

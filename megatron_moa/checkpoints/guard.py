@@ -64,7 +64,7 @@ def find_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         UserError: it is named wrongly, or cannot be told.
     """
     folders = (("--load", args.load), ("--pretrained-checkpoint", args.pretrained_checkpoint))
-    local = [(flag, Path(folder)) for flag, folder in folders if folder is not None and "://" not in folder]
+    local = [(flag, Path(folder)) for flag, folder in folders if folder is not None]
     for flag, root in local:
         check_is_folder(flag, root)
         if _saves_to(args, root):
@@ -190,10 +190,11 @@ def _newer_non_persistent(args: argparse.Namespace, checkpoint: Checkpoint | Non
         return None
     load = checkpoint.root if checkpoint is not None else args.load
     folder = args.non_persistent_global_ckpt_dir or (Path(load, "non_persistent") if load is not None else None)
-    if folder is not None and "://" not in str(folder):
-        check_is_folder("--non-persistent-global-ckpt-dir", Path(folder))
+    if folder is None:
+        return None
+    check_is_folder("--non-persistent-global-ckpt-dir", Path(folder))
     try:
-        iteration = read_tracker(Path(folder)) if folder is not None and "://" not in str(folder) else None
+        iteration = read_tracker(Path(folder))
     except FileNotFoundError:
         return None
     except DamagedCheckpoint as error:
@@ -352,7 +353,7 @@ def check_before_setup(
                 args.moa_end_tokens = None  # numbers of the vocabulary before
             for change in (*other_tokens, *(changed_data(args, saved, checkpoint) if trains else ())):
                 notice(f"WARNING: {change}")
-    if args.save is not None and "://" not in args.save:
+    if args.save is not None:
         check_writable(Path(args.save))
     return checkpoint, saved
 

@@ -129,6 +129,8 @@ _DATA = (
     "mock_data",
     "split",
     "seed",
+    "dataloader_type",
+    "data_sharding",
     "reset_position_ids",
     "reset_attention_mask",
     "eod_mask_loss",

@@ -225,9 +225,6 @@ def mixture_from_args(args: argparse.Namespace) -> MixtureConfig | None:
     if args.moa_mixing == "none":
         _refuse_mixture_flags(args)
         return None
-    for flag, given in (("--squared-relu", args.squared_relu), ("--quick-geglu", args.quick_geglu)):
-        if given:
-            raise UserError(f"{flag}: the mixture replaces the activation; name it in --moa-activations instead")
     _check_gate_training(args)
     if args.moa_form == "auto":
         args.moa_form, args.moa_form_reason = auto_form(args.swiglu, bool(args.num_experts))
@@ -276,14 +273,16 @@ def _check_gate_training(args: argparse.Namespace) -> None:
 
 def check_checkpoint_flags(args: argparse.Namespace) -> None:
     """Raises UserError for invalid values of these flags."""
+    for name in ("load", "save", "pretrained_checkpoint", "non_persistent_global_ckpt_dir"):
+        folder = getattr(args, name)
+        if folder is not None and "://" in folder:  # which Megatron takes, and nothing here could check
+            raise UserError(
+                f"{as_typed(name, folder)}: checkpoints in object stores are not supported; name a folder, and copy it"
+            )
     if args.moa_keep_last is not None and args.moa_keep_last < 1:
         raise UserError(f"--moa-keep-last {args.moa_keep_last}: would keep none; give 1 or more")
     if args.moa_keep_last is not None and args.save is None:
         raise UserError(f"--moa-keep-last {args.moa_keep_last}: nothing is saved; add --save FOLDER, or drop the flag")
-    if args.moa_keep_last is not None and "://" in args.save:
-        raise UserError(
-            f"--moa-keep-last {args.moa_keep_last}: deletes on disks alone, not in --save {args.save}; drop the flag"
-        )
     if args.save is not None and args.save_interval is None:
         # Megatron 0.19.2 has an assertion without a text for it.
         raise UserError(f"--save {args.save}: says where, not when; add --save-interval N, in iterations")

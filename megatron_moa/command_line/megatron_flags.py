@@ -453,7 +453,7 @@ def spellings(name: str) -> tuple[str, ...]:
 
 
 def is_typed(name: str) -> bool:
-    """Whether this process's command line sets one of Megatron's args, if only to its default."""
+    """Whether this process's command line sets one of the args, if only to its default."""
     return any(word.split("=", 1)[0] in spellings(name) for word in sys.argv[1:])
 
 

@@ -55,7 +55,7 @@ def install(args: argparse.Namespace) -> None:
     To be called before ``pretrain``, after Megatron's own checks of ``args``.
     """
     _SETUP.install()
-    if args.save is None or "://" in args.save:
+    if args.save is None:
         return
     saver = Saver(Path(args.save), args.moa_keep_last, args.save_retain_interval)
     if args.save_retain_interval is not None:

@@ -31,6 +31,7 @@ from megatron_moa.megatron_fixes import optimizer_resharding, random_states
 from megatron_moa.mixture.config import FORMAT_VERSION, MixtureConfig
 from megatron_moa.mixture.functional import check_overwrite, resolve_backend
 from megatron_moa.training import optimizer, progress
+from megatron_moa.training.data_order import changed_order
 from megatron_moa.training.megatron_checks import megatron_checks
 from megatron_moa.training.parser import parse_flags, parser_defaults
 
@@ -51,11 +52,11 @@ def restore_model_flags(args: argparse.Namespace, saved: argparse.Namespace) -> 
     defaults = mixture_defaults()
     stock = {**defaults, "moa_mixing": "none"}
     for name, given, stored in differing(MODEL_FLAGS, args, saved, unset=stock, exactly=True):
-        if given != defaults[name]:
+        if given != defaults[name] or megatron_flags.is_typed(name):
             raise _contradiction(name, given, stored)
         setattr(args, name, stored)
     for name in TRAINING_FLAGS:
-        if getattr(args, name) == defaults[name]:
+        if getattr(args, name) == defaults[name] and not megatron_flags.is_typed(name):
             setattr(args, name, getattr(saved, name, defaults[name]))
 
 
@@ -78,7 +79,7 @@ def _restore_megatrons(args: argparse.Namespace, saved: argparse.Namespace) -> N
             if takes_tokenizer or given == default:
                 setattr(args, name, stored if stored is not None else given)
         else:
-            was_given = not megatron_flags.same(name, given, default)
+            was_given = not megatron_flags.same(name, given, default) or megatron_flags.is_typed(name)
             if was_given and name in megatron_flags.FUNCTION and not megatron_flags.same(name, given, stored):
                 raise _contradiction(name, given, stored)
             setattr(args, name, stored)
@@ -163,6 +164,8 @@ def _compare_with_saved(
     Random number states that do not fit are only left out.
     """
     if saved is not None:
+        for change in changed_order(args, saved, checkpoint):
+            guard.notice(f"WARNING: {change}")
         check_saved_settings(args, saved, checkpoint)
         optimizer.check_saved_optimizer(args, saved, checkpoint)
         optimizer.check_saved_schedule(args, saved, checkpoint)

@@ -71,7 +71,7 @@ def look(program: str, words: Sequence[str]) -> None:
 
 
 def _check_folder(args: argparse.Namespace) -> None:
-    if not args.load or "://" in args.load:
+    if not args.load:
         return
     folder = Path(args.load)
     check_is_folder("--load", folder)

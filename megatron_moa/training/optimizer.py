@@ -96,11 +96,20 @@ def check_validated_arguments(args: argparse.Namespace) -> None:
         )
 
 
+_IN_GROUPS = {  # settings that an optimizer keeps in its parameter groups, and so in checkpoints
+    "adam": ("adam_beta1", "adam_beta2", "adam_eps"),
+    "lion": ("lion_beta1", "lion_beta2"),
+    "muon": ("muon_momentum",),
+    "sgd": ("sgd_momentum",),
+}
+
+
 def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Raises UserError if the checkpoint's optimizer has other parameter groups than a run's would have.
 
     Megatron 0.19.2 finds the groups again by their settings, learning rates among them, and if it does not, fails once
-    everything is built; --override-opt-param-scheduler changes nothing about that.
+    everything is built; --override-opt-param-scheduler changes nothing about that. The groups' betas, epsilon and
+    momentum come from the checkpoint, and the run's would be ignored.
 
     Args:
         args: the run's, validated by Megatron.
@@ -113,6 +122,8 @@ def check_saved_optimizer(args: argparse.Namespace, saved: argparse.Namespace, c
     names = ["optimizer", "lr", "min_lr", "decoupled_lr", "decoupled_min_lr", *unset]
     if args.optimizer == "muon":
         names.append("muon_scalar_optimizer")
+    for optimizer in (args.optimizer, args.muon_scalar_optimizer if args.optimizer == "muon" else None):
+        names += _IN_GROUPS.get(optimizer, ())
     for name, here, there in differing(names, args, saved, unset, exactly=True):
         raise UserError(
             f"{as_typed(name, here)}: the optimizer to load has {as_typed(name, there)} ({checkpoint}); "

@@ -506,7 +506,8 @@ def test_training_begins_anew_only_where_that_was_meant(
     [
         (["--moa-keep-last", "0", "--save", "x"], "--moa-keep-last 0: would keep none"),
         (["--moa-keep-last", "2"], "--moa-keep-last 2: nothing is saved"),
-        (["--moa-keep-last", "2", "--save", "msc://x"], "--moa-keep-last 2: deletes on disks alone, not in --save msc"),
+        (["--load", "msc://x/y"], "--load msc://x/y: checkpoints in object stores are not supported; name a folder"),
+        (["--save", "s3://x", "--save-interval", "2"], "--save s3://x: checkpoints in object stores are not supported"),
         (["--moa-load-last-complete", "--ckpt-step", "4"], "--moa-load-last-complete: contradicts --ckpt-step 4"),
     ],
 )

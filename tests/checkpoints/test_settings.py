@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -282,14 +283,15 @@ def test_another_seed_is_told_as_other_data() -> None:
 @pytest.fixture
 def take(tmp_path: Path) -> Callable[..., argparse.Namespace]:
     """Returns a run's settings beside those of a checkpoint that --use-checkpoint-args takes."""
-    saved = namespace(attention_dropout=0.3, hidden_dropout=0.3, spec=["megatron_moa.layer_specs", "moa_layer_spec"])
-    vars(saved).update(moa_format_version=FORMAT_VERSION, num_layers=2, tensor_model_parallel_size=2)
-    write_checkpoint(tmp_path / "iter_0000007", {}, vars(saved))
-    write_tracker(tmp_path, 7)
+    there = namespace(attention_dropout=0.3, hidden_dropout=0.3, spec=["megatron_moa.layer_specs", "moa_layer_spec"])
+    vars(there).update(moa_format_version=FORMAT_VERSION, num_layers=2, tensor_model_parallel_size=2)
 
-    def call(**typed: object) -> argparse.Namespace:
-        args = argparse.Namespace(**{**parser_defaults(), **typed, "load": str(tmp_path), "use_checkpoint_args": True})
-        arguments._take_saved_settings(args, Checkpoint("--load", tmp_path, 7), saved)
+    def call(saved: Mapping[str, object] = MappingProxyType({}), **typed: object) -> argparse.Namespace:
+        settings, root = {**vars(there), **saved}, tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        write_checkpoint(root / "iter_0000007", {}, settings)
+        write_tracker(root, 7)
+        args = argparse.Namespace(**{**parser_defaults(), **typed, "load": str(root), "use_checkpoint_args": True})
+        arguments._take_saved_settings(args, Checkpoint("--load", root, 7), argparse.Namespace(**settings))
         return args
 
     return call
@@ -312,6 +314,21 @@ def test_what_is_typed_wins_where_it_is_the_default(
     monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", *words])
     args = take()
     assert (args.hidden_dropout, args.attention_dropout) == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("words", [["--moa-gate", "sigmoid"], ["--rotary-base", "10000"]], ids=str)
+def test_a_typed_default_contradicts_as_any_other_value(
+    words: list[str], take: Callable[..., argparse.Namespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of tanh gates is not loaded as it is for who typed ``--moa-gate sigmoid``, the default."""
+    others = {"moa_mixing": "moa", "moa_gate": "tanh", "rotary_base": 500000}
+    assert take(saved=others).rotary_base == 500000
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", *words])
+    typed = " ".join(words).replace("=", " ")
+    with pytest.raises(UserError, match=f"^{typed}: the checkpoint has .*; drop the flag$"):
+        take(saved=others)
+    monkeypatch.setattr(sys, "argv", ["pretrain_gpt_moa.py", "--moa-gate-lr-scale", "1"])
+    assert take(saved={**others, "moa_gate_lr_scale": 4.0}).moa_gate_lr_scale == 1.0
 
 
 def test_a_split_is_the_checkpoints_where_that_is_asked_for(take: Callable[..., argparse.Namespace]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron.core.fusions import fused_layer_norm
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt import gpt_layer_specs
@@ -224,6 +225,9 @@ def test_named_specs_refuse_mtp_which_they_do_not_reach() -> None:
     ("settings", "message"),
     [
         ({"activation_func_clamp_value": 7.0}, "--activation-func-clamp-value 7.0"),
+        ({"activation_func": quick_gelu}, "--quick-geglu: the mixture replaces the activation; name it in --moa-act"),
+        ({"activation_func": squared_relu}, "--squared-relu: the mixture replaces"),
+        ({"activation_func": torch.relu}, "activation_func relu: the mixture replaces the activation"),
         (moe_settings(use_grouped_gemm_for_shared_expert=True), "--use-grouped-gemm-for-shared-expert:"),
     ],
 )

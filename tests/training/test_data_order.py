@@ -13,6 +13,8 @@ import pytest
 
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.quiet_imports import quiet_imports
+from megatron_moa.errors import UserError
+from megatron_moa.training.arguments import _compare_with_saved
 from megatron_moa.training.data_order import changed_order
 from megatron_moa.training.parser import parser_defaults
 
@@ -84,7 +86,7 @@ def test_a_line_where_megatrons_order_changes_and_nowhere_else(
     assert told == {True, False}
 
 
-def test_the_line_names_flag_dataset_and_passes(prefixes: tuple[str, str]) -> None:
+def test_the_line_names_flag_dataset_and_passes(prefixes: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     words = [prefixes[0]]
     (line,) = changed_order(settings(words, 20), settings(words, 10), CHECKPOINT)
     assert line.startswith(
@@ -95,6 +97,9 @@ def test_the_line_names_flag_dataset_and_passes(prefixes: tuple[str, str]) -> No
     longer = argparse.Namespace(**{**vars(apart), "train_iters": 5, "train_samples": 400})
     (line,) = changed_order(longer, apart, CHECKPOINT)
     assert line.startswith("--train-samples 400: ")
+    with pytest.raises(UserError):  # for another schedule, once the line is printed
+        _compare_with_saved(settings(words, 20, lr=0.1), settings(words, 10), CHECKPOINT)
+    assert f"WARNING: --train-iters 20: the run now reads {prefixes[0]} 2 times" in capsys.readouterr().out
     for changes in ({"finetune": True}, {"skip_train": True}, {"mock_data": True}):
         assert not list(changed_order(settings(words, 20, **changes), settings(words, 10), CHECKPOINT))
     assert not list(changed_order(settings(list(prefixes), 20), settings(list(prefixes), 10), CHECKPOINT))

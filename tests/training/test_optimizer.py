@@ -19,11 +19,13 @@ import torch
 from megatron_moa import startup
 from megatron_moa.checkpoints.files import Checkpoint
 from megatron_moa.command_line.flags import mixture_from_args
+from megatron_moa.command_line.megatron_flags import as_typed
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.research.compare_runs import Record, TensorPiece
 from megatron_moa.training.arguments import restore_model_flags
 from megatron_moa.training.optimizer import check_saved_optimizer, check_saved_schedule
+from megatron_moa.training.parser import parser_defaults
 from tests.support import launch
 from tests.support.layers import build_model, make_config
 from tests.support.training import MOE, ROOT, SWIGLU, TINY, Run, record, train
@@ -497,6 +499,24 @@ def test_another_schedule_is_refused(given: dict[str, Any], text: str | None) ->
 
 
 _WSD = {**_SCHEDULE, "lr_decay_style": "WSD", "lr_wsd_decay_iters": 20}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "name"),
+    [("adam", "adam_beta2"), ("adam", "adam_eps"), ("sgd", "sgd_momentum"), ("muon", "muon_momentum")]
+    + [("muon", "adam_beta1"), ("lion", "lion_beta2")],
+)
+def test_what_the_saved_groups_have_is_not_changed(optimizer: str, name: str) -> None:
+    """Megatron takes betas and momentum from the checkpoint without a word."""
+    run = argparse.Namespace(**{**parser_defaults(), **_LOADED, "optimizer": optimizer})
+    saved = argparse.Namespace(**{**vars(run), name: getattr(run, name) / 2})
+    checkpoint = Checkpoint("--load", Path("folder"), 10)
+    check_saved_optimizer(run, argparse.Namespace(**vars(run)), checkpoint)
+    with pytest.raises(UserError, match=f"^{as_typed(name, getattr(run, name))}: the optimizer to load has ") as error:
+        check_saved_optimizer(run, saved, checkpoint)
+    assert str(error.value).endswith("give that, or start a new optimizer and schedule with --no-load-optim")
+    other = "sgd_momentum" if optimizer != "sgd" else "adam_beta1"
+    check_saved_optimizer(run, argparse.Namespace(**{**vars(run), other: 0.1}), checkpoint)
 
 
 @pytest.mark.parametrize(
