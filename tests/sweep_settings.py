@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moa.command_line.megatron_flags import FUNCTION
+from megatron_moa.command_line.words import flag_groups
 from megatron_moa.runs.tiny_model import MOE, TINY
 from tests.support import launch
 from tests.support.training import ROOT
@@ -165,17 +166,11 @@ class Row:
 
 def flags_of(text: str) -> list[str]:
     """TINY's flags changed as an entry of :data:`TRIED` says."""
-    words, added, flags = list(TINY), [], text.split()
-    for word in flags:
-        if re.match("-[a-z]", word):
-            at = words.index("-" + word)
-            end = at + 1
-            while end < len(words) and not words[end].startswith("--"):
-                end += 1
-            del words[at:end]
-        else:
-            added.append(word)
-    return [*words, *added]
+    flags = text.split()
+    removed = {f"-{word}" for word in flags if re.match("-[a-z]", word)}
+    assert removed <= set(TINY), text
+    words = [word for group in flag_groups(TINY) if group[0] not in removed for word in group]
+    return [*words, *(word for word in flags if f"-{word}" not in removed)]
 
 
 def _run(script: str, arguments: list[str]) -> tuple[int, str]:

@@ -34,6 +34,7 @@ import torch
 from megatron_moa import startup
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.tables import markdown_table
+from megatron_moa.command_line.words import flag_groups
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
@@ -67,11 +68,8 @@ def split_moa_flags(flags: list[str]) -> tuple[list[str], list[str]]:
     """Megatron's flags, and the mixture's with their values: the stock arm has none of those."""
     others: list[str] = []
     moa_flags: list[str] = []
-    target = others
-    for word in flags:
-        if word.startswith("--"):
-            target = moa_flags if word.startswith("--moa-") else others
-        target.append(word)
+    for words in flag_groups(flags):
+        (moa_flags if words[0].startswith("--moa-") else others).extend(words)
     return others, moa_flags
 
 

@@ -9,7 +9,6 @@ import datetime
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moa.command_line.words import flag_values
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.single_process import TASK_COUNTS
 from megatron_moa.mixture.start_scale import matching_scale, output_scale
@@ -638,22 +638,17 @@ def test_the_committed_results_are_of_the_arms_that_they_are_named_after(folder)
         if arm.mixture is None:
             assert flags[flags.index("--moa-mixing") + 1] == "none"
             continue
-
-        def words(name, flags=flags):
-            start = flags.index(name) + 1
-            return list(itertools.takewhile(lambda word: not word.startswith("--"), flags[start:]))
-
-        mixture = arm.mixture
-        assert words("--moa-mixing") == [mixture.kind]
-        assert words("--moa-init-scale") == [{"paper": "mixture", "matched": "swiglu"}[mixture.init_scale]]
+        given, mixture = flag_values(flags), arm.mixture
+        assert given["--moa-mixing"] == mixture.kind
+        assert given["--moa-init-scale"] == {"paper": "mixture", "matched": "swiglu"}[mixture.init_scale]
         if arm.as_large_as:  # c silu(y) z, then one-sided with silu on W1's branch, now with identity on W2's
-            assert (words("--moa-form"), words("--moa-activations")) == (["one-sided"], ["silu"])
+            assert (given["--moa-form"], given["--moa-activations"]) == ("one-sided", "silu")
         else:
-            assert words("--moa-form") == [mixture.form]
+            assert given["--moa-form"] == mixture.form
             assert mixture.form == "bi-sided" or line["cell"]["arm"] == "polyrelu-matched"
-            assert sorted(words("--moa-activations")) == sorted(mixture.activations)
+            assert sorted(given["--moa-activations"].split()) == sorted(mixture.activations)
         if mixture.kind == "moa":
-            assert words("--moa-gate") == [mixture.gate]
+            assert given["--moa-gate"] == mixture.gate
             assert line["recorded_arm"] != line["cell"]["arm"]
         else:
             assert mixture.init_scale == "matched" or arm.as_large_as  # the start of LA is no longer 0.5

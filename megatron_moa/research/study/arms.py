@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from megatron_moa.command_line.flags import mixture_defaults
+from megatron_moa.command_line.words import flag_groups
 from megatron_moa.mixture.config import FORMS, MixtureConfig
 from megatron_moa.mixture.start_scale import output_scale
 from megatron_moa.research.study.values import Count, Natural, NotNegative, Positive
@@ -119,9 +119,7 @@ class Arm:
     def shared_flags(self, flags: Sequence[str]) -> list[str]:
         """Leaves a study's flags about mixtures, such as ``--moa-backend``, out of an arm that has none."""
         own = {"--" + name.replace("_", "-") for name in mixture_defaults()} if self.mixture is None else set()
-        starts = [number for number, word in enumerate(flags) if word.startswith("--")]
-        kept = [flags[a:b] for a, b in pairwise([0, *starts, len(flags)]) if a == b or flags[a] not in own]
-        return [word for words in kept for word in words]
+        return [word for words in flag_groups(flags) if words[0] not in own for word in words]
 
     def flags(self, size: Size) -> list[str]:
         """Of pretrain_gpt_moa.py, without the width."""

@@ -164,7 +164,7 @@ def _larger(results: Results, small: Setting, large: Setting, to: str, tokens: b
     starts = []
     for setting in (small, large):
         flags = results.flags(setting)
-        deviation, hidden = (float(flags.get(flag, ("1",))[0]) for flag in ("--init-method-std", "--hidden-size"))
+        deviation, hidden = (float(flags.get(flag, "1")) for flag in ("--init-method-std", "--hidden-size"))
         starts.append((deviation, round(deviation * hidden**0.5, 2)))
     alike = any(one == other for one, other in zip(*starts, strict=True))
     sizes = [results.tuned(setting, to).non_embedding for setting in (small, large)]

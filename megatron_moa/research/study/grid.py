@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from megatron_moa.command_line.flags import our_flags
 from megatron_moa.command_line.megatron_flags import check_words
+from megatron_moa.command_line.words import flag_groups
 from megatron_moa.errors import UserError, one_line, printable
 from megatron_moa.research.study.arms import ARMS, Size
 from megatron_moa.research.study.corpora import check_settings
@@ -307,9 +308,7 @@ def _from_recipe(where: str, recipe: str) -> dict[str, Any]:
         if "FFN" in os.environ:
             raise UserError(f"FFN={os.environ['FFN']}: a study's arms say which layer it is; unset FFN")
         raise UserError(f"{where} {recipe}: its layer is not SwiGLU, which arms are built from; name another recipe")
-    starts = [number for number, word in enumerate(words) if word.startswith("--")]
-    for start, end in zip(starts, [*starts[1:], len(words)], strict=True):
-        flag, values = words[start], words[start + 1 : end]
+    for flag, *values in flag_groups(words):
         if flag in _KEYS_OF_SIZE and flag != "--moe-ffn-hidden-size":
             found[_KEYS_OF_SIZE[flag]] = float(values[0]) if flag == "--init-method-std" else int(values[0])
         elif flag not in ("--swiglu", "--squared-relu", "--max-position-embeddings"):  # an arm's, and the study's

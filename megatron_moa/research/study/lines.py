@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_moa.command_line.words import flag_values
 from megatron_moa.errors import UserError
 from megatron_moa.research.study.grid import Cell
 from megatron_moa.research.study.values import Count, NotNegative, Positive, filled, fitting
@@ -137,7 +137,7 @@ def _check_flags(where: str, flags: list[str]) -> None:
     """What reports read off a run's flags."""
     if flags and not flags[0].startswith("--"):
         raise UserError(f"{where} {flags[0]!r}: must begin with a flag")
-    given = dict(pairwise([*flags, ""]))
+    given = flag_values(flags)
     if "--hidden-size" not in given and {"--init-method-std", "--moa-gate-init-std"} & given.keys():
         raise UserError(f"{where}: --hidden-size: is missing")
     for flag, hint in (

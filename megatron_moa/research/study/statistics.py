@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, stats
 
+from megatron_moa.command_line.words import flag_values
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.grid import best_rate, cell_from, rates_of
 from megatron_moa.research.study.runner import losses_of
@@ -200,24 +201,14 @@ class Results:
         for setting, values in flags.items():
             scale = ""
             if len(deviations) > 1 and "--init-method-std" in values:
-                (deviation,), (hidden,) = values["--init-method-std"], values["--hidden-size"]
-                scale = f"{float(deviation) * float(hidden) ** 0.5:.2g}"
-            shared = {name: words for name, words in values.items() if name not in (*_OF_SIZE, *_OF_RUN)}
+                scale = f"{float(values['--init-method-std']) * float(values['--hidden-size']) ** 0.5:.2g}"
+            shared = {name: text for name, text in values.items() if name not in (*_OF_SIZE, *_OF_RUN)}
             kinds[setting] = (scale, *sorted(pair for pair in shared.items() if not pair[0].startswith("--moa-")))
         return kinds
 
-    def flags(self, setting: Setting) -> dict[str, tuple[str, ...]]:
-        """Those of a setting's first run, each with its values."""
-        line = next(line for cell, line in self.lines.items() if cell.setting == setting)
-        flags: dict[str, tuple[str, ...]] = {}
-        name = ""
-        for word in line["flags"]:
-            if word.startswith("--"):
-                name = word
-                flags[name] = ()
-            else:
-                flags[name] += (word,)
-        return flags
+    def flags(self, setting: Setting) -> dict[str, str]:
+        """Those of a setting's first run, as :func:`flag_values` returns them."""
+        return flag_values(next(line for cell, line in self.lines.items() if cell.setting == setting)["flags"])
 
     def differences(self, setting: Setting, arm: str, to: str) -> dict[int, float]:
         """Returns the loss of one arm minus another's, by seed that both have.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from itertools import pairwise
 
+from megatron_moa.command_line.words import flag_values
 from megatron_moa.research.study.pictures import arm_title, plan_title, setting_title, size_title
 from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.words import counted, listed
@@ -56,7 +56,7 @@ def _gate_starts(study: Material) -> Lines:
     """
     found: dict[str, None] = {}
     for line in study.results.lines.values():
-        given = dict(pairwise(line["flags"]))
+        given = flag_values(line["flags"])
         deviation = given.get("--moa-gate-init-std", given.get("--init-method-std"))
         if given.get("--moa-mixing") == "moa" and deviation is not None:
             found[f"{deviation} at h {given['--hidden-size']}"] = None
@@ -68,7 +68,7 @@ def _ends(study: Material) -> str:
     """Returns what learning rates come down to, by the flags of the runs."""
     ends: dict[str, None] = {}
     for line in study.results.lines.values():
-        given = dict(pairwise(line["flags"]))
+        given = flag_values(line["flags"])
         if "--min-lr" in given:
             ends[f"{float(given['--min-lr']) / float(given['--lr']):.3g}"] = None
     return f"Rates come down to {listed(ends)} of their peak (the paper's: 0.05 cosine, 0 WSD)." if ends else ""
