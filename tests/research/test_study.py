@@ -30,7 +30,7 @@ from megatron_moa.command_line.words import flag_values
 from megatron_moa.errors import UserError
 from megatron_moa.megatron_fixes.single_process import TASK_COUNTS
 from megatron_moa.mixture.start_scale import matching_scale, output_scale
-from megatron_moa.research.study.arms import ARMS, Size
+from megatron_moa.research.study.arms import ARMS, Size, by_gate
 from megatron_moa.research.study.corpora import make_corpus
 from megatron_moa.research.study.evidence import read_evidence
 from megatron_moa.research.study.grid import Cell, cell_values, pending, read_study
@@ -132,6 +132,20 @@ def test_only_the_control_has_other_seeds():
     assert {name for name, arm in ARMS.items() if arm.seed(1) != 1} == {"swiglu-again"}
     again, plain = ARMS["swiglu-again"], ARMS["swiglu"]
     assert again.flags(SIZE) == plain.flags(SIZE)
+
+
+def test_an_arm_says_what_it_is_beside_its_name() -> None:
+    for arm in ARMS.values():
+        starts_matched = arm.mixture is not None and arm.mixture.init_scale == "matched"
+        assert (arm.unmatched is not None) == starts_matched, arm.name
+        if starts_matched:
+            same = ARMS[arm.unmatched]
+            assert (replace(arm.mixture, init_scale="paper"), arm.family) == (same.mixture, same.family)
+    assert [ARMS[name].family for name in ("swiglu-scaled", "relu2", "la-type1-half", "moa-quadratic", "polyrelu")] == [
+        *("swiglu", "relu2", "la", "moa", "polyrelu")
+    ]
+    assert by_gate("moa-type1") == {"softmax": "moa-type1-softmax", "tanh": "moa-type1-tanh"}
+    assert by_gate("swiglu") == by_gate("la-type1") == {}
 
 
 @pytest.mark.parametrize("name", ARMS)

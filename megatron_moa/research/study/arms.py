@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 from megatron_moa.command_line.flags import mixture_defaults
 from megatron_moa.command_line.words import flag_groups
-from megatron_moa.mixture.config import FORMS, MixtureConfig
+from megatron_moa.mixture.config import FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.start_scale import output_scale
+from megatron_moa.research.study.paper import TABLE_1, TABLE_2
 from megatron_moa.research.study.values import Count, Natural, NotNegative, Positive
 
 # Over how much wider a layer of one matrix less is, for the same number of parameters: 3 h f = 2 h (3/2 f).
@@ -69,6 +70,8 @@ class Arm:
         title: for tables and pictures.
         mixture: None for stock Megatron.
         fixed: a stock layer's activation: ``swiglu``, ``relu2`` or ``gelu``.
+        drawn_as: the family that it is drawn with, where that is not its layer's own.
+        unmatched: of an arm whose output scale is matched, the same arm with the paper's values at the start.
         as_large_as: the arm whose output's mean square at step 0 this fixed layer gets.
         widened: ``parameters`` or ``time``: as wide as it takes to have bi-sided MoA's; ``half``: half as wide.
         other_seeds: whether its seeds are others than those of the same number elsewhere.
@@ -78,6 +81,8 @@ class Arm:
     title: str
     mixture: MixtureConfig | None = None
     fixed: str = "swiglu"
+    drawn_as: str | None = None
+    unmatched: str | None = None
     as_large_as: str | None = None
     widened: str | None = None
     other_seeds: bool = False
@@ -86,6 +91,11 @@ class Arm:
     def is_gated(self) -> bool:
         """Whether its layers are Type II."""
         return self.fixed == "swiglu" if self.mixture is None else self.mixture.gated
+
+    @property
+    def family(self) -> str:
+        """What it is drawn and listed with: its activation, ``la``, ``moa``, or what it names."""
+        return self.drawn_as or (self.fixed if self.mixture is None else self.mixture.kind)
 
     @property
     def baseline(self) -> str:
@@ -141,34 +151,35 @@ def _scale(mixture: MixtureConfig, size: Size) -> float:
     return output_scale(mixture, size.init_std, size.hidden)
 
 
-def _mixed(name: str, title: str, mixture: MixtureConfig) -> tuple[Arm, Arm]:
+def _mixed(name: str, title: str, mixture: MixtureConfig, drawn_as: str | None = None) -> tuple[Arm, Arm]:
     """Returns a mixture's two arms: one with the paper's values at the start, and NAME-matched.
 
     The latter starts with the output scale of SwiGLU or GELU.
     """
-    fixed = "SwiGLU" if mixture.gated else "GELU"
-    return (
-        Arm(name, title, mixture),
-        Arm(f"{name}-matched", f"{title}, scale matched to {fixed}", replace(mixture, init_scale="matched")),
-    )
+    arm = Arm(name, title, mixture, drawn_as=drawn_as)
+    matched = f"{title}, scale matched to {'SwiGLU' if mixture.gated else 'GELU'}"
+    started = replace(mixture, init_scale="matched")
+    return arm, replace(arm, name=f"{name}-matched", title=matched, mixture=started, unmatched=name)
 
 
-def _scaled(name: str, title: str, form: str, activation: str, like: str) -> Arm:
+def _scaled(fixed: str, title: str, form: str, activation: str, like: str) -> Arm:
     """A fixed layer as an LA of one activation whose coefficient is not trained."""
-    return Arm(name, title, MixtureConfig("la", form, (activation,), freeze=True), as_large_as=like)
+    mixture = MixtureConfig("la", form, (activation,), freeze=True)
+    return Arm(f"{fixed}-scaled", title, mixture, drawn_as=fixed, as_large_as=like)
 
 
 def _of_every_form() -> Iterator[Arm]:
     """Yields LA and MoA of every form: the paper's own arms, and each with its scale matched.
 
-    They have every kind of gate that the paper's tables 1 and 2 have.
+    They have every kind of gate that the paper's tables have of their form.
     """
     for form in FORMS:
         words = "Type I" if form == "type1" else form
         yield from _mixed(f"la-{form}", f"{words} LA", MixtureConfig("la", form))
         yield from _mixed(f"moa-{form}", f"{words} MoA", MixtureConfig("moa", form))
-        for gate in ("softmax", "tanh") if form in ("type1", "bi-sided") else ("softmax",):
-            yield from _mixed(f"moa-{form}-{gate}", f"{words} MoA, {gate} gates", MixtureConfig("moa", form, gate=gate))
+        for gate in GATES:
+            if (name := f"moa-{form}-{gate}") in {**TABLE_1, **TABLE_2}:
+                yield from _mixed(name, f"{words} MoA, {gate} gates", MixtureConfig("moa", form, gate=gate))
 
 
 # Started as arXiv 2411.03884 says: 0 for the constant, 1/3 for the powers.
@@ -190,14 +201,31 @@ ARMS: dict[str, Arm] = {
         Arm("swiglu-again", "SwiGLU, other seeds", other_seeds=True),
         Arm("swiglu-half", "SwiGLU, half as wide", widened="half"),
         # Ours. How much is the scale at step 0?
-        _scaled("swiglu-scaled", "SwiGLU, scaled up as bi-sided MoA", "one-sided", "identity", "moa-bi-sided"),
-        _scaled("relu2-scaled", "ReLU2, scaled up as Type I MoA", "type1", "relu2", "moa-type1"),
+        _scaled("swiglu", "SwiGLU, scaled up as bi-sided MoA", "one-sided", "identity", "moa-bi-sided"),
+        _scaled("relu2", "ReLU2, scaled up as Type I MoA", "type1", "relu2", "moa-type1"),
         Arm("la-bi-sided-half", "bi-sided LA from 0.5", MixtureConfig("la", "bi-sided", initial_coefficients=_HALF)),
         Arm("la-type1-half", "Type I LA from 0.5", MixtureConfig("la", "type1", initial_coefficients=_HALF)),
         # Ours. How much is the gates' training?
         *_mixed("moa-bi-sided-frozen", "bi-sided MoA, gates frozen", MixtureConfig("moa", "bi-sided", freeze=True)),
         # Another work's mixture, and the fixed layer whose scale a matched Type I has.
-        *_mixed("polyrelu", "PolyReLU", _POLYRELU),
+        *_mixed("polyrelu", "PolyReLU", _POLYRELU, drawn_as="polyrelu"),
         Arm("gelu", "GELU", fixed="gelu"),
     )
 }
+# The arm whose output scale is matched, by the same with the paper's values at the start.
+MATCHED = {arm.unmatched: name for name, arm in ARMS.items() if arm.unmatched is not None}
+# The mixtures that reports speak of first: with the paper's values at the start, then matched.
+MAIN_LA, MAIN_MOA = ((name, MATCHED[name]) for name in ("la-bi-sided", "moa-bi-sided"))
+# What is drawn where all arms would hide one another.
+CHIEF_ARMS = (
+    *("swiglu", "relu2", "swiglu-scaled", "swiglu-params", "swiglu-time"),
+    *(name for pair in zip(MAIN_LA, MAIN_MOA, strict=True) for name in pair),
+    *("moa-type1", "moa-one-sided", "moa-quadratic"),
+)
+
+
+def by_gate(name: str) -> dict[str, str]:
+    """Returns the arms that differ from a MoA in nothing but the gate, by that gate."""
+    own = ARMS[name].mixture
+    moas = {arm.name: arm.mixture for arm in ARMS.values() if arm.mixture is not None and arm.mixture.kind == "moa"}
+    return {m.gate: other for other, m in moas.items() if own not in (None, m) and replace(m, gate=own.gate) == own}

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_moa.research.study.arms import ARMS
+from megatron_moa.mixture.config import FORMS
+from megatron_moa.research.study.arms import ARMS, MATCHED, by_gate
 from megatron_moa.research.study.findings import (
     CONFIRMED,
     CONTRADICTED,
@@ -68,7 +69,7 @@ class Verdict:
 
 def matched(pair: Pair) -> Pair:
     """Ours in place of the paper's arms: started at SwiGLU's or GELU's scale."""
-    arm, to = (name if ARMS[name].mixture is None else f"{name}-matched" for name in pair)
+    arm, to = (name if ARMS[name].mixture is None else MATCHED[name] for name in pair)
     return arm, to
 
 
@@ -127,18 +128,14 @@ def _left_out(pairs: Sequence[Sequence[Pair]]) -> tuple[Pair, ...]:
     return tuple(pair for part in pairs for pair in part if paper_figure(pair)[0] >= 0)
 
 
-_OTHER_GATES = ("softmax", "tanh")
-_AGAINST_LA = [
-    [(f"moa-{form}", f"la-{form}"), (f"moa-{form}-softmax", f"la-{form}")]
-    for form in ("type1", "one-sided", "bi-sided", "quadratic")
-]
+_AGAINST_LA = [[(f"moa-{form}", f"la-{form}"), (by_gate(f"moa-{form}")["softmax"], f"la-{form}")] for form in FORMS]
 _GATED = [[(arm, "swiglu")] for arm in (ONE_SIDED, BI_SIDED, QUADRATIC)]
 _DENSE, _MOE = "paper-dense.toml", "paper-moe.toml"
 _TABLE_1, _TABLE_2 = "paper-table1.toml", "paper-table2.toml"
 CLAIMS = (
     Claim(
         "1a. MoA ends below SwiGLU (dense, Type II)",
-        tuple(((arm, to), (f"{arm}-softmax", to)) for ((arm, to),) in _GATED),
+        tuple(((arm, to), (by_gate(arm)["softmax"], to)) for ((arm, to),) in _GATED),
         gains,
         (_DENSE, _TABLE_1),
     ),
@@ -157,7 +154,7 @@ CLAIMS = (
     ),
     Claim(
         "3. Sigmoid gates are better than softmax, tanh",
-        tuple(((arm, f"{arm}-{gate}"),) for arm in ("moa-type1", BI_SIDED) for gate in _OTHER_GATES),
+        tuple(((arm, other),) for arm in ("moa-type1", BI_SIDED) for other in by_gate(arm).values()),
         gains,
         (_TABLE_2,),
     ),

@@ -19,26 +19,15 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.arms import ARMS, Arm
 from megatron_moa.research.study.statistics import BASELINE, DIVERGED, UNTUNED, Results, Setting, fit_power_law
 
-# What is drawn where all arms would hide one another.
-CHIEF_ARMS = (
-    "swiglu",
-    "relu2",
-    "swiglu-scaled",
-    "swiglu-params",
-    "swiglu-time",
-    *(f"{mixing}-bi-sided{scale}" for scale in ("", "-matched") for mixing in ("la", "moa")),
-    "moa-type1",
-    "moa-one-sided",
-    "moa-quadratic",
-)
 _SHADES = {"swiglu": "Greys", "relu2": "Greens", "gelu": "Oranges", "la": "Blues", "moa": "Reds", "polyrelu": "Purples"}
 _LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vPX*"
 _PLANS = {"adamw": "AdamW", "muon": "Muon", "wsd": "WSD"}
 PANELS = ("fixed, gated", "LA", "MoA", "not gated")
+_UNKNOWN = Arm("", "", drawn_as="unknown")  # of results whose arm is not in the list any more
 
 
 def arm_title(arm: str) -> str:
@@ -70,10 +59,10 @@ def anchor(setting: Setting) -> str:
 
 def arm_panel(arm: str) -> str:
     """One of :data:`PANELS`."""
-    gated = ARMS[arm].is_gated if arm in ARMS else True
-    if not gated:
+    known = ARMS.get(arm, _UNKNOWN)
+    if not known.is_gated:
         return "not gated"
-    return {"la": "LA", "moa": "MoA"}.get(arm.split("-")[0], "fixed, gated")
+    return {"la": "LA", "moa": "MoA"}.get(known.family, "fixed, gated")
 
 
 def style(arm: str) -> dict[str, str]:
@@ -81,16 +70,18 @@ def style(arm: str) -> dict[str, str]:
 
     Dashed and hollow is a mixture that starts at the fixed layer's scale.
     """
-    family, base = arm.split("-")[0], arm.removesuffix("-matched")
-    relatives = [name for name in ARMS if name.split("-")[0] == family and not name.endswith("-matched")]
+    known = ARMS.get(arm, _UNKNOWN)
+    relatives = [name for name, other in ARMS.items() if other.family == known.family and other.unmatched is None]
+    base = known.unmatched or arm
     number = relatives.index(base) if base in relatives else 0
     shade = 0.9 - 0.45 * number / max(1, len(relatives) - 1)
-    fixed_line = _LINES[number % len(_LINES)] if family in ("swiglu", "relu2", "gelu") else "-"
-    colour = to_hex(colormaps[_SHADES.get(family, "YlOrBr")](shade))
+    of_fixed = any(other.mixture is None and other.family == known.family for other in ARMS.values())
+    fixed_line = _LINES[number % len(_LINES)] if of_fixed else "-"
+    colour = to_hex(colormaps[_SHADES.get(known.family, "YlOrBr")](shade))
     return {
         "color": colour,
-        "markerfacecolor": "white" if base != arm else colour,
-        "linestyle": "--" if base != arm else fixed_line,
+        "markerfacecolor": "white" if known.unmatched else colour,
+        "linestyle": "--" if known.unmatched else fixed_line,
         "marker": _MARKERS[number % len(_MARKERS)],
     }
 

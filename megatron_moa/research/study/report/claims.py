@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_moa.research.study.arms import ARMS, by_gate
 from megatron_moa.research.study.claims import (
     CLAIMS,
     DENSE,
@@ -102,9 +103,10 @@ def _why(claim: Claim, verdict: Verdict, studies: Sequence[str]) -> str:
 
 def pair_title(pair: Pair, with_fixed: bool = False) -> str:
     """Names what is compared, without its start; the fixed layer, or LA, on request."""
-    arm, to = (arm_title(name.removesuffix("-matched")) for name in pair)
-    if to.startswith(f"{arm}, "):
-        return f"{arm}, sigmoid minus {to.removeprefix(f'{arm}, ')}"
+    first, second = (ARMS[name].unmatched or name for name in pair)
+    arm, to = arm_title(first), arm_title(second)
+    if second in by_gate(first).values():
+        return f"{arm}, {ARMS[first].mixture.gate} minus {ARMS[second].mixture.gate} gates"
     return f"{arm} minus {to}" if with_fixed else arm
 
 
@@ -127,7 +129,7 @@ def _figures(pairs: Sequence[Pair], model: str = DENSE) -> str:
 
 
 def _growth(models: Sequence[tuple[str, int]]) -> str:
-    arms = [arm for arm in CURVES[models[0]] if all(arm in CURVES[model] for model in models) and arm != "relu2"]
+    arms = [arm for arm in CURVES[models[0]] if all(arm in CURVES[model] for model in models) and ARMS[arm].mixture]
     texts = [f"{arm_title(arm)} {listed(f'{CURVES[model][arm]:+.3f}' for model in models)}" for arm in arms]
     names, tokens = (listed(dict.fromkeys(values)) for values in zip(*models, strict=True))
     return f"{listed(texts, '; ')} ({names}; {tokens} tokens a parameter; curves)"

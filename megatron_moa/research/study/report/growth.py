@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.arms import ARMS, CHIEF_ARMS
 from megatron_moa.research.study.pictures import (
-    CHIEF_ARMS,
     anchor,
     arm_title,
     draw_curves,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from megatron_moa.research.study.arms import MAIN_LA, MAIN_MOA
 from megatron_moa.research.study.paper import RATES_BORNE
 from megatron_moa.research.study.pictures import arm_title, setting_title
-from megatron_moa.research.study.report.material import BI_SIDED, Lines, Material
+from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.words import counted, difference_text, lost_text, table
 from megatron_moa.research.study.statistics import (
     AT_LEAST,
@@ -43,7 +44,7 @@ def larger_rates(study: Material) -> Lines:
         return
     yield f"{setting_title(study.main)}. What an arm loses at a multiple of its own best rate, mean over seeds.\n"
     yield from table(rows)
-    for arm in BI_SIDED[:2]:
+    for arm in MAIN_MOA:
         yield from _bears_more(study, arm)
     yield from _best_rates(study)
 
@@ -65,7 +66,7 @@ def _lost_beside(study: Material, arm: str) -> Interval | None:
 
 def _best_rates(study: Material) -> Lines:
     """Writes the best rates of the arms that have one in several settings, side by side."""
-    arms = (BASELINE, "la-bi-sided", "la-bi-sided-matched", "moa-bi-sided", "moa-bi-sided-matched")
+    arms = (BASELINE, *MAIN_LA, *MAIN_MOA)
     rows = []
     for setting in study.results.settings:
         baseline, *mixtures = (study.results.tuned(setting, arm) for arm in arms)

@@ -8,8 +8,6 @@ from pathlib import Path
 from megatron_moa.research.study.evidence import Evidence
 from megatron_moa.research.study.statistics import Interval, Setting, Tuned
 
-BI_SIDED = ("moa-bi-sided", "moa-bi-sided-matched", "la-bi-sided", "la-bi-sided-matched")
-
 Lines = Iterator[str]
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_moa.research.study.arms import ARMS
+from megatron_moa.research.study.arms import ARMS, MAIN_LA, MAIN_MOA
 from megatron_moa.research.study.paper import ROWS, reported
 from megatron_moa.research.study.pictures import arm_panel, arm_title, setting_title
-from megatron_moa.research.study.report.material import BI_SIDED, Lines, Material
+from megatron_moa.research.study.report.material import Lines, Material
 from megatron_moa.research.study.report.words import (
     control_text,
     counted,
@@ -28,7 +28,7 @@ def in_short(study: Material) -> Lines:
     verdicts = [known.verdict for arm in mixtures if (known := study.difference(arm, BASELINE)) is not None]
     if verdicts:
         yield f"**Of {counted(len(verdicts), 'gated mixture')}, against tuned SwiGLU: {tally(verdicts)}.**\n"
-    for arm in BI_SIDED:
+    for arm in (*MAIN_MOA, *MAIN_LA):
         known = study.difference(arm, BASELINE)
         if known is not None:
             yield f"- {arm_title(arm)}, against SwiGLU: {_with_percent(study, known)}: {verdict_text(known.verdict)}."
@@ -38,7 +38,7 @@ def in_short(study: Material) -> Lines:
             text = "; ".join(f"{step.what} {difference_text(known)} ({known.verdict})" for step, known in parts)
             yield f"- Effect of each choice, {name}: {text}."
     for to, what in (("swiglu-params", "as many parameters"), ("swiglu-time", "the same step time")):
-        for arm in BI_SIDED[:2]:
+        for arm in MAIN_MOA:
             known = study.difference(arm, to)
             if known is not None:
                 judged = f"{difference_text(known)}: {verdict_text(known.verdict)}"
@@ -58,7 +58,7 @@ def in_short(study: Material) -> Lines:
 
 def _elsewhere(study: Material) -> Lines:
     """Writes how often the main comparisons come out the same way in other settings."""
-    for arm in BI_SIDED[:2]:
+    for arm in MAIN_MOA:
         known = [study.results.difference(setting, arm, BASELINE) for setting in study.results.settings]
         verdicts = [difference.verdict for difference in known if difference is not None]
         if len(verdicts) > 1:
