@@ -62,48 +62,69 @@ def fitting(where: str, value: Any, hint: Any, head: str = "[[…]]") -> Any:
     Raises:
         UserError: it is of another type, not finite or out of bounds.
     """
-    wrong = f"{where} {reprlib.repr(value)}: must be"
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or (is_dataclass(hint) and isinstance(value, hint)):
         return value
     if origin is UnionType:
         return None if value is None else fitting(where, value, inner[0])
     if origin is Annotated:
-        number = fitting(where, value, inner[0])
-        if not inner[1].fits(number):
-            raise UserError(f"{where} {number:g}: {inner[1].remedy}")
-        return number
+        return _bounded(where, fitting(where, value, inner[0]), inner[1])
     if is_dataclass(hint) or origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{wrong} a table of keys and values")
-        if is_dataclass(hint):
-            return filled(hint, where, value)
-        return {key: fitting(f"{where}.{printable(key)}", entry, inner[1]) for key, entry in value.items()}
+        return _table(where, value, hint)
     if origin in (list, tuple):
-        tables = is_dataclass(inner[0]) or get_origin(inner[0]) is dict
-        if isinstance(value, dict) and tables:
-            raise UserError(f"{where}: must be a list of tables, each with the head {head}")
-        values = value.split() if isinstance(value, str) and hint == tuple[str, ...] else value
-        if not isinstance(values, list | tuple):
-            is_number = inner[0] is not str and re.fullmatch(r"[-+\d][-+.\de]*", str(value))
-            raise UserError(f"{wrong} a list" + (f", such as [{value}]" if is_number else ""))
-        if origin is list or inner[-1] is ...:
-            kinds = [inner[0]] * len(values)
-        elif len(inner) != len(values):
-            raise UserError(f"{wrong} a list of {len(inner)}")
-        else:
-            kinds = list(inner)
-        places = [f"{where} {number}" if tables else where for number in range(1, len(values) + 1)]
-        return origin(map(fitting, places, values, kinds))
-    if hint not in (int, float):
-        if not isinstance(value, hint):
-            raise UserError(f"{wrong} {'a text' if hint is str else 'true or false'}")
-        return value
+        return _list(where, value, hint, head)
+    if hint in (int, float):
+        return _number(where, value, hint)
+    if not isinstance(value, hint):
+        raise _wrong(where, value, "a text" if hint is str else "true or false")
+    return value
+
+
+def _wrong(where: str, value: Any, wanted: str) -> UserError:
+    return UserError(f"{where} {reprlib.repr(value)}: must be {wanted}")
+
+
+def _bounded(where: str, number: float, bound: Bound) -> float:
+    if not bound.fits(number):
+        raise UserError(f"{where} {number:g}: {bound.remedy}")
+    return number
+
+
+def _table(where: str, value: Any, hint: Any) -> Any:
+    """Checks a table as a dataclass, or as a dictionary whose values are all of one type."""
+    if not isinstance(value, dict):
+        raise _wrong(where, value, "a table of keys and values")
+    if is_dataclass(hint):
+        return filled(hint, where, value)
+    kind = get_args(hint)[1]
+    return {key: fitting(f"{where}.{printable(key)}", entry, kind) for key, entry in value.items()}
+
+
+def _list(where: str, value: Any, hint: Any, head: str) -> Any:
+    """Checks a list or tuple, each entry by its type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    tables = is_dataclass(inner[0]) or get_origin(inner[0]) is dict
+    if isinstance(value, dict) and tables:
+        raise UserError(f"{where}: must be a list of tables, each with the head {head}")
+    values = value.split() if isinstance(value, str) and hint == tuple[str, ...] else value
+    if not isinstance(values, list | tuple):
+        is_number = inner[0] is not str and re.fullmatch(r"[-+\d][-+.\de]*", str(value))
+        raise _wrong(where, value, "a list" + (f", such as [{value}]" if is_number else ""))
+    one_kind = origin is list or inner[-1] is ...
+    if not one_kind and len(inner) != len(values):
+        raise _wrong(where, value, f"a list of {len(inner)}")
+    kinds = [inner[0]] * len(values) if one_kind else inner
+    places = [f"{where} {number}" if tables else where for number in range(1, len(values) + 1)]
+    return origin(map(fitting, places, values, kinds))
+
+
+def _number(where: str, value: Any, kind: type) -> float:
+    """Checks a finite number, a whole one where the type is int."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{wrong} a number")
+        raise _wrong(where, value, "a number")
     finite = abs(value) <= sys.float_info.max  # NaN is not
-    if hint is int and not (finite and value == int(value)):
-        raise UserError(f"{wrong} a whole number")
+    if kind is int and not (finite and value == int(value)):
+        raise _wrong(where, value, "a whole number")
     if not finite:
-        raise UserError(f"{wrong} a finite number")
-    return hint(value)
+        raise _wrong(where, value, "a finite number")
+    return kind(value)
