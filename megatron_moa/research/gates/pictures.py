@@ -10,14 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib.style
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from megatron_moa.mixture.reference import DEFINITIONS
+from megatron_moa.research.figures import drawn
 
 _TOKENS, _MEAN = "tab:orange", "black"
 
@@ -117,11 +116,8 @@ def draw_gates(analysis: dict[str, Any], file: Path) -> None:
 
 @contextmanager
 def _figure(rows: int, columns: int, size: tuple[float, float], file: Path) -> Iterator[np.ndarray]:
-    """Panels [rows, columns], a PNG in the end; what a user has configured takes no part."""
-    with matplotlib.style.context("default", after_reset=True):
-        figure = Figure(size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
+    """Yields panels [rows, columns] with small numbers on their axes, and writes them as a PNG in the end."""
+    with drawn(rows, columns, size, file) as grid:
         yield grid
         for axes in grid.flat:
             axes.tick_params(labelsize=7)
-        figure.savefig(file, dpi=100, metadata={"Software": None})

@@ -20,6 +20,8 @@ RESULTS = "results.jsonl"
 class Run:
     """What is read of a line of results.jsonl (runner.result_of); it may have further keys.
 
+    A line stays a dictionary; this says which of its keys reports read, and of which types they must be.
+
     Attributes:
         final: validation loss; None: the run diverged.
         loss: the curve, pairs of tokens and loss; of a run that diverged it may be anything.
@@ -41,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What is read of a line of timing.jsonl; it may have further keys."""
+    """What is read of a line of timing.jsonl, as :class:`Run` says it of results; it may have further keys."""
 
     size: str
     optimizer: str

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from megatron_moa.research.figures import drawn
 from megatron_moa.research.study.arms import ARMS, Arm
 from megatron_moa.research.study.statistics import BASELINE, DIVERGED, UNTUNED, Results, Setting, fit_power_law
 
@@ -250,17 +249,11 @@ def draw_growth(results: Results, file: Path, settings: Sequence[Setting], again
 
 @contextmanager
 def _figure(rows: int, size: tuple[float, float], file: Path) -> Iterator[np.ndarray]:
-    """Yields panels [rows, 1] with one x axis, and writes them as a PNG in the end.
-
-    Legends are outside. What a user has configured takes no part.
-    """
-    with matplotlib.style.context("default", after_reset=True):
-        figure = Figure(size, layout="constrained")
-        grid = figure.subplots(rows, 1, squeeze=False, sharex=True)
+    """Yields panels [rows, 1] with one x axis, and writes them as a PNG in the end; legends are outside."""
+    with drawn(rows, 1, size, file, same_x=True) as grid:
         yield grid
         for axes in grid.flat:
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-        figure.savefig(file, dpi=100, metadata={"Software": None})

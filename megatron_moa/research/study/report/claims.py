@@ -46,8 +46,8 @@ def papers_claims(study: Material) -> Lines:
         ["claim", "the paper's figures", "start", "here", "weightiest comparison", "setting", "all settings, and why"]
     ]
     for claim, verdict in papers:
-        rows.append([claim.title, _reported(claim), "the paper's", *_cells(claim, verdict, claim.studies)])
-        rows += [[_number(claim), "", "ours", *_cells(claim, own)] for other, own in run if other == claim]
+        rows.append([claim.title, _reported(claim), "the paper's", *_cells(verdict, claim.studies)])
+        rows += [[_number(claim), "", "ours", *_cells(own)] for other, own in run if other == claim]
     yield from table(rows)
     yield f"The {len(CLAIMS)} statements are ours, drawn from the paper's figures."
     yield "The start is the paper's in coefficients and form; gate vectors are drawn with the deviations under"
@@ -74,11 +74,11 @@ def _number(claim: Claim) -> str:
     return claim.title.split(".")[0]
 
 
-def _cells(claim: Claim, verdict: Verdict, studies: Sequence[str] = ()) -> list[str]:
+def _cells(verdict: Verdict, studies: Sequence[str] = ()) -> list[str]:
     """Returns the verdict, what decides it, in which setting, and what all settings say together."""
     word = f"**{verdict.word}**" if verdict.word in (CONFIRMED, CONTRADICTED) else verdict.word
     settings = listed((setting_title(found.setting) for found in verdict.deciding), "; ")
-    return [word, "; ".join(map(_comparison, verdict.deciding)), settings, _why(claim, verdict, studies)]
+    return [word, "; ".join(map(_comparison, verdict.deciding)), settings, _why(verdict, studies)]
 
 
 def _comparison(found: SettingVerdict) -> str:
@@ -87,7 +87,7 @@ def _comparison(found: SettingVerdict) -> str:
     return f"{text}: {difference_text(found.known)}, {counted(found.known.count, 'seed')}" if found.known else text
 
 
-def _why(claim: Claim, verdict: Verdict, studies: Sequence[str]) -> str:
+def _why(verdict: Verdict, studies: Sequence[str]) -> str:
     files = f" ({listed(f'`{name}`' for name in studies)})" if studies else ""
     if not verdict.deciding:
         return f"not run{files}"
