@@ -37,7 +37,7 @@ from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import ACTIVATION_NAMES, DICTIONARIES, FORMS, GATES, MixtureConfig
 from megatron_moa.mixture.functional import gate_coefficients, mixed_activation, resolve_backend
-from megatron_moa.research.benchmarks import conditions, kernel_errors, timing
+from megatron_moa.research.benchmarks import conditions, kernel_errors, tables, timing
 
 PROGRAM = "benchmark_kernels.py"
 BACKENDS = ("triton", "compile", "eager")
@@ -255,21 +255,6 @@ def _family(
         }
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    """One line a contender."""
-    header = ("", "forward ms", "backward ms", "forward GB/s", "of copy", "backward GB/s", "of copy")
-    header += ("forward to baseline", "backward", "total")
-    rows = []
-    for record in records:
-        ratio = record["ratio"] or {}
-        row = [record["arm"], record["ms"]["forward"], record["ms"]["backward"]]
-        for phase in ("forward", "backward"):
-            row += [f"{record['gb_per_s'][phase]:.0f}", f"{record['of_copy'][phase]:.2f}"]
-        row += [f"{ratio[phase]:.3f}" if ratio else None for phase in ("forward", "backward", timing.TOTAL)]
-        rows.append(row)
-    print(markdown_table(header, rows), flush=True)
-
-
 def print_growth(grown: str, records: list[dict[str, Any]]) -> None:
     """A line a contender, a column a size: total over the baseline's, of the same round."""
     label = "K" if grown == "activations" else grown
@@ -316,16 +301,6 @@ def check(options: argparse.Namespace, backends: list[str], device: torch.device
             "error": worst.error,
             "same_dtype_error": worst.same_dtype_error,
         }
-
-
-def print_checks(records: list[dict[str, Any]]) -> None:
-    """One line a mixture and dtype."""
-    rows = [
-        (r["arm"], r["dtype"], r["results"], len(r["failed"]), r["worst"], r["error"], r["same_dtype_error"])
-        for r in records
-    ]
-    header = ("", "dtype", "results", "wrong", "furthest off", "error", "of PyTorch in this dtype")
-    print(markdown_table(header, rows), flush=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -380,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
             except kernel_errors.AccuracyError as error:  # a gradient that is missing, or of another shape or dtype
                 print(f"{PROGRAM}: {error}")
                 raise SystemExit(1) from None
-            print_checks(records)
+            print(tables.accuracy_table(records), flush=True)
             conditions.append_records(options.json, "accuracy", surroundings, records)
             raise SystemExit(1 if any(record["failed"] for record in records) else 0)
         bandwidth = timing.copy_bandwidth(device)
@@ -394,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
             found = [
                 {**record, "K": sizes.activations} for record in measure(sizes, wanted, options, device, bandwidth)
             ]
-            print_table(found)
+            print(tables.kernels_table(found), flush=True)
             records += found
         if options.grow:
             print_growth(options.grow, records)

@@ -31,11 +31,10 @@ from torch.nn import functional as F
 
 from megatron_moa import startup
 from megatron_moa.command_line.numbers import positive
-from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, FORMS, MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.research.benchmarks import conditions, peak_memory, timing
+from megatron_moa.research.benchmarks import conditions, peak_memory, tables, timing
 from megatron_moa.research.benchmarks.one_layer import build_layer, layer_config, split_over, start
 
 PROGRAM = "benchmark_layer.py"
@@ -231,32 +230,6 @@ def _family_records(
         }
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    """One line an arm."""
-    header = ("layer", "backend", "forward ms", "backward ms", "total ms (quartiles)", "to stock", "to compiled")
-    header += ("peak MB", "to stock", "saved MB", "coefficients MB")
-    rows = []
-    for record in records:
-        ms, ratio = record["ms"], record["ratio_to_stock"]
-        first, third = record["ms_quartiles"][timing.TOTAL]
-        rows.append(
-            (
-                record["arm"],
-                record["backend"],
-                ms["forward"],
-                ms["backward"],
-                f"{ms[timing.TOTAL]:.4g} ({first:.4g} to {third:.4g})",
-                f"{ratio[timing.TOTAL]:.3f}" if ratio else None,
-                f"{record['ratio_to_compiled']:.3f}",
-                record["peak_bytes"] / 1e6,
-                f"{record['peak_ratio']:.4f}" if record["peak_ratio"] else None,
-                record["saved_bytes"] / 1e6,
-                record["saved_coefficient_bytes"] / 1e6,
-            )
-        )
-    print(markdown_table(header, rows), flush=True)
-
-
 def check_goals(records: list[dict[str, Any]]) -> bool:
     """Prints MoA's figures beside their goals; whether there are any, and all are met."""
     all_met: list[bool] = []
@@ -386,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
             found = measure(own, device, dtype, tp)
             records += found
             if rank == 0:
-                print_table(found)
+                print(tables.layer_table(found, with_backend=True), flush=True)
         good = True
         if rank == 0:
             print()

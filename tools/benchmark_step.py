@@ -33,12 +33,11 @@ import torch
 
 from megatron_moa import startup
 from megatron_moa.command_line.numbers import positive
-from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.command_line.words import flag_groups
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.mixture.functional import resolve_backend
-from megatron_moa.research.benchmarks import conditions, peak_memory, timing
+from megatron_moa.research.benchmarks import conditions, peak_memory, tables, timing
 from megatron_moa.research.benchmarks.plain_compile import compiled_reference
 from megatron_moa.research.benchmarks.train_step import build, random_batches
 from megatron_moa.runs.recipes import read_recipe
@@ -186,29 +185,6 @@ def recipe_name(options: argparse.Namespace) -> str:
     return options.recipe.name.removesuffix(".sh") + (", Type I" if options.type1 else "")
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
-    """One line an arm."""
-    header = ("", "parameters", "ms a step (quartiles)", "to stock", "tokens/s", "model TFLOP/s")
-    header += ("state MB", "peak MB", "to stock")
-    rows = []
-    for record in records:
-        first, third = record["ms_quartiles"]["step"]
-        rows.append(
-            (
-                record["arm"],
-                f"{record['parameters']:,}",
-                f"{record['ms']['step']:.4g} ({first:.4g} to {third:.4g})",
-                f"{record['ratio']:.4f}",
-                f"{record['tokens_per_s']:.0f}",
-                record["tflop_per_s_per_gpu"],
-                record["state_bytes"] and f"{record['state_bytes'] / 1e6:.0f}",
-                record["peak_bytes"] / 1e6,
-                f"{record['peak_ratio']:.4f}",
-            )
-        )
-    print(markdown_table(header, rows), flush=True)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Our flags, and Megatron's after ``--``."""
     megatron: list[str] = []
@@ -250,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
             cut = f", CUT TO {first['layers']} LAYERS" if first["cut"] else f", {first['layers']} layers"
             batch = f"{first['micro_batch_size']} sequences of {first['seq_length']} a micro-batch"
             print(f"\n{recipe_name(options)}{cut}, {batch}, {first['global_batch_size']} a step, {options.dtype}\n")
-            print_table(records)
+            print(tables.step_table(records), flush=True)
             conditions.append_records(options.json, "step", surroundings, records)
     torch.distributed.destroy_process_group()
 

@@ -22,7 +22,7 @@ from megatron_moa.command_line.output_files import check_output, written_whole
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.data.corpus import find_text_files
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
-from megatron_moa.research.benchmarks import conditions
+from megatron_moa.research.benchmarks import conditions, tables
 from megatron_moa.research.study.corpora import LEFT_OUT
 from megatron_moa.runs.training_log import TrainingLog
 
@@ -120,91 +120,24 @@ def _status(records: list[Record]) -> Iterator[str]:
     yield markdown_table(("step", "status", "exit code", "seconds", "limit"), rows)
 
 
-def _accuracy(records: list[Record]) -> Iterator[str]:
-    header = ("mixture", "dtype", "results", "wrong", "furthest off", "error", "PyTorch's in this dtype")
-    rows = [
-        (r["arm"], r["dtype"], r["results"], len(r["failed"]), r["worst"], r["error"], r["same_dtype_error"])
-        for r in records
-    ]
-    yield markdown_table(header, rows)
-
-
 def _kernels(records: list[Record]) -> Iterator[str]:
-    header = ("", "forward ms", "backward ms", "forward GB/s", "of copy", "backward GB/s", "of copy")
-    header += ("forward to baseline", "backward", "total")
     for (tokens, ffn, hidden, dtype, k), own in _grouped(records, "tokens", "ffn", "hidden", "dtype", "K"):
         growing = "" if k is None else f", K {k}"
         yield f"{tokens} tokens, f {ffn}, h {hidden} (gates), {dtype}{growing}; copy {own[0]['copy_gb_per_s']:.0f} GB/s"
-        yield markdown_table(
-            header,
-            (
-                (
-                    r["arm"],
-                    r["ms"]["forward"],
-                    r["ms"]["backward"],
-                    *(
-                        cell
-                        for phase in ("forward", "backward")
-                        for cell in (f"{r['gb_per_s'][phase]:.0f}", f"{r['of_copy'][phase]:.2f}")
-                    ),
-                    *(r["ratio"][phase] if r["ratio"] else None for phase in ("forward", "backward", "total")),
-                )
-                for r in own
-            ),
-        )
+        yield tables.kernels_table(own)
 
 
 def _layers(records: list[Record]) -> Iterator[str]:
-    header = ("", "forward ms", "backward ms", "total ms", "quartiles", "to stock", "to compiled", "peak MB")
-    header += ("to stock", "saved MB", "coefficients MB")
     sizes = ("hidden", "ffn", "tokens", "experts", "topk", "dtype", "tp")
     for (hidden, ffn, tokens, experts, topk, dtype, tp), own in _grouped(records, *sizes):
         moe = f", {experts} experts, {topk} a token" if experts else ""
         split = f", TP {tp}" if tp > 1 else ""
         yield f"h {hidden}, f {ffn}, {tokens} tokens{moe}, {dtype}{split}"
-        yield markdown_table(
-            header,
-            (
-                (
-                    r["arm"],
-                    *(r["ms"][phase] for phase in ("forward", "backward", "total")),
-                    _quartiles(r, "total"),
-                    r["ratio_to_stock"] and r["ratio_to_stock"]["total"],
-                    r["ratio_to_compiled"],
-                    r["peak_bytes"] / 1e6,
-                    r["peak_ratio"],
-                    r["saved_bytes"] / 1e6,
-                    r["saved_coefficient_bytes"] / 1e6,
-                )
-                for r in own
-            ),
-        )
+        yield tables.layer_table(own)
 
 
 def _steps(records: list[Record]) -> Iterator[str]:
-    header = ("recipe", "layers", "arm", "parameters", "sequences", "ms a step", "quartiles", "to stock")
-    header += ("tokens/s", "model TFLOP/s", "state MB", "peak MB", "to stock")
-    yield markdown_table(
-        header,
-        (
-            (
-                r["recipe"],
-                f"{r['layers']}, cut" if r["cut"] else r["layers"],
-                r["arm"],
-                f"{r['parameters']:,}",
-                r["global_batch_size"],
-                r["ms"]["step"],
-                _quartiles(r, "step"),
-                r["ratio"],
-                f"{r['tokens_per_s']:.0f}",
-                r["tflop_per_s_per_gpu"],
-                r["state_bytes"] and r["state_bytes"] / 1e6,
-                r["peak_bytes"] / 1e6,
-                r["peak_ratio"],
-            )
-            for r in records
-        ),
-    )
+    yield tables.step_table(records)
     changed = {(r["recipe"], " ".join(r["flags"])) for r in records if r["flags"]}
     yield from (f"{recipe} with {flags}" for recipe, flags in sorted(changed))
 
@@ -218,11 +151,6 @@ def _trainings(records: list[Record]) -> Iterator[str]:
     yield "One seed: a difference of losses here is no comparison of methods."
 
 
-def _quartiles(record: Record, phase: str) -> str:
-    first, third = record["ms_quartiles"][phase]
-    return f"{first:.4g} to {third:.4g}"
-
-
 def _grouped(records: list[Record], *names: str) -> Iterator[tuple[tuple, list[Record]]]:
     keys = dict.fromkeys(tuple(record[name] for name in names) for record in records)
     for key in keys:
@@ -231,7 +159,7 @@ def _grouped(records: list[Record], *names: str) -> Iterator[tuple[tuple, list[R
 
 _SECTIONS = {
     "suite": ("Steps", _status),
-    "accuracy": ("Accuracy, against float64", _accuracy),
+    "accuracy": ("Accuracy, against float64", lambda records: [tables.accuracy_table(records)]),
     "kernels": ("The activation step", _kernels),
     "layer": ("One layer", _layers),
     "step": ("A training step", _steps),
