@@ -15,6 +15,7 @@
 #   TASKS_FOLDER (further tasks of yours)  PYTHON (python)
 set -euo pipefail
 
+unset CDPATH # with it cd goes elsewhere, and prints where
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/common.sh
 source "$ROOT/examples/common.sh"

@@ -24,6 +24,7 @@
 #   NPROC_PER_NODE (the GPUs here, or 1)  NNODES (1)  NODE_RANK (0)  MASTER_ADDR  MASTER_PORT  LAUNCH_ARGS  PYTHON (python)
 set -euo pipefail
 
+unset CDPATH # with it cd goes elsewhere, and prints where
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/common.sh
 source "$ROOT/examples/common.sh"

@@ -15,6 +15,7 @@
 # arms must be compared at their best of: an untuned comparison says nothing. The paper tries 6e-4 1e-3 2e-3 3e-3 4e-3 5e-3 6e-3.
 set -euo pipefail
 
+unset CDPATH # with it cd goes elsewhere, and prints where
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=examples/common.sh
 source "$ROOT/examples/common.sh"

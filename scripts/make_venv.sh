@@ -3,6 +3,7 @@
 # Ends with the stamp that the Makefile looks for, so an interrupted run is taken up again by the next `make`.
 # Environment: PYTHON (see find_python.sh), PIP_ARGS (further arguments of pip install), VENV (default .venv).
 set -euo pipefail
+unset CDPATH # with it cd goes elsewhere, and prints where
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-.venv}
 stamp=$venv/installed.stamp

@@ -4,6 +4,7 @@
 # Environment: PYTHON and PIP_ARGS (see make_venv.sh), VENV_LATEST (default .venv-latest), TRANSFORMERS_TESTS (the
 # folder tests of a git checkout of transformers; default: that of the source distribution).
 set -euo pipefail
+unset CDPATH # with it cd goes elsewhere, and prints where
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV_LATEST:-.venv-latest}
 stamp=$venv/installed.stamp

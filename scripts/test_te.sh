@@ -4,6 +4,7 @@
 # Arguments are passed on to pytest.
 # Environment: PIP_ARGS (see make_venv.sh), VENV (default .venv), TEST_WORKERS (default 2).
 set -euo pipefail
+unset CDPATH # with it cd goes elsewhere, and prints where
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${VENV:-.venv}/bin/python
 folder=$PWD/.te

@@ -17,6 +17,7 @@
 set -u
 [ $# -eq 0 ] || [ -z "$1" ] || set -- "$(realpath -ms -- "$1")" # a path from where the command is given
 SUITE_STUDY=${SUITE_STUDY:+$(realpath -ms -- "$SUITE_STUDY")}
+unset CDPATH # with it cd goes elsewhere, and prints where
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 OUT=${1:-runs/gpu_suite}

@@ -10,6 +10,7 @@
 #   CONTAINER        an image: for Apptainer if it ends in .sif, else for Pyxis; CONTAINER_MOUNTS (from:to,…)
 #   SOCKET_IFNAME    the network interface of NCCL's and gloo's sockets
 : "${SCRIPT:?}" "${MEGATRON_MOA_DIR:?}"
+unset CDPATH # with it cd goes elsewhere, and prints where
 MEGATRON_MOA_DIR=$(cd "$MEGATRON_MOA_DIR" && pwd)
 ARGUMENTS=("$@") # the script's own
 

@@ -17,6 +17,7 @@
 #   checkpoint's own, or it is measured on what it was trained on), OUT (runs/continued), EVAL_ITERS (40), PYTHON (python)
 set -euo pipefail
 
+unset CDPATH # with it cd goes elsewhere, and prints where
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 # shellcheck source=examples/common.sh
 source "$ROOT/examples/common.sh"

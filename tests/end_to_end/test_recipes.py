@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -639,6 +640,30 @@ SCRIPTS = sorted(
     for path in ROOT.glob(pattern)
     if not path.relative_to(ROOT).parts[0].startswith((".venv", "runs", "build"))
 )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_cd_depends_on_cdpath(script: str) -> None:
+    """With CDPATH a path such as examples/.. is looked for elsewhere, and cd prints what it found."""
+    words = [line.split("#")[0] for line in (ROOT / script).read_text().splitlines()]
+    changes = [index for index, line in enumerate(words) if re.search(r"(^|[(;&|] *)cd ", line.strip())]
+    assert not changes or "unset CDPATH " in words[: changes[0]]
+
+
+def test_scripts_start_where_cdpath_is_set() -> None:
+    environment = {**os.environ, "CDPATH": str(ROOT)}
+    command = ["bash", "examples/pretrain.sh", "dense-0.12b", "moa", "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_least_rate_has_a_point_in_every_language(tmp_path: Path) -> None:
+    """Debian's awk prints a comma in German; most machines have no German."""
+    awk = tmp_path / "awk"
+    awk.write_text(f'#!/bin/sh\n[ "$LC_ALL" = C ] || exec echo 0,0001\nexec {shutil.which("awk")} "$@"\n')
+    awk.chmod(0o755)
+    words = dry_run("dense-0.12b", "moa", PATH=f"{tmp_path}:{os.environ['PATH']}", LC_ALL="de_DE.UTF-8", **DATA)
+    assert value(words, "--min-lr") == "0.0001"
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS)))

@@ -16,6 +16,7 @@ fail() {
 
 [ $# = 1 ] || fail 2 "needs a FOLDER for settings, logs and state"
 mkdir -p "$1"
+unset CDPATH # with it cd goes elsewhere, and prints where
 FOLDER=$(cd "$1" && pwd)
 [ ! -e "$FOLDER/slurm.conf" ] || fail 2 "$FOLDER: a Slurm was started there before; stop it with stop.sh, or name another folder"
 [[ $FOLDER =~ ^[A-Za-z0-9_./-]{1,90}$ ]] || fail 2 "$FOLDER: too long for a socket, or with odd characters; name another folder"

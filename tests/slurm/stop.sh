@@ -6,6 +6,7 @@ if [ $# != 1 ] || [ ! -e "$1/slurm.conf" ]; then
     echo "stop.sh: needs the FOLDER that start.sh was given" >&2
     exit 2
 fi
+unset CDPATH # with it cd goes elsewhere, and prints where
 FOLDER=$(cd "$1" && pwd)
 export SLURM_CONF=$FOLDER/slurm.conf
 
