@@ -15,6 +15,27 @@ is_switch() {
     done
 }
 
+declare -A GIVEN_BY # by variable: the trailing flag that gave its value, if one did
+
+# is_set NAME...: fails where a variable is empty that a model's file has to set
+is_set() {
+    local name
+    for name in "$@"; do
+        [ -n "${!name:-}" ] ||
+            fail "$name is not set: ${MODEL_FILE:-the model} has no value for it; add one, or set it before the command"
+    done
+}
+
+# is_whole DIGITS NAME...: fails where a variable is no whole number of so many digits, with which bash reckons exactly
+is_whole() {
+    local name whole="^[1-9][0-9]{0,$(($1 - 1))}$"
+    for name in "${@:2}"; do
+        is_set "$name"
+        [[ ${!name} =~ $whole ]] ||
+            fail "${GIVEN_BY[$name]:-$name} ${!name}: not a whole number above 0 and below 10^$1; write it as 128"
+    done
+}
+
 # pass_on SIGNAL PID: a second later, since a child that bash has just made loses signals until it is another program
 pass_on() {
     sleep 1

@@ -14,7 +14,7 @@
 source "${BASH_SOURCE[0]%/*}/../common.sh"
 
 FFN=${FFN:-type2} FFN_MULTIPLE=${FFN_MULTIPLE:-1}
-[[ $FFN_MULTIPLE =~ ^[1-9][0-9]*$ ]] || fail "FFN_MULTIPLE $FFN_MULTIPLE: not a whole number; give one such as 128"
+is_whole 6 FFN_MULTIPLE LAYERS HIDDEN_SIZE
 ((HIDDEN_SIZE % 64 == 0)) || fail "HIDDEN_SIZE $HIDDEN_SIZE: not a multiple of 64, the width of a head; take $(((HIDDEN_SIZE / 64 + 1) * 64))"
 
 # rounded WIDTH: the next multiple of FFN_MULTIPLE
@@ -23,6 +23,7 @@ rounded() { echo $((($1 + FFN_MULTIPLE - 1) / FFN_MULTIPLE * FFN_MULTIPLE)); }
 BASELINE_ARGS=()
 case $FFN in
 type2)
+    is_whole 6 FFN_WIDTH
     FFN_WIDTH=$(rounded "$FFN_WIDTH")
     FFN_MATRICES=3 FFN_ARGS=(--swiglu)
     ;;

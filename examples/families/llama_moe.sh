@@ -11,6 +11,7 @@ OPTIMIZER=${OPTIMIZER:-muon} SCHEDULE=${SCHEDULE:-wsd} TOKENS_PER_PARAMETER=${TO
 source "${BASH_SOURCE[0]%/*}/llama.sh"
 
 [ "$FFN" = type2 ] || EXPERT_WIDTH=$HIDDEN_SIZE
+is_whole 6 EXPERT_WIDTH
 EXPERT_WIDTH=$(rounded "$EXPERT_WIDTH")
 MODEL_ARGS+=(
     --num-experts 32

@@ -3,7 +3,7 @@
 # root), weight decay 0.1; for the matrices of the blocks. All else is AdamW's, gates included (docs/mixture.md, "Optimizer").
 # Queries, keys and values are three matrices for it, W1 and W2 of a gated layer two (megatron_moa/training/muon.py), as in a LLaMA model.
 # With TP it takes each rank's part of a matrix for one (Megatron's default; --muon-tp-mode duplicated takes the whole).
-# Sharing it out over ranks needs PRECISION=bf16.
+# It is shared out over ranks with PRECISION=bf16 alone (DISTRIBUTED_OPTIMIZER).
 OPTIMIZER_ARGS=(
     --optimizer muon
     --muon-momentum 0.95

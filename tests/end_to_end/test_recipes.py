@@ -5,6 +5,7 @@ Data, optimizers, schedules, mistakes and sweeps are tested, too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from tools import plan
 MODELS = sorted(path.stem for path in (ROOT / "examples" / "models").glob("*.sh"))
 MIXINGS = ("none", "la", "moa")
 PLANNED = ("# Parameters: ", "# Hardware: ", "# Duration: ", "# Cost: ")
+LONG = "9" * 20  # more than bash can reckon with
 DATA = {"DATA_PATH": "corpus", "TOKENIZER_MODEL": "tokenizer.model"}
 
 # The paper's models: layers, hidden size, width of the feed-forward layer or shared expert, of a routed one, peak rate.
@@ -365,7 +367,7 @@ def test_variables_and_trailing_flags_override() -> None:
         "dense-0.12b", "moa", "--lr", "5e-3", LR="2e-3", TOKENS="1048576000", PRECISION="fp32", SEED="7", **DATA
     )
     assert value(words, "--lr") == "5e-3"
-    assert value(words, "--min-lr") == "0.0001"
+    assert value(words, "--min-lr") == "0.00025"
     assert value(words, "--train-iters") == "2000"
     assert value(words, "--lr-warmup-iters") == "40"
     assert value(words, "--seed") == "7"
@@ -382,6 +384,63 @@ def test_variables_and_trailing_flags_override() -> None:
     assert words[words.index("--moa-mixing") :][:4] == ["--moa-mixing", "moa", "--moa-form", "quadratic"]
     words = dry_run("dense-0.12b", "la-one-sided", **DATA)
     assert words[words.index("--moa-mixing") :][:4] == ["--moa-mixing", "la", "--moa-form", "one-sided"]
+
+
+@pytest.mark.parametrize(
+    ("model", "flag", "variables"),
+    [
+        ("dense-0.12b", "--lr 5e-3", {"LR": "5e-3"}),
+        ("dense-1.3b", "--seq-length 512", {"SEQ_LENGTH": "512"}),
+        ("moe-2b", "--global-batch-size 256", {"GLOBAL_BATCH_SIZE": "256"}),
+        ("gpt2-124m", "--train-iters 1000", {"TOKENS": str(1000 * 512 * 1024)}),
+        ("moe-2b", "--train-iters 1000", {"TOKENS": str(1000 * 512 * 1024)}),
+        ("dense-0.12b", "--tensor-model-parallel-size 2", {"TP": "2"}),
+        ("dense-0.12b", "--optimizer muon", {"OPTIMIZER": "muon"}),
+        ("moe-2b", "--optimizer adam", {"OPTIMIZER": "adamw"}),
+        ("moe-2b", "--lr-decay-style cosine", {"SCHEDULE": "cosine"}),
+        ("dense-0.12b", "--lr-decay-style WSD", {"SCHEDULE": "wsd"}),
+    ],
+)
+def test_what_is_reckoned_from_a_trailing_flag_follows(model: str, flag: str, variables: dict[str, str]) -> None:
+    """A flag behind is the variable that stands for it, whatever that is set to."""
+    expected = dry_run(model, "moa", **variables, **DATA)
+    for flags in (flag.split(), [flag.replace(" ", "=")]):
+        assert dry_run(model, "moa", *flags, LR="5e-3" if "LR" in variables else "", **DATA) == [*expected, *flags]
+
+
+def test_a_trailing_flag_wins_over_a_models_file(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.sh"
+    mine.write_text((ROOT / "examples/models/dense-0.12b.sh").read_text() + "LR=1e-3\n")
+    assert value(dry_run(str(mine), "moa", LR="2e-2"), "--min-lr") == "5e-05"
+    assert value(dry_run(str(mine), "moa", "--lr", "2e-2"), "--min-lr") == "0.001"
+
+
+def test_what_no_recipe_has_is_the_flags_alone() -> None:
+    expected = dry_run("moe-2b", "moa", **DATA)
+    flags = ["--optimizer", "sgd", "--lr-decay-style", "constant"]
+    assert dry_run("moe-2b", "moa", *flags, **DATA) == [*expected, *flags]
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "variables"),
+    [
+        ("moe-0.25b", [], {}),
+        ("dense-0.12b", [], {"OPTIMIZER": "muon", "DISTRIBUTED_OPTIMIZER": "0"}),
+        ("dense-0.12b", ["--optimizer=lion"], {}),
+    ],
+)
+def test_an_optimizer_without_a_distributed_one_takes_none(
+    model: str, flags: list[str], variables: dict[str, str]
+) -> None:
+    assert "--use-distributed-optimizer" not in dry_run(model, "moa", *flags, PRECISION="fp32", **variables, **DATA)
+    variables = {"DISTRIBUTED_OPTIMIZER": "1"}
+    assert "--use-distributed-optimizer" in dry_run(model, "moa", *flags, **variables, **DATA)
+    assert "--use-distributed-optimizer" in dry_run("dense-0.12b", "moa", PRECISION="fp32", **variables, **DATA)
+
+
+def test_a_short_schedule_still_decays() -> None:
+    words = dry_run("moe-2b", "moa", "--train-iters", "4", **DATA)
+    assert (value(words, "--lr-wsd-decay-iters"), value(words, "--lr-decay-iters")) == ("1", "4")
 
 
 @pytest.mark.parametrize(
@@ -447,7 +506,7 @@ def test_data(variables: dict[str, str], flags: str) -> None:
         (
             ["dense-2b", "moa", "--mock-data"],
             {"TOKENS": "1" + "0" * 20},
-            f"TOKENS 1{'0' * 20}: not a whole number below",
+            f"TOKENS 1{'0' * 20}: not a whole number above 0 and below 10^15; write",
         ),
         (
             ["dense-2b", "moa", "--mock-data"],
@@ -471,14 +530,55 @@ def test_data(variables: dict[str, str], flags: str) -> None:
         ),
         (["dense-2b", "moa", "--mock-data"], {"WARMUP_TOKENS": "08"}, "WARMUP_TOKENS 08: not a whole number"),
         (["moe-2b", "moa", "--mock-data"], {"DECAY_PERCENT": "half"}, "DECAY_PERCENT half: not a whole number"),
-        (["dense-2b", "moa", "--mock-data"], {"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE all: not a number above 0"),
-        (["dense-2b", "moa", "--mock-data"], {"NNODES": "0"}, "NNODES 0: not a number above 0"),
+        (["dense-2b", "moa", "--mock-data"], {"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE all: not a whole number"),
+        (["dense-2b", "moa", "--mock-data"], {"NNODES": "0"}, "NNODES 0: not a whole number above 0"),
         (
             ["dense-2b", "moa", "--mock-data"],
             {"DISTRIBUTED_OPTIMIZER": "true"},
             "DISTRIBUTED_OPTIMIZER true: neither 0 nor 1",
         ),
         (["dense-2b", "moa"], {"DATA_PATH": "a", "VALID_DATA_PATH": "b"}, "VALID_DATA_PATH, TEST_DATA_PATH: read with"),
+        (
+            ["dense-2b", "moa"],
+            {"DATA_PATH": "a", "TRAIN_DATA_PATH": "b"},
+            "DATA_PATH, TRAIN_DATA_PATH: both are set, and one alone is read; leave one out",
+        ),
+        (
+            ["dense-2b", "moa"],
+            {"TRAIN_DATA_PATH": "a", "DATA_ARGS_PATH": "b"},
+            "TRAIN_DATA_PATH, DATA_ARGS_PATH: both are set",
+        ),
+        (["dense-2b", "moa"], {"DATA_ARGS_PATH": "a", "TEST_DATA_PATH": "b"}, "VALID_DATA_PATH, TEST_DATA_PATH: read"),
+        (["dense-2b", "moa"], {"TRAIN_DATA_PATH": "a", "SPLIT": "9,1,0"}, "SPLIT 9,1,0: nothing is split with TRAIN_"),
+        (
+            ["moe-2b", "moa", "--mock-data"],
+            {"PRECISION": "fp32", "DISTRIBUTED_OPTIMIZER": "1"},
+            "DISTRIBUTED_OPTIMIZER 1: muon has none in PRECISION=fp32; leave it out",
+        ),
+        (["dense-2b", "moa", "--mock-data", "--lr"], {}, "--lr: has no value"),
+        (["dense-2b", "moa", "--lr", "--mock-data"], {}, "--lr --mock-data: not a number; write it as 1e-3"),
+        (["dense-2b", "moa", "--mock-data", "--train-iters=0"], {}, "--train-iters 0: not a whole number above 0"),
+        (
+            ["dense-2b", "moa", "--mock-data", "--train-iters", "999999999999"],
+            {},
+            "--train-iters 999999999999: of 1048576 tokens are not below 10^15 tokens; take fewer",
+        ),
+        *(
+            (
+                ["dense-2b", "moa", "--mock-data"],
+                {name: LONG},
+                f"{name} {LONG}: not a whole number above 0 and below 10^",
+            )
+            for name in (
+                *("TOKENS_PER_PARAMETER", "WARMUP_TOKENS", "SEQ_LENGTH", "GLOBAL_BATCH_SIZE", "MICRO_BATCH_SIZE"),
+                *("FFN_MULTIPLE", "NPROC_PER_NODE", "NNODES", "SEED", "TP", "PP", "CP", "EP"),
+            )
+        ),
+        (
+            ["dense-2b", "moa", "--mock-data"],
+            {"TOKENS_PER_PARAMETER": "1000000"},
+            "TOKENS_PER_PARAMETER 1000000: for 2085210112 parameters not below 10^15 tokens; take fewer",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(
@@ -491,9 +591,22 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_data_may_be_given_by_a_flag_with_its_value() -> None:
-    words = dry_run("dense-0.12b", "moa", "--data-path=corpus")
-    assert [word for word in words if word.startswith("--data-path")] == ["--data-path=corpus"]
+@pytest.mark.parametrize(
+    ("flags", "split"),
+    [
+        (["--data-path=corpus"], ["99,1,0"]),
+        (["--data-args-path", "blend"], ["99,1,0"]),
+        (["--train-data-path", "corpus"], []),
+        (["--mock-data"], []),
+    ],
+)
+@pytest.mark.parametrize("variables", [{}, DATA, {"TRAIN_DATA_PATH": "a"}, {"DATA_ARGS_PATH": "a", "DATA_PATH": "b"}])
+def test_flags_of_data_are_all_the_data(flags: list[str], split: list[str], variables: dict[str, str]) -> None:
+    words = dry_run("dense-0.12b", "moa", *flags, **variables)
+    assert [word for word in words if "data-path" in word or "data-args-path" in word] == [
+        flag for flag in flags if flag.startswith("--") and flag != "--mock-data"
+    ]
+    assert [word for flag, word in itertools.pairwise(words) if flag == "--split"] == split
 
 
 def test_experts_may_be_given_by_a_flag() -> None:
@@ -522,6 +635,40 @@ def test_a_models_file_of_ones_own(tmp_path: Path) -> None:
     # Random tokens train into a folder that a run on text does not go on with.
     assert value(dry_run(str(mine), "moa", "--mock-data"), "--load") == "runs/mine-moa-mock/checkpoints"
     assert "512" in read_recipe(mine)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(("dense-0.12b", name) for name in ("LAYERS", "FFN_WIDTH", "MICRO_BATCH_SIZE", "LR")),
+        *(("gpt2-124m", name) for name in ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE", "TOKENS_PER_PARAMETER")),
+        ("moe-2b", "EXPERT_WIDTH"),
+    ],
+)
+def test_what_a_models_file_leaves_out_is_named(model: str, name: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.sh"
+    recipe = (ROOT / f"examples/models/{model}.sh").read_text().replace('"$SEQ_LENGTH"', "1024")
+    mine.write_text(re.sub(rf"\b{name}=(\$\(\(.*?\)\)|\S+)", "", recipe))
+    done = run_example("pretrain.sh", str(mine), "moa", "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    message = f"{name} is not set: {mine} has no value for it; add one, or set it before the command"
+    assert done.stderr == f"pretrain.sh: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("LR=1e-3", "pretrain.sh: MODEL_ARGS is not set: {} has no flags of a model; "),
+        ("exit 0", "pretrain.sh: MODEL {}: {} ends the script; it may only set variables"),
+        ("WIDTH=$((2 * HIDDEN))", "{}: line 1: HIDDEN: unbound variable"),
+    ],
+)
+def test_a_file_that_is_no_model_is_one_line(content: str, message: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.sh"
+    mine.write_text(content)
+    done = run_example("pretrain.sh", str(mine), "moa", "--dry-run")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith(message.replace("{}", str(mine)))
 
 
 @pytest.mark.parametrize(("hidden", "other"), [("1000", "1024"), ("40", "64")])

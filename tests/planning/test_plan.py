@@ -545,7 +545,7 @@ def test_a_mistake_is_one_line(line: str, capsys: pytest.CaptureFixture[str]) ->
 def test_what_a_training_would_refuse_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRECISION", "fp32")
     with pytest.raises(UserError, match="Megatron shares it out over ranks only with --bf16"):
-        make("moe-0.25b", "none", "--gpus", "8", "--gpu", "h100")
+        make("moe-0.25b", "none", "--gpus", "8", "--gpu", "h100", "--", "--use-distributed-optimizer")
 
 
 LARGE = "--num-layers 80 --hidden-size 8192 --ffn-hidden-size 28672 --num-attention-heads 64".split()
