@@ -36,6 +36,14 @@ is_whole() {
     done
 }
 
+# refuse_flag FLAG VARIABLE WORD...: fails where a trailing flag sets what the script sets by a variable
+refuse_flag() {
+    local word
+    for word in "${@:3}"; do
+        [ "${word%%=*}" != "$1" ] || fail "$1: is set by $2 here; set that, and leave the flag out"
+    done
+}
+
 # pass_on SIGNAL PID: a second later, since a child that bash has just made loses signals until it is another program
 pass_on() {
     sleep 1

@@ -8,6 +8,7 @@
 # --run N    only the N-th of them, counted from 0: what an array job calls (examples/slurm/sweep.sbatch)
 # --table    only the table
 # flags      of pretrain_gpt_moa.py, for every run
+# Every mixing, rate and seed is checked before the first run, and by --list.
 #
 # Variables: MODEL (dense-0.12b), MIXINGS (none la moa), LRS (1e-3 2e-3 4e-3), SEEDS (1 2 3), SWEEP_DIR (runs/sweep-MODEL, with
 # FFN=type1 runs/sweep-MODEL-type1), and those of examples/pretrain.sh. Started again it goes on where it was: finished runs are left
@@ -33,11 +34,15 @@ case ${1:-} in
     ;;
 --list | --table) ACTION=${1#--} && shift ;;
 --run)
-    [[ ${2:-} =~ ^[0-9]+$ ]] || fail "--run ${2:-}: give the number of a run, from 0; --list shows them"
+    [[ ${2:-} =~ ^[0-9]{1,9}$ ]] || fail "--run ${2:-}: give the number of a run, from 0; --list shows them"
     ACTION=run ENTRY=$((10#$2))
     shift 2
     ;;
 esac
+
+refuse_flag --lr LRS "$@"
+refuse_flag --seed SEEDS "$@"
+refuse_flag --moa-mixing MIXINGS "$@"
 
 # Learning rates outermost: after a third of the time there is a whole comparison.
 RUNS=()
@@ -48,6 +53,32 @@ for lr in "${LRS[@]}"; do
         done
     done
 done
+
+((${#RUNS[@]} > 0)) || fail "MIXINGS, LRS, SEEDS: one of them is empty; leave it out for its default"
+
+# dry_run MIXING LR SEED FLAGS...: what a run would be started with, or why it cannot be, by this script's variables
+dry_run() {
+    local text code=0 run
+    run=$(folder "$1" "$2" "$3")
+    # Processes are no part of it, and asking for the GPUs takes time.
+    text=$(NPROC_PER_NODE=${NPROC_PER_NODE:-1} LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" \
+        --dry-run "${@:4}" 2>&1) || code=$?
+    if [ "$code" != 0 ]; then
+        text=${text#pretrain.sh: }
+        case $text in "MIXING $1:"* | "LR $2:"* | "SEED $3:"*) text=${text/ /S } ;; esac
+        fail "$text"
+    fi
+    echo "$text"
+}
+
+# check FLAGS...: fails where one of the runs could not be started; each mixing, rate and seed is tried once
+check() {
+    local one
+    for one in "${MIXINGS[@]}"; do try "$one" "${LRS[0]}" "${SEEDS[0]}" "$@"; done
+    for one in "${LRS[@]:1}"; do try "${MIXINGS[0]}" "$one" "${SEEDS[0]}" "$@"; done
+    for one in "${SEEDS[@]:1}"; do try "${MIXINGS[0]}" "${LRS[0]}" "$one" "$@"; done
+}
+try() { [ -n "$STOPPED" ] || dry_run "$@" >/dev/null; }
 
 # folder MIXING LR SEED
 folder() { echo "$SWEEP_DIR/$1-lr$2-seed$3"; }
@@ -70,7 +101,7 @@ state() {
 train() {
     local run command code=0
     run=$(folder "$1" "$2" "$3")
-    command=$(LR=$2 SEED=$3 RUN_DIR=$run "$ROOT/examples/pretrain.sh" "$MODEL" "$1" --dry-run "${@:4}") || return 2
+    command=$(dry_run "$@") || return 2
     [[ $command != *"--data-path DATA_PATH "* ]] || fail "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py wrote, or add --mock-data"
     [[ $command != *"--tokenizer-model TOKENIZER_MODEL "* ]] || fail "TOKENIZER_MODEL is not set: set it to the file of tools/train_tokenizer.py"
     # Where it runs may change between two starts; what it trains may not.
@@ -115,6 +146,7 @@ table() { "${PYTHON:-python}" "$ROOT/tools/tabulate_runs.py" "$SWEEP_DIR"; }
 
 case $ACTION in
 list)
+    check "$@"
     for index in "${!RUNS[@]}"; do
         read -ra run <<<"${RUNS[$index]}"
         path=$(folder "${run[@]}")
@@ -128,6 +160,7 @@ run)
     train "${run[@]}" "$@"
     ;;
 all)
+    check "$@"
     for entry in "${RUNS[@]}"; do
         read -ra run <<<"$entry"
         code=0

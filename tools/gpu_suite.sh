@@ -31,7 +31,7 @@ fail() {
 }
 case $SUITE_DEVICE in cuda | cpu) ;; *) fail "SUITE_DEVICE=$SUITE_DEVICE: say cuda or cpu" ;; esac
 case $SUITE_SCALE in full | tiny) ;; *) fail "SUITE_SCALE=$SUITE_SCALE: say full or tiny" ;; esac
-[[ $SUITE_SECONDS =~ ^[1-9][0-9]*$ ]] || fail "SUITE_SECONDS=$SUITE_SECONDS: not a whole number; give one such as 570"
+[[ $SUITE_SECONDS =~ ^[1-9][0-9]{0,8}$ ]] || fail "SUITE_SECONDS=$SUITE_SECONDS: not a whole number; give one such as 570"
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON: no such program; name a python3"
 [ -z "$SUITE_STUDY" ] || [ -f "$SUITE_STUDY" ] || fail "SUITE_STUDY=$SUITE_STUDY: no such file; see examples/studies"
 [ "$SUITE_DEVICE" = cpu ] && export CUDA_VISIBLE_DEVICES=

@@ -43,7 +43,7 @@ run_job() {
     RUN_DIR=$1
     shift
     [[ $RUN_DIR != *[[:space:]]* ]] || fail "RUN_DIR $RUN_DIR: has a space; take a name without"
-    [[ $MAX_STARTS =~ ^[1-9][0-9]*$ ]] || fail "MAX_STARTS $MAX_STARTS: not a number; leave it out for 3"
+    [[ $MAX_STARTS =~ ^[1-9][0-9]{0,8}$ ]] || fail "MAX_STARTS $MAX_STARTS: not a number; leave it out for 3"
     is_switch CHAIN DOCTOR
     local word
     for word in "$@"; do

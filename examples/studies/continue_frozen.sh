@@ -34,8 +34,12 @@ shift
 [ -n "${LR:-}" ] || fail "LR is not set: set it to the peak learning rate of training on, such as LR=4e-4"
 ITERATIONS=${ITERATIONS:-200} BATCH=${BATCH:-16} SPLIT=${SPLIT:-99,1,0} EVAL_ITERS=${EVAL_ITERS:-40}
 OUT=${OUT:-runs/continued} PYTHON=${PYTHON:-python}
-[[ $ITERATIONS =~ ^[1-9][0-9]*$ ]] || fail "ITERATIONS $ITERATIONS: give a whole number above 0"
+is_whole 9 ITERATIONS
 read -ra SEEDS <<<"${SEEDS:-1 2 3}"
+refuse_flag --lr LR "$@"
+refuse_flag --seed SEEDS "$@"
+refuse_flag --train-iters ITERATIONS "$@"
+refuse_flag --data-path DATA_PATH "$@"
 
 FLAGS=() DRY_RUN=''
 for flag in "$@"; do

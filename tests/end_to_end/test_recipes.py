@@ -704,6 +704,31 @@ def test_sweep_lists_its_runs(tmp_path: Path) -> None:
     assert sweep(tmp_path, "--run", "x").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("variables", "flags", "message"),
+    [
+        ({"MIXINGS": "none mao"}, [], "MIXINGS mao: unknown; take none, la, moa"),
+        ({"LRS": "1e-3 fast"}, [], "LRS fast: not a number; write it as 1e-3"),
+        ({"SEEDS": "1 one"}, [], "SEEDS one: not a whole number above 0"),
+        ({"SEEDS": " "}, [], "MIXINGS, LRS, SEEDS: one of them is empty; leave it out for its default"),
+        ({"MODEL": "dense-3b"}, [], "MODEL dense-3b: there is no such recipe; take one of: dense-0.12b"),
+        ({"PRECISION": "fp8"}, [], "PRECISION fp8: unknown; take bf16 or fp32"),
+        ({}, ["--train-iters", "x"], "--train-iters x: not a whole number above 0"),
+        ({}, ["--lr=1e-3"], "--lr: is set by LRS here; set that, and leave the flag out"),
+        ({}, ["--seed", "2"], "--seed: is set by SEEDS here"),
+        ({}, ["--moa-mixing", "la"], "--moa-mixing: is set by MIXINGS here"),
+    ],
+)
+def test_a_sweep_finds_every_mistake_before_its_first_run(
+    variables: dict[str, str], flags: list[str], message: str, tmp_path: Path
+) -> None:
+    for arguments in (["--list"], ["--mock-data"]):
+        done = sweep(tmp_path, *arguments, *flags, **variables)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith(f"sweep.sh: {message}")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.full
 def test_sweep_goes_on_where_it_was_and_ends_with_a_table(tmp_path: Path) -> None:
     flags = ["--eval-iters", "1", *SHALLOW, "--mock-data", "--vocab-size", "128", "--num-workers", "0"]

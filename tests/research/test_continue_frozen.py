@@ -57,7 +57,9 @@ def test_a_dry_run_prints_what_would_be_run(tmp_path: Path) -> None:
         (["--dry-run"], {}, "needs a CHECKPOINT, such as: "),
         (["runs/moa"], {"LR": "1e-3"}, "DATA_PATH is not set: set it to the prefix of what tools/preprocess_data.py"),
         (["runs/moa"], {"DATA_PATH": "d"}, "LR is not set: set it to the peak learning rate of training on, such as"),
-        (["runs/moa"], {"DATA_PATH": "d", "LR": "1", "ITERATIONS": "0"}, "ITERATIONS 0: give a whole number above 0"),
+        (["runs/moa"], {"DATA_PATH": "d", "LR": "1", "ITERATIONS": "0"}, "ITERATIONS 0: not a whole number above 0"),
+        (["runs/moa", "--seed=2"], {"DATA_PATH": "d", "LR": "1"}, "--seed: is set by SEEDS here; set that, and leave"),
+        (["runs/moa", "--train-iters", "9"], {"DATA_PATH": "d", "LR": "1"}, "--train-iters: is set by ITERATIONS here"),
     ],
 )
 def test_mistakes_before_training_on_are_one_line(
