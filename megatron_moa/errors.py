@@ -10,7 +10,7 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -106,11 +106,14 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
+def one_line_errors(program: str, left: str = "") -> Iterator[None]:
     """Turns a :class:`UserError` or a full disk inside into one line on stderr and exit code 2.
 
-    No traceback is printed. Where whoever reads the output leaves early (``| head``) the program ends in silence, as by
-    SIGPIPE: exit code 141.
+    No traceback is printed, after Ctrl-C neither, which is exit code 130. Where whoever reads the output leaves early
+    (``| head``) the program ends in silence, as by SIGPIPE: exit code 141.
+
+    Args:
+        left: what Ctrl-C leaves, for its line, such as ``nothing was written``.
     """
     try:
         try:
@@ -129,6 +132,9 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         _drop_output()  # which may be what found no room
         fail(program, f"{error.filename or 'a file'}: {error.strerror}; make room, and give the same command again")
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted{left and ', '}{left}", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def _drop_output() -> None:
@@ -143,15 +149,9 @@ def _is_read(stream: TextIO) -> bool:
     return not poller.poll(0)
 
 
-@contextmanager
-def one_line_ending(program: str, left: str) -> Iterator[None]:
-    """:func:`one_line_errors`, and Ctrl-C in one line that says what was left, exit code 130."""
-    try:
-        with one_line_errors(program):
-            yield
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted, {left}", file=sys.stderr)
-        raise SystemExit(130) from None
+def one_line_ending(program: str, left: str) -> AbstractContextManager[None]:
+    """:func:`one_line_errors` of a program that always says what Ctrl-C leaves."""
+    return one_line_errors(program, left)
 
 
 class OneLineParser(argparse.ArgumentParser):

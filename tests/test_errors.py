@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -72,6 +73,33 @@ def test_a_full_disk_is_one_line() -> None:
         ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     said = "talker: error: a file: No space left on device; make room, and give the same command again\n"
     assert (ended.returncode, ended.stderr) == (2, said)
+
+
+@pytest.mark.parametrize(
+    ("tool", "left"),
+    [
+        ("convert_to_hf", ", nothing was written"),
+        ("convert_from_hf", ", nothing was written"),
+        ("convert_mixing", ", nothing was written"),
+        ("evaluate", ", the results of finished tasks are kept"),
+        ("evaluate_text", ""),
+        ("generate", ""),
+        ("inspect_checkpoint", ""),
+    ],
+)
+def test_control_c_is_one_line(
+    tool: str, left: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"tools.{tool}")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "parse_flags", interrupt)
+    with pytest.raises(SystemExit) as leaving:
+        module.main([])
+    assert leaving.value.code == 130
+    assert capsys.readouterr() == ("", f"{tool}.py: interrupted{left}\n")
 
 
 def test_another_pipe_that_breaks_is_a_fault() -> None:

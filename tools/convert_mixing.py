@@ -41,7 +41,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return parser.parse_known_args(argv)
 
 
-@one_line_errors(_NAME)
+@one_line_errors(_NAME, "nothing was written")
 def main(argv: list[str] | None = None) -> None:
     """Converts, compares, prints, and leaves with 1, and without a result, if the models differ."""
     flags, megatron_flags = parse_flags(argv)

@@ -60,7 +60,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return parser.parse_known_args(argv)
 
 
-@one_line_errors(PROGRAM)
+@one_line_errors(PROGRAM, "nothing was written")
 def main(argv: list[str] | None = None) -> None:
     """Prepares, writes, compares, renames."""
     flags, megatron_flags = parse_flags(argv)

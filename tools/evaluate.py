@@ -277,7 +277,7 @@ def load(flags: argparse.Namespace, folder: Path, data: Path | None, names: Iter
     return lm, manager, tasks
 
 
-@one_line_errors(PROGRAM)
+@one_line_errors(PROGRAM, "the results of finished tasks are kept")
 def main(argv: list[str] | None = None) -> None:
     """Loads once, evaluates what is not there yet, prints all of it."""
     flags = parse_flags(argv)
