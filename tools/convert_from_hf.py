@@ -19,6 +19,7 @@ from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_target_flags, add_tolerance_flag, target_settings
+from megatron_moa.command_line.trained_model import check_megatron_flags
 from megatron_moa.errors import OneLineParser, needs_extra, one_line_ending
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     """Opens, writes, compares, renames."""
     with one_line_ending(PROGRAM, "nothing was written"):
         flags, megatron_flags = parse_flags(argv)
+        check_megatron_flags(flags, megatron_flags)
         target = target_settings(flags)
         # Imported after the flags are read: it takes seconds.
         from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
@@ -88,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 comparison = None
                 if not flags.no_verify:
+                    print("> comparing the checkpoint's logits with those of transformers' model", file=sys.stderr)
                     comparison = importing.verify(folder, partial, imported, dtype, flags.tolerance)
         except VerificationError as error:
             print(f"{PROGRAM}: error: --hf {flags.hf}: {error}; nothing was written", file=sys.stderr)

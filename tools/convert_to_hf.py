@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     flags, megatron_flags = parse_flags(argv)
     check_megatron_flags(flags, megatron_flags)
     # Imported after the flags are read: it takes seconds.
+    from megatron_moa.megatron_fixes import expected_warnings  # noqa: F401  before Megatron
+
+    # isort: split
     with needs_extra("hf"):
         from megatron_moa.hf import export
     import torch
@@ -86,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
                 exported = export.export(
                     prepared, partial, dtype, flags.max_shard_size, not flags.no_tokenizer, flags.architecture
                 )
-                comparison = None if flags.no_verify else export.verify(prepared, partial, dtype)
+                comparison = None
+                if not flags.no_verify:
+                    print("> comparing the export's logits with the checkpoint's", file=sys.stderr)
+                    comparison = export.verify(prepared, partial, dtype)
             card = export.model_card(prepared, target.resolve().name, exported, comparison)
             (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     except VerificationError as error:

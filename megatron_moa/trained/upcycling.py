@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -360,7 +361,7 @@ def convert(
 ) -> Conversion:
     """Writes the checkpoint of the new mixture and compares it with the one it comes from.
 
-    The new checkpoint is compared as it lies on disk.
+    The new checkpoint is compared as it lies on disk. What is being done is said on standard error.
 
     Args:
         load: what training's ``--save`` named.
@@ -387,12 +388,12 @@ def convert(
     model = empty_model(model_config_from_args(args, dataclasses.replace(target, backend="eager")))
     tensors = ModelTensors(prepared.checkpoint.path, prepared.build_empty())
     tokens = compared_tokens(prepared.vocab_size, args.seq_length)
-    print(f"> computing logits of {load}", flush=True)
+    print(f"> computing logits of {load}", file=sys.stderr)
     expected = reference_logits(prepared, tokens)
-    print(f"> converting to {target.describe()}", flush=True)
+    print(f"> converting to {target.describe()}", file=sys.stderr)
     read = upcycled(tensors.__getitem__, model, source, target, stock)
     write_release(model, args_of_new_run(saved, target), root, read)
-    print("> reading back and computing logits", flush=True)
+    print("> reading back and computing logits", file=sys.stderr)
     found = reference_logits(prepare_checkpoint(str(root), megatron_flags), tokens)
     return Conversion(mixture, target, Comparison.of(found, expected))
 

@@ -186,6 +186,7 @@ def test_training_goes_on_and_nothing_of_the_folder_is_run(tmp_path: Path) -> No
     assert "allows less; nothing was written" in log
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     log = run(convert, ["--hf", folder, "--out", out, "--tp", "2", "--seq-length", "32"])
+    assert "> comparing the checkpoint's logits with those of transformers' model" in log
     assert verified(log)[0] < 1e-5
     assert not marker.exists()
 

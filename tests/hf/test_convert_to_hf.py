@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import random
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -133,6 +136,7 @@ def test_export_stands_alone_and_computes_the_same(case: str, tmp_path: Path) ->
     asked += ["--no-tokenizer"] if "no tokenizer" in case else []
     code, log = convert(tmp_path, "--load", checkpoint, "--out", out, "--max-shard-size", "100KB", *asked)
     assert code == 0, log[-3000:]
+    assert "> comparing the export's logits with the checkpoint's" in log
     assert "verified    largest difference" in log
     assert not list(tmp_path.glob("out.*"))
 
@@ -223,6 +227,17 @@ def export_wrongly(flags: list[str]) -> None:
 
     export._converted = changed
     convert_to_hf.main(flags)
+
+
+@pytest.mark.slow
+def test_imports_of_megatron_warn_of_nothing(tmp_path: Path) -> None:
+    """In a process of its own: the others have imported Megatron already."""
+    command = [sys.executable, ROOT / "tools" / PROGRAM, "--load", tmp_path / "absent", "--out", tmp_path / "out"]
+    ended = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=ROOT, capture_output=True, text=True
+    )
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"{PROGRAM}: error: --load {tmp_path / 'absent'}: ")
 
 
 # The pieces.

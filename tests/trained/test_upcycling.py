@@ -459,6 +459,8 @@ def test_converted_checkpoint_goes_on_from_the_same_loss(case: str, tmp_path: Pa
         assert "differ by more than" in log
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
     log = _run(launch.script, tool, arguments)
+    steps = f"> computing logits of {source}", "> converting to ", "> reading back and computing logits"
+    assert all(step in log for step in steps), log
     difference = float(re.search(r"largest difference of logits (\S+) of", log)[1])
     assert difference <= (0 if "SwiGLU" in case else 1e-5)
     assert "same likeliest token at 100.00% of 64 positions" in log

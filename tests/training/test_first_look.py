@@ -107,6 +107,17 @@ def test_tools_answer_at_once(without_torch: dict[str, str], tool: str) -> None:
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("tool", ["convert_from_hf", "convert_mixing", "convert_to_hf"])
+def test_conversions_name_a_mistyped_flag_at_once(without_torch: dict[str, str], tool: str) -> None:
+    source = "--hf" if tool == "convert_from_hf" else "--load"
+    flags = [source, "x", "--out", "y", "--tolerence", "1"]
+    flags += ["--mixing", "moa"] if tool == "convert_mixing" else []
+    returncode, printed = answer(without_torch, f"tools/{tool}.py", *flags)
+    assert returncode == 2, printed
+    assert printed.startswith(f"{tool}.py: error: --tolerence: "), printed
+    assert printed.count("\n") == 1
+
+
 def test_what_is_right_is_left_to_megatrons_parser(tmp_path: Path) -> None:
     look("program", [*TINY, *SWIGLU, "--moa-activations", "silu", "tanh", "--num-workers=0"])
     look("program", ["--help-megatron"])
