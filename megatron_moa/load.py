@@ -16,9 +16,12 @@ from megatron_moa.trained.text_model import TextModel
 def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:
     """The model of a Megatron checkpoint of any split, or of a Hugging Face folder, on this one process.
 
+    It computes in float32, whatever its weights are stored in, so that models of both kinds compare.
+
     Args:
         folder: what training's ``--save`` named, or a folder with a config.json.
-        megatron_flags: further flags for a checkpoint, such as ``--tokenizer-model FILE`` for one that has moved.
+        megatron_flags: ``--bf16`` or ``--fp16`` to compute in that; further flags for a checkpoint, such as
+            ``--tokenizer-model FILE`` for one that has moved.
         iteration: which checkpoint; None for the latest.
 
     Raises:
@@ -31,10 +34,10 @@ def load(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int 
         from megatron_moa.trained.from_megatron import load_model
 
         return load_model(str(folder), megatron_flags, iteration)
-    check_no_checkpoint_flags(folder, iteration, megatron_flags)
+    dtype = check_no_checkpoint_flags(folder, iteration, megatron_flags)
     with needs_extra("hf"):
         from megatron_moa.hf.loading import load_folder
-    return load_folder(Path(folder))
+    return load_folder(Path(folder), dtype)
 
 
 def from_checkpoint(folder: str | Path, megatron_flags: Sequence[str] = (), iteration: int | None = None) -> TextModel:

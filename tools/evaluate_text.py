@@ -4,11 +4,12 @@
     python tools/evaluate_text.py --load exports/moa --text held-out/*.txt --stride 256
 
 The measures are nats a token, and bits and perplexity a byte. The folder is a Megatron checkpoint or a Hugging Face
-folder; further Megatron flags may follow for the former. Files are read as by preprocess_data.py: a text file is one
-document, and so is a JSON line and a row of Parquet. The end-of-document token stands before each, is not predicted,
-and has no bytes; nothing is predicted behind the last token. Longer documents than the model's context are read in
-windows that overlap: --stride is how far a window moves, so that all tokens but a document's first see at least window
-minus stride tokens. Bytes make models of different tokenizers comparable. The last line is JSON.
+folder, and both compute in float32, with --bf16 in bfloat16; further Megatron flags may follow for the former. Files
+are read as by preprocess_data.py: a text file is one document, and so is a JSON line and a row of Parquet. The
+end-of-document token stands before each, is not predicted, and has no bytes; nothing is predicted behind the last
+token. Longer documents than the model's context are read in windows that overlap: --stride is how far a window moves,
+so that all tokens but a document's first see at least window minus stride tokens. Bytes make models of different
+tokenizers comparable. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,15 +18,21 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_moa.command_line.held_log import held_log
 from megatron_moa.command_line.numbers import positive
+from megatron_moa.command_line.progress_bar import progress_bar
 from megatron_moa.command_line.tool_flags import add_iteration_flag
 from megatron_moa.command_line.trained_model import check_source
 from megatron_moa.data.corpus import add_reading_flags, read_documents
 from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
+if TYPE_CHECKING:
+    from megatron_moa.trained.text_model import TextModel
+
 PROGRAM = "evaluate_text.py"
+_ENOUGH = 1000  # letters that show as a rule whether a text has tokens
 
 
 def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -44,6 +51,11 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
     return parser.parse_known_args(argv)
 
 
+def has_token(model: TextModel, document: str) -> bool:
+    """Whether a document has one: spaces have none for some tokenizers, and preprocess_data.py skips them, too."""
+    return bool(model.encode(document[:_ENOUGH]) or model.encode(document))
+
+
 @one_line_errors(PROGRAM)
 def main(argv: list[str] | None = None) -> None:
     """Loads, predicts, prints a line a file and their sum as JSON."""
@@ -57,18 +69,21 @@ def main(argv: list[str] | None = None) -> None:
     from megatron_moa.load import load
     from megatron_moa.trained.text_model import TextLoss
 
+    print(f"> loading {flags.load}", file=sys.stderr)
     with held_log():
         model = load(flags.load, megatron_flags, flags.iteration)
-    total, count = TextLoss(0.0, 0, 0), 0
+    for path, documents in files.items():
+        files[path] = [document for document in documents if has_token(model, document)]
+        if not files[path]:
+            raise UserError(f"--text {path}: has no token for this model's tokenizer; give a file with text")
+    dtype = str(model.dtype).removeprefix("torch.")
+    print(f"> predicting in {dtype}", file=sys.stderr)
+    total = TextLoss(0.0, 0, 0)
     for path, documents in files.items():
         loss = TextLoss(0.0, 0, 0)
-        for document in documents:
-            if not model.encode(document):  # such as spaces, for some tokenizers: preprocess_data.py skips them too
-                continue
-            count += 1
-            loss += model.text_loss(document, flags.stride, flags.window)
-        if not loss.tokens:
-            raise UserError(f"--text {path}: has no token for this model's tokenizer; give a file with text")
+        with progress_bar(sum(len(document.encode()) for document in documents), path) as progress:
+            for document in documents:
+                loss += model.text_loss(document, flags.stride, flags.window, progress.update)
         print(f"{path}: {loss.loss_per_token:.4f} nats a token, {loss.bits_per_byte:.4f} bits a byte", file=sys.stderr)
         total += loss
     result = {
@@ -77,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         "byte_perplexity": total.byte_perplexity,
         "tokens": total.tokens,
         "bytes": total.bytes,
-        "documents": count,
+        "documents": sum(map(len, files.values())),
         "window": flags.window or model.context,
         "stride": flags.stride or max(1, (flags.window or model.context) // 2),
+        "dtype": dtype,
         "load": flags.load,
     }
     print(json.dumps(result))

@@ -6,8 +6,9 @@
 The folder is a Megatron checkpoint of any split or a Hugging Face folder, such as tools/convert_to_hf.py writes; which
 one, it sees. A checkpoint's settings, mixture included, and its tokenizer come from it; further Megatron flags may
 follow (``--tokenizer-model FILE`` for a tokenizer that has moved). No code that lies in a folder is run. All prompts
-are one batch. A checkpoint's model computes whole sequences again for each token, a Hugging Face model has a cache;
-the tokens they choose are the same. One process: for looking at a model, not for serving one.
+are one batch. Both kinds of models compute in float32, with --bf16 in bfloat16. A checkpoint's computes whole sequences
+again for each token, a Hugging Face model has a cache; the tokens they choose are the same. One process: for looking at
+a model, not for serving one.
 """
 
 from __future__ import annotations

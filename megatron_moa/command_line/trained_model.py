@@ -10,6 +10,8 @@ from megatron_moa.command_line.flags import our_flags
 from megatron_moa.command_line.megatron_flags import check_words
 from megatron_moa.errors import UserError
 
+_DTYPES = {"--bf16": "bfloat16", "--fp16": "float16"}  # flags of Megatron's that models of both kinds of folders take
+
 
 def check_megatron_flags(flags: argparse.Namespace, megatron_flags: Sequence[str]) -> None:
     """Raises UserError for a flag that neither a tool nor Megatron has.
@@ -41,9 +43,17 @@ def check_source(flags: argparse.Namespace, megatron_flags: Sequence[str]) -> No
         check_no_checkpoint_flags(folder, flags.iteration, megatron_flags)
 
 
-def check_no_checkpoint_flags(folder: str | Path, iteration: int | None, megatron_flags: Sequence[str]) -> None:
-    """Raises UserError for flags that are for a Megatron checkpoint, not for a Hugging Face folder."""
+def check_no_checkpoint_flags(folder: str | Path, iteration: int | None, megatron_flags: Sequence[str]) -> str:
+    """Raises UserError for flags that are for a Megatron checkpoint, not for a Hugging Face folder.
+
+    Returns:
+        The name of the dtype to compute in: float32, if no flag says another.
+    """
     if iteration is not None:
         raise UserError(f"--iteration {iteration}: {folder} is a Hugging Face folder, which has none; drop the flag")
-    if megatron_flags:
-        raise UserError(f"{megatron_flags[0]}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")
+    for flag in megatron_flags:
+        if flag not in _DTYPES:
+            raise UserError(f"{flag}: unknown, or for Megatron checkpoints; {folder} is a Hugging Face folder")
+    if len(set(megatron_flags)) > 1:
+        raise UserError(f"{' '.join(megatron_flags)}: a model computes in one of them; drop the other")
+    return _DTYPES[megatron_flags[0]] if megatron_flags else "float32"

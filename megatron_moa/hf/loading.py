@@ -59,6 +59,10 @@ class FolderModel(TextModel):
         return self.model.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -147,13 +151,14 @@ def register() -> None:
     AutoModelForCausalLM.register(GPTMoAConfig, GPTMoAForCausalLM, exist_ok=True)
 
 
-def load_folder(folder: Path) -> FolderModel:
+def load_folder(folder: Path, dtype: str = "float32") -> FolderModel:
     """Loads an export of this project, or a causal language model that transformers knows.
 
     Nothing is downloaded.
 
     Args:
         folder: with config.json and safetensors files.
+        dtype: to compute in, whatever the weights are stored in: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         UserError: no such folder, a model that needs other code, or files that are damaged or do not fit.
@@ -163,7 +168,7 @@ def load_folder(folder: Path) -> FolderModel:
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, notes = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, output_loading_info=True, **local
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, output_loading_info=True, **local
         )
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
         has_tokenizer = any((folder / name).is_file() for name in names)

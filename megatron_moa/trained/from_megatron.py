@@ -65,6 +65,10 @@ class LoadedModel(TextModel):
         return next(self.model.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.args.params_dtype
+
+    @property
     def vocab_size(self) -> int:
         return self.rows
 

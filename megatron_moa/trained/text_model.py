@@ -85,6 +85,11 @@ class TextModel(ABC):
 
     @property
     @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+
+    @property
+    @abstractmethod
     def vocab_size(self) -> int:
         """Without what only pads the vocabulary."""
 
@@ -226,7 +231,13 @@ class TextModel(ABC):
         return True
 
     @torch.inference_mode()
-    def text_loss(self, text: str, stride: int | None = None, window: int | None = None) -> TextLoss:
+    def text_loss(
+        self,
+        text: str,
+        stride: int | None = None,
+        window: int | None = None,
+        advance: Callable[[int], object] = lambda size: None,
+    ) -> TextLoss:
         """The loss of a text of any length, as one document.
 
         The token :attr:`first` stands before the text, as in training, and is no part of what is predicted; nothing is
@@ -237,6 +248,7 @@ class TextModel(ABC):
             text: not empty.
             stride: default half a window. As large as the window it is lm-eval's rolling log-likelihood.
             window: in tokens; default the model's context.
+            advance: is told after each window of how many of the text's bytes it was, about.
 
         Raises:
             UserError: no text, a stride or window out of range, a model without a token that begins a document, or one
@@ -254,17 +266,18 @@ class TextModel(ABC):
         if not tokens:
             raise UserError("the text is empty; give one with at least one token")
         given = torch.tensor([self.first, *tokens], device=self.device)  # one ahead of what is predicted
-        loss, done = 0.0, 0
+        loss, done, size = 0.0, 0, len(text.encode())
         while done < len(tokens):
             last = min(done + (stride if done else window), len(tokens))
             first = max(0, last - window)
             logits = self.forward(given[None, first:last])[0, done - first :].float()
             losses = torch.nn.functional.cross_entropy(logits, given[done + 1 : last + 1], reduction="none")
             loss += losses.double().sum().item()
+            advance(size * last // len(tokens) - size * done // len(tokens))
             done = last
         if not math.isfinite(loss):
             raise UserError(_NO_NUMBERS)
-        return TextLoss(loss, len(tokens), len(text.encode()))
+        return TextLoss(loss, len(tokens), size)
 
     def _check_tokens(self, tokens: Tensor, further: int, what: str) -> None:
         """Raises UserError where ``tokens`` [..., t] and so many further ones are not for this model."""

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_mistyped_flag_is_answered_with_the_tools_own(tmp_path: Path, capsys: 
 class ByteModel(TextModel):
     """A token is a byte, spaces at the ends of a text are none, and what follows is the byte before."""
 
-    device, vocab_size, context, end = torch.device("cpu"), 257, 32, 256
+    device, dtype, vocab_size, context, end = torch.device("cpu"), torch.float32, 257, 32, 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.strip(" ").encode())
@@ -101,7 +102,7 @@ def refused(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], None
     assert leaving.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    (line,) = printed.err.splitlines()
+    (line,) = (line for line in printed.err.splitlines() if not line.startswith("> "))  # what it was doing
     return line
 
 
@@ -216,6 +217,29 @@ def test_mistakes_in_evaluating_are_one_line(
     assert expected in line
 
 
+def test_what_is_computed_is_said_and_files_are_checked_before(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first file is not computed where the last has no token: hours may lie between them."""
+    Path("good").write_text("aé" * 100)  # of 300 bytes, in windows of 32 tokens that move by 16
+    Path("spaces").write_text(" " * 3000)
+    windows, forward = [], ByteModel.forward
+    monkeypatch.setattr(ByteModel, "forward", lambda self, given: windows.append(given) or forward(self, given))
+    line = refused(capsys, evaluate_text.main, "--load", folder, "--text", "good", "spaces")
+    assert line.endswith("--text spaces: has no token for this model's tokenizer; give a file with text")
+    assert not windows
+
+    bars = []
+    monkeypatch.setattr(evaluate_text, "progress_bar", lambda *_: bars.append(MagicMock()) or bars[-1])
+    evaluate_text.main(["--load", folder, "--text", "good"])
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"> loading {folder}\n> predicting in float32\ngood: ")
+    assert json.loads(printed.out)["dtype"] == "float32"
+    (bar,) = bars
+    done = [call.args[0] for call in bar.__enter__.return_value.update.call_args_list]
+    assert (sum(done), len(done), min(done)) == (300, len(windows), 12)
+
+
 @pytest.mark.parametrize("tool", [generate.main, evaluate_text.main])
 @pytest.mark.parametrize(
     ("words", "expected"),
@@ -226,9 +250,10 @@ def test_mistakes_in_evaluating_are_one_line(
         ),
         (["--load", "model", "--tokeniser-model", "x"], "has such a flag; did you mean --tokenizer-model?"),
         (
-            ["--load", "export", "--bf16"],
-            "--bf16: unknown, or for Megatron checkpoints; export is a Hugging Face folder",
+            ["--load", "export", "--transformer-impl", "local"],
+            "--transformer-impl: unknown, or for Megatron checkpoints; export is a Hugging Face folder",
         ),
+        (["--load", "export", "--bf16", "--fp16"], "--bf16 --fp16: a model computes in one of them; drop the other"),
         (["--load", "export", "--iteration", "3"], "--iteration 3: export is a Hugging Face folder, which has none;"),
     ],
 )

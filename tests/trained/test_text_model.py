@@ -16,6 +16,7 @@ import pytest
 import tokenizers
 import torch
 from megatron.core.tokenizers import MegatronTokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_moa.data.corpus import read_documents
@@ -24,6 +25,7 @@ from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.loading import FolderModel, load_folder
 from megatron_moa.hf.modeling_gpt_moa import GPTMoAForCausalLM
 from megatron_moa.hf.tokenizer import export_tokenizer
+from megatron_moa.load import load
 from megatron_moa.trained.from_megatron import LoadedModel
 from megatron_moa.trained.text_model import TextLoss
 from tests.hf.test_convert_to_hf import EAGER, SPLIT, convert
@@ -34,7 +36,7 @@ from tests.support.training import MOE, ROOT, SWIGLU, TINY
 
 KINDS = {
     "dense": ([*SPLIT, *"--moa-mixing moa --moa-gate-init-std 0.3".split()], 2),
-    "moe": ([*MOE, "--moa-mixing", "la"], 1),
+    "moe": ([*MOE, "--moa-mixing", "la", "--bf16"], 1),  # whose weights checkpoint and export have in bfloat16
 }
 
 
@@ -158,7 +160,7 @@ def test_evaluate_text_adds_up_documents(folder: Path, used: dict[str, Any]) -> 
     result = json.loads(log.splitlines()[-1])
     tokens, size = len(used["dense"]["tokens"]) - 1, len(inference_runs.TEXT.encode())
     assert (result["documents"], result["tokens"], result["bytes"]) == (2, 2 * tokens, 2 * size)
-    assert (result["window"], result["stride"]) == (32, 16)
+    assert (result["window"], result["stride"], result["dtype"]) == (32, 16, "float32")
     assert result["bits_per_byte"] == pytest.approx(used["dense-hf"]["losses"][1] / size / math.log(2), rel=1e-5)
     assert result["loss_per_token"] == pytest.approx(used["dense-hf"]["losses"][1] / tokens, rel=1e-5)
 
@@ -273,6 +275,18 @@ def test_tokens_that_the_vocabulary_lacks_are_named(tmp_path: Path, token: int) 
         model.generate([[1], [2, token]], 2)
     with pytest.raises(UserError, match=f"the text has a token {token}; "):
         model.logits([[1, 2], [token, 3]])
+
+
+def test_weights_of_any_precision_are_computed_in_float32(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    half = {name: weight.bfloat16() for name, weight in weights.items()}
+    save_file(half, path / "model.safetensors", {"format": "pt"})
+    rewrite(path / "config.json", dtype="bfloat16")
+    model = load(path)
+    assert model.dtype == model.model.lm_head.weight.dtype == torch.float32
+    assert torch.equal(model.model.lm_head.weight, half["lm_head.weight"].float())
+    assert load(path, ["--bf16"]).dtype == torch.bfloat16
 
 
 def test_an_empty_list_of_end_tokens_is_none(tmp_path: Path) -> None:
