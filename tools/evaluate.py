@@ -3,13 +3,14 @@
     python tools/evaluate.py --load exports/moa --tasks hellaswag arc_easy --data benchmarks
 
 examples/evaluate.sh starts this program. This project's model is loaded with this package's classes, others with
-transformers' own: no code that lies in the folder is run. Each task's result is a JSON file in --out, written when the
-task is finished; a task that has one is not evaluated again, and the table says so. A result of other settings, or of
-files that have changed since, is refused.
+transformers' own: no code that lies in the folder is run. The model computes in float32, with --bf16 in bfloat16. Each
+task's result is a JSON file in --out, written when the task is finished; a task that has one is not evaluated again,
+and the table says so. A result of other settings, or of files that have changed since, is refused.
 
 --data FOLDER has a folder for each task, named like it, with its splits as the hub has them: files in it, however deep,
-whose names begin with the split's (validation-00000-of-00001.parquet, test.jsonl). Nothing is asked of the hub then.
-Tasks of this project (examples/evaluation) take their data from there alone.
+named like the split up to a - or a dot (validation-00000-of-00001.parquet, test.jsonl). Of several datasets' folders in
+it, the one named as the harness names the task's is read. Nothing is asked of the hub then. Tasks of this project
+(examples/evaluation) take their data from there alone.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="only the first N documents of a task, to try it out"
     )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 (default float32)")
     parser.add_argument("--again", action="store_true", help="evaluate what has been evaluated already")
     return parser.parse_args(argv)
 
@@ -119,12 +121,18 @@ def check_folders(flags: argparse.Namespace, folder: Path, out: Path) -> None:
     for flag, given in (("--data", flags.data), ("--tasks-folder", flags.tasks_folder)):
         if given is not None and not Path(given).is_dir():
             raise UserError(f"{flag} {given}: no such folder; check the path")
+    for task in flags.tasks if flags.data is not None else ():
+        if not (Path(flags.data) / task).is_dir():
+            raise UserError(
+                f"--data {flags.data}: has no folder {task}; put the task's files there, or check the task's name"
+            )
 
 
 def settings_by_task(flags: argparse.Namespace, folder: Path, data: Path | None) -> dict[str, dict[str, Any]]:
     """What a task's result depends on: flags, and fingerprints of the model's and the task's files."""
     settings = {
         "load": str(folder.resolve()),
+        "dtype": dtype(flags),
         "num_fewshot": flags.num_fewshot,
         "limit": flags.limit,
         "data": str(data),
@@ -146,10 +154,10 @@ def local_files(folder: Path, task: str, config: dict[str, Any]) -> dict[str, An
         config: the task's settings.
 
     Raises:
-        UserError: no folder, or no file of the split that is evaluated.
+        UserError: no file of the split that is evaluated, or a split in several folders.
     """
-    if not folder.is_dir():
-        raise UserError(f"--data {folder.parent}: has no folder {task}; put the task's files there, or drop the task")
+    there = sorted(path for path in folder.rglob("*") if path.suffix in _FORMATS)
+    dataset = [path for path in there if config.get("dataset_name") in path.relative_to(folder).parts]
     files: dict[str, list[str]] = {}
     kinds = set()
     changed: dict[str, Any] = {}
@@ -157,9 +165,10 @@ def local_files(folder: Path, task: str, config: dict[str, Any]) -> dict[str, An
         split = config.get(setting)
         if split is None:
             continue
-        found = sorted(
-            path for path in folder.rglob("*") if path.suffix in _FORMATS and path.name.startswith(str(split))
-        )
+        found = [path for path in dataset or there if path.name.startswith((f"{split}-", f"{split}."))]
+        folders = sorted({str(path.parent) for path in found})
+        if len(folders) > 1:
+            raise UserError(f"--data {folder}: {split} is in {folders[0]} and in {folders[1]}; leave those of {task}")
         if found:
             files[split] = [str(path.resolve()) for path in found]
             kinds |= {_FORMATS[path.suffix] for path in found}
@@ -168,7 +177,7 @@ def local_files(folder: Path, task: str, config: dict[str, Any]) -> dict[str, An
     evaluated = config.get("test_split") or config.get("validation_split")
     if evaluated not in files:
         raise UserError(
-            f"--data {folder}: has no {evaluated}*.parquet or {evaluated}*.jsonl, which {task} is evaluated on"
+            f"--data {folder}: has no {evaluated}-*.parquet or {evaluated}.jsonl, which {task} is evaluated on"
         )
     if len(kinds) > 1:
         raise UserError(f"--data {folder}: has parquet and JSON files; leave those of one kind")
@@ -245,6 +254,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["task", "documents", "metric", "value", "standard error"], rows)
 
 
+def dtype(flags: argparse.Namespace) -> str:
+    """What the model computes in."""
+    return "bfloat16" if flags.bf16 else "float32"
+
+
 def load(flags: argparse.Namespace, folder: Path, data: Path | None, names: Iterable[str]) -> tuple[Any, Any, dict]:
     """The model as the harness takes it, the harness's TaskManager, and the tasks of these names.
 
@@ -261,7 +275,7 @@ def load(flags: argparse.Namespace, folder: Path, data: Path | None, names: Iter
 
     manager = TaskManager(include_path=[OWN_TASKS, *([flags.tasks_folder] if flags.tasks_folder else [])])
     tasks = {name: build_task(manager, name, data) for name in names}
-    model = load_folder(folder)
+    model = load_folder(folder, dtype(flags))
     if model.tokenizer is None:
         raise UserError(f"--load {folder}: has no tokenizer; put its files there")
     # What else a folder has for generate, such as a penalty of repetitions, would change the results.

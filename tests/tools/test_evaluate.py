@@ -88,7 +88,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes JSON lines."""
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -207,14 +207,14 @@ def test_mistakes_are_one_line(words: list[str], parts: list[str]) -> None:
     [
         (["local_choise"], ["--tasks local_choise: unknown", "local_choice"]),
         (["mmlu"], ["--tasks mmlu", "group"]),
-        (["hellaswag"], ["--data", "has no folder hellaswag"]),
         (["local_choice", "--limit", "2"], []),
     ],
 )
 def test_what_only_the_harness_knows(
     words: list[str], parts: list[str], export: Path, data: Path, tmp_path: Path
 ) -> None:
-    result = run(export, *words, DATA=data, OUT=tmp_path / "out", HF_HOME=tmp_path / "cache")
+    files = {} if parts else {"DATA": data}
+    result = run(export, *words, **files, OUT=tmp_path / "out", HF_HOME=tmp_path / "cache")
     assert result.returncode == (2 if parts else 0), result.stderr[-2000:]
     last = result.stderr.splitlines()[-1]
     assert all(part in last for part in parts), last
@@ -232,6 +232,12 @@ def test_a_missing_folder_is_told_before_the_harness_is_imported(
     assert leaving.value.code == 2
     assert capsys.readouterr().err == f"evaluate.py: error: {flag} {tmp_path}/absent: no such folder; check the path\n"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    if flag == "--data":
+        (tmp_path / "data" / "piqa").mkdir(parents=True)
+        with pytest.raises(SystemExit):
+            main(["--load", str(tmp_path), "--tasks", "piqa", "arc_easy", "--data", f"{tmp_path}/data"])
+        line = f"--data {tmp_path}/data: has no folder arc_easy; put the task's files there, or check the task's name"
+        assert capsys.readouterr().err == f"evaluate.py: error: {line}\n"
 
 
 def test_a_result_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
@@ -305,6 +311,16 @@ def test_a_result_of_other_files_is_not_taken_for_this_one(
         monkeypatch.setitem(sys.modules, name, MagicMock())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     main(words)
+    if not changed:
+        for other in (["--bf16"], ["--limit", "3"]):
+            with pytest.raises(SystemExit):
+                main([*words, *other])
+        said_of = capsys.readouterr().err.splitlines()
+        assert [line.split("evaluated with ")[1].split(";")[0] for line in said_of if "error" in line] == [
+            "dtype float32",
+            "limit None",
+        ]
+        main(words)
     if changed:
         (tmp_path / changed).parent.mkdir(exist_ok=True)
         (tmp_path / changed).write_text("other")
@@ -317,8 +333,6 @@ def test_a_result_of_other_files_is_not_taken_for_this_one(
 
 def test_files_of_the_splits_are_found_however_deep(tmp_path: Path) -> None:
     config = {"training_split": "train", "validation_split": "validation", "test_split": None}
-    with pytest.raises(UserError, match="has no folder piqa"):
-        local_files(tmp_path / "piqa", "piqa", config)
     write(tmp_path / "piqa" / "plain" / "validation-00001-of-00002.jsonl", [])
     (tmp_path / "piqa" / "plain" / "validation-00000-of-00002.jsonl").write_text("")
     changed = local_files(tmp_path / "piqa", "piqa", config)
@@ -328,8 +342,25 @@ def test_files_of_the_splits_are_found_however_deep(tmp_path: Path) -> None:
     (tmp_path / "piqa" / "train.parquet").write_bytes(b"")
     with pytest.raises(UserError, match="parquet and JSON"):
         local_files(tmp_path / "piqa", "piqa", config)
-    with pytest.raises(UserError, match=r"has no test\*"):
+    with pytest.raises(UserError, match=r"has no test-\*"):
         local_files(tmp_path / "piqa", "piqa", {**config, "test_split": "test"})
+
+
+def test_files_of_other_splits_and_datasets_are_left_out(tmp_path: Path) -> None:
+    config = {"training_split": "train", "test_split": "test", "dataset_name": "ARC-Easy"}
+    for dataset in ("ARC-Easy", "ARC-Challenge"):
+        for name in ("test-00000-of-00001.jsonl", "test_small.jsonl", "tests.jsonl"):
+            write(tmp_path / dataset / name, [])
+    write(tmp_path / "ARC-Challenge" / "train.jsonl", [])
+    changed = local_files(tmp_path, "arc_easy", config)
+    files = {"test": [str(tmp_path / "ARC-Easy" / "test-00000-of-00001.jsonl")]}
+    assert (changed["dataset_kwargs"], changed["training_split"]) == ({"data_files": files}, None)
+    with pytest.raises(UserError, match=r": test is in \S+/ARC-Challenge and in \S+/ARC-Easy; leave those of arc$"):
+        local_files(tmp_path, "arc", {**config, "dataset_name": None})
+    assert local_files(tmp_path / "ARC-Challenge", "arc_easy", config)["dataset_kwargs"]["data_files"].keys() == {
+        "train",
+        "test",
+    }
 
 
 def test_papers_benchmarks_are_the_default() -> None:
