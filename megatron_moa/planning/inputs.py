@@ -9,10 +9,14 @@ import argparse
 import contextlib
 import copy
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 
+from megatron_moa import startup
+from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.planning.model import Model, Split
 
@@ -22,6 +26,51 @@ _RECOMPUTE_FLAGS = {
     "mixture": ("--moa-recompute",),
     "full": ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
 }
+
+# Flags of pretrain_gpt_moa.py that say what the planner chooses, or is told by a flag of its own.
+_CHOSEN = {
+    "--tensor-model-parallel-size": "--tp",
+    "--pipeline-model-parallel-size": "--pp",
+    "--num-virtual-stages-per-pipeline-rank": "--vpp",
+    "--num-layers-per-virtual-pipeline-stage": "--vpp",
+    "--expert-model-parallel-size": "--ep",
+    "--expert-tensor-parallel-size": "--ep",
+    "--context-parallel-size": "--cp",
+    "--sequence-parallel": "--tp",
+    "--micro-batch-size": "--micro-batch-size",
+    "--recompute-activations": "--recompute",
+    "--recompute-granularity": "--recompute",
+    "--recompute-modules": "--recompute",
+    "--recompute-method": "--recompute",
+    "--recompute-num-layers": "--recompute",
+    "--moa-recompute": "--recompute mixture",
+    "--moa-mixing": "MIXING",
+    "--moa-form": "MIXING",
+}
+
+
+def prepare() -> None:
+    """Prepares this process for plans, for good, without a word on what its machine does not have.
+
+    That says nothing about where the training will run.
+    """
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):
+        startup.prepare()
+
+
+def check_further_flags(flags: Sequence[str]) -> None:
+    """Refuses flags behind ``--`` that the planner chooses itself.
+
+    Raises:
+        UserError: there is such a flag; the text names the planner's own.
+    """
+    for flag in flags:
+        if flag in ("-h", "--help"):
+            raise UserError(f"{flag}: behind -- it would end the planner without a word; put it before")
+        if (name := flag.partition("=")[0]) in _CHOSEN:
+            raise UserError(f"{name}: chosen here by {_CHOSEN[name]}; drop it behind --")
 
 
 def split_environment(split: Split) -> dict[str, str]:

@@ -18,9 +18,11 @@ import pytest
 
 from megatron_moa import startup
 from megatron_moa.errors import UserError
-from megatron_moa.planning import inputs, memory, parameters
+from megatron_moa.planning import inputs, memory, parameters, search
 from megatron_moa.planning.communication import recomputed_flops, step_time
 from megatron_moa.planning.model import Model, Split
+from megatron_moa.planning.printing import brief, describe, full, record
+from megatron_moa.planning.report import Report, command, make_report
 from megatron_moa.runs.recipes import model_files, recipe_flags
 from megatron_moa.training.gpus import GPUS
 from tests.support import launch
@@ -44,7 +46,7 @@ class Built:
     split: Split = ONE
 
     def __str__(self) -> str:
-        return f"{self.recipe} {self.mixing} {self.flags} {plan.describe(self.split)}"
+        return f"{self.recipe} {self.mixing} {self.flags} {describe(self.split)}"
 
     def all_flags(self) -> list[str]:
         """As pretrain_gpt_moa.py gets them."""
@@ -317,7 +319,7 @@ def test_tensor_parallel_messages_are_those_of_a_rank(tmp_path: Path) -> None:
     moved = [message for message in report.messages if message.phase != "finalize" and message.group == "tp"]
     moved = [message for message in moved if message.operation in ("allgather_base", "reduce_scatter_base")]
     model = model_of(built.all_flags(), 64)
-    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(built.all_flags(), 64)[0]), model.mixture)(4)
+    flops = search.flops_by_tp(inputs.validated(inputs.parse(built.all_flags(), 64)[0]), model.mixture)(4)
     traffic = {kind.kind: kind for kind in step_time(model, split, flops, GPUS["h100"], 0.4).traffic}
     assert sum(message.bytes for message in moved) * 3 / 4 == pytest.approx(traffic["TP"].bytes)
     assert sum(message.number for message in moved) == traffic["TP"].messages
@@ -330,7 +332,7 @@ def test_tensor_parallel_messages_are_counted_layer_by_layer(recompute: str, aga
     flags = recipe_flags("moe-0.25b", "moa", ["--mock-data", "--moe-layer-freq", "[0,0,1,1,1,1]"])
     model = model_of(flags)
     model = replace(model, experts=replace(model.experts, shared_ffn=shared))
-    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(flags, 1)[0]), model.mixture)(2)
+    flops = search.flops_by_tp(inputs.validated(inputs.parse(flags, 1)[0]), model.mixture)(2)
     split = Split(gpus=2, tp=2, recompute=recompute)
     (found,) = (kind for kind in step_time(model, split, flops, GPUS["h100"], 0.4).traffic if kind.kind == "TP")
     attention, parts = 6, 6 if shared else 2
@@ -356,7 +358,7 @@ def test_gradients_are_summed_as_a_rank_sums_them(tmp_path: Path, monkeypatch: p
         (moved,) = (message for message in report.messages if message.group == "dp")
         assert moved.operation == operation
         model = model_of(own, 8)
-        flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(own, 8)[0]), None)(1)
+        flops = search.flops_by_tp(inputs.validated(inputs.parse(own, 8)[0]), None)(1)
         traffic = {kind.kind: kind for kind in step_time(model, built.split, flops, GPUS["h100"], 0.4).traffic}
         assert traffic["DP, gradients"].bytes == rounds[operation] * moved.bytes * 7 / 8
 
@@ -374,7 +376,7 @@ def test_what_a_training_does_not_overlap_is_exposed(monkeypatch: pytest.MonkeyP
 def test_gates_are_recomputed_with_their_layers() -> None:
     flags = recipe_flags("dense-0.12b", "moa", ["--mock-data"])
     model = model_of(flags)
-    flops = plan.search.flops_by_tp(inputs.validated(inputs.parse(flags, 1)[0]), model.mixture)(1)
+    flops = search.flops_by_tp(inputs.validated(inputs.parse(flags, 1)[0]), model.mixture)(1)
     again = recomputed_flops(model, Split(gpus=1, recompute="feed-forward"), flops)
     assert again == pytest.approx((flops.mixture + flops.gates) / 3 + 2 * model.layers * 3 * model.hidden * model.ffn)
 
@@ -382,10 +384,10 @@ def test_gates_are_recomputed_with_their_layers() -> None:
 # Splits.
 
 
-def make(*arguments: str) -> plan.Report:
+def make(*arguments: str) -> Report:
     """What the program finds."""
     startup.prepare()
-    return plan.make(plan.parse(arguments))
+    return make_report(plan.parse(arguments)[0])
 
 
 PLANS = (
@@ -422,14 +424,14 @@ def test_a_given_split_is_kept_and_the_command_trains_with_it() -> None:
         "dense-2b", "la", "--gpus", "16", "--gpu", "h100", "--tp", "2", "--pp", "2", "--micro-batch-size", "2"
     )
     assert {(found.split.tp, found.split.pp, found.split.micro_batch) for found in report.plans} == {(2, 2, 2)}
-    words = plan.command(report).split()
+    words = command(report).split()
     assert {"TP=2", "PP=2", "MICRO_BATCH_SIZE=2", "NPROC_PER_NODE=8", "NNODES=2"} < set(words)
     assert words[words.index("examples/pretrain.sh") :][:3] == ["examples/pretrain.sh", "dense-2b", "la"]
 
 
 def test_the_command_has_as_many_processes_as_gpus() -> None:
     for gpus in (6, 8, 12, 24):
-        words = plan.command(make(*f"gpt2-124m --gpus {gpus} --gpu h100".split())).split()
+        words = command(make(*f"gpt2-124m --gpus {gpus} --gpu h100".split())).split()
         variables = dict(word.split("=") for word in words if "=" in word)
         assert int(variables["NPROC_PER_NODE"]) * int(variables.get("NNODES", 1)) == gpus
 
@@ -437,7 +439,7 @@ def test_the_command_has_as_many_processes_as_gpus() -> None:
 def test_the_command_trains_so_whatever_variables_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TP", "NNODES"):
         monkeypatch.setenv(name, "2")
-    words = plan.command(make(*"gpt2-124m --gpus 8 --gpu h100 --tp 1".split())).split()
+    words = command(make(*"gpt2-124m --gpus 8 --gpu h100 --tp 1".split())).split()
     assert {"TP=1", "NNODES=1"} < set(words)
 
 
@@ -454,28 +456,28 @@ def test_time_and_cost_follow_from_the_step() -> None:
 
 def test_what_is_printed() -> None:
     report = make("moe-0.5b", "moa", "--gpus", "16", "--gpu", "h200")
-    text = plan.full(report)
+    text = full(report)
     total = 480_942_336 + 9 * 33 * 7 * 768  # the stock model; gates of 32 routed experts and a shared one, one-sided
     assert f"{total:,}, active for a token" in text
     assert "\nwidths " not in text  # 2048 and 512
     assert "allowance" in text
     assert "unmeasured" in text
-    assert plan.command(report) in text
-    lines = plan.brief(report).splitlines()
+    assert command(report) in text
+    lines = brief(report).splitlines()
     assert [line.split(":")[0] for line in lines] == ["# Parameters", "# Hardware", "# Duration", "# Cost"]
     assert all(len(line) < 160 for line in lines)
-    assert json.loads(json.dumps(plan.record(report)))["parameters"]["total"] == total
+    assert json.loads(json.dumps(record(report)))["parameters"]["total"] == total
 
 
 def test_odd_widths_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     report = make("dense-0.5b", "none", "--gpus", "8", "--gpu", "h100", "--tp", "1")
     line = "widths      feed-forward width 3413 is odd: slow on tensor cores; FFN_MULTIPLE=128 rounds"
-    assert sum(printed.startswith(line) for printed in plan.full(report).splitlines()) == 1
+    assert sum(printed.startswith(line) for printed in full(report).splitlines()) == 1
     monkeypatch.setenv("FFN_MULTIPLE", "128")
     report = make("dense-0.5b", "none", "--gpus", "8", "--gpu", "h100", "--tp", "2")
     assert report.model.ffn == 3456
     assert report.widths == ""
-    assert "FFN_MULTIPLE=128" in plan.command(report).split()
+    assert "FFN_MULTIPLE=128" in command(report).split()
 
 
 @pytest.mark.slow
