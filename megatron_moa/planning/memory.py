@@ -24,25 +24,6 @@ ALLOWANCE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Software:
-    """Where kernels differ in what they keep.
-
-    Attributes:
-        fused_norm: RMSNorm keeps its input; torch's CPU one keeps that and the normalised input, both in float32.
-        fused_glu: the stock model's SwiGLU keeps fc1's output; unfused also both factors of its product.
-        foreach_adam: Adam takes the roots of all second moments before it uses the first (torch's, on a GPU).
-    """
-
-    fused_norm: bool = True
-    fused_glu: bool = True
-    foreach_adam: bool = True
-
-
-GPU = Software()
-CPU = Software(fused_norm=False, fused_glu=False, foreach_adam=False)
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes on one rank of a pipeline stage.
 
@@ -80,15 +61,15 @@ class Memory:
         return self.tensors + self.allowance
 
 
-def peak(model: Model, split: Split, software: Software = GPU) -> Memory:
+def peak(model: Model, split: Split) -> Memory:
     """Of the stage that needs most."""
     # Those between have fewer micro-batches in flight than the first, and neither embedding nor logits.
     layouts = {model.moe_layers[layer] for layer in range(model.layers)}
     stages = range(split.pp) if len(layouts) > 1 else {0, split.pp - 1}
-    return max((stage_memory(model, split, stage, software) for stage in stages), key=lambda memory: memory.tensors)
+    return max((stage_memory(model, split, stage) for stage in stages), key=lambda memory: memory.tensors)
 
 
-def stage_memory(model: Model, split: Split, stage: int, software: Software = GPU) -> Memory:
+def stage_memory(model: Model, split: Split, stage: int) -> Memory:
     """Of a rank of one stage, at its peak.
 
     The peak is one of four moments: the loss of the last micro-batch (all activations and the logits), the backward of
@@ -97,12 +78,12 @@ def stage_memory(model: Model, split: Split, stage: int, software: Software = GP
     weights = stage_weights(model, split, stage)
     elements = sum(number * weight.on_rank(split) for weight, number in weights.items())
     state, stepped = _optimizer_state(model, dataclasses.replace(split, micro_batch=1, recompute="none"), stage)
-    layers = activations_in_flight(model, split, stage, software)
-    backward = max(_backward_workspace(model, split, is_moe, software) for is_moe in _kinds(model, split, stage))
+    layers = activations_in_flight(model, split, stage)
+    backward = max(_backward_workspace(model, split, is_moe) for is_moe in _kinds(model, split, stage))
     final = logits = output = 0.0
     if stage == split.pp - 1:
-        final, logits, output = _head(model, split, software)
-    step = FLOAT32 * (stepped if software.foreach_adam else 2 * _largest(model, split, weights))
+        final, logits, output = _head(model, split)
+    step = FLOAT32 * (stepped if model.gpu_kernels else 2 * _largest(model, split, weights))
     moments = {
         layers + final + logits: (layers + final, logits, 0.0),
         layers + final + output: (layers + final, 0.0, output),
@@ -174,7 +155,7 @@ def _largest(model: Model, split: Split, weights: Weights) -> float:
     return max(_tensor(model, split, weight) / (weight.copies(split) if is_cut else 1) for weight in weights)
 
 
-def _head(model: Model, split: Split, software: Software) -> tuple[float, float, float]:
+def _head(model: Model, split: Split) -> tuple[float, float, float]:
     """Returns bytes on the last stage: of the final norm, the loss and the output layer.
 
     These are what is kept of the final norm; then what the loss holds; then the output layer's backward. Logits of the
@@ -183,7 +164,7 @@ def _head(model: Model, split: Split, software: Software) -> tuple[float, float,
     """
     tokens = _tokens(model, split)
     u = tokens / split.tp
-    final = _norm(model, u, software) + model.element * u * model.hidden  # its input, and the output layer's
+    final = _norm(model, u) + model.element * u * model.hidden  # its input, and the output layer's
     width = model.padded_vocabulary(split.tp) / split.tp
     half = model.element if model.element < FLOAT32 else 0
     gradient = model.element * width * (tokens + model.hidden)  # of the logits, of the weight
@@ -210,23 +191,23 @@ def in_flight(model: Model, split: Split, stage: int) -> float:
     return min(micro_batches * split.vpp, chunks) / split.vpp
 
 
-def activations_in_flight(model: Model, split: Split, stage: int, software: Software = GPU) -> float:
+def activations_in_flight(model: Model, split: Split, stage: int) -> float:
     """Bytes that a stage's layers keep for backward at most."""
-    layers = [kept(model, split, model.moe_layers[layer], software) for layer in split.layers(model, stage)]
+    layers = [kept(model, split, model.moe_layers[layer]) for layer in split.layers(model, stage)]
     return in_flight(model, split, stage) * sum(layers)
 
 
 _OUTSIDE_FEED_FORWARD = ("norms", "norms' outputs", "attention", "dropout")
 
 
-def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> Mapping[str, float]:
+def saved(model: Model, split: Split, is_moe: bool) -> Mapping[str, float]:
     """Bytes that one layer saves of one micro-batch, by part, nothing recomputed."""
     h, e = model.hidden, model.element
     t = _tokens(model, split)
     u = t / split.tp
     queries, keys = model.heads * model.head_size, model.groups * model.head_size
     parts = {
-        "norms": 2 * _norm(model, u, software),
+        "norms": 2 * _norm(model, u),
         "norms' outputs": 2 * u * h * e,
         # Rotated queries and keys, values, output; float32 sums of each head's softmax.
         "attention": t * ((2 * queries + 2 * keys) * e + FLOAT32 * model.heads) / split.tp,
@@ -234,47 +215,47 @@ def saved(model: Model, split: Split, is_moe: bool, software: Software = GPU) ->
     if model.dropout:
         parts["dropout"] = 2 * u * h  # a byte an element, after attention and after the feed-forward layer
     if not is_moe:
-        return {**parts, "feed-forward": _feed_forward(model, software, t, u, model.ffn / split.tp)}
+        return {**parts, "feed-forward": _feed_forward(model, t, u, model.ffn / split.tp)}
     experts = model.experts
     routed = u * experts.topk  # token copies on a rank, if all experts get the same number
     parts["router"] = u * (2 * FLOAT32 * experts.number + 2 * INT64 * experts.topk) + routed * (2 * INT64)
     parts["dispatched tokens"] = routed * h * e
-    parts["experts"] = _feed_forward(model, software, routed, routed, experts.ffn, routed=True)
+    parts["experts"] = _feed_forward(model, routed, routed, experts.ffn, routed=True)
     if experts.shared_ffn:
-        parts["shared expert"] = _feed_forward(model, software, t, u, experts.shared_ffn / split.tp)
+        parts["shared expert"] = _feed_forward(model, t, u, experts.shared_ffn / split.tp)
         parts["shared expert"] += u * h * e * experts.shared_gate  # its output, times its gate
     return parts
 
 
-def _norm(model: Model, u: float, software: Software) -> float:
-    if model.norm_vectors == 1 and not software.fused_norm:
+def _norm(model: Model, u: float) -> float:
+    if model.norm_vectors == 1 and not model.gpu_kernels:
         return u * (2 * FLOAT32 * model.hidden + FLOAT32)
     return u * (model.element * model.hidden + model.norm_vectors * FLOAT32)
 
 
-def _feed_forward(model: Model, software: Software, t: float, u: float, f: float, routed: bool = False) -> float:
+def _feed_forward(model: Model, t: float, u: float, f: float, routed: bool = False) -> float:
     """Returns the bytes that a feed-forward layer saves for its backward.
 
     These are fc1's output, fc2's input, and 4 n a token for coefficients: once as the gates gave them, once gathered.
     """
-    unfused = model.mixture is None and model.gated and not software.fused_glu
+    unfused = model.mixture is None and model.gated and not model.gpu_kernels
     widths = model.halves + 1 + (2 + routed) * unfused  # routed: its output before the router's probability, too
     coefficients = FLOAT32 * model.coefficients * (t + (u if u != t else 0))
     return t * f * widths * model.element + coefficients
 
 
-def kept(model: Model, split: Split, is_moe: bool, software: Software = GPU) -> float:
+def kept(model: Model, split: Split, is_moe: bool) -> float:
     """Bytes that one layer keeps of one micro-batch, with what the split recomputes."""
     if split.recompute == "full":
         return model.element * _tokens(model, split) / split.tp * model.hidden
-    return sum(saved(model, split, is_moe, software).values()) - _recomputed(model, split, is_moe, software)
+    return sum(saved(model, split, is_moe).values()) - _recomputed(model, split, is_moe)
 
 
-def _recomputed(model: Model, split: Split, is_moe: bool, software: Software) -> float:
+def _recomputed(model: Model, split: Split, is_moe: bool) -> float:
     """Bytes of one layer and micro-batch that come back in backward, and are there for this layer alone."""
-    parts = saved(model, split, is_moe, software)
+    parts = saved(model, split, is_moe)
     if split.recompute == "full":  # all but the input, which is kept
-        return sum(parts.values()) - kept(model, split, is_moe, software)
+        return sum(parts.values()) - kept(model, split, is_moe)
     if split.recompute == "feed-forward":
         return sum(size for name, size in parts.items() if name not in _OUTSIDE_FEED_FORWARD)
     if split.recompute == "mixture":
@@ -291,7 +272,7 @@ def _fc2_inputs(model: Model, split: Split, is_moe: bool) -> float:
     return t / split.tp * (experts.topk * experts.ffn + experts.shared_ffn)
 
 
-def _backward_workspace(model: Model, split: Split, is_moe: bool, software: Software) -> float:
+def _backward_workspace(model: Model, split: Split, is_moe: bool) -> float:
     """Returns the bytes that a feed-forward layer's backward holds at its peak.
 
     Counted is what it holds beyond what forward saved, and what is recomputed. Always there is the gradient of the
@@ -311,4 +292,4 @@ def _backward_workspace(model: Model, split: Split, is_moe: bool, software: Soft
     mixture = model.halves * tokens * f
     fc1 = matrices * model.halves * f * h + tokens * h + gathered - tokens * f
     gradients = tokens * h + max(fc2, mixture, fc1)
-    return model.element * gradients + _recomputed(model, split, is_moe, software)
+    return model.element * gradients + _recomputed(model, split, is_moe)

@@ -80,6 +80,9 @@ class Model:
         sequence: tokens of a sample.
         global_batch: samples a step.
         iterations: steps.
+        gpu_kernels: False for torch's on a CPU. On a GPU RMSNorm keeps its input alone, not also the normalised one in
+            float32; the stock SwiGLU keeps fc1's output alone, not also both factors of its product; and Adam takes
+            the roots of all second moments before it uses the first.
     """
 
     layers: int
@@ -111,6 +114,7 @@ class Model:
     sequence: int
     global_batch: int
     iterations: int
+    gpu_kernels: bool = True
 
     @classmethod
     def from_args(cls, args: argparse.Namespace, mixture: MixtureConfig | None) -> Model:

@@ -219,7 +219,7 @@ def measure(flags: list[str], recompute: str, results: str) -> None:
     whole = peak_memory.peak_bytes(train, device)
     step = peak_memory.peak_bytes(arms[0].run, device)
     split = Split(gpus=1, micro_batch=args.micro_batch_size, recompute=recompute)
-    planned = memory.peak(Model.from_args(args, mixture), split, memory.CPU)
+    planned = memory.peak(replace(Model.from_args(args, mixture), gpu_kernels=False), split)
     at_rest = planned.weights + planned.gradients + planned.optimizer
     found = {"whole": whole, "step": step, "planned": planned.tensors, "planned step": planned.tensors - at_rest}
     Path(results).write_text(json.dumps(found))
