@@ -50,11 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = make_parser().parse_args(argv)
     with one_line_ending(PROGRAM, "finished runs are kept; the same command goes on"):
         from megatron_moa.research.study.grid import PAPER, read_study
-        from megatron_moa.research.study.planned import planned
         from megatron_moa.research.study.runner import Runner, visible_gpus
 
         study = read_study(flags.study, flags.scale)
         if flags.plan:
+            from megatron_moa.planning import inputs
+            from megatron_moa.research.study.planned import planned
+
+            inputs.prepare()
             for line in planned(study, flags.study):
                 print(line, flush=True)
             return

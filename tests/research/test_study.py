@@ -414,18 +414,18 @@ def test_a_mistake_about_a_scale_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_plan_is_of_the_studys_size_and_not_of_its_recipe(monkeypatch, tmp_path):
-    def plan(command, env, **_):
-        words, further = command[: command.index("--")], command[command.index("--") + 1 :]
-        args = {flag: further[len(further) - further[::-1].index(flag)] for flag in shape}
-        assert (words[2], args) == ("dense-0.12b", shape)
+    def plan(request):
+        flags = request.flags
+        args = {flag: flags[len(flags) - flags[::-1].index(flag)] for flag in shape}
+        assert (request.recipe, args) == ("dense-0.12b", shape)
         names = ("SEQ_LENGTH", "GLOBAL_BATCH_SIZE", "MICRO_BATCH_SIZE", "PRECISION")
-        assert [env[name] for name in names] == ["2048", "64", "4", "fp32"]
-        return subprocess.CompletedProcess(command, 0, json.dumps({"hours": 1.0}), "")
+        assert [request.variables[name] for name in names] == ["2048", "64", "4", "fp32"]
+        return types.SimpleNamespace(hours=1.0)
 
     shape = {"--num-layers": "24", "--hidden-size": "768", "--num-attention-heads": "12", "--ffn-hidden-size": "1000"}
     size = 'recipe = "dense-0.12b"\nlayers = 24\nffn = 1000\nsequence = 2048\nbatch = 64\nmicro_batch = 4'
     study = study_of(STUDY.replace("layers = 2\nhidden = 48\nffn = 128\nheads = 2", size), tmp_path)
-    monkeypatch.setattr(subprocess, "run", plan)
+    monkeypatch.setattr("megatron_moa.research.study.planned.make_report", plan)
     assert list(planned(study))[-1].startswith("\nAll: 4 runs, 4 GPU hours")
     shape["--moa-activations"] = "identity"  # the arm's own dictionary
     (grid,) = study.grids
@@ -435,14 +435,15 @@ def test_a_plan_is_of_the_studys_size_and_not_of_its_recipe(monkeypatch, tmp_pat
 def test_gpu_hours_are_the_planners_times_the_runs(monkeypatch):
     asked = []
 
-    def plan(command, env, **_):
-        asked.append((*command[2:4], env["FFN"], env["TOKENS"], env["OPTIMIZER"], env["SCHEDULE"]))
-        return subprocess.CompletedProcess(command, 0, json.dumps({"hours": 2.0 if command[3] == "none" else 3.0}), "")
+    def plan(request):
+        names = ("FFN", "TOKENS", "OPTIMIZER", "SCHEDULE")
+        asked.append((request.recipe, request.mixing, *(request.variables[name] for name in names)))
+        return types.SimpleNamespace(hours=2.0 if request.mixing == "none" else 3.0)
 
     folder = ROOT / "examples" / "studies"
     full, small = read_study(folder / "paper-table2.toml"), read_study(folder / "paper-table1.toml", "smoke")
     night = read_study(folder / "gpu-dense.toml")  # 6 arms: 3 rates, and 2 further seeds, which are not pending yet
-    monkeypatch.setattr(subprocess, "run", plan)
+    monkeypatch.setattr("megatron_moa.research.study.planned.make_report", plan)
     assert list(planned(full))[-1].startswith("\nAll: 56 runs, 154 GPU hours")  # 7 rates of 2 baselines and 6 mixtures
     assert sorted(asked) == [
         ("dense-0.12b", mixing, ffn, "2400000000", "adamw", "cosine")

@@ -1,11 +1,7 @@
-"""Says how many GPU hours a study takes, by the planner of tools/plan.py."""
+"""Says how many GPU hours a study takes, by the planner."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +9,11 @@ from pathlib import Path
 from megatron_moa.command_line.tables import markdown_table
 from megatron_moa.errors import UserError
 from megatron_moa.mixture.config import DICTIONARIES
+from megatron_moa.planning.report import Request, make_report
 from megatron_moa.research.study.arms import ARMS
 from megatron_moa.research.study.grid import Cell, Study, pending
 from megatron_moa.research.study.runner import with_width
 
-_PLAN = Path(__file__).resolve().parents[3] / "tools" / "plan.py"
 GPU, MFU = "h100", 0.25
 
 
@@ -26,6 +22,8 @@ def planned(study: Study, file: Path | str = "the study's file") -> Iterator[str
 
     A widened SwiGLU is planned as SwiGLU, and gates of every kind as sigmoid ones. Rates that a grid goes on to are not
     known yet, and not counted.
+
+    The process was prepared before, by :func:`megatron_moa.planning.inputs.prepare`.
 
     Args:
         file: the study's, for messages.
@@ -98,8 +96,7 @@ def _at_least(study: Study) -> dict[Cell, None]:
 
 
 def _hours(recipe: str, mixing: str, variables: dict[str, str], flags: Sequence[str]) -> float:
-    command = [sys.executable, str(_PLAN), recipe, mixing, "--gpus", "1", "--gpu", GPU, "--mfu", str(MFU), "--json"]
-    done = subprocess.run([*command, "--", *flags], env={**os.environ, **variables}, capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"tools/plan.py {recipe} {mixing}: {' '.join(done.stderr.split())}")
-    return json.loads(done.stdout)["hours"]
+    try:
+        return make_report(Request(recipe, mixing, 1, GPU, MFU, flags=flags, variables=variables)).hours
+    except UserError as error:
+        raise UserError(f"--plan: {recipe} {mixing}: {error}") from error
