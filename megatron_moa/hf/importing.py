@@ -59,9 +59,10 @@ class TakenSplit:
     def check(self, own: GPTMoAConfig) -> None:
         """Raises UserError unless the model can be split so."""
         groups = own.num_key_value_heads
+        dense = 0 if all(own.moe_layers) else own.intermediate_size  # which no layer has where all are of experts
         for flag, size, count, what in (
             ("--tp", self.tensor, own.num_attention_heads, "heads"),
-            ("--tp", self.tensor, own.intermediate_size, "columns of a feed-forward layer (intermediate_size)"),
+            ("--tp", self.tensor, dense, "columns of a feed-forward layer (intermediate_size)"),
             ("--tp", self.tensor, own.moe_intermediate_size, "columns of an expert (moe_intermediate_size)"),
             ("--tp", self.tensor, own.shared_expert_intermediate_size, "columns of the shared expert"),
             ("--pp", self.pipeline, own.num_hidden_layers, "layers"),

@@ -116,6 +116,23 @@ def test_settings_become_flags_and_come_back() -> None:
     run(settings_there_and_back, SETTINGS)
 
 
+def test_a_split_is_of_widths_that_layers_have() -> None:
+    from megatron_moa.errors import UserError
+    from megatron_moa.hf.importing import TakenSplit
+
+    experts = {**PLAIN, **EXPERTS, "intermediate_size": 27}  # a width of dense layers
+    TakenSplit(tensor=2, expert=5).check(GPTMoAConfig(**experts))
+    for settings, message in (
+        (
+            {"moe_layers": [True, False, True]},
+            r"--tp 2: does not divide the model's 27 columns of a feed-forward layer",
+        ),
+        ({"moe_intermediate_size": 21}, r"--tp 2: does not divide the model's 21 columns of an expert"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TakenSplit(tensor=2).check(GPTMoAConfig(**{**experts, **settings}))
+
+
 # Models of transformers' own.
 
 OFTEN = ("llama, all biases, tied, llama3 rope", "gpt2", "qwen2 moe")
