@@ -58,6 +58,12 @@ _EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 _EXPERT_SETTINGS = frozenset(
     setting.name for setting in dataclasses.fields(GPTMoAConfig) if setting.name.startswith(("router_", "shared_"))
 ).union(_EXPERTS)
+_SIZES = frozenset(
+    (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+        *("num_attention_heads", "num_key_value_heads", "head_dim", "shared_expert_intermediate_size", *_EXPERTS),
+    )
+)
 # Of ours: what does not decide the function. In float32 the router's product is the same in either precision.
 _NO_FUNCTION = _BASE.union(
     _TOKENS,
@@ -68,6 +74,11 @@ _NO_FUNCTION = _BASE.union(
 
 def _nothing(config: PreTrainedConfig) -> dict[str, Any]:
     return {}
+
+
+def _other_names(key: str, aliases: Mapping[str, str]) -> set[str]:
+    """Of a key of config.json, which may stand there as the class knows it or as the class writes it."""
+    return {name for pair in aliases.items() if key in pair for name in pair}
 
 
 def _as_it_is(entry: Entry) -> Entry:
@@ -107,6 +118,16 @@ class Family:
     relaid: Callable[[Entry], Entry] = _as_it_is
     prefix: str = ""
     computed: str = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+
+    def check_sizes(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError if a size in the settings of a config.json is none."""
+        for key, ours in self.keys.items():
+            if ours not in _SIZES:
+                continue
+            for name in {key, *_other_names(key, self.config_class.attribute_map)} & settings.keys():
+                value, least = settings[name], int(ours not in _EXPERT_SETTINGS)
+                if value is not None and (type(value) is not int or value < least):
+                    raise _refused(name, value, f"a whole number of at least {least} is wanted")
 
     def to_own(self, config: PreTrainedConfig) -> GPTMoAConfig:
         """The settings of the GPTMoAForCausalLM, and so of the Megatron model, that computes the same.
@@ -182,8 +203,7 @@ class Family:
         aliases = config.attribute_map
         used = {*self.keys, *self.translated, *_WINDOW}
         for key, value in config.to_dict().items():
-            # Under either name, as the class knows it or as it is written.
-            names = {key, *(name for name, alias in aliases.items() if alias == key)}
+            names = {key, *_other_names(key, aliases)}
             if key == "quantization_config":
                 raise _refused(key, "is there", "quantised weights are not read; dequantise the model first")
             if key in self.only and value != self.only[key]:
@@ -197,6 +217,8 @@ class Family:
         window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None) or []
         if not getattr(config, "use_sliding_window", True):
             window = None
+        if window and type(window) is not int:
+            raise _refused("sliding_window", window, "a whole number or null is wanted")
         for kind in set(kinds) - {"full_attention", "sliding_attention"}:
             raise _refused("layer_types", kind, "only full_attention is supported")
         if "sliding_attention" in kinds and not window:
@@ -244,8 +266,8 @@ def _check_rope(rope: Mapping[str, Any], whole_heads: bool) -> None:
         name = f"rope_parameters, {key}"
         if key not in legal and value is not None:
             raise _refused(name, value, f"is not supported with rope_type {kind}")
-        if key in ("rope_theta", *_ROPE_KEYS[kind]) and not isinstance(value, int | float):
-            raise _refused(name, value, "a number is wanted")
+        if key in ("rope_theta", *_ROPE_KEYS[kind]) and not (type(value) in (int, float) and value > 0):
+            raise _refused(name, value, "a number above 0 is wanted")
         if key in LLAMA3_ROPE and key in legal and value != LLAMA3_ROPE[key]:
             raise _refused(name, value, f"Megatron's is fixed at {LLAMA3_ROPE[key]:g}")
         is_whole = key == "rope_theta" or (key == "factor" and kind == "linear")

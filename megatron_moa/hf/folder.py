@@ -8,6 +8,7 @@ promise, of the shape they promise.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -148,8 +148,7 @@ def open_folder(root: Path, allow_pickle: bool = False) -> HuggingFaceFolder:
     if not root.is_dir():
         raise UserError(f"--hf {root}: no such folder; give one with config.json and weights, on this machine")
     _check_finished(root)
-    family, config = _read_config(root)
-    own = family.to_own(config)
+    family, config, own = _read_config(root)
     files, pickled = _weight_files(root, allow_pickle)
     weights = _named_by_family(family, _stored(root, files))
     folder = HuggingFaceFolder(root, family, config, own, weights, pickled)
@@ -189,7 +188,12 @@ def file_in(root: Path, name: str, named_by: str) -> Path:
 def _check_finished(root: Path) -> None:
     if is_unfinished(root.resolve().name):
         raise UserError(f"--hf {root}: was left by a conversion that did not end; convert again")
-    unfinished = next(root.rglob("*.incomplete"), None)
+    snapshots = root if root.resolve().name == "snapshots" else root / "snapshots"
+    if not (root / "config.json").exists() and (whole := [path.parent for path in snapshots.glob("*/config.json")]):
+        raise UserError(f"--hf {root}: is a part of the hub's cache; give the model's own folder: {_some(whole)}")
+    # Where the hub's library and others leave them; the whole tree may be somebody's home.
+    left = (*root.glob("*.incomplete"), *(root / ".cache" / "huggingface" / "download").rglob("*.incomplete"))
+    unfinished = next(iter(left), None)
     if unfinished is not None:
         raise UserError(f"--hf {root}: its download has not ended ({unfinished.relative_to(root)}); fetch it again")
     if (root / "adapter_config.json").exists():
@@ -200,7 +204,7 @@ def _check_finished(root: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the folder. Raises UserError: it is none, or has a key twice."""
+    """The object in a JSON file of the folder. Raises UserError: it is none, has a key twice, or an endless number."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -210,8 +214,18 @@ def read_json(path: Path) -> dict[str, Any]:
             found[key] = value
         return found
 
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise UserError(f"{path}: has the number {text}, which is none; correct it")
+        return float(text)
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
+        value = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=without_duplicates,
+            parse_float=finite,
+            parse_constant=finite,
+        )
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -221,8 +235,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
-    """Returns the family that config.json names, and config.json as the family's class reads it.
+def _read_config(root: Path) -> tuple[Family, PreTrainedConfig, GPTMoAConfig]:
+    """Returns the family that config.json names, config.json as the family's class reads it, and as ours does.
 
     ``auto_map`` and other names of code mean nothing here.
     """
@@ -243,10 +257,12 @@ def _read_config(root: Path) -> tuple[Family, PreTrainedConfig]:
         wanted = family.config_class.model_type
         raise UserError(f"{path}, model_type {kind}: a {family.architecture} is of {wanted}; correct one of the two")
     try:
-        return family, family.config_class.from_dict(settings)
+        family.check_sizes(settings)
+        config = family.config_class.from_dict(settings)
+        return family, config, family.to_own(config)
     except UserError as error:
         raise UserError(f"--hf {root}: {error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever an invalid value makes a library raise
         raise UserError(f"{path}: is no {family.config_class.__name__} ({one_line(error)})") from None
 
 
@@ -418,7 +434,7 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
+def _some(names: Iterable[str | Path]) -> str:
+    names = sorted(map(str, names))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

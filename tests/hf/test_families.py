@@ -210,7 +210,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
         ("LlamaForCausalLM", {"rope_parameters": {**LLAMA3, "low_freq_factor": 2.0}}, "low_freq_factor 2.0: .* at 1"),
         ("LlamaForCausalLM", {"rope_parameters": {**LINEAR, "factor": 2.5}}, "factor 2.5: Megatron takes whole"),
         ("LlamaForCausalLM", {"rope_parameters": {**LINEAR, "rope_theta": 2.5}}, "rope_theta 2.5: Megatron takes"),
-        ("LlamaForCausalLM", {"rope_parameters": {**LLAMA3, "factor": "8"}}, "factor 8: a number is wanted"),
+        ("LlamaForCausalLM", {"rope_parameters": {**LLAMA3, "factor": "8"}}, "factor 8: a number above 0 is wanted"),
         ("Qwen2ForCausalLM", {"rope_parameters": {**LINEAR, "mrope_section": [2, 2]}}, "mrope_section .*: is not supp"),
         ("LlamaForCausalLM", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: .* rotates whole heads"),
         ("LlamaForCausalLM", {"quantization_config": {"bits": 4}}, "quantization_config is there: quantised weights"),

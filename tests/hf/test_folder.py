@@ -16,9 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from megatron_moa.errors import UserError
+from megatron_moa.hf.families import function_settings
 from megatron_moa.hf.folder import open_folder
 from tests.support.checkpoints import Hostile
 from tools import convert_from_hf
@@ -103,6 +112,21 @@ def test_the_hubs_cache_is_a_folder_too(tmp_path: Path) -> None:
         shutil.move(file, blobs / str(number))
         (snapshot / file.name).symlink_to(f"../../blobs/{number}")
     assert_same(read_all(snapshot), weights)
+    for above in (snapshot.parent.parent, snapshot.parent):
+        with pytest.raises(UserError, match=f"{above}: is a part of the hub's cache; .* own folder: {snapshot}$"):
+            open_folder(above)
+
+
+def test_a_download_is_looked_for_where_one_is_left(tmp_path: Path) -> None:
+    """The whole tree may be a home folder."""
+    weights = saved(tmp_path)
+    for place in ("other/deep", ".cache/huggingface/download/a"):
+        (tmp_path / place).mkdir(parents=True)
+    (tmp_path / "other/deep/x.incomplete").touch()
+    assert_same(read_all(tmp_path), weights)
+    (tmp_path / ".cache/huggingface/download/a/x.incomplete").touch()
+    with pytest.raises(UserError, match=r"its download has not ended \(\.cache/huggingface/download/a/x\.incomplete\)"):
+        open_folder(tmp_path)
 
 
 def test_old_names_of_gpt2(tmp_path: Path) -> None:
@@ -143,6 +167,73 @@ def test_tokens_that_end_a_text(generation: dict[str, Any] | None, expected: lis
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}')
     with pytest.raises(UserError, match=r"generation_config\.json, eos_token_id \['</s>'\]: is neither an id"):
         _ = open_folder(tmp_path).end_tokens
+
+
+# Values that mean nothing.
+
+MODELS = {
+    "llama": lambda: llama(),
+    "qwen3 moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20)
+    ),
+}
+FURTHER = ("sliding_window", "use_sliding_window", "layer_types", "rope_scaling", "rope_theta", "torch_dtype")
+ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2}
+
+
+@pytest.mark.parametrize("value", ["a", 0, -1, None, [], {}, float("inf"), True], ids=repr)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_key_of_any_value_is_one_line_or_changes_nothing(model: str, value: object, tmp_path: Path) -> None:
+    built: PreTrainedModel = MODELS[model]()
+    built.save_pretrained(tmp_path)
+    plain, path = open_folder(tmp_path), tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    cases = [(key, {**settings, key: value}) for key in (*settings, *FURTHER)]
+    cases += [(f"rope {key}", {**settings, "rope_parameters": {**ROPE, key: value}}) for key in ROPE]
+    for key, changed in cases:
+        path.write_text(json.dumps(changed).replace("Infinity", "1e400"))
+        try:
+            opened = open_folder(tmp_path)
+            opened.check_tied()
+            message = None
+        except UserError as error:
+            message = str(error)
+        if message is not None:
+            assert str(tmp_path) in message, (key, message)
+            assert len(message.splitlines()) == 1, (key, message)
+            continue
+        assert value != float("inf"), key
+        if not (value is True and settings.get(key) is False):  # which is no mistake
+            assert function_settings(opened.own) == function_settings(plain.own), key
+            assert opened.own.max_position_embeddings == 32
+            assert opened.own.intermediate_size == 28
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_attention_heads": 0}, r"config\.json, num_attention_heads 0: a whole number of at least 1 is wanted"),
+        ({"head_dim": 0}, r"head_dim 0: a whole number of at least 1"),
+        ({"max_position_embeddings": -1}, r"max_position_embeddings -1: a whole number of at least 1"),
+        ({"sliding_window": "a"}, r"sliding_window a: a whole number or null is wanted"),
+        ({"dtype": []}, r"config\.json: is no LlamaConfig"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": True}}, r"rope_theta True: a number above 0"),
+    ],
+)
+def test_the_key_of_a_mistake_is_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewrite(tmp_path / "config.json", lambda config: config.update(settings))
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path)
+
+
+def test_an_endless_number_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    for number in ("1e400", "-Infinity", "NaN"):
+        (tmp_path / "config.json").write_text(text.replace('"rms_norm_eps": 1e-06', f'"rms_norm_eps": {number}'))
+        with pytest.raises(UserError, match=rf"config\.json: has the number {number}, which is none; correct it"):
+            open_folder(tmp_path)
 
 
 # What is refused.
@@ -219,7 +310,7 @@ SHARDED: dict[str, tuple[Callable[[Path], None], str]] = {
     "unknown type": (_config(architectures=None, model_type="t5"), r"model_type t5: is not supported; supported: ll"),
     "another type": (_config(model_type="gpt2"), r"model_type gpt2: a LlamaForCausalLM is of llama"),
     "two architectures": (_config(architectures=["a", "b"]), r"one name is wanted"),
-    "a size that is none": (_config(hidden_size="many"), r"config\.json: is no LlamaConfig"),
+    "a size that is none": (_config(hidden_size="many"), r"config\.json, hidden_size many: a whole number of at l"),
     "an endless size": (_config(num_hidden_layers=10**6), r"promises 1000000 layers and 0 experts, and there are 21 w"),
     "unknown rope": (_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), r"yarn: supp"),
     "quantised": (_config(quantization_config={"quant_method": "gptq"}), r"quantised weights are not read"),
