@@ -58,8 +58,8 @@ def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path, con
             raise UserError(f"--special-tokens: added beside {model}, they cannot be exported; add --no-tokenizer")
         _from_sentencepiece(Path(model), args.seq_length).save_pretrained(folder)
     elif isinstance(getattr(library, "tokenizer", None), PreTrainedTokenizerBase):
-        own = library.tokenizer if adds_special_tokens(tokenizer) else _without_special_tokens(library.tokenizer)
-        own.save_pretrained(folder)
+        own = _as_in_its_folder(library.tokenizer, args)
+        (own if adds_special_tokens(tokenizer) else _without_special_tokens(own)).save_pretrained(folder)
     else:
         raise UserError(f"--tokenizer-type {kind}: cannot be exported; add --no-tokenizer and put one there yourself")
     exported = AutoTokenizer.from_pretrained(folder)
@@ -79,6 +79,23 @@ def export_tokenizer(tokenizer: Any, args: argparse.Namespace, folder: Path, con
             f"{config.model_type}; add --architecture GPTMoAForCausalLM, or --no-tokenizer"
         )
     return True
+
+
+def _as_in_its_folder(trained: PreTrainedTokenizerBase, args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """Returns a Hugging Face tokenizer without what Megatron adds to one: the tokens ``cls`` and ``sep``."""
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(
+        args.tokenizer_model,
+        use_fast=not getattr(args, "tokenizer_hf_no_use_fast", False),
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )
+    if plain.get_added_vocab() != trained.get_added_vocab():  # --special-tokens, with which it was trained
+        return trained
+    plain.chat_template = trained.chat_template  # of --chat-template
+    for name in ("is_local", "local_files_only"):  # how it was loaded
+        plain.init_kwargs.pop(name, None)
+    return plain
 
 
 def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
