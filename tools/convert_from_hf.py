@@ -107,6 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
+_BALANCE = "router_aux_loss_coef is --moe-aux-loss-coeff {}: add it to the training, which has no such loss without it"
+
+
 def facts(folder: HuggingFaceFolder, imported: Imported) -> dict[str, str]:
     """For reading, by name."""
     args = imported.args
@@ -121,6 +124,7 @@ def facts(folder: HuggingFaceFolder, imported: Imported) -> dict[str, str]:
         "tokenizer": f"{args.tokenizer_model}, {imported.tokens:,} tokens"
         if imported.tokens
         else "NONE (NullTokenizer): give training one with --tokenizer-type and --tokenizer-model",
+        **({"balance": _BALANCE.format(args.moe_aux_loss_coeff)} if args.moe_aux_loss_coeff else {}),
         "split": f"{split}, EP {args.expert_model_parallel_size}; sequences of {args.seq_length}",
     }
 

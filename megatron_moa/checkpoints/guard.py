@@ -350,7 +350,7 @@ def check_before_setup(
             check_vocabulary(args, saved, tokenizer.vocab_size, checkpoint)
             other_tokens = list(changed_tokens(args, saved, checkpoint))
             if other_tokens:
-                args.moa_end_tokens = None  # numbers of the vocabulary before
+                args.moa_end_tokens = args.moa_generation = None  # numbers of the vocabulary before
             for change in (*other_tokens, *(changed_data(args, saved, checkpoint) if trains else ())):
                 notice(f"WARNING: {change}")
     if args.save is not None:

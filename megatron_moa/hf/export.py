@@ -26,8 +26,9 @@ from megatron_moa.command_line.progress_bar import counting_bar
 from megatron_moa.errors import UserError
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
 from megatron_moa.hf.families import OWN, TANH_GELU, Family, family_of, stock_family
+from megatron_moa.hf.folder import read_json
 from megatron_moa.hf.mapping import is_buffer, to_hf
-from megatron_moa.hf.settings import config_from_args
+from megatron_moa.hf.settings import config_from_args, router_aux_loss_coef
 from megatron_moa.hf.tokenizer import SAMPLE, export_tokenizer
 from megatron_moa.runs.curves import read_course
 from megatron_moa.trained.compare_logits import Comparison, VerificationError, compared_tokens, reference_logits
@@ -93,10 +94,14 @@ def export(
     Raises:
         UserError: a setting, a tensor or a tokenizer that cannot be exported.
     """
-    tokenizer = prepared.tokenizer
+    tokenizer, saved = prepared.tokenizer, prepared.saved
     config = config_from_args(prepared.args, prepared.config.mixture, prepared.vocab_size)
+    if any(config.moe_layers):
+        config.router_aux_loss_coef = router_aux_loss_coef(saved, config)
+    generation = getattr(saved, "moa_generation", None) or {}  # of the Hugging Face folder that the model came from
     for name, number in (("bos", "bos"), ("eos", "eod"), ("pad", "pad")):
-        setattr(config, f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
+        token = generation.get(f"{name}_token_id", _token(tokenizer, number, config.vocab_size))
+        setattr(config, f"{name}_token_id", token)
     if prepared.saved_ends is not None:  # a list where there are several
         ends = list(prepared.saved_ends)
         config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
@@ -112,6 +117,10 @@ def export(
     final.save_pretrained(folder)  # with the code of ours
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**tokens).save_pretrained(folder)
+    path = (
+        folder / "generation_config.json"
+    )  # as the folder had it: the class refuses to save what it loads and warns of
+    path.write_text(json.dumps({**generation, **read_json(path)}, indent=2) + "\n")
     return Exported(
         family.architecture,
         config.hidden_act if config.mixing is None else None,
@@ -297,10 +306,15 @@ def model_card(prepared: PreparedCheckpoint, name: str, exported: Exported, comp
     """
     saved, mixture = prepared.saved, prepared.config.mixture
     loss = validation_loss(saved, prepared.checkpoint.root)
+    source, tokens = getattr(saved, "moa_source", None), getattr(saved, "consumed_train_samples", 0) * saved.seq_length
+    origin, since, imported = "pretrained with", "", ""
+    if source is not None:
+        origin, since = "of", " since the last conversion"
+        imported = f"\nIt was imported from {source['name']} ({source['architecture']}): see there for its licence."
     rows = {
         **exported.facts(),
         "iteration": "released" if prepared.checkpoint.iteration is None else f"{prepared.checkpoint.iteration:,}",
-        "tokens trained on": f"{getattr(saved, 'consumed_train_samples', 0) * saved.seq_length:,}",
+        f"tokens trained on{since}": f"{tokens:,}",
         "validation loss": "not recorded" if loss is None else f"{loss:.4f} nats a token, the last one measured",
         "logits against training's": "NOT VERIFIED" if comparison is None else str(comparison),
     }
@@ -335,7 +349,7 @@ tags:
 
 # {name}
 
-A GPT model pretrained with megatron_moa {__version__}{"" if mixture is None else _EXPLANATION}.
+A GPT model {origin} megatron_moa {__version__}{"" if mixture is None else _EXPLANATION}.{imported}
 
     from transformers import {", ".join(classes)}
 
@@ -346,7 +360,7 @@ goes on behind padding writes other text.
 
 {_table("model", rows)}
 {_table("feed-forward layers", feed_forward)}
-{_table("trained with", data)}"""
+{"" if source is not None and not tokens else _table("trained with", data)}"""
 
 
 _EXPLANATION = """, whose feed-forward layers mix activation functions

@@ -68,7 +68,7 @@ _SIZES = frozenset(
 _NO_FUNCTION = _BASE.union(
     _TOKENS,
     ("mixing_backend", "mixing_format_version", "router_float32"),
-    ("attention_dropout", "initializer_range", "use_cache"),
+    ("attention_dropout", "initializer_range", "use_cache", "router_aux_loss_coef"),
 )
 
 
@@ -411,6 +411,7 @@ MIXTRAL = Family(
         "intermediate_size": "moe_intermediate_size",
         "num_local_experts": "num_experts",
         "num_experts_per_tok": "num_experts_per_tok",
+        "router_aux_loss_coef": "router_aux_loss_coef",
     },
     read=lambda config: {"intermediate_size": config.intermediate_size},
     names=(
@@ -452,7 +453,7 @@ _QWEN_MOE: dict[str, Any] = {
     "translated": frozenset({"decoder_sparse_step", "mlp_only_layers", "norm_topk_prob"}),
     "names": ((r"\.mlp\.router\.", ".mlp.gate."),),
 }
-_QWEN_MOE_KEYS = {**_DECODER, **{key: key for key in _EXPERTS}}
+_QWEN_MOE_KEYS = {**_DECODER, **{key: key for key in (*_EXPERTS, "router_aux_loss_coef")}}
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
     Qwen2MoeConfig,

@@ -35,6 +35,8 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _LFS = b"version https://git-lfs.github.com/spec/"
 _OUTPUT = "lm_head.weight"
+# In generation_config.json: the tokens that end a text, which are read apart, and what it says of itself.
+_NOT_GENERATION = ("eos_token_id", "transformers_version", "_from_model_config")
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,42 @@ class HuggingFaceFolder:
         Raises:
             UserError: generation_config.json cannot be read, or has something else than ids.
         """
-        ends = self.config.eos_token_id
-        if (self.root / "generation_config.json").exists():
-            path = file_in(self.root, "generation_config.json", f"--hf {self.root}")
-            found = read_json(path).get("eos_token_id")
-            ends = ends if found is None else found
-            if not all(type(end) is int for end in _as_list(ends)):
-                raise UserError(f"{path}, eos_token_id {ends!r}: is neither an id nor a list of ids; correct it")
-        return [end for end in _as_list(ends) if 0 <= end < self.own.vocab_size]
+        found = self._read_generation().get("eos_token_id")
+        ends = _as_list(self.config.eos_token_id if found is None else found)
+        if not all(type(end) is int for end in ends):
+            path = self.root / "generation_config.json"
+            raise UserError(f"{path}, eos_token_id {found!r}: is neither an id nor a list of ids; correct it")
+        return [end for end in ends if 0 <= end < self.own.vocab_size]
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The further settings of generation_config.json; the first token and the padding are config.json's if not its.
+
+        Raises:
+            UserError: generation_config.json cannot be read, or has something else than ids for these two.
+        """
+        found = {name: value for name, value in self._read_generation().items() if name not in _NOT_GENERATION}
+        for name in ("bos_token_id", "pad_token_id"):
+            token = found.pop(name, None)
+            token = getattr(self.config, name) if token is None else token
+            if token is not None and type(token) is not int:
+                raise UserError(f"{self.root / 'generation_config.json'}, {name} {token!r}: is no id; correct it")
+            if token is not None and 0 <= token < self.own.vocab_size:
+                found[name] = token
+        return found
+
+    @property
+    def name(self) -> str:
+        """The model's, for reading: the folder's, or in the hub's cache the repository's."""
+        root = self.root.resolve()
+        if root.parent.name == "snapshots":
+            return root.parent.parent.name.removeprefix("models--").replace("--", "/")
+        return root.name
+
+    def _read_generation(self) -> dict[str, Any]:
+        if not (self.root / "generation_config.json").exists():
+            return {}
+        return read_json(file_in(self.root, "generation_config.json", f"--hf {self.root}"))
 
     @property
     def entries(self) -> list[Entry]:

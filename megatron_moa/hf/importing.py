@@ -35,7 +35,7 @@ from megatron_moa.hf.families import TANH_GELU, function_settings
 from megatron_moa.hf.folder import HuggingFaceFolder, file_in
 from megatron_moa.hf.mapping import from_hf
 from megatron_moa.hf.modeling_gpt_moa import mixture_config
-from megatron_moa.hf.settings import config_from_args
+from megatron_moa.hf.settings import config_from_args, moe_aux_loss_coeff
 from megatron_moa.hf.tokenizer import SAMPLE
 from megatron_moa.mixture.config import MixtureConfig
 from megatron_moa.trained.compare_logits import Comparison, VerificationError, compared_tokens, reference_logits
@@ -318,6 +318,8 @@ def import_folder(
     flags = [*flags_from_config(own), "--seq-length", str(seq_length or min(longest, _LONGEST))]
     flags += ["--micro-batch-size", "1", "--hidden-dropout", "0", "--attention-dropout", "0"]
     flags += ["--make-vocab-size-divisible-by", "1"]  # no more padding than the split needs: the loss counts it
+    if any(own.moe_layers):
+        flags += ["--moe-aux-loss-coeff", str(moe_aux_loss_coeff(own))]
     flags += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
     tokenizer = copy_tokenizer(folder, root / TOKENIZER) if with_tokenizer else None
     kind = ["HuggingFaceTokenizer", "--tokenizer-model", str(final / TOKENIZER)] if tokenizer else ["NullTokenizer"]
@@ -331,6 +333,8 @@ def import_folder(
     multiple = args.make_vocab_size_divisible_by * split.tensor
     args.padded_vocab_size = multiple * math.ceil(own.vocab_size / multiple)  # as building the tokenizer sets it
     args.moa_end_tokens = folder.end_tokens or None  # a tokenizer has one, and chat models often end by several
+    args.moa_generation = folder.generation
+    args.moa_source = {"name": folder.name, "architecture": folder.family.architecture}
     args.moa_vocabulary = tokenizer and vocabulary_digest(tokenizer)
 
     # Layers of plain PyTorch on one process: theirs are the names that megatron_moa/hf/mapping.py has.

@@ -79,6 +79,34 @@ def config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None, vo
     )
 
 
+def router_aux_loss_coef(args: argparse.Namespace, own: GPTMoAConfig) -> float:
+    """What transformers' models have in place of ``--moe-aux-loss-coeff``, whatever kind of loss a training took.
+
+    Megatron adds up the layers' losses and divides each by the experts per token. Transformers takes the experts'
+    shares over all layers together, which is the same where the layers' shares are the same.
+
+    Args:
+        args: as the checkpoint holds them.
+        own: the model, some of whose layers are of experts.
+    """
+    kinds, factors = (
+        value if isinstance(value, list) else [value]
+        for value in (args.moe_router_load_balancing_type, args.moe_aux_loss_coeff)
+    )
+    factor = sum(factor for kind, factor in zip(kinds, factors, strict=False) if kind.endswith("aux_loss"))
+    return _shortened(factor * sum(own.moe_layers) / own.num_experts_per_tok)
+
+
+def moe_aux_loss_coeff(own: GPTMoAConfig) -> float:
+    """The inverse of :func:`router_aux_loss_coef`."""
+    return _shortened(own.router_aux_loss_coef * own.num_experts_per_tok / sum(own.moe_layers))
+
+
+def _shortened(number: float) -> float:
+    """Without the last digits, in which a number there and back differs."""
+    return float(f"{number:.12g}")
+
+
 def _activation(args: argparse.Namespace, mixture: MixtureConfig | None) -> str:
     if args.swiglu:
         return "silu"

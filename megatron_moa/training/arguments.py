@@ -177,8 +177,9 @@ def _mark(args: argparse.Namespace, saved: argparse.Namespace | None) -> None:
     """Adds to args what is to be known of this run's checkpoints and has no flag."""
     args.moa_format_version = FORMAT_VERSION
     args.moa_experts_share_parameters = True  # optimizer_resharding reads by it how the state is laid out
-    if hasattr(saved, "moa_end_tokens"):  # of the Hugging Face folder that a model came from
-        args.moa_end_tokens = saved.moa_end_tokens
+    for name in ("moa_end_tokens", "moa_generation", "moa_source"):  # of the Hugging Face folder a model came from
+        if hasattr(saved, name):
+            setattr(args, name, getattr(saved, name))
 
 
 def make_global(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ If the model came from Megatron, it is the same to the last bit.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -15,8 +16,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from megatron_moa.checkpoints.tensors import CheckpointTensors
 from megatron_moa.hf.configuration_gpt_moa import GPTMoAConfig
@@ -327,6 +338,103 @@ def forms_there_and_back(folder: Path) -> None:
 @pytest.mark.slow
 def test_one_sided_and_quadratic_come_back_to_the_last_bit(tmp_path: Path) -> None:
     run(forms_there_and_back, tmp_path)
+
+
+# What a folder says of writing text, of its training and of its tokenizer.
+
+GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "bos_token_id": 1, "pad_token_id": 3}
+
+
+def save_a_chat_model(folder: Path) -> None:
+    """Experts in one layer of two, several end tokens, and a tokenizer of bytes with a chat template."""
+    torch.manual_seed(2)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(("<unk>", "<s>", "</s>", "<pad>", "<|end|>", *letters))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    around = {"single": "<s> $A", "pair": "<s> $A $B", "special_tokens": [("<s>", 1)]}
+    tokenizer.post_processor = processors.TemplateProcessing(**around)
+    saved = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    saved.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    sizes = {name: value for name, value in PLAIN.items() if name not in ("norm_eps", "initializer_range")}
+    sizes |= {"vocab_size": 264, "num_hidden_layers": 4, "decoder_sparse_step": 2, "norm_topk_prob": True}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**sizes, **EXPERTS}, router_aux_loss_coef=0.02))
+    model.generation_config = GenerationConfig(**GENERATION, eos_token_id=[2, 4])
+    model.save_pretrained(folder)
+    saved.save_pretrained(folder)
+
+
+def chat_model_there_and_back(folder: Path) -> None:
+    """A target of :func:`run`: with and without tokenizer, as a mixture, and of a checkpoint from before all this."""
+    from megatron_moa.hf import importing
+    from tools import convert_mixing
+
+    def back(checkpoint: Path) -> Path:
+        out = checkpoint.with_suffix(".exported")
+        convert_to_hf.main(["--load", str(checkpoint), "--out", str(out), "--no-verify"])
+        return out
+
+    def imported(name: str, *flags: str) -> Path:
+        convert_from_hf.main(["--hf", str(folder / "chat"), "--out", str(folder / name), "--no-verify", *flags])
+        return folder / name
+
+    whole = imported("whole")
+    exports = [back(whole), back(imported("numbers", "--no-tokenizer"))]
+    convert_mixing.main(["--load", str(whole), "--out", str(folder / "mixed"), "--mixing", "la"])
+    exports.append(back(folder / "mixed"))
+    for out in exports:
+        config, generation = (
+            json.loads((out / f"{name}.json").read_text()) for name in ("config", "generation_config")
+        )
+        assert generation.items() >= {**GENERATION, "eos_token_id": [2, 4]}.items(), out
+        assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [1, [2, 4], 3], out
+        assert config["router_aux_loss_coef"] == 0.02, out
+        card = (out / "README.md").read_text()
+        assert "imported from chat (Qwen3MoeForCausalLM): see there for its licence" in card
+        assert "| tokens trained on since the last conversion | 0 |" in card
+        assert not [word for word in ("pretrained with", "--optimizer", "--lr") if word in card]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (exports[0] / name).read_text() == (folder / "chat" / name).read_text(), name
+
+    write = importing.write_release
+
+    def older(model: Any, args: Any, *others: Any) -> Path:
+        del args.moa_generation, args.moa_source
+        return write(model, args, *others)
+
+    importing.write_release = older
+    generation = json.loads((back(imported("older")) / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], "do_sample" in generation) == ([2, 4], False)
+
+
+@pytest.mark.slow
+def test_a_chat_model_comes_back_as_it_was(tmp_path: Path) -> None:
+    save_a_chat_model(tmp_path / "chat")
+    log = run(chat_model_there_and_back, tmp_path)
+    # 2 layers of experts, 3 experts a token.
+    assert "balance     router_aux_loss_coef is --moe-aux-loss-coeff 0.03: add it to the training" in log
+
+
+def test_a_loss_of_balance_is_the_same_number() -> None:
+    """Where the layers' shares are the same, Megatron's loss is transformers'."""
+    from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
+
+    from megatron_moa.hf.settings import moe_aux_loss_coeff, router_aux_loss_coef
+
+    own = GPTMoAConfig(**{**PLAIN, **EXPERTS, "moe_layers": [True, False, True], "router_aux_loss_coef": 0.07})
+    experts, chosen, factor = own.num_experts, own.num_experts_per_tok, moe_aux_loss_coeff(own)
+    logits = torch.randn(50, experts, generator=torch.Generator().manual_seed(1))
+    theirs = own.router_aux_loss_coef * load_balancing_loss_func((logits, logits), experts, chosen)
+    tokens = logits.topk(chosen).indices.flatten().bincount(minlength=experts)
+    ours = 2 * switch_load_balancing_loss_func(logits.softmax(-1), tokens, 50, chosen, experts, factor)
+    torch.testing.assert_close(ours, theirs)
+    for kind, factors, expected in (
+        ("seq_aux_loss", factor, 0.07),
+        (["aux_loss", "global_aux_loss"], [factor, factor], 0.14),
+        ("none", factor, 0.0),
+    ):
+        args = argparse.Namespace(moe_router_load_balancing_type=kind, moe_aux_loss_coeff=factors)
+        assert router_aux_loss_coef(args, own) == expected
 
 
 # There and back.

@@ -169,6 +169,21 @@ def test_tokens_that_end_a_text(generation: dict[str, Any] | None, expected: lis
         _ = open_folder(tmp_path).end_tokens
 
 
+def test_how_a_text_is_written(tmp_path: Path) -> None:
+    """First token and padding are config.json's where generation_config.json names none; other ids are left out."""
+    saved(tmp_path)
+    rewrite(tmp_path / "config.json", lambda config: config.update(bos_token_id=3, pad_token_id=67))
+    path = tmp_path / "generation_config.json"
+    path.unlink(missing_ok=True)
+    assert open_folder(tmp_path).generation == {"bos_token_id": 3}
+    settings = {"top_p": 0.9, "bos_token_id": 4, "eos_token_id": [5], "transformers_version": "5.0"}
+    path.write_text(json.dumps(settings))
+    assert open_folder(tmp_path).generation == {"top_p": 0.9, "bos_token_id": 4}
+    path.write_text('{"pad_token_id": "</s>"}')
+    with pytest.raises(UserError, match=r"generation_config\.json, pad_token_id '</s>': is no id; correct it"):
+        _ = open_folder(tmp_path).generation
+
+
 # Values that mean nothing.
 
 MODELS = {
