@@ -117,9 +117,8 @@ def export(
     final.save_pretrained(folder)  # with the code of ours
     tokens = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**tokens).save_pretrained(folder)
-    path = (
-        folder / "generation_config.json"
-    )  # as the folder had it: the class refuses to save what it loads and warns of
+    # Beside the class, which does not save everything that it loads with a warning.
+    path = folder / "generation_config.json"
     path.write_text(json.dumps({**generation, **read_json(path)}, indent=2) + "\n")
     return Exported(
         family.architecture,
