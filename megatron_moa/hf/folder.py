@@ -97,7 +97,9 @@ class HuggingFaceFolder:
 
     @property
     def generation(self) -> dict[str, Any]:
-        """The further settings of generation_config.json; the first token and the padding are config.json's if not its.
+        """The further settings of generation_config.json.
+
+        The first token and the padding are config.json's where that file names none.
 
         Raises:
             UserError: generation_config.json cannot be read, or has something else than ids for these two.
@@ -234,7 +236,11 @@ def _check_finished(root: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of the folder. Raises UserError: it is none, has a key twice, or an endless number."""
+    """The object in a JSON file of the folder.
+
+    Raises:
+        UserError: it is none, has a key twice, or an endless number.
+    """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -266,7 +272,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(root: Path) -> tuple[Family, PreTrainedConfig, GPTMoAConfig]:
-    """Returns the family that config.json names, config.json as the family's class reads it, and as ours does.
+    """Returns the family that config.json names, and config.json as its class and ours read it.
 
     ``auto_map`` and other names of code mean nothing here.
     """

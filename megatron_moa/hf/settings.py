@@ -80,7 +80,7 @@ def config_from_args(args: argparse.Namespace, mixture: MixtureConfig | None, vo
 
 
 def router_aux_loss_coef(args: argparse.Namespace, own: GPTMoAConfig) -> float:
-    """What transformers' models have in place of ``--moe-aux-loss-coeff``, whatever kind of loss a training took.
+    """What transformers' models have in place of ``--moe-aux-loss-coeff``, of any kind of loss.
 
     Megatron adds up the layers' losses and divides each by the experts per token. Transformers takes the experts'
     shares over all layers together, which is the same where the layers' shares are the same.

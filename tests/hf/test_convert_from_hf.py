@@ -365,7 +365,7 @@ def save_a_chat_model(folder: Path) -> None:
 
 
 def chat_model_there_and_back(folder: Path) -> None:
-    """A target of :func:`run`: with and without tokenizer, as a mixture, and of a checkpoint from before all this."""
+    """A target of :func:`run`: with and without tokenizer, as a mixture, and of an older checkpoint."""
     from megatron_moa.hf import importing
     from tools import convert_mixing
 

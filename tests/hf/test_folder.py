@@ -170,7 +170,7 @@ def test_tokens_that_end_a_text(generation: dict[str, Any] | None, expected: lis
 
 
 def test_how_a_text_is_written(tmp_path: Path) -> None:
-    """First token and padding are config.json's where generation_config.json names none; other ids are left out."""
+    """First token and padding are of either file; ids beyond the vocabulary are left out."""
     saved(tmp_path)
     rewrite(tmp_path / "config.json", lambda config: config.update(bos_token_id=3, pad_token_id=67))
     path = tmp_path / "generation_config.json"
