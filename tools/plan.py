@@ -3,7 +3,7 @@
     python tools/plan.py moe-2b --gpus 64 --gpu h200                 # the mixture's plan: searches splits, ranks them
     python tools/plan.py dense-2b none --gpus 8 --gpu h100 --tp 2    # the baseline's, TP given
     python tools/plan.py dense-1.3b --gpus 8 --gpu h100 --brief      # four lines, for a recipe's header
-    TOKENS=100000000000 python tools/plan.py dense-2b --gpus 128 --gpu b200 -- --seq-length 4096
+    SEQ_LENGTH=4096 TOKENS=100000000000 python tools/plan.py dense-2b --gpus 128 --gpu b200
 
 A plan also has parameters, FLOPs and communication. RECIPE is a file of examples/models/ without its .sh, or the path
 of one; MIXING as in examples/pretrain.sh (default moa); its variables hold, and flags of pretrain_gpt_moa.py may follow

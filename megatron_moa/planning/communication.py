@@ -105,9 +105,16 @@ def _active_feed_forward(model: Model) -> float:
     return total
 
 
-def _bandwidth(gpu: Gpu, stride: int, size: int) -> float:
+def gpus_of_a_node(gpus: int, tp: int) -> int:
+    """As many GPUs as make all nodes alike, with whole groups of tensor-parallel ranks where they fit into a node."""
+    alike = [size for size in range(1, GPUS_PER_NODE + 1) if gpus % size == 0]
+    return max([size for size in alike if size % tp == 0] or alike)
+
+
+def _bandwidth(split: Split, gpu: Gpu, stride: int, size: int) -> float:
     """Bytes/s of a group of ranks so far apart: NVLink's if it lies in a node, else the network's."""
-    return gpu.nvlink_bandwidth if stride * size <= GPUS_PER_NODE else gpu.network_bandwidth
+    in_a_node = stride * size <= gpus_of_a_node(split.gpus, split.tp)
+    return gpu.nvlink_bandwidth if in_a_node else gpu.network_bandwidth
 
 
 def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -> Iterator[Traffic]:
@@ -135,24 +142,24 @@ def _traffic(model: Model, split: Split, gpu: Gpu, micro_batch_seconds: float) -
         number = 5 * (layers + feed_forward) + 2 * again + 5 * m
         gates = (2 + (again > 0)) * feed_forward * (model.coefficients > 0)
         size = t * (number * h * e + gates * model.coefficients * FLOAT32) * (tp - 1) / tp
-        yield traffic("TP", number + gates, size, _bandwidth(gpu, 1, tp))
+        yield traffic("TP", number + gates, size, _bandwidth(split, gpu, 1, tp))
     if pp > 1:
         # To and from the next stage in each direction; a send hides behind the computation of another micro-batch,
         # but while the pipeline fills and empties.
         number = 2 * m * vpp
         stride = split.gpus // pp
-        wire = gpu.nvlink_bandwidth if stride * pp <= GPUS_PER_NODE else gpu.network_bandwidth
+        wire = _bandwidth(split, gpu, stride, pp)
         yield traffic("PP", number, number * t / tp * h * e, wire, micro_batch_seconds * max(0, m - pp))
     if cp > 1:
         # Keys and values to the next rank, cp - 1 times, and their gradients: a ring.
         keys = 2 * t * model.groups * model.head_size * e / tp
-        yield traffic("CP", 3 * (cp - 1) * layers, 3 * (cp - 1) * layers * keys, _bandwidth(gpu, tp, cp))
+        yield traffic("CP", 3 * (cp - 1) * layers, 3 * (cp - 1) * layers * keys, _bandwidth(split, gpu, tp, cp))
     if ep > 1:
         # Every token's copies to its experts and back, forward and backward, but for those that stay.
         moe = sum(model.moe_layers) / pp * m
         number = 4 + 2 * (split.recompute in ("full", "feed-forward"))
         size = t / tp * model.experts.topk * h * e * (ep - 1) / ep
-        yield traffic("EP", number * moe, number * moe * size, _bandwidth(gpu, 1, ep))
+        yield traffic("EP", number * moe, number * moe * size, _bandwidth(split, gpu, 1, ep))
     yield from _data_parallel(model, split, gpu, micro_batch_seconds, traffic)
 
 
@@ -185,7 +192,7 @@ def _data_parallel(
         )
         if size == 1 or not elements:
             continue
-        wire = _bandwidth(gpu, stride, size)
+        wire = _bandwidth(split, gpu, stride, size)
         share = (size - 1) / size
         for name, width in sums:
             sent = traffic(f"{kind}, {name}", 1, elements * width * share, wire, hidden[name])

@@ -86,6 +86,7 @@ def _work(report: Report) -> str:
         lines[0] += f"; the mixture {parameters.mixture:,}, {share:.4f} %"
         gates, mixture = 100 * flops.gates / flops.total, 100 * flops.mixture / flops.total
         lines[1] += f"; gates {gates:.2f} %, mixture {mixture:.2f} %"
+    lines.append(f"vocabulary  {model.padded_vocabulary(report.best.split.tp):,}, padded; VOCAB_SIZE=N for another")
     if report.widths:
         lines.append(f"widths      {report.widths}")
     lines.append(

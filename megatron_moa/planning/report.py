@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron_moa.errors import UserError
 from megatron_moa.planning import inputs, search
-from megatron_moa.planning.communication import GPUS_PER_NODE
+from megatron_moa.planning.communication import gpus_of_a_node
 from megatron_moa.planning.model import Model
 from megatron_moa.planning.parameters import Parameters, count
 from megatron_moa.runs.recipes import awkward_widths, recipe_flags
@@ -107,6 +107,7 @@ def make_report(request: Request) -> Report:
     inputs.check_further_flags(request.flags)
     if request.mixing == "none" and request.fixed.get("recompute") == "mixture":
         raise UserError("--recompute mixture: MIXING none has no mixture; take --recompute feed-forward or full")
+    fixed = {**_exported_split({**os.environ, **request.variables}), **request.fixed}
     # One of each: the split comes later, and may not be what the script itself accepts.
     variables = {**request.variables, **dict.fromkeys(("TP", "PP", "CP", "EP"), "1")}
     flags = recipe_flags(request.recipe, request.mixing, ["--mock-data", *request.flags], variables)
@@ -123,8 +124,21 @@ def make_report(request: Request) -> Report:
         micro_batch=args.micro_batch_size,
         check=functools.partial(inputs.validated, args),
     )
-    plans = planner.search(request.gpus, request.fixed)
+    plans = planner.search(request.gpus, fixed)
     return Report(request, model, count(model, plans[0].split.tp), planner, plans)
+
+
+def _exported_split(variables: Mapping[str, str]) -> dict[str, int]:
+    """The split that variables of examples/pretrain.sh ask for, which is kept as one given by flags."""
+    fixed = {}
+    for name in ("TP", "PP", "CP", "EP"):
+        value = variables.get(name)
+        if not value:
+            continue
+        if not (value.isascii() and value.isdigit() and int(value)):
+            raise UserError(f"{name} {value}: not a whole number above 0; give one, or unset {name}")
+        fixed[name.lower()] = int(value)
+    return fixed
 
 
 def command(report: Report) -> str:
@@ -133,7 +147,7 @@ def command(report: Report) -> str:
     given = {**os.environ, **request.variables}
     variables = {name: given[name] for name in VARIABLES if name in given}
     chosen = inputs.split_environment(split)
-    on_a_node = max(search.divisors(request.gpus, GPUS_PER_NODE))  # as many as make nodes alike
+    on_a_node = gpus_of_a_node(request.gpus, split.tp)
     chosen["NPROC_PER_NODE"] = str(on_a_node)
     chosen["NNODES"] = str(request.gpus // on_a_node)
     # One of a kind is the default, unless this process was told otherwise: the command must not be.

@@ -19,7 +19,7 @@ import pytest
 from megatron_moa import startup
 from megatron_moa.errors import UserError
 from megatron_moa.planning import inputs, memory, parameters, search
-from megatron_moa.planning.communication import recomputed_flops, step_time
+from megatron_moa.planning.communication import gpus_of_a_node, recomputed_flops, step_time
 from megatron_moa.planning.model import Model, Split
 from megatron_moa.planning.printing import brief, describe, full, record
 from megatron_moa.planning.report import Report, command, make_report
@@ -441,6 +441,18 @@ def test_the_command_trains_so_whatever_variables_are_set(monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "2")
     words = command(make(*"gpt2-124m --gpus 8 --gpu h100 --tp 1".split())).split()
     assert {"TP=1", "NNODES=1"} < set(words)
+    exported = make(*"gpt2-124m --gpus 8 --gpu h100".split())
+    assert {found.split.tp for found in exported.plans} == {2}
+    monkeypatch.setenv("TP", "0")
+    with pytest.raises(UserError, match="^TP 0: not a whole number above 0"):
+        make(*"gpt2-124m --gpus 8 --gpu h100".split())
+
+
+def test_a_node_has_whole_groups_of_tensor_parallel_ranks() -> None:
+    report = make(*"dense-0.12b la-bi-sided --gpus 12 --gpu h100 --tp 4".split())
+    assert {"TP=4", "NPROC_PER_NODE=4", "NNODES=3"} < set(command(report).split())
+    sizes = ((12, 1), (12, 2), (8, 8), (6, 2), (32, 16))
+    assert [gpus_of_a_node(*size) for size in sizes] == [6, 6, 8, 6, 8]
 
 
 def test_time_and_cost_follow_from_the_step() -> None:
@@ -460,6 +472,7 @@ def test_what_is_printed() -> None:
     total = 480_942_336 + 9 * 33 * 7 * 768  # the stock model; gates of 32 routed experts and a shared one, one-sided
     assert f"{total:,}, active for a token" in text
     assert "\nwidths " not in text  # 2048 and 512
+    assert "\nvocabulary  50,304, padded; VOCAB_SIZE=N for another\n" in text
     assert "allowance" in text
     assert "unmeasured" in text
     assert command(report) in text
