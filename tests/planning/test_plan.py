@@ -444,7 +444,7 @@ def test_the_command_trains_so_whatever_variables_are_set(monkeypatch: pytest.Mo
     exported = make(*"gpt2-124m --gpus 8 --gpu h100".split())
     assert {found.split.tp for found in exported.plans} == {2}
     monkeypatch.setenv("TP", "0")
-    with pytest.raises(UserError, match="^TP 0: not a whole number above 0"):
+    with pytest.raises(UserError, match=r"^TP 0: not a whole number above 0"):
         make(*"gpt2-124m --gpus 8 --gpu h100".split())
 
 
