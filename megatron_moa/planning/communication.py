@@ -106,7 +106,10 @@ def _active_feed_forward(model: Model) -> float:
 
 
 def gpus_of_a_node(gpus: int, tp: int) -> int:
-    """As many GPUs as make all nodes alike, with whole groups of tensor-parallel ranks where they fit into a node."""
+    """Returns how many GPUs a node has: as many as make all nodes alike.
+
+    A node has whole groups of tensor-parallel ranks, where such a group fits into one.
+    """
     alike = [size for size in range(1, GPUS_PER_NODE + 1) if gpus % size == 0]
     return max([size for size in alike if size % tp == 0] or alike)
 

@@ -22,7 +22,7 @@ def changed_order(args: argparse.Namespace, saved: argparse.Namespace, checkpoin
     """Yields a line for each dataset that the run reads in another order than before its checkpoint.
 
     Datasets in an object store and mock data are left out, and so are datasets that both name without weights: they are
-    read once.
+    read once. Where the commands of a trained model read its checkpoint nothing is trained, and nothing is said.
 
     Args:
         args: the run's, validated by Megatron.
@@ -31,8 +31,10 @@ def changed_order(args: argparse.Namespace, saved: argparse.Namespace, checkpoin
     """
     if args.finetune or args.skip_train or args.mock_data or checkpoint.flag != "--load" or not checkpoint.iteration:
         return
-    name = "train_samples" if args.train_samples else "train_iters"
     samples, samples_before = _samples(args), _samples(saved)
+    if not (samples and samples_before):  # a tool's, which trains nothing
+        return
+    name = "train_samples" if args.train_samples else "train_iters"
     for prefix, share in _shares(args):
         if is_remote(prefix):
             continue
@@ -47,7 +49,7 @@ def changed_order(args: argparse.Namespace, saved: argparse.Namespace, checkpoin
 
 
 def _samples(args: argparse.Namespace) -> int:
-    return args.train_samples or args.train_iters * args.global_batch_size
+    return args.train_samples or (args.train_iters or 0) * args.global_batch_size
 
 
 def _shares(args: argparse.Namespace) -> list:

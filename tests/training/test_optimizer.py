@@ -403,6 +403,7 @@ def test_shared_out_matrix_optimizer_needs_bf16() -> None:
 
 _LOADED = {"finetune": False, "no_load_optim": False, "optimizer": "adam", "lr": 1e-3, "min_lr": 1e-4}
 _LOADED |= {"decoupled_lr": None, "decoupled_min_lr": None, "muon_scalar_optimizer": "adam"}
+_LOADED |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "muon_momentum": 0.95}
 _OURS = {"moa_gate_lr_scale": 1.0, "moa_gate_weight_decay": None, "moa_freeze_gates": False}
 
 
