@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from megatron_moa import MixedFeedForward, MixtureConfig
 from megatron_moa.command_line.numbers import positive, seed
-from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 
 # ---- The mixture: what MixedFeedForward computes, by hand (bi-sided MoA, its default) --------------------------------
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=positive, default=600, metavar="N", help="of 2048 bytes; default: 600")
     parser.add_argument("--seed", type=seed, default=1, metavar="S", help="of weights, data and sample; default: 1")
     options = parser.parse_args(arguments)
-    with one_line_ending("nanogpt.py", "nothing is kept"):
+    with one_line_errors("nanogpt.py", "nothing is kept"):
         torch.manual_seed(options.seed)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = GPT(mixture(options.feed_forward, options.form)).to(device)

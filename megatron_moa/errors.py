@@ -10,7 +10,7 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -147,11 +147,6 @@ def _is_read(stream: TextIO) -> bool:
     poller = select.poll()
     poller.register(stream, 0)  # errors alone
     return not poller.poll(0)
-
-
-def one_line_ending(program: str, left: str) -> AbstractContextManager[None]:
-    """:func:`one_line_errors` of a program that always says what Ctrl-C leaves."""
-    return one_line_errors(program, left)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -20,7 +20,7 @@ from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.output_folder import written_folder
 from megatron_moa.command_line.tool_flags import add_target_flags, add_tolerance_flag, target_settings
 from megatron_moa.command_line.trained_model import check_megatron_flags
-from megatron_moa.errors import OneLineParser, needs_extra, one_line_ending
+from megatron_moa.errors import OneLineParser, needs_extra, one_line_errors
 
 if TYPE_CHECKING:
     from megatron_moa.hf.folder import HuggingFaceFolder
@@ -57,7 +57,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
 
 def main(argv: list[str] | None = None) -> None:
     """Opens, writes, compares, renames."""
-    with one_line_ending(PROGRAM, "nothing was written"):
+    with one_line_errors(PROGRAM, "nothing was written"):
         flags, megatron_flags = parse_flags(argv)
         check_megatron_flags(flags, megatron_flags)
         target = target_settings(flags)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from megatron_moa.command_line.numbers import positive
 from megatron_moa.command_line.processes import end_processes, start_process
-from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 from megatron_moa.runs.training_log import TrainingLog
 
 PROGRAM = "demo.py"
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = replace(settings, iterations=options.iterations or settings.iterations)
     out, start = options.out.resolve(), time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    with one_line_ending(PROGRAM, f"all that it started is ended; logs are in {out}"):
+    with one_line_errors(PROGRAM, f"all that it started is ended; logs are in {out}"):
         prepare_folder(out)
         print("SwiGLU, LA and MoA in the same small GPT: about 4 minutes on 2 cores.")
         make_data(settings, out)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from megatron_moa.command_line import output_files
 from megatron_moa.command_line.progress_bar import progress_bar
 from megatron_moa.data import dataset, dataset_writer
-from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "merge_data.py"
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags and merges."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up
-    with one_line_ending(PROGRAM, "nothing written, the parts are as they were"):
+    with one_line_errors(PROGRAM, "nothing written, the parts are as they were"):
         merge(args)
 
 
@@ -64,7 +64,7 @@ def merge(args: argparse.Namespace) -> None:
             dataset_writer.merge(parts, manifests, bin_path, idx_path, bar.update)
         if args.overwrite:
             dataset_writer.drop_index_cache(prefix)
-    with one_line_ending(PROGRAM, "the dataset is whole, parts may be left"):
+    with one_line_errors(PROGRAM, "the dataset is whole, parts may be left"):
         written = dataset.read_index(prefix, "--output-prefix")
         assert written.tokens == tokens, f"{written.tokens} tokens instead of {tokens}"
         seconds = time.perf_counter() - start

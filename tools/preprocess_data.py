@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from megatron_moa.command_line.numbers import within
 from megatron_moa.data import corpus, dataset_writer, tokenizers
 from megatron_moa.data.preprocessing import preprocess
-from megatron_moa.errors import OneLineParser, one_line_ending
+from megatron_moa.errors import OneLineParser, one_line_errors
 
 PROGRAM = "preprocess_data.py"
 _MOST_WORKERS = 1024
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, tokenizes, writes PREFIX.bin and PREFIX.idx."""
     args = parse_arguments(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the clean-up
-    with one_line_ending(PROGRAM, "nothing written"):
+    with one_line_errors(PROGRAM, "nothing written"):
         preprocess(args)
 
 

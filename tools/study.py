@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_moa.command_line.numbers import positive
-from megatron_moa.errors import OneLineParser, one_line_ending
+from megatron_moa.errors import OneLineParser, one_line_errors
 
 PROGRAM = "study.py"
 
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left to be run."""
     flags = make_parser().parse_args(argv)
-    with one_line_ending(PROGRAM, "finished runs are kept; the same command goes on"):
+    with one_line_errors(PROGRAM, "finished runs are kept; the same command goes on"):
         from megatron_moa.research.study.grid import PAPER, read_study
         from megatron_moa.research.study.runner import Runner, visible_gpus
 

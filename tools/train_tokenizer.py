@@ -25,7 +25,7 @@ from pathlib import Path
 from megatron_moa.command_line import output_files
 from megatron_moa.command_line.numbers import positive, seed, within
 from megatron_moa.data import corpus
-from megatron_moa.errors import OneLineParser, UserError, one_line_ending
+from megatron_moa.errors import OneLineParser, UserError, one_line_errors
 
 PROGRAM = "train_tokenizer.py"
 BLOCK_BYTES = 1 << 18  # what one draw takes from a file: small enough to mix many files, large enough to read fast
@@ -40,7 +40,7 @@ SEPARATORS = re.compile("[\x00-\x1f\u2585]+")
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags, trains, writes PREFIX.model and PREFIX.vocab."""
     args = parse_arguments(argv)
-    with one_line_ending(PROGRAM, "nothing written"):
+    with one_line_errors(PROGRAM, "nothing written"):
         make_tokenizer(args)
 
 

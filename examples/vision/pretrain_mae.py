@@ -51,7 +51,7 @@ from transformers import ViTMAEForPreTraining
 
 from megatron_moa import MixtureConfig
 from megatron_moa.command_line.numbers import positive, seed, within
-from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_ending
+from megatron_moa.errors import OneLineParser, UserError, one_line, one_line_errors
 from megatron_moa.mixture.config import BACKENDS, MIXINGS
 from megatron_moa.mixture.functional import resolve_backend
 
@@ -402,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--save-interval", type=positive, metavar="STEPS", help="default: 50 (tiny), 1000 (base)")
     add("--out", type=Path, default=Path("runs/mae"), metavar="FOLDER", help="default: runs/mae")
     options = parser.parse_args(arguments)
-    with one_line_ending(PROGRAM, f"the same command goes on from the last checkpoint in {options.out}"):
+    with one_line_errors(PROGRAM, f"the same command goes on from the last checkpoint in {options.out}"):
         train(options)
 
 
