@@ -1,4 +1,4 @@
-"""Tells whether a run that goes on from a checkpoint reads its training data in another order than before.
+"""Tells whether a run that goes on reads its data in another order than its checkpoint did.
 
 Megatron 0.19.2 draws the order of a dataset from ``--seed`` and from how often the dataset is read in the whole run. A
 longer run that reads it more often therefore has another order from its first sample on: a run that goes on at the same

@@ -266,6 +266,8 @@ def converted_logits(
             for parameter in module.parameters():
                 parameter.data = torch.randn_like(parameter)
     state = model.state_dict()
+    if not config.gated_linear_unit:
+        config = dataclasses.replace(config, activation_func=F.gelu)  # as mixture_flags does: the mixture has the other
     result = build_model(config, eager[1]).eval()
     read = upcycling.upcycled(state.__getitem__, result, source, target, is_stock)
     result.load_state_dict({name: read(name) for name in result.state_dict()})
