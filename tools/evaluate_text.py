@@ -52,7 +52,7 @@ def parse_flags(argv: list[str] | None = None) -> tuple[argparse.Namespace, list
 
 
 def has_token(model: TextModel, document: str) -> bool:
-    """Whether a document has one: spaces have none for some tokenizers, and preprocess_data.py skips them, too."""
+    """Whether a document has a token: spaces have none for some tokenizers, as for preprocess_data.py."""
     return bool(model.encode(document[:_ENOUGH]) or model.encode(document))
 
 

@@ -433,7 +433,7 @@ def _by_owner(shapes: _Shapes) -> tuple[_Shapes, _Shapes]:
 
 
 def _mismatches(asked: _Shapes, stored: _Shapes) -> tuple[set[str], set[str], set[str]]:
-    """Returns the names of tensors that a checkpoint lacks, has without being asked, and has in another shape."""
+    """Returns names of tensors: those a checkpoint lacks, has beyond the model's, has in another shape."""
     reshaped = {key for key in asked.keys() & stored.keys() if asked[key] not in (None, stored[key])}
     return asked.keys() - stored.keys(), stored.keys() - asked.keys(), reshaped
 

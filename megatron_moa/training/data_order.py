@@ -71,7 +71,7 @@ def _shares(args: argparse.Namespace) -> list:
 
 
 def _passes(args: argparse.Namespace, prefix: str, samples: int) -> tuple[int, bool]:
-    """How often so many samples go through a dataset, and whether its last pass is shuffled apart (GPTDataset)."""
+    """How often samples go through a dataset, and whether the last pass is shuffled apart (GPTDataset)."""
     index = read_index(prefix)
     begin, end = (0, index.sequences) if args.split is None else split_bounds(args.split, index.sequences)[TRAIN]
     tokens = index.tokens_between(begin, end)

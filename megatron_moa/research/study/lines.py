@@ -43,7 +43,7 @@ class Run:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What is read of a line of timing.jsonl, as :class:`Run` says it of results; it may have further keys."""
+    """What is read of a line of timing.jsonl, which may have further keys."""
 
     size: str
     optimizer: str
