@@ -32,17 +32,16 @@ def changed_order(args: argparse.Namespace, saved: argparse.Namespace, checkpoin
     if args.finetune or args.skip_train or args.mock_data or checkpoint.flag != "--load" or not checkpoint.iteration:
         return
     samples, samples_before = _samples(args), _samples(saved)
-    if not (samples and samples_before):  # a tool's, which trains nothing
+    if not (samples and samples_before) or samples == samples_before:  # none of a tool, which trains nothing
         return
-    name = "train_samples" if args.train_samples else "train_iters"
     for prefix, share in _shares(args):
         if is_remote(prefix):
             continue
         passes, passes_before = (_passes(args, prefix, share(number)) for number in (samples, samples_before))
         if passes != passes_before:
             yield (
-                f"{as_typed(name, getattr(args, name))}: the run now reads {prefix} {_described(*passes)}, and read it "
-                f"{_described(*passes_before)} with the checkpoint's {as_typed(name, getattr(saved, name))} "
+                f"{_length(args)}: the run now reads {prefix} {_described(*passes)}, and read it "
+                f"{_described(*passes_before)} with the checkpoint's {_length(saved)} "
                 f"({checkpoint}); Megatron draws another order of its samples for that, so the run sees some of them "
                 "again and misses others"
             )
@@ -50,6 +49,11 @@ def changed_order(args: argparse.Namespace, saved: argparse.Namespace, checkpoin
 
 def _samples(args: argparse.Namespace) -> int:
     return args.train_samples or (args.train_iters or 0) * args.global_batch_size
+
+
+def _length(args: argparse.Namespace) -> str:
+    name = "train_samples" if args.train_samples else "train_iters"
+    return as_typed(name, getattr(args, name))
 
 
 def _shares(args: argparse.Namespace) -> list:

@@ -97,6 +97,7 @@ def test_the_line_names_flag_dataset_and_passes(prefixes: tuple[str, str], capsy
     longer = argparse.Namespace(**{**vars(apart), "train_iters": 5, "train_samples": 400})
     (line,) = changed_order(longer, apart, CHECKPOINT)
     assert line.startswith("--train-samples 400: ")
+    assert " with the checkpoint's --train-iters 10 (" in line
     with pytest.raises(UserError):  # for another schedule, once the line is printed
         _compare_with_saved(settings(words, 20, lr=0.1), settings(words, 10), CHECKPOINT)
     assert f"WARNING: --train-iters 20: the run now reads {prefixes[0]} 2 times" in capsys.readouterr().out
